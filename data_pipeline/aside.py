@@ -1,0 +1,37 @@
+"""What could not be used: counted, written down with its reason, and capped."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from data_pipeline import storage
+from data_pipeline.errors import DataError
+
+
+class Aside:
+    """processed + set aside = listed, always. Past `max_fraction` of what is listed the run stops with the reasons."""
+
+    def __init__(self, listed: int, max_fraction: float) -> None:
+        self.listed, self.max_fraction = listed, max_fraction
+        self.rows: list[dict[str, str]] = []
+
+    def add(self, key: str, reason: str) -> None:
+        """Set one sample aside."""
+        self.rows.append({"key": key, "reason": reason})
+        if len(self.rows) > self.max_fraction * self.listed:
+            reasons = "; ".join(f"{count} x {reason}" for reason, count in self.by_reason().most_common(3))
+            raise DataError(
+                f"{len(self.rows)} of {self.listed} samples can't be used ({reasons}; the last is {key}): mend the "
+                f"source, or raise max_aside_fraction={self.max_fraction}."
+            )
+
+    def by_reason(self) -> Counter[str]:
+        return Counter(row["reason"] for row in self.rows)
+
+    def save(self, root: str | Path, name: str) -> None:
+        """One JSON line a sample in <root>/aside/<name>.jsonl; no file where nothing was set aside."""
+        if self.rows:
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            storage.write_atomically(storage.join(root, "aside", f"{name}.jsonl"), lines.encode())

@@ -1,0 +1,98 @@
+"""Members of a sample in a tar: bytes to arrays and back. Nothing here can run code: no pickle, no shell."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_pipeline.errors import DataError
+
+MAX_PIXELS = 64 * 1024 * 1024
+MAX_MEMBER_BYTES = 256 * 1024 * 1024
+IMAGES = ("png", "jpg", "jpeg", "webp")
+# What Pillow, numpy and json raise on bytes that are not what they claim to be.
+UNDECODABLE = (
+    ValueError,
+    OSError,
+    SyntaxError,
+    EOFError,
+    RecursionError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def encode(name: str, value: Any) -> bytes:
+    """`value` as the member whose extension is `name`: image (H, W, 3) uint8, array, text or a JSON object."""
+    kind = name.rsplit(".", 1)[-1]
+    buffer = io.BytesIO()
+    if kind == "png":
+        Image.fromarray(value).save(buffer, format="PNG")
+    elif kind == "npy":
+        np.lib.format.write_array(buffer, np.ascontiguousarray(value), allow_pickle=False)
+    elif kind == "txt":
+        buffer.write(value.encode())
+    elif kind == "json":
+        buffer.write(json.dumps(value, sort_keys=True).encode())
+    else:
+        raise ValueError(f"no codec for .{name}")
+    return buffer.getvalue()
+
+
+def decode(name: str, data: bytes) -> Any:
+    """The inverse of `encode`; jpg and webp too. Raises DataError for what isn't what its name says."""
+    kind = name.rsplit(".", 1)[-1].lower()
+    try:
+        if len(data) > MAX_MEMBER_BYTES:
+            raise ValueError(f"{len(data)} bytes are more than the {MAX_MEMBER_BYTES} allowed")
+        if kind in IMAGES:
+            return decode_image(data)
+        if kind == "npy":
+            return decode_array(data)
+        if kind == "txt":
+            return data.decode()
+        if kind == "json":
+            return json.loads(data)
+    except UNDECODABLE as error:
+        why = type(error).__name__ if isinstance(error, OSError) else str(error)  # Pillow's text holds an address
+        raise DataError(f"undecodable .{name} ({why})") from error
+    return None  # a member that nobody here asked for
+
+
+def decode_array(data: bytes) -> np.ndarray:
+    """A .npy without objects, read-only. Its header's word is checked before memory is given to it."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(file)
+    body = data[file.tell() :]
+    if dtype.hasobject:
+        raise ValueError("objects are not read")
+    if math.prod(shape) * dtype.itemsize != len(body):
+        raise ValueError(f"{len(body)} bytes can't be {dtype} of shape {shape}")
+    return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """PNG, JPEG or WebP bytes -> (H, W, 3) uint8; transparency becomes white."""
+    return to_rgb(Image.open(io.BytesIO(data)))
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8, on white. Size is checked before anything is decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
+    image = ImageOps.exif_transpose(image)  # a phone's picture says which way is up
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,56 @@
+"""What every entry script shares: where conf/ lies, and how errors reach the user."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from data_pipeline.errors import UserError
+
+CONF = str(Path(__file__).resolve().parents[1] / "conf")
+
+
+def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Decorate `main(cfg)` as an entry point composed from conf/<config_name>.yaml.
+
+    A UserError ends the process with its one sentence on stderr and its exit code; anything else keeps its traceback.
+    """
+
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def guarded(cfg: DictConfig) -> None:
+            try:
+                missing = sorted(OmegaConf.missing_keys(cfg))
+                if missing:
+                    example = " ".join(f"{key}=..." for key in missing)
+                    raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
+                main(cfg)
+            except Exception as error:
+                user_error = _user_error_behind(error)
+                if user_error is None:
+                    raise
+                print(f"error: {user_error}", file=sys.stderr, flush=True)
+                # Not sys.exit: a rank that leaves while others wait in a collective must not wait for them in turn.
+                sys.stdout.flush()
+                os._exit(user_error.exit_code)
+
+        return hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)
+
+    return decorate
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """The UserError that Hydra's instantiate may have wrapped, or None."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        error = error.__cause__ if isinstance(error, InstantiationException) else None
+    return None

@@ -1,0 +1,251 @@
+"""From a data set to batches that follow the epoch plan, at any number of ranks and workers."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data_pipeline import codec, storage
+from data_pipeline.epoch_plan import EpochPlan, Place
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.manifest import Manifest
+from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.shard_writer import check_size, read_index, read_shard
+
+NAMES = {"moments.npy": "moments", "moments_flip.npy": "moments_flip", "text.npy": "text", "pooled.npy": "pooled"}
+NAMES |= dict.fromkeys(codec.IMAGES, "image")
+FIELDS = {"latents": (*NAMES, "json"), "image-text": (*codec.IMAGES, "txt", "json")}
+ARRAYS = ("moments", "moments_flip", "text", "pooled")
+
+
+class SampleReader:
+    """Single samples of a data set by place, decoded; kept in memory up to `cache_mb`, which small sets fit into."""
+
+    def __init__(self, root: str, manifest: Manifest, cache_mb: float) -> None:
+        self.root, self.manifest = root, manifest
+        self.fields = FIELDS[manifest.kind]
+        self.shards: dict[int, tuple[Any, list]] = {}
+        self.cache: dict[Place, dict[str, Any]] = {}
+        self.room = cache_mb * 2**20
+
+    def read(self, place: Place) -> dict[str, Any]:
+        """{"key", "caption", and arrays by name: moments, text, pooled or image}."""
+        if place in self.cache:
+            return self.cache[place]
+        data, entries = self._shard(place.shard)
+        entry = entries[place.sample]
+        try:
+            members = {
+                name: codec.decode(name, data[offset : offset + size])
+                for name, (offset, size) in entry.members.items()
+                if name in self.fields
+            }
+        except DataError as error:
+            shard = self.manifest.shards[place.shard].name
+            raise DataError(f"sample {entry.key} of shard {storage.join(self.root, shard)}: {error}") from error
+        sample = as_sample(entry.key, members)
+        cost = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
+        if cost <= self.room:
+            self.cache[place] = sample
+            self.room -= cost
+        return sample
+
+    def _shard(self, number: int) -> tuple[Any, list]:
+        if number not in self.shards:
+            shard = self.manifest.shards[number]
+            entries = read_index(self.root, shard)
+            path = storage.join(self.root, shard.name)
+            if storage.is_s3(path):
+                data = storage.read_bytes(path, 0, shard.bytes)
+            else:
+                with open(path, "rb") as file:
+                    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.shards[number] = (data, entries)
+        return self.shards[number]
+
+    def keep_only(self, numbers: set[int]) -> None:
+        """Let go of the shards that no stream is in any more."""
+        for number in set(self.shards) - numbers:
+            data, _ = self.shards.pop(number)
+            if isinstance(data, mmap.mmap):
+                data.close()
+
+
+def as_sample(key: str, members: dict[str, Any]) -> dict[str, Any]:
+    """Members by extension -> a sample by field name."""
+    meta = members.get("json") or {}
+    sample = {"key": key, "caption": members.get("txt", meta.get("caption", "")), "meta": meta}
+    for member, name in NAMES.items():
+        if member in members:
+            sample[name] = members[member]
+    return sample
+
+
+class Loader:
+    """Endless batches from `start` on. Rank r has streams [r*C/world, (r+1)*C/world); micro-batch m of a step has the
+    m-th part of them. Workers share a rank's streams, so that no byte is read twice and the result does not change."""
+
+    def __init__(
+        self,
+        root: str,
+        global_batch_size: int,
+        streams: int = 8,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        num_workers: int = 0,
+        window_shards: int = 4,
+        shuffle: bool = True,
+        cache_mb: float = 512.0,
+        start: DataCursor = DataCursor(),  # noqa: B008  (frozen)
+    ) -> None:
+        if streams % (world_size * accumulation):
+            raise UserError(
+                f"data.streams={streams} can't be shared by {world_size} ranks x accumulation={accumulation}: "
+                f"make it a multiple of {world_size * accumulation}."
+            )
+        self.manifest = Manifest.load(root)
+        for shard in self.manifest.shards:
+            check_size(root, shard)
+        sizes = [shard.samples for shard in self.manifest.shards]
+        self.plan = EpochPlan(sizes, seed, global_batch_size, streams, window_shards, shuffle)
+        own = streams // world_size
+        self.streams = list(range(rank * own, (rank + 1) * own))
+        if num_workers > own:
+            raise UserError(f"data.num_workers={num_workers} is more than a rank's {own} streams: lower it.")
+        self.root, self.accumulation, self.start = root, accumulation, start
+        self.num_workers, self.cache_mb = num_workers, cache_mb
+
+    def __iter__(self) -> Iterator[Batch]:
+        parts = _StreamParts(self)
+        if not self.num_workers:
+            return (batch for part in parts for batch in self._micro_batches([part]))
+        loader = DataLoader(
+            parts,
+            batch_size=None,
+            num_workers=self.num_workers,
+            multiprocessing_context="spawn",  # s3fs does not survive a fork
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=False,
+        )
+        return self._merged(iter(loader))
+
+    def _merged(self, parts: Iterator[tuple]) -> Iterator[Batch]:
+        """Workers take turns, one part of a step each; parts are put together in the order of streams."""
+        while True:
+            step = [next(parts) for _ in range(self.num_workers)]
+            for part in step:
+                if isinstance(part, UserError):  # raised here, its sentence is not buried in a worker's traceback
+                    raise part
+            yield from self._micro_batches(step)
+
+    def _micro_batches(self, parts: Sequence[tuple]) -> Iterator[Batch]:
+        step, per_stream = parts[0][0], self.plan.per_step
+        keys = [key for part in parts for key in part[1]]
+        captions = [caption for part in parts for caption in part[2]]
+        tensors = parts[0][3]
+        if len(parts) > 1:
+            tensors = {name: torch.cat([part[3][name] for part in parts]) for name in tensors}
+        streams = len(self.streams) // self.accumulation
+        size = streams * per_stream
+        for m in range(self.accumulation):
+            part = slice(m * size, (m + 1) * size)
+            yield Batch(
+                tuple(keys[part]),
+                tuple(captions[part]),
+                {name: value[part] for name, value in tensors.items()},
+                tuple(self.streams[m * streams : (m + 1) * streams]),
+                step,
+                DataCursor(step + 1),
+            )
+
+
+class _StreamParts(IterableDataset):
+    """For each step, the samples of this worker's streams: (step, keys, captions, tensors)."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan
+        self.streams, self.first_step, self.cache_mb = loader.streams, loader.start.step, loader.cache_mb
+
+    def __getstate__(self) -> dict[str, Any]:
+        plan = self.plan
+        state = self.__dict__ | {
+            "plan": (plan.sizes, plan.seed, plan.batch, plan.streams, plan.window_shards, plan.shuffle)
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"plan": EpochPlan(*state["plan"])})
+
+    def __iter__(self) -> Iterator[tuple | UserError]:
+        worker = get_worker_info()
+        if worker is None:
+            yield from self._steps(self.streams, self.cache_mb)
+            return
+        own = np.array_split(self.streams, worker.num_workers)[worker.id].tolist()
+        try:
+            yield from self._steps(own, self.cache_mb / worker.num_workers)
+        except UserError as error:
+            yield error
+
+    def _steps(self, streams: Sequence[int], cache_mb: float) -> Iterator[tuple]:
+        reader = SampleReader(self.root, self.manifest, cache_mb)
+        step = self.first_step
+        while True:
+            places = self.plan.step(step, streams)
+            samples = [reader.read(place) for place in places]
+            if len(reader.shards) > self.plan.window_shards * len(streams):
+                reader.keep_only(self.plan.shards_in_use())
+            yield step, [s["key"] for s in samples], [s["caption"] for s in samples], collated(samples)
+            step += 1
+
+
+def collated(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Samples' arrays as float32 tensors; pictures as (B, 3, H, W) in [-1, 1].
+
+    In numpy: torch would hand each of these small steps to a second thread, which is slow to come on busy cores.
+    """
+    tensors = {}
+    for name in ARRAYS:
+        if name in samples[0]:
+            with _naming_what_differs(samples, name):
+                tensors[name] = torch.from_numpy(
+                    np.stack([sample[name] for sample in samples]).astype(np.float32, copy=False)
+                )
+    if "image" in samples[0]:
+        with _naming_what_differs(samples, "image"):
+            pixels = np.stack([sample["image"].transpose(2, 0, 1) for sample in samples])
+        tensors["image"] = torch.from_numpy(pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0))
+    return tensors
+
+
+@contextlib.contextmanager
+def _naming_what_differs(samples: Sequence[dict[str, Any]], name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        shapes = {sample["key"]: getattr(sample.get(name), "shape", None) for sample in samples}
+        odd = next(key for key, shape in shapes.items() if shape != shapes[samples[0]["key"]])
+        raise DataError(
+            f"sample {odd} has {name} of shape {shapes[odd]} beside {shapes[samples[0]['key']]}: one data set holds "
+            "one shape; make it again."
+        ) from error
+
+
+def read_dataset(root: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The samples of a data set in order, decoded; at most `limit`."""
+    manifest = Manifest.load(root)
+    samples: list[dict[str, Any]] = []
+    for shard in manifest.shards:
+        if limit is not None and len(samples) >= limit:
+            break
+        for members in read_shard(root, shard, FIELDS[manifest.kind]):
+            samples.append(as_sample(members.pop("__key__"), members))
+    return samples[:limit]

@@ -1,0 +1,87 @@
+"""What a data set is: its shards with sizes and digests, its fields, and the encoders that made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline import storage
+from data_pipeline.errors import DataError, UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar: its name below the data set, how many samples and bytes, and its sha256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".idx"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """kind "image-text" or "latents"; fields: extension -> dtype and shape; info: whatever a reader must know."""
+
+    kind: str
+    shards: tuple[Shard, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the data itself: the same shards in the same order."""
+        content = json.dumps([self.kind, [(s.name, s.sha256) for s in self.shards]])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, root: str | Path, kind: str | None = None) -> Manifest:
+        """The manifest of the data set at `root`; refused if it is of another kind."""
+        path = storage.join(root, "manifest.json")
+        if not storage.exists(path):
+            raise UserError(
+                f"{root} is not a data set (no manifest.json there): give a folder that make_shards.py or "
+                "precompute_latents.py has finished."
+            )
+        try:
+            saved = json.loads(storage.read_bytes(path))
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
+        if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
+            raise DataError(f"{path} has a format that this version does not read: make the data set again.")
+        if kind and saved["kind"] != kind:
+            raise UserError(f"{root} holds {saved['kind']} shards, but {kind} shards are needed here.")
+        shards = tuple(Shard(**shard) for shard in saved.pop("shards"))
+        saved.pop("samples"), saved.pop("fingerprint")
+        return cls(shards=shards, **saved)
+
+    def save(self, root: str | Path) -> None:
+        """Written last and atomically: a data set with a manifest is whole."""
+        content = {"format": FORMAT, "samples": self.samples, "fingerprint": self.fingerprint, **asdict(self)}
+        storage.write_atomically(storage.join(root, "manifest.json"), json.dumps(content, indent=1).encode())
+
+
+def find_splits(root: str | Path) -> dict[str, str]:
+    """Name -> path of each data set in `root`: itself ("") or its sub-folders (train, heldout)."""
+    if storage.exists(storage.join(root, "manifest.json")):
+        return {"": str(root)}
+    below = {name: storage.join(root, name) for name in storage.subfolders(root)}
+    found = {name: path for name, path in below.items() if storage.exists(storage.join(path, "manifest.json"))}
+    if not found:
+        raise UserError(f"{root} holds no data set: give a folder that make_shards.py has finished.")
+    return found

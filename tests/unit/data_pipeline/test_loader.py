@@ -1,0 +1,160 @@
+"""Batches follow the plan, whatever the number of ranks, micro-batches and workers."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.epoch_plan import EpochPlan
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.loader import Loader, SampleReader, read_dataset
+from data_pipeline.manifest import Manifest
+from data_pipeline.samples import DataCursor
+from data_pipeline.shard_writer import ShardWriter, read_index
+
+SIZES = [7, 5, 9, 6]
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def same(one, other):
+    assert (one.keys, one.captions, one.streams, one.step, one.cursor) == (
+        other.keys,
+        other.captions,
+        other.streams,
+        other.step,
+        other.cursor,
+    )
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, value in one.tensors.items():
+        assert torch.equal(value, other.tensors[name])
+
+
+@pytest.fixture
+def images(tmp_path, make_images):
+    return make_images(tmp_path / "set", SIZES)
+
+
+def test_a_batch_is_what_the_plan_says(images, picture):
+    plan = EpochPlan(SIZES, 5, 8, 4)
+    firsts = np.cumsum([0, *SIZES])
+    for step, batch in enumerate(take(Loader(images, 8, 4, seed=5), 12)):
+        numbers = [int(firsts[shard] + i) for shard, i in plan.step(step)]
+        assert batch.keys == tuple(f"key{n:04d}" for n in numbers)
+        assert batch.captions == tuple(f"thing {n % 5}" for n in numbers)
+        expected = np.stack([picture(n).transpose(2, 0, 1) for n in numbers]).astype(np.float32) / 127.5 - 1
+        np.testing.assert_allclose(batch.tensors["image"].numpy(), expected, atol=1e-6)
+        assert batch.tensors["image"].dtype == torch.float32
+        assert (batch.step, batch.cursor, batch.streams) == (step, DataCursor(step + 1), (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_ranks_and_micro_batches_share_the_global_batch(images, world_size, accumulation):
+    whole = take(Loader(images, 8, 4), 6)
+    ranks = [
+        take(Loader(images, 8, 4, rank=r, world_size=world_size, accumulation=accumulation), 6 * accumulation)
+        for r in range(world_size)
+    ]
+    for step, expected in enumerate(whole):
+        parts = [b for rank in ranks for b in rank[step * accumulation : (step + 1) * accumulation]]
+        assert all(part.step == step for part in parts)
+        assert tuple(key for part in parts for key in part.keys) == expected.keys
+        assert tuple(stream for part in parts for stream in part.streams) == expected.streams
+        assert torch.equal(torch.cat([part.tensors["image"] for part in parts]), expected.tensors["image"])
+
+
+def test_starting_at_a_cursor_goes_on_where_it_stopped(images):
+    whole = take(Loader(images, 8, 4), 9)
+    for one, other in zip(take(Loader(images, 8, 4, start=whole[5].cursor), 3), whole[6:], strict=True):
+        same(one, other)
+
+
+def test_workers_change_nothing_and_hand_on_a_damaged_shard(images, tmp_path):
+    without = take(Loader(images, 8, 4, accumulation=2), 10)
+    for one, other in zip(take(Loader(images, 8, 4, accumulation=2, num_workers=2), 10), without, strict=True):
+        same(one, other)
+    spoil_picture(tmp_path / "set", images)
+    with pytest.raises(DataError, match=r"^sample key0008 of shard .*000001\.tar: undecodable \.png"):
+        take(Loader(images, 8, 4, num_workers=2), 10)
+
+
+def spoil_picture(path, root):
+    shard = Manifest.load(root).shards[1]
+    data = bytearray((path / shard.name).read_bytes())
+    offset, size = read_index(root, shard)[1].members["png"]
+    data[offset : offset + size] = b"x" * size
+    (path / shard.name).write_bytes(data)
+
+
+@pytest.mark.parametrize("cache_mb", [0.0, 0.002])
+def test_a_small_cache_changes_nothing(images, cache_mb):
+    for one, other in zip(
+        take(Loader(images, 8, 4, cache_mb=cache_mb), 12), take(Loader(images, 8, 4), 12), strict=True
+    ):
+        same(one, other)
+
+
+def test_each_shard_is_opened_once_an_epoch_and_few_are_held(tmp_path, make_images, monkeypatch):
+    """One stream, no cache: 24 shards of which 2 are shuffled together."""
+    root = make_images(tmp_path / "set", [4] * 24)
+    opened, held = [], []
+    read = SampleReader._shard
+
+    def watched(self, number):
+        if number not in self.shards:
+            opened.append(number)
+        result = read(self, number)
+        held.append(len(self.shards))
+        return result
+
+    monkeypatch.setattr(SampleReader, "_shard", watched)
+    take(Loader(root, 4, 1, cache_mb=0, window_shards=2), 24)
+    assert sorted(opened) == list(range(24))
+    assert max(held) <= 4
+
+
+def test_checks_before_the_first_batch(images, tmp_path):
+    with pytest.raises(UserError, match=r"data\.streams=4 can't be shared by 3 ranks"):
+        Loader(images, 8, 4, world_size=3)
+    with pytest.raises(UserError, match=r"data\.num_workers=5"):
+        Loader(images, 8, 4, num_workers=5)
+    with pytest.raises(UserError, match="is not a data set"):
+        Loader(str(tmp_path / "nowhere"), 8, 4)
+    path = tmp_path / "set" / "shards" / "000002.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(DataError, match=r"000002\.tar has \d+ bytes"):
+        Loader(images, 8, 4)
+
+
+def latents_set(root, shapes):
+    writer = ShardWriter()
+    for i, shape in enumerate(shapes):
+        arrays = {"moments.npy": np.full(shape, i, np.float16), "text.npy": np.full((3, 4), i, np.float16)}
+        writer.add(f"k{i}", {**arrays, "pooled.npy": np.zeros(4, np.float16), "json": {"caption": f"c{i}"}})
+    Manifest("latents", (writer.publish(root, "shards/000000.tar"),)).save(root)
+    return str(root)
+
+
+def test_latents_become_float32_and_one_odd_shape_is_named(tmp_path):
+    batch = take(Loader(latents_set(tmp_path / "a", [(8, 2, 2)] * 4), 4, 2, shuffle=False), 1)[0]
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.tensors.items()} == {
+        "moments": (torch.float32, (4, 8, 2, 2)),
+        "text": (torch.float32, (4, 3, 4)),
+        "pooled": (torch.float32, (4, 4)),
+    }
+    assert [float(batch.tensors["moments"][i].mean()) for i in range(4)] == [0, 1, 2, 3]
+    assert batch.captions == ("c0", "c1", "c2", "c3")
+    odd = latents_set(tmp_path / "b", [(8, 2, 2)] * 3 + [(8, 4, 4)])
+    with pytest.raises(DataError, match="sample k3 has moments of shape"):
+        take(Loader(odd, 4, 2, shuffle=False), 1)
+
+
+def test_read_dataset_is_in_order_and_limited(images, picture):
+    samples = read_dataset(images)
+    assert [sample["key"] for sample in samples] == [f"key{i:04d}" for i in range(sum(SIZES))]
+    np.testing.assert_array_equal(samples[20]["image"], picture(20))
+    assert (samples[20]["caption"], samples[20]["meta"]) == ("thing 0", {"number": 20})
+    assert [sample["key"] for sample in read_dataset(images, limit=9)] == [f"key{i:04d}" for i in range(9)]

@@ -1,0 +1,38 @@
+"""A trained network as a function (x_t, t, conditioning) -> x0, which is all that samplers and guidance know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from train.diffusion.parameterization import Parameterization
+from train.diffusion.process import DiffusionProcess, like
+
+
+class Conditioned(Protocol):
+    """What guidance needs of a condition: itself and its null, as one batch of twice the size."""
+
+    def for_guidance(self) -> Conditioned: ...
+
+
+Denoiser = Callable[[Tensor, Tensor, Conditioned], Tensor]
+
+
+class NetworkDenoiser:
+    """x0 as the network and its parameterization say: x_t (B, C, h, w), t scalar -> (B, C, h, w) in x_t's dtype."""
+
+    def __init__(
+        self,
+        network: Callable[[Tensor, Tensor, Conditioned], Tensor],
+        process: DiffusionProcess,
+        parameterization: Parameterization,
+    ) -> None:
+        self.network, self.process, self.parameterization = network, process, parameterization
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioned) -> Tensor:
+        t = t.expand(len(x_t))
+        prediction = self.network(x_t, self.process.network_time(t), conditioning).to(x_t.dtype)
+        alpha, sigma = like(self.process.alpha(t), x_t), like(self.process.sigma(t), x_t)
+        return self.parameterization.x0(x_t, prediction, alpha, sigma)

@@ -1,0 +1,26 @@
+"""How the times of a training step are spread: uniform draws in [0, 1) -> fractions of the process, (B,) -> (B,)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def uniform(u: Tensor) -> Tensor:
+    """Every time as likely."""
+    return u
+
+
+class LogitNormal:
+    """sigmoid of a normal (Esser et al. 2024, eq. 19): more of the middle, where the task is hardest."""
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        self.mean, self.std = mean, std
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+
+
+def evenly_spaced(count: int) -> Tensor:
+    """Midpoints of `count` equal parts of [0, 1]: the times of a validation, the same at each."""
+    return (torch.arange(count) + 0.5) / count

@@ -1,0 +1,191 @@
+"""The only importer of deepspeed: initialisation, one step, and the fp32 master weights wherever ZeRO keeps them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+from data_pipeline.samples import Batch, DataCursor
+from train.optim import AdamW, set_lr
+from train.ranks import Ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What we rely on of DeepSpeed, each field spelled out: its own defaults clip gradients at 1.0, for one."""
+
+    zero_stage: int = 1
+    dtype: str = "fp32"
+    gradient_clipping: float = 1.0  # 0: none
+    reduce_bucket_size: int = 50_000_000  # values
+    allgather_bucket_size: int = 50_000_000
+    overlap_comm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"engine.dtype={self.dtype} is unknown: take one of {', '.join(DTYPES)}.")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise UserError(f"engine.zero_stage={self.zero_stage} is unknown: take 0, 1, 2 or 3.")
+        if self.zero_stage == 0 and self.dtype == "bf16":
+            raise UserError(
+                "engine: DeepSpeed keeps no fp32 master weights for bf16 at ZeRO stage 0; take engine=zero1."
+            )
+
+    def _accumulates_in_fp32(self, accumulation: int) -> bool:
+        """Not where there is nothing to accumulate: at stage 1 in bf16 it would cost a second, slower optimizer."""
+        return not (self.dtype == "bf16" and self.zero_stage == 1 and accumulation == 1)
+
+    def for_deepspeed(self, micro_batch: int, accumulation: int, world_size: int) -> dict[str, Any]:
+        """DeepSpeed's own configuration."""
+        return {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": micro_batch * accumulation * world_size,
+            "gradient_clipping": self.gradient_clipping,
+            "bf16": {"enabled": self.dtype == "bf16"},
+            "data_types": {"grad_accum_dtype": "fp32" if self._accumulates_in_fp32(accumulation) else "bf16"},
+            "communication_data_type": "fp32",
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                "reduce_bucket_size": self.reduce_bucket_size,
+                "allgather_bucket_size": self.allgather_bucket_size,
+                "overlap_comm": self.overlap_comm,
+                "contiguous_gradients": True,
+                "round_robin_gradients": False,
+                # Stage 3: small parameters stay whole on each rank; gathering them costs more than it saves.
+                "stage3_param_persistence_threshold": 10_000,
+            },
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**31,
+            "wall_clock_breakdown": False,
+        }
+
+
+class StepResult(NamedTuple):
+    """One global step: parts are this rank's means over its micro-batches, still on the device."""
+
+    parts: dict[str, Tensor]
+    cursor: DataCursor
+    keys: tuple[str, ...]
+    lr: float
+    applied: bool
+
+
+class Engine:
+    """A module under DeepSpeed ZeRO. `module(batch)` gives LossTerms; its parameters are the ones trained."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: AdamW,
+        config: EngineConfig,
+        ranks: Ranks,
+        batch_size: int,
+        accumulation: int,
+    ) -> None:
+        _quieten()
+        self.ranks, self.accumulation, self.optimizer = ranks, accumulation, optimizer
+        self.config = config
+        micro_batch = batch_size // (ranks.world_size * accumulation)
+        if not torch.distributed.is_initialized():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False, auto_mpi_discovery=False
+            )
+        module.to(ranks.device)
+        self.deepspeed, self.zero, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer.build(module, ranks.device),
+            config=config.for_deepspeed(micro_batch, accumulation, ranks.world_size),
+            dist_init_required=False,
+        )
+        self.module = self.deepspeed.module
+
+    def train_step(self, batches: Iterator[Batch], applied_steps: int, total_steps: int) -> StepResult:
+        """One optimizer step over `accumulation` micro-batches."""
+        lr = self.optimizer.lr_at(applied_steps, total_steps)
+        set_lr(self.zero.param_groups, lr)
+        sums: dict[str, Tensor] = {}
+        keys: tuple[str, ...] = ()
+        for _ in range(self.accumulation):
+            batch = next(batches).to(self.ranks.device)
+            terms = self.deepspeed(batch)
+            self.deepspeed.backward(terms.total)
+            self.deepspeed.step()
+            keys += batch.keys
+            sums = {name: sums.get(name, 0.0) + value / self.accumulation for name, value in terms.parts.items()}
+        return StepResult(sums, batch.cursor, keys, lr, self.deepspeed.was_step_applied())
+
+    def gradient_norm(self) -> float:
+        """Global norm before clipping, of the last step; a host sync."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def master_shards(self) -> list[Tensor]:
+        """This rank's fp32 weights: flat partitions under ZeRO, the parameters themselves without."""
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            shards = getattr(self.zero, name, None)  # stage 3; stages 1 and 2; stage 1 in bf16
+            if shards:
+                return list(shards)
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def full_state_dict(self, shards: Sequence[Tensor] | None = None, prefix: str = "") -> dict[str, Tensor]:
+        """Whole fp32 weights by name, on the CPU of every rank; `shards` (an EMA's) in place of the master's.
+
+        Collective: all ranks must call it. `prefix` keeps the names below it, and takes it off.
+        """
+        with self._masters_replaced_by(shards):
+            named = {}
+            for name, parameter in self.module.named_parameters():
+                if parameter.requires_grad:
+                    full = safe_get_full_fp32_param(parameter)
+                    full = parameter if full is None else full
+                    if name.startswith(prefix):
+                        named[name[len(prefix) :]] = full.detach().to("cpu", torch.float32, copy=True)
+        return named
+
+    @contextmanager
+    def _masters_replaced_by(self, shards: Sequence[Tensor] | None) -> Iterator[None]:
+        if shards is None:
+            yield
+            return
+        masters = self.master_shards()
+        kept = [m.detach().clone() for m in masters]
+        try:
+            for master, shard in zip(masters, shards, strict=True):
+                master.data.copy_(shard)
+            yield
+        finally:
+            for master, original in zip(masters, kept, strict=True):
+                master.data.copy_(original)
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own state below `folder`; every rank writes its part. Publishing it is checkpoint.py's."""
+        self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, at the same world size and ZeRO stage."""
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise UserError(f"{folder} holds no engine state: remove this checkpoint to use the one before.")
+
+
+def _quieten() -> None:
+    """DeepSpeed's warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

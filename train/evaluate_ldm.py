@@ -1,0 +1,100 @@
+"""Judge a trained run: recall of training captions, and grids of drawn beside real, seen and held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from data_pipeline.entry import entry
+from data_pipeline.errors import UserError
+from data_pipeline.progress import Progress
+from data_pipeline.storage import write_atomically
+from train.evaluation.distances import RECALL_PIXELS, training_recall
+from train.evaluation.report import grid, save_png
+from train.evaluation.trained_run import TrainedRun, open_run
+
+DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
+
+
+@entry("evaluate_ldm")
+def main(cfg: DictConfig) -> None:
+    train = instantiate(cfg.read, root=f"{cfg.shards}/train")
+    heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
+    if not train or train[0]["image"].shape[0] % RECALL_PIXELS:
+        raise UserError(f"shards={cfg.shards}: pictures must be a multiple of {RECALL_PIXELS} pixels a side.")
+    run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
+    output = Path(cfg.output or f"{cfg.input}/evaluation")
+    right = np.linspace(0, len(train), min(cfg.captions, len(train)), endpoint=False).astype(int)
+    chosen = [train[i] for i in right]
+    with Progress("evaluate_ldm", len(chosen) + len(heldout), "pictures") as bar:
+        drawn = draw(run, cfg, chosen, bar)
+        unseen = draw(run, cfg, heldout, bar)
+    figures = recall_figures(drawn, np.stack([sample["image"] for sample in train]), right, cfg.seed)
+    figures |= {"guidance": cfg.guidance, "steps": cfg.sampler.steps, "weights": str(run.weights)}
+    write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
+    save_grids(output, chosen, drawn, heldout, unseen)
+    say(figures, output)
+
+
+def draw(run: TrainedRun, cfg: DictConfig, samples: list[dict[str, Any]], bar: Progress) -> np.ndarray:
+    """A picture a sample's caption."""
+    text = run.text([sample["caption"] for sample in samples])
+    sampler = instantiate(cfg.sampler)
+    return run.generator.draw(text, sampler, cfg.guidance, cfg.seed, cfg.batch_size, on_batch=bar.advance)
+
+
+def recall_figures(drawn: np.ndarray, real: np.ndarray, right: np.ndarray, seed: int) -> dict[str, Any]:
+    """Recall of training captions, and the same with the captions shuffled, which is what chance gives."""
+    recall = training_recall(drawn, real, right)
+    shuffled = training_recall(drawn, real, np.random.default_rng(seed).permutation(right))
+    return {
+        "training_recall_top1": recall.top1,
+        "training_recall_top5": recall.top5,
+        "shuffled_captions_top1": shuffled.top1,
+        "shuffled_captions_top5": shuffled.top5,
+        "captions": len(right),
+        "candidates": len(real),
+        "distance": DISTANCE,
+    }
+
+
+def save_grids(
+    output: Path,
+    chosen: list[dict[str, Any]],
+    drawn: np.ndarray,
+    heldout: list[dict[str, Any]],
+    unseen: np.ndarray,
+) -> None:
+    """drawn.png (captions under), blind.png (the same without), beside_real.png and heldout.png (pairs)."""
+    count = min(64, len(chosen))
+    shown = np.linspace(0, len(chosen), count, endpoint=False).astype(int)
+    captions = [chosen[i]["caption"] for i in shown]
+    save_png(grid([drawn[i] for i in shown], captions), output / "drawn.png")
+    save_png(grid([drawn[i] for i in shown]), output / "blind.png")
+    for name, samples, pictures in (
+        ("beside_real.png", [chosen[i] for i in shown], drawn[shown]),
+        ("heldout.png", heldout, unseen),
+    ):
+        pairs = [p for s, d in zip(samples, pictures, strict=True) for p in (d, s["image"])]
+        labels = [label for s in samples for label in (s["caption"], "(real)")]
+        if pairs:
+            save_png(grid(pairs, labels, columns=12), output / name)
+
+
+def say(figures: dict[str, Any], output: Path) -> None:
+    print(
+        f"recall of training captions ({figures['captions']} captions, nearest of {figures['candidates']} pictures by "
+        f"{figures['distance']}): top-1 {figures['training_recall_top1']:.2f}, top-5 "
+        f"{figures['training_recall_top5']:.2f}; shuffled captions: top-1 {figures['shuffled_captions_top1']:.2f}, "
+        f"top-5 {figures['shuffled_captions_top5']:.2f}"
+    )
+    print(f"evaluate_ldm: grids and evaluation.json in {output}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

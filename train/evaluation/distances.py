@@ -1,0 +1,46 @@
+"""Distances between pictures, and what they say of a generator."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+RECALL_PIXELS = 16
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of each pair of uint8 pictures, (N, H, W, 3) twice -> (N,)."""
+    error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean((1, 2, 3))
+    return 10.0 * np.log10(255.0**2 / np.maximum(error, 1e-10))
+
+
+def shrunk(images: np.ndarray, size: int = RECALL_PIXELS) -> np.ndarray:
+    """(N, H, W, 3) uint8 -> (N, size*size*3) float, each value the mean of a box of pixels."""
+    n, h, w, c = images.shape
+    boxes = images.reshape(n, size, h // size, size, w // size, c).astype(np.float32)
+    return boxes.mean((2, 4)).reshape(n, -1)
+
+
+class Recall(NamedTuple):
+    """Shares of drawn pictures whose right picture is the nearest, and among the five nearest."""
+
+    top1: float
+    top5: float
+
+
+def training_recall(drawn: np.ndarray, real: np.ndarray, right: np.ndarray) -> Recall:
+    """How often the nearest training picture is the caption's own: recall of training captions, not generalisation.
+
+    drawn (N, H, W, 3) and real (M, H, W, 3) uint8; right (N,) indices into real. Distance: mean squared error between
+    pictures box-averaged to 16x16 pixels. Real pictures exactly as near as the right one count for it.
+    """
+    distances = squared_distances(shrunk(drawn), shrunk(real))
+    own = distances[np.arange(len(drawn)), right]
+    nearer = (distances < own[:, None]).sum(1)
+    return Recall(float((nearer < 1).mean()), float((nearer < 5).mean()))
+
+
+def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean squared differences of each row of a (N, D) to each of b (M, D): (N, M), summed in float64."""
+    return np.stack([np.square(row - b).mean(1, dtype=np.float64) for row in a])

@@ -1,0 +1,101 @@
+"""What the three training entries share: engine, EMA, loader, checkpoints and trainer put together, and run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+from data_pipeline.samples import Batch, DataCursor
+from train.checkpoint import Checkpoints
+from train.ema import Ema
+from train.engine import Engine, EngineConfig
+from train.optim import AdamW
+from train.ranks import Ranks
+from train.reporters import Reporter
+from train.run_folder import RunFolder
+from train.train_state import TrainState
+from train.trainer import Action, Cadence, Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How long, in what batches, and how it is followed. batch_size is global: over all ranks and accumulation."""
+
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    ema_decay: float = 0.999
+    log_every: int = 50
+    save_every: int | None = 1000
+    keep_checkpoints: int = 2
+    resume: str = "auto"
+    wandb_project: str | None = None
+
+    def check(self, world_size: int) -> None:
+        """A global batch that the ranks can't share is refused before anything is loaded."""
+        parts = world_size * self.accumulation
+        if self.batch_size % parts:
+            raise UserError(
+                f"batch_size={self.batch_size} can't be shared by {world_size} ranks x accumulation={self.accumulation}: "
+                f"make it a multiple of {parts}."
+            )
+
+
+MakeLoader = Callable[..., Iterable[Batch]]
+MakeActions = Callable[[Engine, Ema, Reporter], list[Action]]
+
+
+def fit(
+    what: str,
+    objective: nn.Module,
+    weights_prefix: str,  # of the trained network within the objective: its EMA is what is kept
+    training: Training,
+    optimizer: AdamW,
+    engine_config: EngineConfig,
+    make_loader: MakeLoader,
+    run: RunFolder,
+    identity: dict[str, Any],
+    make_actions: MakeActions,
+) -> dict[str, Tensor]:
+    """Train to the end, going on from a checkpoint where there is one. Returns the EMA weights, whole, on every rank."""
+    ranks = run.ranks
+    training.check(ranks.world_size)
+    engine = Engine(objective, optimizer, engine_config, ranks, training.batch_size, training.accumulation)
+    ema = Ema(engine.master_shards(), training.ema_decay)
+    state = TrainState(training.steps, run_id=run.run_id)
+    identity = {"batch_size": training.batch_size, "accumulation": training.accumulation, **identity}
+    checkpoints = Checkpoints(run.checkpoints, ranks, identity, weights_prefix, training.keep_checkpoints)
+    if checkpoints.resume(training.resume, engine, ema, state) and ranks.is_main:
+        print(f"{what}: resumed from step {state.step} of {training.steps}", flush=True)
+    loader = make_loader(
+        global_batch_size=training.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulation=training.accumulation,
+        start=DataCursor(state.step),
+    )
+    reporter = run.reporters(state.step, training.wandb_project)
+    actions = make_actions(engine, ema, reporter)
+    cadence = Cadence(training.log_every, training.save_every)
+    _say_what_runs(what, engine, training, ranks)
+    Trainer(engine, ema, loader, state, checkpoints, reporter, cadence, actions, training.batch_size, what).fit()
+    return engine.full_state_dict(ema.shards, prefix=weights_prefix)
+
+
+def _say_what_runs(what: str, engine: Engine, training: Training, ranks: Ranks) -> None:
+    if ranks.is_main:
+        size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
+        print(
+            f"{what}: {size / 1e6:.2f} M parameters, ZeRO stage {engine.config.zero_stage}, {engine.config.dtype}, "
+            f"{ranks.world_size} rank(s) on {ranks.device.type}, batch {training.batch_size} = "
+            f"{training.batch_size // (ranks.world_size * training.accumulation)} x {training.accumulation} x "
+            f"{ranks.world_size}, {training.steps} steps",
+            flush=True,
+        )

@@ -1,0 +1,162 @@
+"""The one attention function, and the spatial transformer of latent diffusion (Rombach et al. 2022, sec. 3.3).
+
+Parameter names are those of diffusers' `Transformer2DModel`, so that weights load there unchanged.
+Letters: B batch, T tokens (h*w or text length), C channels, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+log = logging.getLogger(__name__)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, all (B, T, H, D) -> (B, T, H, D)."""
+    if attention_backend(q.device.type, q.dtype, q.shape[-1]) == "xformers":
+        import xformers.ops
+
+        return xformers.ops.memory_efficient_attention(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, D) -> (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+@functools.cache
+def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that runs forward and backward on this device, dtype and head width: "xformers" or "sdpa"."""
+    if device_type != "cuda":
+        return "sdpa"
+    try:
+        import xformers.ops
+        from xformers.ops.fmha import common
+
+        # Its C extension may not load beside a newer CUDA, though the kernels that it dispatches to are torch's own.
+        common._built_with_cuda = True
+        probe = torch.randn(2, 16, 2, head_dim, device=device_type, dtype=dtype, requires_grad=True)
+        with torch.enable_grad():
+            xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
+    except Exception as error:  # whatever it dies of, training can go on without it, and the log says so
+        log.warning("attention: xformers can't run %s with head width %d (%s); using sdpa", dtype, head_dim, error)
+        return "sdpa"
+    return "xformers"
+
+
+class Attention(nn.Module):
+    """Multi-head attention: queries from x (B, T, C), keys and values from the context (B, S, D) or from x itself."""
+
+    def __init__(
+        self, channels: int, context_dim: int | None, heads: int, head_dim: int, qkv_bias: bool = False
+    ) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.to_q = nn.Linear(channels, inner, bias=qkv_bias)
+        self.to_k = nn.Linear(context_dim or channels, inner, bias=qkv_bias)
+        self.to_v = nn.Linear(context_dim or channels, inner, bias=qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])  # a list because diffusers has a dropout behind it
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )  # (B, T, H*D) -> (B, T, H, D)
+        return self.to_out[0](attention(q, k, v).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """x W * gelu(x V) (Shazeer 2020)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to `expansion` times the width and back."""
+
+    def __init__(self, channels: int, expansion: int = 4) -> None:
+        super().__init__()
+        inner = expansion * channels
+        self.net = nn.ModuleList([GEGLU(channels, inner), nn.Identity(), nn.Linear(inner, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention (optional), cross-attention to the context (optional), feed-forward; each pre-normed, residual."""
+
+    def __init__(
+        self, channels: int, context_dim: int | None, heads: int, head_dim: int, self_attention: bool = True
+    ) -> None:
+        super().__init__()
+        self.self_attention, self.cross_attention = self_attention, context_dim is not None
+        if self_attention:
+            self.norm1 = nn.LayerNorm(channels)
+            self.attn1 = Attention(channels, None, heads, head_dim)
+        if context_dim is not None:
+            self.norm2 = nn.LayerNorm(channels)
+            self.attn2 = Attention(channels, context_dim, heads, head_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if self.self_attention:
+            x = x + self.attn1(self.norm1(x))
+        if self.cross_attention:
+            x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Pictures as sequences of pixels through transformer blocks: (B, C, h, w) -> (B, C, h, w), residual.
+
+    linear_projection: proj_in and proj_out as linear layers (SD 2.x) instead of 1x1 convolutions (SD 1.x).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context_dim: int | None,
+        heads: int,
+        head_dim: int,
+        depth: int = 1,
+        self_attention: bool = True,
+        linear_projection: bool = False,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.linear_projection = linear_projection
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner) if linear_projection else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, context_dim, heads, head_dim, self_attention) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        h, w = x.shape[-2:]
+        y = self.norm(x)
+        if not self.linear_projection:
+            y = self.proj_in(y)
+        y = y.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h*w, C)
+        if self.linear_projection:
+            y = self.proj_in(y)
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        if self.linear_projection:
+            y = self.proj_out(y)
+        y = y.transpose(1, 2).unflatten(2, (h, w))  # (B, h*w, C) -> (B, C, h, w)
+        if not self.linear_projection:
+            y = self.proj_out(y)
+        return x + y

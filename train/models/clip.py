@@ -1,0 +1,54 @@
+"""A CLIP of open_clip's classes; its text tower is the encoder that conditions the U-Net (tau in Rombach et al.)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import train.torchvision_beside_cpu_torch  # noqa: F401  # isort: skip  (before open_clip imports torchvision)
+
+import open_clip
+import torch
+from open_clip.loss import ClipLoss
+from torch import Tensor, nn
+
+from data_pipeline.samples import TextStates
+
+__all__ = ["CLIP", "ClipLoss"]
+
+
+class CLIP(nn.Module):
+    """Image and text towers of `open_clip.model.CLIP`, with its tokenizer (padded with 0)."""
+
+    fingerprint = ""  # of the weights it was loaded from
+
+    def __init__(self, embed_dim: int, vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.towers = open_clip.model.CLIP(
+            embed_dim,
+            dict(vision),
+            dict(text),
+            nonscalar_logit_scale=True,  # DeepSpeed does not broadcast 0-dimensional parameters
+        )
+        self.context_length, self.context_dim, self.embed_dim = text["context_length"], text["width"], embed_dim
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+
+    def forward(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) in [-1, 1] and B captions -> unit image and text features (B, E), and the logit scale."""
+        tokens = self.tokenizer(list(captions)).to(images.device)
+        out = self.towers(images.to(self.dtype), tokens)
+        return out if isinstance(out, tuple) else (out["image_features"], out["text_features"], out["logit_scale"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.towers.text_projection.dtype
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> TextStates:
+        """Per-token states of the last layer, normed (B, T, D), and the text embedding (B, E) at unit variance."""
+        tokens = self.tokenizer(list(captions)).to(self.towers.text_projection.device)
+        out = self.towers.forward_intermediates(
+            text=tokens, text_indices=1, normalize_intermediates=True, text_output_fmt="NLC"
+        )
+        pooled = nn.functional.normalize(out["text_features"], dim=-1) * self.embed_dim**0.5
+        return TextStates(out["text_intermediates"][0].float(), pooled.float())

@@ -1,0 +1,235 @@
+"""The time-conditional, cross-attention U-Net of latent diffusion (Rombach et al. 2022, sec. 3.2-3.3).
+
+With its defaults the classes are shaped and named as diffusers' `UNet2DConditionModel`: a Stable-Diffusion-shaped
+configuration's weights load there as they are. Beyond that: per-level switches for either attention, and a vector
+condition (pooled text) added to the time embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train.models.attention import SpatialTransformer
+from train.models.resblocks import Downsample, ResnetBlock, Upsample
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """(B,) timesteps, in units of a thousandth of the process -> (B, dim), cosines first (Ho et al. 2020; as in SD)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers on the sinusoids, or on a vector condition: (B, Din) -> (B, D)."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class DownBlock(nn.Module):
+    """`layers` residual blocks, each followed by a transformer where the level has one; then half the resolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_dim: int,
+        layers: int,
+        norm_groups: int,
+        transformer: dict | None,
+        downsample: bool,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, time_dim, norm_groups)
+            for i in range(layers)
+        )
+        if transformer is not None:
+            self.attentions = nn.ModuleList(SpatialTransformer(out_channels, **transformer) for _ in range(layers))
+        self.has_attention = transformer is not None
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if downsample else None
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if self.has_attention:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """Residual block, transformer, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, time_dim: int, norm_groups: int, transformer: dict) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([SpatialTransformer(channels, **transformer)])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, time_dim, norm_groups) for _ in range(2))
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, emb), context)
+        return self.resnets[1](x, emb)
+
+
+class UpBlock(nn.Module):
+    """As DownBlock, each residual block taking one skip; then twice the resolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        skip_channels: Sequence[int],
+        out_channels: int,
+        time_dim: int,
+        norm_groups: int,
+        transformer: dict | None,
+        upsample: bool,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock((in_channels if i == 0 else out_channels) + skip, out_channels, time_dim, norm_groups)
+            for i, skip in enumerate(skip_channels)
+        )
+        if transformer is not None:
+            self.attentions = nn.ModuleList(SpatialTransformer(out_channels, **transformer) for _ in skip_channels)
+        self.has_attention = transformer is not None
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if upsample else None
+
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor | None) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+            if self.has_attention:
+                x = self.attentions[i](x, context)
+        return x if self.upsamplers is None else self.upsamplers[0](x)
+
+
+class UNet(nn.Module):
+    """(x_t (B, C, h, w), t (B,), context (B, T, D), vector (B, P)) -> (B, C, h, w).
+
+    t is in thousandths of the process (0..999 for Stable Diffusion). h and w must be divisible by 2^(levels - 1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        channels: Sequence[int] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        context_dim: int | None = 768,
+        vector_dim: int | None = None,  # width of a pooled condition added to the time embedding
+        attention_levels: Sequence[bool] = (True, True, True, False),
+        self_attention_levels: Sequence[bool] | None = None,  # where transformers attend to the picture too; all
+        heads: int | Sequence[int] = 8,  # a level; SD 1.x: 8 everywhere, SD 2.x: 5, 10, 20, 20
+        transformer_depth: int = 1,
+        linear_projection: bool = False,
+        norm_groups: int = 32,
+        channels_last: bool = False,  # memory format of the activations: faster on CPUs and in bf16
+    ) -> None:
+        super().__init__()
+        levels, time_dim = len(channels), 4 * channels[0]
+        heads = [heads] * levels if isinstance(heads, int) else list(heads)
+        self_attention_levels = [True] * levels if self_attention_levels is None else self_attention_levels
+        _check_levels(channels, attention_levels, self_attention_levels, heads, norm_groups)
+        self.in_channels, self.context_dim, self.vector_dim = in_channels, context_dim, vector_dim
+        self.base_channels = channels[0]
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+        def transformer(level: int, always: bool = False) -> dict | None:
+            if not (attention_levels[level] or always):
+                return None
+            return {
+                "context_dim": context_dim,
+                "heads": heads[level],
+                "head_dim": channels[level] // heads[level],
+                "depth": transformer_depth,
+                "self_attention": self_attention_levels[level],
+                "linear_projection": linear_projection,
+                "norm_groups": norm_groups,
+            }
+
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], time_dim)
+        if vector_dim is not None:
+            self.vector_embedding = TimestepEmbedding(vector_dim, time_dim)
+
+        self.down_blocks = nn.ModuleList()
+        skip_channels = [channels[0]]
+        for level, width in enumerate(channels):
+            last = level == levels - 1
+            self.down_blocks.append(
+                DownBlock(
+                    channels[max(level - 1, 0)],
+                    width,
+                    time_dim,
+                    layers_per_block,
+                    norm_groups,
+                    transformer(level),
+                    downsample=not last,
+                )
+            )
+            skip_channels += [width] * (layers_per_block + (not last))
+
+        self.mid_block = MidBlock(channels[-1], time_dim, norm_groups, transformer(levels - 1, always=True))
+
+        self.up_blocks = nn.ModuleList()
+        below = channels[-1]
+        for level in reversed(range(levels)):
+            skips = [skip_channels.pop() for _ in range(layers_per_block + 1)]
+            self.up_blocks.append(
+                UpBlock(below, skips, channels[level], time_dim, norm_groups, transformer(level), upsample=level > 0)
+            )
+            below = channels[level]
+
+        self.conv_norm_out = nn.GroupNorm(norm_groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+        dtype = self.conv_in.weight.dtype
+        x = x.to(dtype, memory_format=self.memory_format)
+        context = None if context is None else context.to(dtype)
+        emb = self.time_embedding(sinusoidal_embedding(t, self.base_channels).to(dtype))
+        if self.vector_dim is not None:
+            emb = emb + self.vector_embedding(vector.to(dtype))
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, new_skips = block(x, emb, context)
+            skips += new_skips
+        x = self.mid_block(x, emb, context)
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            x = block(x, skips[-count:], emb, context)
+            del skips[-count:]
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def _check_levels(
+    channels: Sequence[int],
+    attention: Sequence[bool],
+    self_attention: Sequence[bool],
+    heads: Sequence[int],
+    groups: int,
+) -> None:
+    if not len(channels) == len(attention) == len(self_attention) == len(heads):
+        raise ValueError(
+            f"unet: {len(channels)} channels, {len(attention)} attention_levels, {len(self_attention)} "
+            f"self_attention_levels and {len(heads)} heads: give one of each a level."
+        )
+    for width, count in zip(channels, heads, strict=True):
+        if width % count or width % groups:
+            raise ValueError(f"unet: {width} channels can't be shared by {count} heads and {groups} norm groups.")

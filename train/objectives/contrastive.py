@@ -1,0 +1,41 @@
+"""Symmetric cross-entropy between pictures and captions (Radford et al. 2021, fig. 3), negatives from all ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from data_pipeline.samples import Batch
+from train.models.clip import CLIP, ClipLoss
+from train.objectives.terms import LossTerms
+from train.randomness import StreamRandom
+
+
+class Contrastive(nn.Module):
+    """Batch of pictures and captions -> LossTerms. Half of the pictures are mirrored, all shifted by up to `shift`."""
+
+    def __init__(self, clip: CLIP, rank: int = 0, world_size: int = 1, shift: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        self.clip, self.shift, self.seed = clip, shift, seed
+        # Each rank scores its own rows against all ranks' columns; averaged gradients are then those of the whole.
+        self.clip_loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+
+    def forward(self, batch: Batch) -> LossTerms:
+        images = batch.tensors["image"]
+        random = StreamRandom(self.seed, batch.step, batch.streams, len(batch) // len(batch.streams), images.device)
+        mirror = random.uniform("mirror") < 0.5
+        images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
+        if self.shift:
+            images = self.shifted(images, random)
+        image, text, scale = self.clip(images, batch.captions)
+        loss = self.clip_loss(image.float(), text.float(), scale.float())
+        right = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
+        parts = {"loss": loss.detach(), "batch_top1": right.float().mean()}
+        return LossTerms(loss, parts, loss.detach().expand(len(image)))
+
+    def shifted(self, images: torch.Tensor, random: StreamRandom) -> torch.Tensor:
+        """Each picture moved on its own by -shift..shift pixels over white: (B, 3, H, W) -> the same."""
+        size, reach = images.shape[-1], 2 * self.shift + 1
+        padded = nn.functional.pad(images, [self.shift] * 4, value=1.0)
+        offsets = (random.uniform("shift", (2,)) * reach).long().tolist()
+        return torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(padded, offsets, strict=True)])

@@ -1,0 +1,19 @@
+"""What an objective hands to the engine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LossTerms(NamedTuple):
+    """`total`: the scalar to descend; `parts`: detached named means; `per_sample`: (B,) detached; `t`: (B,) or None.
+
+    A tuple, because DeepSpeed's hooks look for tensors in tuples and dictionaries only.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    per_sample: Tensor
+    t: Tensor | None = None

@@ -1,0 +1,72 @@
+"""The optimizer and its learning rate as a function of the number of applied steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import cos, pi
+
+import torch
+from torch import nn
+
+from data_pipeline.errors import UserError
+
+SCHEDULES = ("constant", "cosine", "linear_tail")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Factor of the base rate: linear warm-up, then flat ("constant"), a half cosine to 0 ("cosine"), or flat and then
+    linear to 0 over the last `tail` of the run ("linear_tail"; warmup-stable-decay, Hu et al. 2024)."""
+
+    kind: str = "constant"
+    warmup: int = 0
+    tail: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise UserError(f"optimizer.schedule.kind={self.kind} is unknown: take one of {', '.join(SCHEDULES)}.")
+
+    def factor(self, step: int, total: int) -> float:
+        """At applied step `step` of `total`, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.kind == "cosine":
+            return 0.5 * (1 + cos(pi * (step - self.warmup) / max(total - self.warmup, 1)))
+        if self.kind == "linear_tail":
+            return min(1.0, (total - step) / max(self.tail * total, 1))
+        return 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """torch's AdamW (Loshchilov & Hutter 2019), fused on CUDA. Biases, norms and other vectors are not decayed."""
+
+    lr: float
+    schedule: Schedule
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+    def build(self, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+        """Over the module's trainable parameters."""
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": params, "weight_decay": decay}
+            for params, decay in (
+                ([p for p in trainable if p.dim() > 1], self.weight_decay),
+                ([p for p in trainable if p.dim() <= 1], 0.0),
+            )
+            if params
+        ]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=device.type == "cuda")
+
+    def lr_at(self, step: int, total: int) -> float:
+        """The rate of applied step `step`."""
+        return self.lr * self.schedule.factor(step, total)
+
+
+def set_lr(groups: Iterable[dict], lr: float) -> None:
+    """The same rate in all parameter groups."""
+    for group in groups:
+        group["lr"] = lr

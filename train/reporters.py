@@ -1,0 +1,100 @@
+"""Where metrics go: metrics.jsonl, which is the truth, and W&B beside it. Rank 0 only; the others report to no one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Reporter(Protocol):
+    """Values and pictures by step."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def image(self, step: int, name: str, path: Path) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line, flushed at once. Rows past the step resumed from are cut: they come again."""
+
+    def __init__(self, path: Path, from_step: int = 0) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= from_step] if path.exists() else []
+        self.file = path.open("w")
+        for row in kept:
+            self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._write({"step": step, **values})
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self._write({"step": step, name: path.name})
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class WeightsAndBiases:
+    """W&B in the run folder; offline where no account is set up (`wandb sync <folder>` uploads it later)."""
+
+    def __init__(
+        self, folder: Path, run_id: str, config: dict[str, Any], project: str, mode: str | None = None
+    ) -> None:
+        import wandb
+
+        self.wandb = wandb
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        self.run = wandb.init(
+            project=project,
+            dir=str(folder),
+            id=run_id,
+            name=folder.name,
+            config=config,
+            mode=mode,
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=mode == "offline"),
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self.run.log({name: self.wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish(quiet=True)
+
+
+class Reporters:
+    """Several as one; with none, a reporter that says nothing."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for reporter in self.reporters:
+            reporter.log(step, values)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        for reporter in self.reporters:
+            reporter.image(step, name, path)
+
+    def close(self) -> None:
+        for reporter in self.reporters:
+            reporter.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,44 @@
+"""A run's folder: its configuration, its identity, and whether it may be written to."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import yaml
+from data_pipeline.storage import write_atomically
+
+from data_pipeline.errors import UserError
+from train.ranks import Ranks, broadcast_object
+from train.reporters import JsonLines, Reporters, WeightsAndBiases
+
+
+class RunFolder:
+    """<run>/config.yaml metrics.jsonl samples/ checkpoints/. Made by rank 0; one id for all ranks and resumptions."""
+
+    def __init__(self, path: str | Path, config: dict[str, Any], ranks: Ranks) -> None:
+        self.path, self.config, self.ranks = Path(path), config, ranks
+        self.run_id = str(broadcast_object(self._claim() if ranks.is_main else None))
+        self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
+
+    def _claim(self) -> str:
+        marker = self.path / "run_id"
+        if marker.exists():
+            return marker.read_text().strip()
+        if self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"output={self.path} holds something that is not a run: choose a new or empty folder.")
+        (self.path / "samples").mkdir(parents=True)
+        run_id = secrets.token_hex(4)
+        write_atomically(marker, run_id.encode())
+        return run_id
+
+    def reporters(self, from_step: int, wandb_project: str | None) -> Reporters:
+        """metrics.jsonl, going on behind `from_step`, and W&B where a project is named; nothing off rank 0."""
+        if not self.ranks.is_main:
+            return Reporters()
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
+        lines = JsonLines(self.path / "metrics.jsonl", from_step)
+        if not wandb_project:
+            return Reporters(lines)
+        return Reporters(lines, WeightsAndBiases(self.path, self.run_id, self.config, wandb_project))

@@ -1,0 +1,156 @@
+"""Train the cross-attention U-Net on latent shards through DeepSpeed: compose, build, fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from data_pipeline.entry import entry
+from data_pipeline.manifest import Manifest
+from data_pipeline.samples import TextStates
+from train.ema import Ema
+from train.engine import DTYPES, Engine
+from train.evaluation.generate import Generator
+from train.evaluation.report import curve_line, grid, plot_curves, save_png
+from train.evaluation.validation import HeldoutLoss
+from train.fitting import fit
+from train.latent_data import LatentFacts
+from train.models.attention import attention_backend
+from train.objectives.latent_diffusion import LatentDiffusion
+from train.ranks import Ranks, closing_distributed, find_ranks
+from train.reporters import Reporter, read_metrics
+from train.run_folder import RunFolder
+from train.train_state import TrainState
+from train.trainer import Action
+
+
+@entry("train_ldm")
+def main(cfg: DictConfig) -> None:
+    ranks = find_ranks()
+    with closing_distributed():
+        train(cfg, ranks)
+
+
+def train(cfg: DictConfig, ranks: Ranks) -> None:
+    """Check what doesn't belong together, build, fit, and say where it lies."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    latents = Manifest.load(f"{cfg.input}/train", "latents")
+    autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
+    facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold)
+    facts.refuse_other_encoders(autoencoder=autoencoder)
+    torch.manual_seed(cfg.seed)
+    unet = instantiate(cfg.unet, _convert_="all")
+    facts.refuse_other_shapes(unet)
+    run = RunFolder(cfg.output, config, ranks)
+    if ranks.is_main:
+        facts.save(run.path)
+        print(f"attention: {attention_used(unet, DTYPES[cfg.engine.dtype], ranks)}", flush=True)
+    objective = instantiate(
+        cfg.objective, unet=unet, scaling=facts.scaling, null=facts.null, seed=cfg.seed, _convert_="all"
+    )
+    averaged = copy.deepcopy(unet).to(ranks.device, DTYPES[cfg.engine.dtype]).eval().requires_grad_(False)
+    heldout = instantiate(cfg.read, root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
+
+    def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
+        def with_averaged_weights(do: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
+            def action(state: TrainState) -> None:
+                averaged.load_state_dict(engine.full_state_dict(ema.shards, prefix="unet."))
+                do(state)
+
+            return action
+
+        validation = HeldoutLoss(objective, averaged, heldout, ranks, reporter)
+        preview = Preview(cfg, objective, averaged, autoencoder, facts, run, reporter) if autoencoder else None
+        return [
+            Action(cfg.validate_every, with_averaged_weights(validation.measure)),
+            Action(cfg.preview_every, with_averaged_weights(preview.draw) if preview else lambda state: None),
+        ]
+
+    fit(
+        "train_ldm",
+        objective,
+        "unet.",
+        instantiate(cfg.training),
+        instantiate(cfg.optimizer),
+        instantiate(cfg.engine),
+        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
+        run,
+        identity(config, latents),
+        actions,
+    )
+    if ranks.is_main:
+        report(run)
+
+
+def identity(config: dict[str, Any], latents: Manifest) -> dict[str, Any]:
+    """What a resumed run must have in common with its checkpoint."""
+    same = {name: config[name] for name in ("seed", "fold", "unet", "objective")}
+    return {"data": latents.fingerprint, "streams": config["data"]["streams"], **same}
+
+
+def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:
+    """The backend of each head width of the U-Net, as it will run."""
+    widths = {module.to_q.out_features // module.heads for module in unet.modules() if hasattr(module, "to_q")}
+    return ", ".join(f"{attention_backend(ranks.device.type, dtype, w)} (head width {w})" for w in sorted(widths))
+
+
+class Preview:
+    """A grid of fixed prompts with fixed seeds, drawn by rank 0 with the averaged weights."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        objective: LatentDiffusion,
+        unet: nn.Module,
+        autoencoder: nn.Module,
+        facts: LatentFacts,
+        run: RunFolder,
+        reporter: Reporter,
+    ) -> None:
+        self.run, self.reporter, self.guidance, self.seed = run, reporter, cfg.guidance, cfg.seed
+        self.sampler = instantiate(cfg.sampler)
+        device = run.ranks.device
+        self.generator = Generator(
+            unet,
+            objective.process,
+            objective.parameterization,
+            facts.scaling,
+            autoencoder.to(device).decode,
+            facts.null,
+            facts.unet_shape,
+            device,
+        )
+        count = cfg.preview_samples
+        samples = instantiate(cfg.read, root=f"{cfg.input}/train", limit=count * 8)[::8][:count]
+        self.captions = [sample["caption"] for sample in samples]
+        self.text = TextStates(
+            *(
+                torch.stack([torch.from_numpy(sample[name]).float() for sample in samples])
+                for name in ("text", "pooled")
+            )
+        )
+
+    def draw(self, state: TrainState) -> None:
+        if self.run.ranks.is_main:
+            drawn = self.generator.draw(self.text, self.sampler, self.guidance, self.seed)
+            path = self.run.samples / f"step-{state.step:08d}.png"
+            self.reporter.image(state.step, "samples", save_png(grid(list(drawn), self.captions), path))
+
+
+def report(run: RunFolder) -> None:
+    """The curves as a plot and in the terminal, and where the weights are."""
+    rows = read_metrics(run.path / "metrics.jsonl")
+    plot_curves(rows, ["loss", "heldout_loss", "lr"], run.path / "curves.png")
+    print(curve_line("train loss", rows, "loss"))
+    print(curve_line("held-out loss", rows, "heldout_loss"))
+    print(f"train_ldm: finished; config, metrics, samples and checkpoints in {run.path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The loop, and what happens periodically in it. It knows no model, no diffusion and no configuration."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_pipeline.progress import Progress
+from data_pipeline.samples import Batch
+from train.checkpoint import Checkpoints
+from train.ema import Ema
+from train.engine import Engine, StepResult
+from train.preemption import Preempted, Preemption
+from train.ranks import mean_over_ranks
+from train.reporters import Reporter
+from train.train_state import TrainState, due
+
+log = logging.getLogger(__name__)
+
+
+class Action(NamedTuple):
+    """Something done by all ranks every `every` steps (None: never), and at the last one."""
+
+    every: int | None
+    run: Callable[[TrainState], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """How often, in steps."""
+
+    log_every: int = 50
+    save_every: int | None = 1000
+
+
+class Trainer:
+    """Runs an engine over batches until the state is finished."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ema: Ema,
+        batches: Iterable[Batch],
+        state: TrainState,
+        checkpoints: Checkpoints,
+        reporter: Reporter,
+        cadence: Cadence,
+        actions: list[Action],
+        batch_size: int,
+        what: str,
+    ) -> None:
+        self.engine, self.ema, self.batches, self.state = engine, ema, batches, state
+        self.checkpoints, self.reporter, self.cadence, self.actions = checkpoints, reporter, cadence, actions
+        self.batch_size, self.what = batch_size, what
+        self.preemption = Preemption()
+        self.meter = Meter(batch_size)
+
+    def fit(self) -> None:
+        """Train to the end, or to a signal: then save, and leave with preemption.EXIT_CODE."""
+        state, main = self.state, self.engine.ranks.is_main
+        batches = self.meter.timed(iter(self.batches))
+        with Progress(self.what, state.total_steps, "steps", initial=state.step, shown=main) as bar:
+            while not state.finished:
+                result = self.engine.train_step(batches, state.applied_steps, state.total_steps)
+                if result.applied:
+                    self.ema.update(self.engine.master_shards())
+                state.advance(result.cursor, self.batch_size, result.applied)
+                self.meter.add(result)
+                bar.advance(1, **self.meter.shown)
+                self.act_when_due(bar)
+        self.reporter.close()
+
+    def act_when_due(self, bar: Progress) -> None:
+        """Log, then save, then the entry's own actions (validate, preview); stop where asked to."""
+        state = self.state
+        if due(state.step, self.cadence.log_every, state.total_steps):
+            self.reporter.log(state.step, self.meter.summary(self.engine))
+        if due(state.step, self.cadence.save_every, state.total_steps):
+            self.checkpoints.save(self.engine, self.ema, state)
+        for action in self.actions:
+            if due(state.step, action.every, state.total_steps):
+                action.run(state)
+                self.meter.restart_clock()
+        if not state.finished and self.preemption.agreed(state.step, self.engine.ranks.device):
+            self.checkpoints.save(self.engine, self.ema, state)
+            bar.note(f"stopped by a signal after step {state.step}; the checkpoint is saved, start again to go on")
+            self.reporter.close()
+            raise Preempted
+
+
+class Meter:
+    """Means since the last log line. Losses stay on the device until then: one host sync per log line."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.shown: dict[str, str] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.skipped, self.waited, self.lr = 0, 0, 0.0, 0.0
+        self.restarted, self.away = time.monotonic(), 0.0
+        self.last = self.restarted
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, the time spent waiting for each counted."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches)
+            self.waited += time.monotonic() - started
+            yield batch
+
+    def add(self, result: StepResult) -> None:
+        """Count a step in."""
+        self.steps += 1
+        self.skipped += not result.applied
+        self.lr = result.lr
+        for name, value in result.parts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.last = time.monotonic()
+
+    def restart_clock(self) -> None:
+        """Leave out of the rate what passed since the last step: it was not training."""
+        self.away += time.monotonic() - self.last
+
+    def summary(self, engine: Engine) -> dict[str, float]:
+        """What a log line says; collective, as the losses are means over all ranks."""
+        names = sorted(self.sums)
+        means = mean_over_ranks(torch.stack([self.sums[name] for name in names]).double() / self.steps).tolist()
+        seconds = max(time.monotonic() - self.restarted - self.away, 1e-9)
+        values = dict(zip(names, means, strict=True))
+        self.shown = {"loss": f"{values['loss']:.4f}"}
+        row = {
+            **values,
+            "lr": self.lr,
+            "gradient_norm": engine.gradient_norm(),
+            "samples_per_s": self.steps * self.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+            "skipped_steps": self.skipped,
+            "peak_memory_gb": peak_memory_gb(),
+        }
+        self._reset()
+        return row
+
+
+def peak_memory_gb() -> float:
+    """Highest so far: the device's on CUDA, else the process'."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

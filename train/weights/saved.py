@@ -1,0 +1,66 @@
+"""Our own trained autoencoder and CLIP on disk: config.json, weights.safetensors, and the fingerprint of both."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.storage import write_atomically
+
+_MADE_BY = {"AutoencoderKL": "train_autoencoder.py", "CLIP": "train_clip.py"}
+
+
+def fingerprint(config: dict[str, Any], state: dict[str, Tensor]) -> str:
+    """16 hex digits of what determines a model's output: its configuration and its weights."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_model(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor], facts: dict[str, Any]) -> str:
+    """Write <folder>/weights.safetensors, then config.json, which makes it complete; returns the fingerprint.
+
+    config: the class' keyword arguments; facts: measurements worth keeping beside it.
+    """
+    mark = fingerprint(config, state)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "weights.safetensors.tmp")
+    (folder / "weights.safetensors.tmp").replace(folder / "weights.safetensors")
+    about = {"class": kind, "config": config, "fingerprint": mark, **facts}
+    write_atomically(folder / "config.json", json.dumps(about, indent=1).encode())
+    return mark
+
+
+def load_autoencoder(path: str) -> nn.Module:
+    """A trained first stage in eval mode, its `fingerprint` checked."""
+    return _load(path, "train.models.autoencoder", "AutoencoderKL", "autoencoder.path")
+
+
+def load_clip(path: str) -> nn.Module:
+    """A trained CLIP in eval mode, its `fingerprint` checked."""
+    return _load(path, "train.models.clip", "CLIP", "clip.path")
+
+
+def _load(path: str, module: str, kind: str, option: str) -> nn.Module:
+    folder = Path(path)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{option}={path} holds no {kind}: give the output= of a finished {_MADE_BY[kind]} run.")
+    about = json.loads((folder / "config.json").read_text())
+    if about.get("class") != kind:
+        raise UserError(f"{option}={path} holds a {about.get('class')}, not a {kind}.")
+    state = load_file(folder / "weights.safetensors")
+    if fingerprint(about["config"], state) != about["fingerprint"]:
+        raise DataError(f"{folder / 'weights.safetensors'} is not what was saved there: train or copy it again.")
+    model = getattr(importlib.import_module(module), kind)(**about["config"])
+    model.load_state_dict(state)
+    model.fingerprint = about["fingerprint"]
+    return model.eval().requires_grad_(False)
