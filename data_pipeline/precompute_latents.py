@@ -194,7 +194,8 @@ def encode_batch(samples: Sequence[dict[str, Any]], encoders: Encoders) -> dict[
     }
     if encoders.flips:
         encoded["moments_flip.npy"] = encoders.image.encode_moments(images.flip(-1))
-    arrays = {name: value.float().cpu().numpy().astype(encoders.dtype) for name, value in encoded.items()}
+    with np.errstate(over="ignore"):  # what overflows is not finite, and is refused below
+        arrays = {name: value.float().cpu().numpy().astype(encoders.dtype) for name, value in encoded.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise DataError(

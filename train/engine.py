@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it guesses, and warns
+
+import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -187,5 +190,4 @@ class Engine:
 def _quieten() -> None:
     """DeepSpeed's warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
     deepspeed_logger.setLevel(logging.WARNING)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -67,7 +67,7 @@ class WeightsAndBiases:
         self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class Reporters:

@@ -51,9 +51,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     if ranks.is_main:
         facts.save(run.path)
         print(f"attention: {attention_used(unet, DTYPES[cfg.engine.dtype], ranks)}", flush=True)
-    objective = instantiate(
-        cfg.objective, unet=unet, scaling=facts.scaling, null=facts.null, seed=cfg.seed, _convert_="all"
-    )
+    make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
+    objective = make_objective(unet=unet, scaling=facts.scaling, null=facts.null, seed=cfg.seed)
     averaged = copy.deepcopy(unet).to(ranks.device, DTYPES[cfg.engine.dtype]).eval().requires_grad_(False)
     heldout = instantiate(cfg.read, root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 

@@ -54,7 +54,8 @@ def open_run(
     unet = build(config["unet"], _convert_="all")
     unet.load_state_dict(load_file(weights))
     unet.to(device).eval().requires_grad_(False)
-    objective = build(config["objective"], unet=unet, scaling=facts.scaling, null=facts.null, _convert_="all")
+    make_objective = build(config["objective"], _partial_=True, _convert_="all")
+    objective = make_objective(unet=unet, scaling=facts.scaling, null=facts.null)
     generator = Generator(
         unet,
         objective.process,

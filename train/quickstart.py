@@ -1,0 +1,127 @@
+"""The whole chain on a real small data set, by the same commands that a user types; finished stages are skipped."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from data_pipeline.entry import entry
+from data_pipeline.errors import UserError
+from data_pipeline.storage import write_atomically
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A script with its arguments, as typed from the repo's root."""
+
+    script: str
+    arguments: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        return Path(self.script).stem
+
+
+def stages(output: str, extra: DictConfig) -> list[Stage]:
+    """The chain below `output`; `extra` adds to each stage's command line."""
+    shards, latents, autoencoder, clip, ldm = (
+        f"{output}/{name}" for name in ("shards", "latents", "autoencoder", "clip", "ldm")
+    )
+    encoders = [f"autoencoder.path={autoencoder}", f"clip.path={clip}"]
+    chain = (
+        ("data_pipeline/make_shards.py", [f"output={shards}"]),
+        ("train/train_autoencoder.py", [f"input={shards}", f"output={autoencoder}"]),
+        ("train/train_clip.py", [f"input={shards}", f"output={clip}"]),
+        ("data_pipeline/precompute_latents.py", [f"input={shards}", f"output={latents}", *encoders]),
+        ("train/train_ldm.py", [f"input={latents}", f"output={ldm}", *encoders]),
+        ("train/sample_images.py", [f"input={ldm}"]),
+        ("train/evaluate_ldm.py", [f"input={ldm}", f"shards={shards}"]),
+    )
+    return [Stage(script, [*arguments, *extra[Path(script).stem]]) for script, arguments in chain]
+
+
+@entry("quickstart")
+def main(cfg: DictConfig) -> None:
+    chain = stages(cfg.output, cfg.demo)
+    names = [stage.name for stage in chain]
+    if cfg.only is not None and cfg.only not in names:
+        raise UserError(f"only={cfg.only} is no stage: take one of {', '.join(names)}.")
+    seconds = {}
+    for number, stage in enumerate(chain, 1):
+        seconds[stage.name] = run_stage(stage, Path(cfg.output), f"[{number}/{len(chain)}]")
+        if stage.name == cfg.only:
+            return
+    summarise(Path(cfg.output), seconds)
+
+
+def run_stage(stage: Stage, output: Path, place: str) -> float:
+    """Run it unless the same command has finished before; returns the seconds it takes or took."""
+    note = output / "finished" / f"{stage.name}.json"
+    command = [stage.script, *stage.arguments]
+    if note.exists() and (before := json.loads(note.read_text()))["command"] == command:
+        print(f"{place} {stage.name}: finished before", flush=True)
+        return before["seconds"]
+    typed = " ".join(part if all(c not in part for c in " '[]") else f'"{part}"' for part in command)
+    print(f"\n{place} python {typed}", flush=True)
+    started = time.monotonic()
+    code = subprocess.run([sys.executable, *command], cwd=REPO).returncode
+    if code:
+        print(f"quickstart: {stage.name} ended with code {code}; mend it and start again to go on", file=sys.stderr)
+        sys.exit(code)
+    seconds = time.monotonic() - started
+    write_atomically(note, json.dumps({"command": command, "seconds": seconds}).encode())
+    return seconds
+
+
+def summarise(output: Path, seconds: dict[str, float]) -> None:
+    """The demo's figures in one place: <output>/summary.json, and on the terminal."""
+    autoencoder = json.loads((output / "autoencoder/config.json").read_text())
+    clip = json.loads((output / "clip/config.json").read_text())
+    evaluation = json.loads((output / "ldm/evaluation/evaluation.json").read_text())
+    heldout = [
+        row["heldout_loss"]
+        for row in map(json.loads, (output / "ldm/metrics.jsonl").read_text().splitlines())
+        if "heldout_loss" in row
+    ]
+    summary = {
+        **{name: evaluation[name] for name in evaluation if name.endswith(("top1", "top5"))},
+        "heldout_psnr_db": autoencoder["heldout_psnr_db"],
+        "clip_train_retrieval_top1": clip["train_retrieval_top1"],
+        "clip_heldout_retrieval_top5": clip["heldout_retrieval_top5"],
+        "heldout_loss": heldout[-1],
+        "minutes": {name: round(value / 60, 2) for name, value in seconds.items()},
+        "minutes_in_all": round(sum(seconds.values()) / 60, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+    }
+    write_atomically(output / "summary.json", json.dumps(summary, indent=1).encode())
+    print(f"\nquickstart: done, {summary['minutes_in_all']} minutes in all, peak memory {summary['peak_memory_gb']} GB")
+    print(
+        f"  recall of training captions  top-1 {summary['training_recall_top1']:.2f}, top-5 "
+        f"{summary['training_recall_top5']:.2f} (shuffled: {summary['shuffled_captions_top1']:.2f}, "
+        f"{summary['shuffled_captions_top5']:.2f})"
+    )
+    print(f"  held-out PSNR of the autoencoder  {summary['heldout_psnr_db']:.2f} dB")
+    print(f"  held-out loss of the denoiser     {summary['heldout_loss']:.4f}")
+    for what, where in (
+        ("drawn beside real", "ldm/evaluation/beside_real.png"),
+        ("drawn, with captions", "ldm/evaluation/drawn.png"),
+        ("held-out captions", "ldm/evaluation/heldout.png"),
+        ("grids while it trained", "ldm/samples/"),
+        ("curves", "ldm/curves.png"),
+        ("all figures", "summary.json"),
+    ):
+        print(f"  {what:<24} {output / where}")
+
+
+if __name__ == "__main__":
+    main()
