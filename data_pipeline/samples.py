@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,3 +51,8 @@ class TextStates:
 
     tokens: Tensor
     pooled: Tensor
+
+
+def stacked(samples: Sequence[Mapping[str, Any]], name: str) -> Tensor:
+    """Field `name` of samples as one float32 tensor: (B, ...)."""
+    return torch.from_numpy(np.stack([sample[name] for sample in samples])).float()

@@ -1,15 +1,15 @@
-# forwarding "<signals>" <command...>: run it, pass these signals on to it, return its exit code. Sourced.
+# forwarding "<got>:<given> ..." <command...>: run it, pass signals on to it, return its exit code. Sourced.
 # A command in the foreground would hold bash's traps back until it ends, so it goes behind, and is waited for; and
 # where Slurm tracks processes by cgroup, it signals only those it started itself: a shell must pass on what it gets.
 forwarding() {
-    local signals=$1 child code interrupted=1 signal
+    local pairs=$1 child code interrupted=1 pair
     shift
-    trap '' USR1 # inherited: until the program's own handler stands, the warning must not kill it
+    trap '' USR1 # the command inherits this: elsewhere Slurm signals every process, data loader workers too
     "$@" &
     child=$!
-    for signal in $signals; do
+    for pair in $pairs; do
         # shellcheck disable=SC2064
-        trap "interrupted=1; kill -s $signal $child 2>/dev/null" "$signal"
+        trap "interrupted=1; ${pair%:*}_came=yes; kill -s ${pair#*:} $child 2>/dev/null" "${pair%:*}"
     done
     while ((interrupted)); do
         interrupted=0

@@ -27,11 +27,13 @@ launch() {
     export MASTER_ADDR MASTER_PORT AGAIN_NOTE START_ME_AGAIN
     echo "job $SLURM_JOB_ID: $nodes node(s) x $tasks task(s) x $cpus cpu(s), rendezvous $MASTER_ADDR:$MASTER_PORT," \
         "restart ${SLURM_RESTART_COUNT:-0}: $PYTHON $*"
-    forwarding "USR1" srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
+    forwarding "USR1:USR1" srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
         --cpus-per-task="$cpus" --distribution=block --kill-on-bad-exit=1 bash slurm/task.sh "$@"
     code=$?
     if ((code == 0)) && [[ -s $AGAIN_NOTE ]]; then
         requeue
+    elif ((code != 0)) && [[ ${USR1_came:-} ]]; then
+        requeue # warned while they were still starting, they died of it: the last checkpoint is there to go on from
     fi
     exit "$code"
 }
@@ -62,17 +64,17 @@ cpus_per_task() {
     fi
 }
 
-# Asked for by the processes, after a warning. scancel does not end here: its TERM ends this shell.
+# Asked for by the processes, or after a warning. scancel does not end here: its TERM ends this shell.
 requeue() {
     local restarts=${SLURM_RESTART_COUNT:-0} limit=${MAX_RESTARTS:-20}
     if ((restarts >= limit)); then
-        complain "stopped after $restarts restarts (MAX_RESTARTS=$limit); the state is saved:" \
+        complain "stopped after $restarts restarts (MAX_RESTARTS=$limit):" \
             "submit the same line again to go on."
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "job $SLURM_JOB_ID: saved, and back into the queue (restart $((restarts + 1)) of at most $limit)"
+        echo "job $SLURM_JOB_ID: back into the queue (restart $((restarts + 1)) of at most $limit)"
         exit 0
     else
-        complain "Slurm did not take the job back; the state is saved: submit the same line again to go on."
+        complain "Slurm did not take the job back: submit the same line again to go on."
     fi
     exit "$START_ME_AGAIN"
 }

@@ -5,7 +5,8 @@ export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 [[ ${CUDA_VISIBLE_DEVICES:-,} == *,* ]] || LOCAL_RANK=0
 export PATH=${PYTHON%/*}:$PATH # tools beside the interpreter, ninja for one
 
-forwarding "USR1 TERM" "$PYTHON" "$@"
+# The warning reaches the program, and it alone, as TERM: USR1 itself is ignored by it and by all that it starts.
+forwarding "USR1:TERM TERM:TERM" "$PYTHON" "$@"
 code=$?
 if ((code == START_ME_AGAIN)); then
     # All ranks agreed to stop and have saved, so none is a failure that srun must stop the others for, while they

@@ -43,7 +43,8 @@ class Training:
         parts = world_size * self.accumulation
         if self.batch_size % parts:
             raise UserError(
-                f"batch_size={self.batch_size} can't be shared by {world_size} ranks x accumulation={self.accumulation}: "
+                f"batch_size={self.batch_size} can't be shared by {world_size} ranks x accumulation "
+                f"{self.accumulation}: "
                 f"make it a multiple of {parts}."
             )
 
@@ -64,7 +65,7 @@ def fit(
     identity: dict[str, Any],
     make_actions: MakeActions,
 ) -> dict[str, Tensor]:
-    """Train to the end, going on from a checkpoint where there is one. Returns the EMA weights, whole, on every rank."""
+    """Train to the end, from a checkpoint where there is one. Returns the EMA weights, whole, on every rank."""
     ranks = run.ranks
     training.check(ranks.world_size)
     engine = Engine(objective, optimizer, engine_config, ranks, training.batch_size, training.accumulation)

@@ -48,7 +48,7 @@ class WeightsAndBiases:
         import wandb
 
         self.wandb = wandb
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         self.run = wandb.init(
             project=project,
             dir=str(folder),

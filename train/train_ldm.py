@@ -13,7 +13,7 @@ from torch import nn
 
 from data_pipeline.entry import entry
 from data_pipeline.manifest import Manifest
-from data_pipeline.samples import TextStates
+from data_pipeline.samples import TextStates, stacked
 from train.ema import Ema
 from train.engine import DTYPES, Engine
 from train.evaluation.generate import Generator
@@ -128,12 +128,7 @@ class Preview:
         count = cfg.preview_samples
         samples = instantiate(cfg.read, root=f"{cfg.input}/train", limit=count * 8)[::8][:count]
         self.captions = [sample["caption"] for sample in samples]
-        self.text = TextStates(
-            *(
-                torch.stack([torch.from_numpy(sample[name]).float() for sample in samples])
-                for name in ("text", "pooled")
-            )
-        )
+        self.text = TextStates(stacked(samples, "text"), stacked(samples, "pooled"))
 
     def draw(self, state: TrainState) -> None:
         if self.run.ranks.is_main:

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "ip")
+DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "setpriv", "ip")
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
+NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 CONTROLLER = "control"
 SUBNET = "198.18.0"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -73,9 +75,6 @@ def missing() -> str | None:
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
 
-NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
-
-
 class Machine:
     """A set of namespaces, held open by a process that reaps what others leave behind in it."""
 
@@ -83,7 +82,8 @@ class Machine:
         self.name, self.address = name, address
         setup = f'hostname "{name}" && ip link set lo up && mount --bind "{hosts}" /etc/hosts && echo ready'
         self.process = subprocess.Popen(
-            ["unshare", *NAMESPACES, "bash", "-c", f"{setup}; while :; do sleep 3600 & wait; done"],
+            # setpriv: should pytest itself be killed, the kernel clears this away.
+            [*DIES_WITH_US, "unshare", *NAMESPACES, "bash", "-c", f"{setup}; while :; do sleep 3600 & wait; done"],
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,

@@ -42,6 +42,8 @@ def jobs(cluster: Cluster, checkout: Path) -> dict[str, Job]:
         return cluster.submit(checkout, *line, PYTHON=sys.executable, **environment)
 
     return {
+        "warned": submit("stop", "--nodes=2", name="warned"),
+        "young": submit("sleep", name="young", script="precompute_latents"),
         "again": submit("again", "--nodes=2", MAX_RESTARTS="1"),
         "meet": submit("meet", "--nodes=2"),
         "fail": submit("fail", "--nodes=2"),
@@ -112,19 +114,32 @@ def test_requeues_are_capped(jobs: dict[str, Job], checkout: Path) -> None:
     assert [len(said) for said in starts(checkout / "again").values()] == [2, 2]
     assert {path.name for path in (checkout / "again").glob("closed-*")} == {"closed-0", "closed-1"}
     output = job.output()
-    assert "saved, and back into the queue (restart 1 of at most 1)" in output  # --open-mode=append kept it
-    assert "stopped after 1 restarts (MAX_RESTARTS=1); the state is saved" in output
+    assert "back into the queue (restart 1 of at most 1)" in output  # --open-mode=append kept it
+    assert "stopped after 1 restarts (MAX_RESTARTS=1)" in output
+
+
+def test_a_warning_stops_and_requeues(cluster: Cluster, jobs: dict[str, Job], checkout: Path) -> None:
+    job, output = jobs["warned"], checkout / "warned"
+    job.wait_for(lambda facts: len(list(output.glob("ready-*"))) == 2, 20)
+    cluster.client("scancel", "--batch", "--signal=USR1", str(job.number))
+    young = jobs["young"]
+    young.wait_for(lambda facts: len(starts(checkout / "young")) == 1, 20)
+    cluster.client("scancel", "--batch", "--signal=USR1", str(young.number))
+    for warned in (job, young):
+        facts = warned.wait(40)
+        assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), warned.output()
+    assert sorted(path.name for path in output.glob("child-*")) == ["child-lives"]
 
 
 def test_cancelled_is_not_requeued(cluster: Cluster, jobs: dict[str, Job], checkout: Path) -> None:
-    job = jobs["stop"]
-    job.wait_for(lambda facts: len(starts(checkout / "stop")) == 2, 20)
+    job, output = jobs["stop"], checkout / "stop"
+    job.wait_for(lambda facts: len(list(output.glob("ready-*"))) == 2, 20)
     cluster.client("scancel", str(job.number))
     job.wait(20)
     time.sleep(1)
     facts = job.facts()
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
-    assert (checkout / "stop" / "got-SIGTERM").exists()
+    assert list(output.glob("child-*"))  # it was told, and had time to save
 
 
 def test_from_elsewhere_gets_a_sentence(cluster: Cluster, tmp_path: Path) -> None:
@@ -135,19 +150,23 @@ def test_from_elsewhere_gets_a_sentence(cluster: Cluster, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
 def test_a_task_passes_signals_on(checkout: Path, name: str) -> None:
-    """Where Slurm tracks processes by cgroup, only the shell that it started gets the signal."""
+    """Where Slurm tracks processes by cgroup, only the shell that it started gets the signal; the program gets TERM."""
     output = checkout / f"task-{name}"
     output.mkdir()
     note = output / "note"
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
     ours = {"PYTHON": sys.executable, "START_ME_AGAIN": "75", "AGAIN_NOTE": str(note)}
     line = ["bash", "slurm/task.sh", "train/train_ldm.py", f"output={output}", "do=stop"]
-    with subprocess.Popen(line, cwd=checkout, env={**os.environ, **slurm, **ours}) as task:
+    with subprocess.Popen(line, cwd=checkout, env={**os.environ, **slurm, **ours}, start_new_session=True) as task:
         for _ in range(100):
-            if (output / "rank-0.jsonl").exists():
+            if (output / "ready-0").exists():
                 break
             time.sleep(0.1)
         task.send_signal(getattr(signal, f"SIG{name}"))
-        assert task.wait(10) == 0
-    assert (output / f"got-SIG{name}").exists()
+        try:
+            assert task.wait(10) == 0
+        finally:
+            if task.returncode is None:
+                os.killpg(task.pid, signal.SIGKILL)
+    assert (output / "child-lives").exists()
     assert note.read_text() == "75\n"

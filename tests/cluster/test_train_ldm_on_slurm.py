@@ -95,8 +95,9 @@ def test_two_nodes_train_as_one_run(jobs: dict[str, Job], folder: Path) -> None:
     assert facts["Restarts"] == "0"
 
 
-def test_stopped_and_straight_are_the_same_run(folder: Path) -> None:
-    """After the two above."""
+def test_stopped_and_straight_are_the_same_run(jobs: dict[str, Job], folder: Path) -> None:
+    """Once the two above are through."""
+    assert {jobs[name].wait(60)["JobState"] for name in ("signalled", "straight")} == {"COMPLETED"}
     assert losses(folder / "signalled") == pytest.approx(losses(folder / "straight"), rel=1e-5)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.samples import Batch, DataCursor, stacked
 from train.diffusion.time_sampling import evenly_spaced
 from train.objectives.latent_diffusion import LatentDiffusion
 from train.ranks import Ranks, mean_over_ranks
@@ -55,9 +55,6 @@ class HeldoutLoss:
     def _batch(self, jobs: Sequence[tuple[int, int]]) -> Batch:
         """One stream a job, so that its noise depends on the job alone."""
         samples = [self.samples[i] for i, _ in jobs]
-        tensors = {
-            name: torch.stack([torch.from_numpy(s[name]).float() for s in samples]).to(self.ranks.device)
-            for name in ("moments", "text", "pooled")
-        }
+        tensors = {name: stacked(samples, name).to(self.ranks.device) for name in ("moments", "text", "pooled")}
         keys, captions = tuple(s["key"] for s in samples), tuple(s["caption"] for s in samples)
         return Batch(keys, captions, tensors, tuple(i * self.times + t for i, t in jobs), 0, DataCursor())

@@ -1,0 +1,120 @@
+"""Killed and started again: the same losses, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from synthetic import (
+    NO_ENCODERS,
+    ROOT,
+    TINY_LATENTS,
+    TINY_UNET,
+    command,
+    environment,
+    losses,
+    metric_rows,
+    run,
+    write_splits,
+)
+
+SETTINGS = [
+    *TINY_UNET, *NO_ENCODERS, "training.steps=60", "training.save_every=30", "training.batch_size=16",
+    "training.log_every=1", "engine=zero2", "validate_every=null",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_splits(tmp_path_factory.mktemp("latents"), TINY_LATENTS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    run("train/train_ldm.py", f"input={latents}", f"output={output}", *SETTINGS, ranks=2)
+    return output
+
+
+def kill_with_children(process: subprocess.Popen) -> None:
+    """SIGKILL to torchrun and to its ranks, which have sessions of their own."""
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in everyone:
+        one.kill()
+    psutil.wait_procs(everyone, timeout=30)
+    process.wait()
+
+
+def test_killed_after_step_30_of_60_and_resumed(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = [f"input={latents}", f"output={output}", *SETTINGS]
+    process = subprocess.Popen(
+        command("train/train_ldm.py", *arguments, ranks=2), cwd=ROOT, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    published = output / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not (published.exists() and len(losses(output)) > 30) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    kill_with_children(process)
+    assert 30 < len(losses(output)) < 60, "it was not killed between step 30 and the end"
+
+    done = run("train/train_ldm.py", *arguments, "training.resume=must", ranks=2)
+    assert "resumed from step 30 of 60" in done.stdout
+    assert [row["step"] for row in metric_rows(output) if "loss" in row] == list(range(1, 61))
+    assert losses(output) == losses(undisturbed)
+    last = "checkpoints/step-00000060/ema.safetensors"
+    assert (output / last).read_bytes() == (undisturbed / last).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(latents: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = [f"input={latents}", f"output={output}", *SETTINGS, "training.save_every=4"]
+    run("train/train_ldm.py", *arguments, "training.steps=8")
+    with (output / "checkpoints/step-00000008/ema-rank-00000.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\xff\xff\xff\xff")
+    done = run("train/train_ldm.py", *arguments, "training.steps=10")
+    assert "resumed from step 4 of 10" in done.stdout
+    assert "step-00000008 is damaged" in done.stderr
+    assert sorted(losses(output)) == list(range(1, 11))
+
+
+def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+    arguments = [f"input={latents}", *SETTINGS]
+    cases = [
+        ([f"output={undisturbed}", "seed=1"], "seed was 0 and is 1"),
+        ([f"output={undisturbed}"], "ranks was 2 and is 1"),
+        ([f"output={undisturbed}", "training.resume=never"], "resume=never"),
+        ([f"output={tmp_path / 'new'}", "training.resume=must"], "no intact checkpoint"),
+    ]
+    for options, sentence in cases:
+        done = run("train/train_ldm.py", *arguments, *options, check=False)
+        assert done.returncode == 2, done.stderr
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = [f"input={latents}", f"output={output}", *SETTINGS]
+    process = subprocess.Popen(
+        command("train/train_ldm.py", *arguments), cwd=ROOT, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(losses(output)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    step = json.loads(next(output.glob("checkpoints/*/state.json")).read_text())["state"]["step"]
+    assert 3 <= step < 60
+    done = run("train/train_ldm.py", *arguments)
+    assert f"resumed from step {step} of 60" in done.stdout
+    assert sorted(losses(output)) == list(range(1, 61))

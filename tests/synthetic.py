@@ -1,0 +1,92 @@
+"""Small data sets with known content, and the entry points run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from data_pipeline.manifest import Manifest
+from data_pipeline.shard_writer import ShardWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_LATENTS = {"moments.npy": (8, 8, 8), "text.npy": (4, 6), "pooled.npy": (5,)}
+DEMO_LATENTS = {"moments.npy": (8, 16, 16), "text.npy": (16, 192), "pooled.npy": (128,)}
+TINY_UNET = [
+    "unet.channels=[8,16]", "unet.norm_groups=4", "unet.heads=2", "unet.context_dim=6", "unet.vector_dim=5",
+]  # fmt: skip
+NO_ENCODERS = ["autoencoder.path=none", "clip.path=none", "preview_every=null", "training.wandb_project=null"]
+
+
+def write_latents(root: Path, samples: int, shapes: dict[str, tuple[int, ...]], shard_size: int = 16) -> None:
+    """<root> as a latent data set of standard normal numbers, a function of `samples` and `shapes` alone."""
+    random, shards = np.random.default_rng(samples), []
+    for first in range(0, samples, shard_size):
+        writer = ShardWriter()
+        for i in range(first, min(first + shard_size, samples)):
+            arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+            writer.add(f"{i:06d}", {**arrays, "json": {"caption": f"thing {i}"}})
+        shards.append(writer.publish(root, f"shards/{len(shards):06d}.tar"))
+    null = {"tokens": torch.zeros(shapes["text.npy"]), "pooled": torch.zeros(shapes["pooled.npy"])}
+    save_file(null, root / "null.safetensors")
+    fields = {name: {"dtype": "float32", "shape": list(shape)} for name, shape in shapes.items()}
+    channels = shapes["moments.npy"][0] // 2
+    info = {"latents": {"mean": [0.0] * channels, "std": [1.0] * channels}}
+    made_of = {"autoencoder": "none", "text_encoder": "none"}
+    Manifest("latents", tuple(shards), {**fields, "json": {}}, info, made_of).save(root)
+
+
+def write_splits(root: Path, shapes: dict[str, tuple[int, ...]], samples: int = 64) -> Path:
+    """<root>/train and <root>/heldout."""
+    write_latents(root / "train", samples, shapes)
+    write_latents(root / "heldout", 8, shapes)
+    return root
+
+
+def environment() -> dict[str, str]:
+    """One thread a process: on two cores, two ranks of two threads each spend their time waiting for one another."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
+    """`python train/x.py ...`, or the same under torchrun."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    return [*launcher, script, *arguments]
+
+
+def run(script: str, *arguments: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run an entry point from the repo's root to its end; its output is shown where it fails."""
+    done = subprocess.run(
+        command(script, *arguments, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{script} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+def metric_rows(folder: Path) -> list[dict[str, Any]]:
+    """Whole lines of a run's metrics.jsonl; none before it exists."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(folder: Path) -> dict[int, str]:
+    """Step -> loss, every bit of it."""
+    return {row["step"]: float(row["loss"]).hex() for row in metric_rows(folder) if "loss" in row}
