@@ -6,7 +6,8 @@
 PYTHON ?= python3
 DEMO ?= full
 VENV := $(CURDIR)/.venv
-OUTPUT := $(if $(filter smoke,$(DEMO)),demo-smoke,demo)
+RUN ?= $(VENV)/bin/python
+OUTPUT ?= $(if $(filter smoke,$(DEMO)),demo-smoke,demo)
 CACHE := $(VENV)/cache
 
 export PATH := $(VENV)/bin:$(PATH)
@@ -16,10 +17,10 @@ CACHES := XDG_CACHE_HOME=$(CACHE) XDG_CONFIG_HOME=$(CACHE)/config TORCH_EXTENSIO
 
 .PHONY: demo test lint clean
 demo: $(VENV)/installed
-	$(CACHES) $(VENV)/bin/python train/quickstart.py demo=$(DEMO) output=$(OUTPUT)
+	$(CACHES) $(RUN) train/quickstart.py demo=$(DEMO) output=$(OUTPUT)
 
 test: $(VENV)/installed
-	$(CACHES) $(VENV)/bin/python -m pytest $(TESTS)
+	$(CACHES) $(RUN) -m pytest $(TESTS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

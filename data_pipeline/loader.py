@@ -16,7 +16,7 @@ from data_pipeline.epoch_plan import EpochPlan, Place
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor
-from data_pipeline.shard_writer import check_size, read_index, read_shard
+from data_pipeline.shard_writer import read_index, read_shard
 
 NAMES = {"moments.npy": "moments", "moments_flip.npy": "moments_flip", "text.npy": "text", "pooled.npy": "pooled"}
 NAMES |= dict.fromkeys(codec.IMAGES, "image")
@@ -112,8 +112,7 @@ class Loader:
                 f"make it a multiple of {world_size * accumulation}."
             )
         self.manifest = Manifest.load(root)
-        for shard in self.manifest.shards:
-            check_size(root, shard)
+        self.manifest.check_shards(root)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.plan = EpochPlan(sizes, seed, global_batch_size, streams, window_shards, shuffle)
         own = streams // world_size

@@ -70,10 +70,28 @@ class Manifest:
         saved.pop("samples"), saved.pop("fingerprint")
         return cls(shards=shards, **saved)
 
+    def check_shards(self, root: str | Path) -> None:
+        """Every shard is there at its full size; it costs a look at each file, not a read."""
+        for shard in self.shards:
+            check_size(root, shard)
+
     def save(self, root: str | Path) -> None:
         """Written last and atomically: a data set with a manifest is whole."""
         content = {"format": FORMAT, "samples": self.samples, "fingerprint": self.fingerprint, **asdict(self)}
         storage.write_atomically(storage.join(root, "manifest.json"), json.dumps(content, indent=1).encode())
+
+
+def check_size(root: str | Path, shard: Shard) -> None:
+    """A shard that is missing or cut is named, with what to do."""
+    path = storage.join(root, shard.name)
+    if not storage.exists(path):
+        raise DataError(f"shard {path} is missing: copy it again, or make the data set again.")
+    actual = storage.size(path)
+    if actual != shard.bytes:
+        raise DataError(
+            f"shard {path} has {actual} bytes, but its manifest says {shard.bytes}: it was cut or changed; "
+            "copy it again, or delete it together with the data set's manifest.json and run what made it."
+        )
 
 
 def find_splits(root: str | Path) -> dict[str, str]:

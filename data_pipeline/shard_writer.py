@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline import codec, storage
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Shard
+from data_pipeline.manifest import Shard, check_size
 
 
 class Member(NamedTuple):
@@ -101,19 +101,6 @@ def parse_index(data: bytes, path: str) -> list[IndexEntry]:
         return [IndexEntry(key, {name: Member(*m) for name, m in members.items()}) for key, members in rows]
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"index {path} is damaged: delete it, and it is read from the tar instead.") from error
-
-
-def check_size(root: str | Path, shard: Shard) -> None:
-    """A shard that is missing or cut is named, with what to do."""
-    path = storage.join(root, shard.name)
-    if not storage.exists(path):
-        raise DataError(f"shard {path} is missing: copy it again, or make the data set again.")
-    actual = storage.size(path)
-    if actual != shard.bytes:
-        raise DataError(
-            f"shard {path} has {actual} bytes, but its manifest says {shard.bytes}: it was cut or changed; "
-            "copy it again, or delete it together with the data set's manifest.json and run what made it."
-        )
 
 
 def read_shard(root: str | Path, shard: Shard, fields: tuple[str, ...] | None = None) -> list[dict[str, Any]]:

@@ -49,44 +49,58 @@ class Training:
             )
 
 
-MakeLoader = Callable[..., Iterable[Batch]]
 MakeActions = Callable[[Engine, Ema, Reporter], list[Action]]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that the three training entries have in common; make_loader lacks only the ranks and where to start."""
+
+    training: Training
+    optimizer: AdamW
+    engine: EngineConfig
+    make_loader: Callable[..., Iterable[Batch]]
+
+    def loader(self, ranks: Ranks, start: DataCursor) -> Iterable[Batch]:
+        """This rank's batches from `start` on."""
+        return self.make_loader(
+            global_batch_size=self.training.batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            accumulation=self.training.accumulation,
+            start=start,
+        )
+
+    def check(self, ranks: Ranks) -> None:
+        """Refuse what doesn't fit together, and damaged shards, before the run's folder is made."""
+        self.training.check(ranks.world_size)
+        self.loader(ranks, DataCursor())
 
 
 def fit(
     what: str,
     objective: nn.Module,
     weights_prefix: str,  # of the trained network within the objective: its EMA is what is kept
-    training: Training,
-    optimizer: AdamW,
-    engine_config: EngineConfig,
-    make_loader: MakeLoader,
+    recipe: Recipe,
     run: RunFolder,
     identity: dict[str, Any],
     make_actions: MakeActions,
 ) -> dict[str, Tensor]:
     """Train to the end, from a checkpoint where there is one. Returns the EMA weights, whole, on every rank."""
-    ranks = run.ranks
-    training.check(ranks.world_size)
-    engine = Engine(objective, optimizer, engine_config, ranks, training.batch_size, training.accumulation)
+    ranks, training = run.ranks, recipe.training
+    engine = Engine(objective, recipe.optimizer, recipe.engine, ranks, training.batch_size, training.accumulation)
     ema = Ema(engine.master_shards(), training.ema_decay)
     state = TrainState(training.steps, run_id=run.run_id)
     identity = {"batch_size": training.batch_size, "accumulation": training.accumulation, **identity}
     checkpoints = Checkpoints(run.checkpoints, ranks, identity, weights_prefix, training.keep_checkpoints)
     if checkpoints.resume(training.resume, engine, ema, state) and ranks.is_main:
         print(f"{what}: resumed from step {state.step} of {training.steps}", flush=True)
-    loader = make_loader(
-        global_batch_size=training.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        accumulation=training.accumulation,
-        start=DataCursor(state.step),
-    )
     reporter = run.reporters(state.step, training.wandb_project)
     actions = make_actions(engine, ema, reporter)
     cadence = Cadence(training.log_every, training.save_every)
     _say_what_runs(what, engine, training, ranks)
-    Trainer(engine, ema, loader, state, checkpoints, reporter, cadence, actions, training.batch_size, what).fit()
+    batches = recipe.loader(ranks, state.cursor)
+    Trainer(engine, ema, batches, state, checkpoints, reporter, cadence, actions, training.batch_size, what).fit()
     return engine.full_state_dict(ema.shards, prefix=weights_prefix)
 
 

@@ -16,7 +16,7 @@ from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.distances import psnr
 from train.evaluation.report import curve_line, grid, plot_curves, save_png, to_uint8
-from train.fitting import fit
+from train.fitting import Recipe, fit
 from train.models.autoencoder import AutoencoderKL
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
@@ -36,13 +36,21 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    images = Manifest.load(f"{cfg.input}/train")
-    run = RunFolder(cfg.output, config, ranks)
+    images = Manifest.load(f"{cfg.input}/train", "image-text")
+    recipe = Recipe(
+        instantiate(cfg.training),
+        instantiate(cfg.optimizer),
+        instantiate(cfg.engine),
+        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
+    )
+    recipe.check(ranks)
     torch.manual_seed(cfg.seed)
     autoencoder = instantiate(cfg.autoencoder, _convert_="all")
     objective = instantiate(cfg.objective, autoencoder=autoencoder, seed=cfg.seed, _convert_="all")
     heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval()
+
+    run = RunFolder(cfg.output, config, ranks)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
         def validate(state: TrainState) -> None:
@@ -58,10 +66,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         "autoencoder",
         objective,
         "autoencoder.",
-        instantiate(cfg.training),
-        instantiate(cfg.optimizer),
-        instantiate(cfg.engine),
-        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
+        recipe,
         run,
         {"images": images.fingerprint, "autoencoder": config["autoencoder"], "seed": cfg.seed},
         actions,

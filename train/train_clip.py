@@ -15,7 +15,7 @@ from data_pipeline.manifest import Manifest
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves
-from train.fitting import fit
+from train.fitting import Recipe, fit
 from train.models.clip import CLIP
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
@@ -35,8 +35,14 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    images = Manifest.load(f"{cfg.input}/train")
-    run = RunFolder(cfg.output, config, ranks)
+    images = Manifest.load(f"{cfg.input}/train", "image-text")
+    recipe = Recipe(
+        instantiate(cfg.training),
+        instantiate(cfg.optimizer),
+        instantiate(cfg.engine),
+        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
+    )
+    recipe.check(ranks)
     torch.manual_seed(cfg.seed)
     clip = instantiate(cfg.clip, _convert_="all")
     objective = instantiate(
@@ -47,6 +53,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         for split in ("train", "heldout")
     }
     measured = instantiate(cfg.clip, _convert_="all").eval()
+
+    run = RunFolder(cfg.output, config, ranks)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
         def validate(state: TrainState) -> None:
@@ -60,10 +68,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         "clip",
         objective,
         "clip.",
-        instantiate(cfg.training),
-        instantiate(cfg.optimizer),
-        instantiate(cfg.engine),
-        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
+        recipe,
         run,
         {"images": images.fingerprint, "clip": config["clip"], "seed": cfg.seed},
         actions,

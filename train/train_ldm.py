@@ -19,7 +19,7 @@ from train.engine import DTYPES, Engine
 from train.evaluation.generate import Generator
 from train.evaluation.report import curve_line, grid, plot_curves, save_png
 from train.evaluation.validation import HeldoutLoss
-from train.fitting import fit
+from train.fitting import Recipe, fit
 from train.latent_data import LatentFacts
 from train.models.attention import attention_backend
 from train.objectives.latent_diffusion import LatentDiffusion
@@ -41,6 +41,13 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Check what doesn't belong together, build, fit, and say where it lies."""
     config = OmegaConf.to_container(cfg, resolve=True)
     latents = Manifest.load(f"{cfg.input}/train", "latents")
+    recipe = Recipe(
+        instantiate(cfg.training),
+        instantiate(cfg.optimizer),
+        instantiate(cfg.engine),
+        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
+    )
+    recipe.check(ranks)
     autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
     facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold)
     facts.refuse_other_encoders(autoencoder=autoencoder)
@@ -75,10 +82,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         "train_ldm",
         objective,
         "unet.",
-        instantiate(cfg.training),
-        instantiate(cfg.optimizer),
-        instantiate(cfg.engine),
-        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
+        recipe,
         run,
         identity(config, latents),
         actions,

@@ -1,0 +1,80 @@
+"""A mistake gets one sentence with the remedy, before anything is written; exit code 2, or 3 for damaged data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import DEMO_LATENTS, NO_ENCODERS, TINY_LATENTS, TINY_UNET, run, write_splits
+
+from train.models.autoencoder import AutoencoderKL
+from train.weights.saved import save_model
+
+SMALL = {"latent_channels": 4, "channels": [8, 8], "layers_per_block": 1, "norm_groups": 4, "mid_attention": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """latents/ (tiny), cut/ (its first shard cut short), demo_shaped/, and an autoencoder that made none of them."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    write_splits(folder / "latents", TINY_LATENTS)
+    write_splits(folder / "demo_shaped", DEMO_LATENTS, samples=16)
+    shard = write_splits(folder / "cut", TINY_LATENTS) / "train/shards/000001.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    torch.manual_seed(0)
+    save_model(folder / "stranger", "AutoencoderKL", SMALL, AutoencoderKL(**SMALL).state_dict(), {})
+    return folder
+
+
+LDM = ["train/train_ldm.py", "output={folder}/run", "training.steps=2", *TINY_UNET, *NO_ENCODERS]
+MISTAKES = {
+    "no input": (["train/train_ldm.py", "output={folder}/run"], 2, "input must be given"),
+    "wrong path": ([*LDM, "input={folder}/nowhere"], 2, "nowhere/train is not a data set"),
+    "batch and streams": ([*LDM, "input={folder}/latents", "training.batch_size=12"], 2, "data.streams=8"),
+    "accumulation": ([*LDM, "input={folder}/latents", "training.accumulation=3"], 2, "multiple of 3"),
+    "unet of another width": ([*LDM, "input={folder}/demo_shaped"], 2, "set unet.context_dim=192"),
+    "cut shard": ([*LDM, "input={folder}/cut"], 3, "000001.tar has 3000 bytes, but its manifest says"),
+    "latents of another autoencoder": (
+        [*LDM, "input={folder}/latents", "autoencoder.path={folder}/stranger", "preview_every=1"],
+        2,
+        "the latents were made by autoencoder none",
+    ),
+    "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "take one of fp32, bf16"),
+    "bf16 without masters": ([*LDM, "input={folder}/latents", "engine=zero0", "engine.dtype=bf16"], 2, "engine=zero1"),
+    "no such schedule": ([*LDM, "input={folder}/latents", "optimizer.schedule.kind=step"], 2, "constant, cosine"),
+    "guidance=abc": (
+        ["train/sample_images.py", "input={folder}/run", "prompts=[a]", "guidance=abc"],
+        2,
+        "guidance=abc is not a number",
+    ),
+    "no run to sample": (["train/sample_images.py", "input={folder}/run", "prompts=[a]"], 2, "give the output= of"),
+    "no run to evaluate": (
+        ["train/evaluate_ldm.py", "input={folder}/run", "shards={folder}/nowhere"],
+        2,
+        "nowhere/train is not a data set",
+    ),
+    "latents where pictures are needed": (
+        ["train/train_autoencoder.py", "input={folder}/latents", "output={folder}/run"],
+        2,
+        "image-text shards are needed",
+    ),
+    "no such encoder": (
+        ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run",
+         "autoencoder.path={folder}/nowhere", "clip.path={folder}/nowhere"],
+        2,
+        "give the output= of a finished train_autoencoder.py run",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_sentence_and_nothing_written(folder: Path, mistake: str) -> None:
+    (script, *arguments), code, sentence = MISTAKES[mistake]
+    done = run(script, *(argument.format(folder=folder) for argument in arguments), check=False)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == code, done.stderr
+    assert said[-1].startswith("error: "), done.stderr
+    assert sentence in said[-1]
+    assert "Traceback" not in done.stderr
+    assert not (folder / "run").exists()
