@@ -104,10 +104,7 @@ class Engine:
         self.ranks, self.accumulation, self.optimizer = ranks, accumulation, optimizer
         self.config = config
         micro_batch = batch_size // (ranks.world_size * accumulation)
-        if not torch.distributed.is_initialized():
-            deepspeed.init_distributed(
-                dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False, auto_mpi_discovery=False
-            )
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # over the group that ranks.py has made
         module.to(ranks.device)
         self.deepspeed, self.zero, _, _ = deepspeed.initialize(
             model=module,

@@ -30,7 +30,7 @@ class Ranks:
 
 
 def find_ranks() -> Ranks:
-    """Read the launcher's environment (torchrun's, else srun's step, else one process) and fill in what is missing."""
+    """Join the others: by the launcher's environment (torchrun's, else srun's step, else this process is alone)."""
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -43,6 +43,8 @@ def find_ranks() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(rank, world_size, local_rank, device)
 
 

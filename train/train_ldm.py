@@ -54,12 +54,12 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     torch.manual_seed(cfg.seed)
     unet = instantiate(cfg.unet, _convert_="all")
     facts.refuse_other_shapes(unet)
+    make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
+    objective = make_objective(unet=unet, scaling=facts.scaling, null=facts.null, seed=cfg.seed)
     run = RunFolder(cfg.output, config, ranks)
     if ranks.is_main:
         facts.save(run.path)
         print(f"attention: {attention_used(unet, DTYPES[cfg.engine.dtype], ranks)}", flush=True)
-    make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
-    objective = make_objective(unet=unet, scaling=facts.scaling, null=facts.null, seed=cfg.seed)
     averaged = copy.deepcopy(unet).to(ranks.device, DTYPES[cfg.engine.dtype]).eval().requires_grad_(False)
     heldout = instantiate(cfg.read, root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 

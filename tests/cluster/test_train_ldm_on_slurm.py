@@ -104,9 +104,7 @@ def test_stopped_and_straight_are_the_same_run(jobs: dict[str, Job], folder: Pat
 def test_a_refused_override_fails_with_its_sentence(jobs: dict[str, Job], folder: Path) -> None:
     facts = jobs["refused"].wait(60)
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
-    assert "error: batch_size=7 can't be shared by 2 ranks" in (
-        jobs["refused"].output()
-    )
+    assert "error: batch_size=7 can't be shared by 2 ranks" in (jobs["refused"].output())
     assert "Traceback" not in jobs["refused"].output()
 
 

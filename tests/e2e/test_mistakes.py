@@ -42,6 +42,7 @@ MISTAKES = {
     ),
     "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "take one of fp32, bf16"),
     "bf16 without masters": ([*LDM, "input={folder}/latents", "engine=zero0", "engine.dtype=bf16"], 2, "engine=zero1"),
+    "flow on a curved process": ([*LDM, "input={folder}/latents", "process=scaled_linear"], 2, "Flow does not belong"),
     "no such schedule": ([*LDM, "input={folder}/latents", "optimizer.schedule.kind=step"], 2, "constant, cosine"),
     "guidance=abc": (
         ["train/sample_images.py", "input={folder}/run", "prompts=[a]", "guidance=abc"],

@@ -137,7 +137,7 @@ def test_parameterizations_other_than_flow_train_and_draw(demo: tuple[Path, str]
     encoders = [f"autoencoder.path={output / 'autoencoder'}", f"clip.path={output / 'clip'}"]
     run(
         "train/train_ldm.py", f"input={output / 'latents'}", f"output={tmp_path / 'v'}", *encoders,
-        "objective/process=scaled_linear", "objective/parameterization=velocity", "unet.channels=[32,64]",
+        "process=scaled_linear", "parameterization=velocity", "unet.channels=[32,64]",
         "training.steps=4", "training.wandb_project=null", "validate_every=null", "preview_every=4",
     )  # fmt: skip
     for sampler in ("ddim", "euler"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
+from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, TextStates
 from train.diffusion.parameterization import Parameterization
 from train.diffusion.process import DiffusionProcess, add_noise, like
@@ -31,6 +33,7 @@ class LatentDiffusion(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        refuse_unfit(process, parameterization)
         self.unet, self.process, self.parameterization, self.scaling = unet, process, parameterization, scaling
         self.time_sampling, self.null, self.prompt_dropout, self.seed = time_sampling, null, prompt_dropout, seed
 
@@ -72,6 +75,17 @@ class LatentDiffusion(nn.Module):
         """The batch's stored text states, with the null of the same encoder."""
         text = TextStates(batch.tensors["text"], batch.tensors["pooled"])
         return text_conditioning(text, self.null, self.unet.vector_dim is not None)
+
+
+def refuse_unfit(process: DiffusionProcess, parameterization: Parameterization) -> None:
+    """A parameterization whose x0 would not be x0 on this process, anywhere from end to end."""
+    t = process.at(torch.linspace(0.0, 1.0, 17)[:-1])
+    if not parameterization.fits(process.alpha(t), process.sigma(t)):
+        name, where = type(parameterization).__name__, type(process).__name__
+        raise UserError(
+            f"{name} does not belong to {where}: use parameterization=flow with process=rectified_flow, and "
+            "parameterization=velocity or epsilon with a variance-preserving process."
+        )
 
 
 def text_conditioning(text: TextStates, null: TextStates, with_vector: bool) -> Conditioning:
