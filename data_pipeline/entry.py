@@ -33,6 +33,9 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                     example = " ".join(f"{key}=..." for key in missing)
                     raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
                 main(cfg)
+            except SystemExit as asked:
+                _leave_if_one_of_many(asked.code)
+                raise
             except Exception as error:
                 user_error = _user_error_behind(error)
                 if user_error is None:
@@ -41,10 +44,19 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 # Not sys.exit: a rank that leaves while others wait in a collective must not wait for them in turn.
                 sys.stdout.flush()
                 os._exit(user_error.exit_code)
+            _leave_if_one_of_many(0)
 
         return hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)
 
     return decorate
+
+
+def _leave_if_one_of_many(code: int | str | None) -> None:
+    """End a rank here: threads of torch and DeepSpeed can abort the interpreter's own shutdown, and a finished job."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(code, str):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:

@@ -40,7 +40,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """torch's AdamW (Loshchilov & Hutter 2019), fused on CUDA. Biases, norms and other vectors are not decayed."""
+    """torch's fused AdamW (Loshchilov & Hutter 2019). Biases, norms and other vectors are not decayed."""
 
     lr: float
     schedule: Schedule
@@ -59,7 +59,7 @@ class AdamW:
             )
             if params
         ]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=device.type == "cuda")
+        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)
 
     def lr_at(self, step: int, total: int) -> float:
         """The rate of applied step `step`."""

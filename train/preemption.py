@@ -18,7 +18,9 @@ class Preemption:
     def __init__(self) -> None:
         self.asked = False
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._remember)
+            # A launcher that ignores USR1 for us hands it over as TERM; our children must inherit the ignoring.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

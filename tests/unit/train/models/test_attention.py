@@ -1,0 +1,33 @@
+"""The attention function is the formula."""
+
+import pytest
+import torch
+
+from train.models.attention import attention, attention_backend
+
+
+@pytest.mark.parametrize(("queries", "keys", "heads", "width"), [(9, 9, 1, 40), (16, 5, 3, 8), (1, 77, 2, 160)])
+def test_attention_is_its_formula(queries, keys, heads, width):
+    q, k, v = (torch.randn(2, n, heads, width, requires_grad=True) for n in (queries, keys, keys))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / width**0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+    got = attention(q, k, v)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    weights = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, (q, k, v), weights), torch.autograd.grad(expected, (q, k, v), weights), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_backend_of_a_cpu_is_sdpa():
+    assert attention_backend("cpu", torch.float32, 40) == "sdpa"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_on_cuda_is_the_formula(dtype):
+    q, k, v = (torch.randn(2, n, 2, 40, device="cuda", dtype=dtype) for n in (16, 77, 77))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 40**0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
+    torch.testing.assert_close(attention(q, k, v).double(), expected, rtol=2e-2, atol=1e-2)

@@ -1,0 +1,164 @@
+"""The U-Net is diffusers' U-Net: names, outputs, gradients; and the options that diffusers has not."""
+
+import pytest
+import torch
+from torch import nn
+
+from train.models.unet import UNet
+
+SHAPES = {"channels": (16, 32, 32), "context_dim": 24, "attention_levels": (True, True, False), "norm_groups": 8}
+OURS = {
+    "sd1": {**SHAPES, "heads": 4},
+    "sd2": {**SHAPES, "heads": (1, 2, 4), "linear_projection": True},
+    "deep": {**SHAPES, "heads": 2, "transformer_depth": 2, "layers_per_block": 1},
+}
+THEIRS = {
+    "sd1": {"attention_head_dim": 4},  # diffusers' name for the number of heads
+    "sd2": {"attention_head_dim": (1, 2, 4), "use_linear_projection": True},
+    "deep": {"attention_head_dim": 2, "transformer_layers_per_block": 2, "layers_per_block": 1},
+}
+
+
+def diffusers_unet(name):
+    from diffusers import UNet2DConditionModel
+
+    down = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    up = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32, 32), cross_attention_dim=24, norm_num_groups=8,
+        down_block_types=down, up_block_types=up, **THEIRS[name],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_trained_weights_work_in_diffusers(name, latent_objective, latent_batch, train_a_little, relative_error):
+    torch.manual_seed(0)
+    ours = UNet(**OURS[name])
+    initial = {key: value.clone() for key, value in ours.state_dict().items()}
+    train_a_little(latent_objective(ours), latent_batch)
+    assert [key for key, value in ours.state_dict().items() if torch.equal(value, initial[key])] == []
+    theirs = diffusers_unet(name)
+    assert list(sorted(ours.state_dict())) == list(sorted(theirs.state_dict()))
+    theirs.load_state_dict(ours.state_dict())
+
+    x, context = torch.randn(3, 4, 8, 8), torch.randn(3, 7, 24)
+    t, weights = torch.tensor([0.0, 500.0, 999.0]), torch.randn(3, 4, 8, 8)
+    outputs, gradients = [], []
+    for network in (ours, theirs):
+        network.zero_grad()
+        inputs = x.clone().requires_grad_(), context.clone().requires_grad_()
+        out = network(inputs[0], t, inputs[1])
+        outputs.append(out if isinstance(out, torch.Tensor) else out.sample)
+        (outputs[-1] * weights).sum().backward()
+        named = {key: p.grad for key, p in network.named_parameters()}
+        gradients.append({"x": inputs[0].grad, "context": inputs[1].grad, **named})
+    assert relative_error(*outputs) < 1e-5
+    for key, expected in gradients[1].items():
+        assert relative_error(gradients[0][key], expected) < 1e-4, key
+    both = [torch.cat([named[key].flatten() for key in sorted(named)]) for named in gradients]
+    assert relative_error(*both) < 1e-5
+
+
+def test_stable_diffusion_on_the_meta_device():
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        sd1 = UNet()
+        sd2 = UNet(context_dim=1024, heads=(5, 10, 20, 20), linear_projection=True)
+        theirs1 = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        theirs2 = UNet2DConditionModel(
+            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        )
+    assert sum(p.numel() for p in sd1.parameters()) == 859_520_964
+    for ours, theirs in ((sd1, theirs1), (sd2, theirs2)):
+        assert {k: v.shape for k, v in ours.state_dict().items()} == {
+            k: v.shape for k, v in theirs.state_dict().items()
+        }
+
+
+@pytest.fixture
+def demo_unet():
+    """demo_unet(...): as the demo's, with every option that Stable Diffusion lacks."""
+
+    def make(**changed):
+        torch.manual_seed(0)
+        options = {
+            "channels": (16, 32), "layers_per_block": 1, "context_dim": 24, "vector_dim": 12, "heads": 4,
+            "attention_levels": (True, True), "self_attention_levels": (False, True), "norm_groups": 8,
+        }  # fmt: skip
+        return UNet(**{**options, **changed})
+
+    return make
+
+
+def test_self_attention_is_where_asked(demo_unet):
+    with_self = {name.split(".attentions")[0] for name, _ in demo_unet().named_parameters() if ".attn1." in name}
+    with_cross = {name.split(".attentions")[0] for name, _ in demo_unet().named_parameters() if ".attn2." in name}
+    assert with_self == {"down_blocks.1", "mid_block", "up_blocks.0"}
+    assert with_cross == with_self | {"down_blocks.0", "up_blocks.1"}
+
+
+def test_every_condition_changes_the_output(demo_unet):
+    unet = demo_unet()
+    x, t, context, vector = (
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([10.0, 900.0]),
+        torch.randn(2, 5, 24),
+        torch.ones(2, 12),
+    )
+    with torch.no_grad():
+        base = unet(x, t, context, vector)
+        assert base.shape == x.shape
+        for other in (
+            unet(x + 0.1, t, context, vector),
+            unet(x, t + 50, context, vector),
+            unet(x, t, context + 0.1, vector),
+            unet(x, t, context, vector + 0.1),
+        ):
+            assert (other - base).abs().max() > 1e-4
+        # A picture's prediction is its own: not of what it is batched with, and not of its tokens' order.
+        torch.testing.assert_close(unet(x[1:], t[1:], context[1:], vector[1:]), base[1:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(unet(x, t, context.flip(1), vector), base, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_is_the_same_function(demo_unet, relative_error):
+    plain, last = demo_unet(), demo_unet(channels_last=True).to(memory_format=torch.channels_last)
+    last.load_state_dict(plain.state_dict())
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), torch.randn(2, 5, 24), torch.randn(2, 12)
+    outputs = []
+    for unet in (plain, last):
+        outputs.append(unet(*inputs))
+        outputs[-1].square().sum().backward()
+    assert relative_error(outputs[1], outputs[0]) < 1e-5
+    for (name, a), b in zip(plain.named_parameters(), last.parameters(), strict=True):
+        assert relative_error(b.grad, a.grad) < 1e-4, name
+
+
+def test_without_text(demo_unet):
+    unet = demo_unet(context_dim=None, vector_dim=None)
+    assert unet(torch.randn(2, 4, 8, 8), torch.zeros(2)).shape == (2, 4, 8, 8)
+
+
+def test_computes_in_the_weights_dtype(demo_unet):
+    unet = demo_unet().to(torch.bfloat16)
+    x, context, vector = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24), torch.randn(2, 12)
+    with torch.no_grad():
+        out = unet(x, torch.tensor([1.0, 999.0]), context, vector)
+        exact = unet.float()(x, torch.tensor([1.0, 999.0]), context, vector)
+    assert out.dtype == torch.bfloat16
+    assert nn.functional.cosine_similarity(out.float().flatten(), exact.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"attention_levels": (True,)}, "2 channels, 1 attention_levels, .* give one of each a level"),
+        ({"self_attention_levels": (True,) * 3}, "3 self_attention_levels .* give one of each a level"),
+        ({"heads": (1, 2, 3)}, "3 heads: give one of each a level"),
+        ({"heads": 5}, "16 channels can't be shared by 5 heads"),
+        ({"norm_groups": 32}, "16 channels can't be shared by .* 32 norm groups"),
+    ],
+)
+def test_levels_that_do_not_fit(demo_unet, changed, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        demo_unet(**changed)
