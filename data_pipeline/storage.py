@@ -36,6 +36,11 @@ def join(root: str | Path, *parts: str) -> str:
     return "/".join([str(root).rstrip("/"), *parts])
 
 
+def absolute(path: str | Path) -> str:
+    """What finds the same place from any folder."""
+    return str(path) if is_s3(path) else os.path.abspath(path)
+
+
 def open_read(path: str | Path) -> IO[bytes]:
     """A binary file to read and seek in."""
     return _s3().open(str(path), "rb") if is_s3(path) else open(path, "rb")

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from data_pipeline import storage
 from data_pipeline.entry import entry
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import TextStates, stacked
@@ -40,6 +41,8 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Check what doesn't belong together, build, fit, and say where it lies."""
     config = OmegaConf.to_container(cfg, resolve=True)
+    for encoder in ("autoencoder", "clip"):  # sampling finds them by the run's configuration, from any folder
+        config[encoder]["path"] = storage.absolute(config[encoder]["path"])
     latents = Manifest.load(f"{cfg.input}/train", "latents")
     recipe = Recipe(
         instantiate(cfg.training),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 BARS = "▁▂▃▄▅▆▇█"
+# matplotlib brings a font that knows more than ASCII.
+FONT = str(importlib.resources.files("matplotlib") / "mpl-data/fonts/ttf/DejaVuSans.ttf")
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -22,7 +25,7 @@ def grid(
 ) -> Image.Image:
     """(H, W, 3) uint8 pictures in rows, each with its label under it in as many lines as it takes."""
     height, width = (side * scale for side in images[0].shape[:2])
-    font = ImageFont.load_default(11)
+    font = ImageFont.truetype(FONT, 10)
     lines = [textwrap.wrap(label, max(width // 6, 8))[:4] for label in labels] if labels else [[]] * len(images)
     text_height = 13 * max(map(len, lines), default=0)
     rows = -(-len(images) // columns)

@@ -14,6 +14,11 @@ from train.objectives.latent_diffusion import LatentDiffusion
 TOKENS, CONTEXT_DIM, POOLED_DIM = 5, 24, 12
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def make_batch():
     """make_batch(streams, make_tensors): rows of a stream are the same in whichever batch it is."""

@@ -24,6 +24,13 @@ def test_the_backend_of_a_cpu_is_sdpa():
     assert attention_backend("cpu", torch.float32, 40) == "sdpa"
 
 
+def test_bf16_on_a_cpu_keeps_its_dtype():
+    q, k, v = (torch.randn(2, n, 2, 40).bfloat16() for n in (16, 77, 77))
+    got = attention(q, k, v)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), attention(q.float(), k.float(), v.float()), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attention_on_cuda_is_the_formula(dtype):

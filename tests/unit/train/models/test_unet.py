@@ -38,7 +38,7 @@ def test_trained_weights_work_in_diffusers(name, latent_objective, latent_batch,
     train_a_little(latent_objective(ours), latent_batch)
     assert [key for key, value in ours.state_dict().items() if torch.equal(value, initial[key])] == []
     theirs = diffusers_unet(name)
-    assert list(sorted(ours.state_dict())) == list(sorted(theirs.state_dict()))
+    assert sorted(ours.state_dict()) == sorted(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
 
     x, context = torch.randn(3, 4, 8, 8), torch.randn(3, 7, 24)

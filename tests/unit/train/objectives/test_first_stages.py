@@ -1,0 +1,125 @@
+"""Objectives of the autoencoder and of CLIP."""
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F
+
+from train.models.autoencoder import AutoencoderKL
+from train.models.clip import CLIP
+from train.objectives.autoencoder import AutoencoderObjective, gradient_l1
+from train.objectives.contrastive import Contrastive
+from train.randomness import StreamRandom
+
+
+@pytest.fixture
+def autoencoder():
+    torch.manual_seed(0)
+    return AutoencoderKL(channels=(8, 16), layers_per_block=1, norm_groups=4)
+
+
+@pytest.fixture
+def mirrored():
+    """The batch's pictures, mirrored as the run's randomness says."""
+
+    def make(batch, seed):
+        random = StreamRandom(seed, batch.step, batch.streams, len(batch) // len(batch.streams), torch.device("cpu"))
+        flip = (random.uniform("mirror") < 0.5).tolist()
+        assert 0 < sum(flip) < len(flip)
+        images = [image.flip(-1) if f else image for image, f in zip(batch.tensors["image"], flip, strict=True)]
+        return torch.stack(images), random
+
+    return make
+
+
+def test_autoencoder_loss_is_its_formula(autoencoder, image_batch, mirrored):
+    objective = AutoencoderObjective(autoencoder, kl_weight=0.03, gradient_weight=0.7, seed=2)
+    batch = image_batch(step=4)
+    terms = objective(batch)
+    images, random = mirrored(batch, 2)
+    mean, logvar = autoencoder.encode_moments(images).chunk(2, 1)
+    posterior = Normal(mean, (logvar / 2).exp())
+    kl = kl_divergence(posterior, Normal(0.0, 1.0)).mean((1, 2, 3))  # per latent value
+    got = autoencoder.decode(posterior.mean + posterior.stddev * random.normal("posterior", mean.shape[1:]))
+    l1 = (got - images).abs().mean((1, 2, 3))
+    edges = sum((got.diff(dim=d) - images.diff(dim=d)).abs().mean((1, 2, 3)) for d in (2, 3))
+    expected = l1 + 0.7 * edges + 0.03 * kl
+    torch.testing.assert_close(terms.per_sample, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms.total, expected.mean(), rtol=1e-4, atol=1e-5)
+    for name, value in (("kl", kl), ("l1", l1), ("gradient_l1", edges), ("loss", expected)):
+        torch.testing.assert_close(terms.parts[name], value.mean().detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_l1_sees_edges_and_not_brightness():
+    a = np.random.default_rng(0).random((2, 3, 5, 7))
+    b = np.random.default_rng(1).random((2, 3, 5, 7))
+    expected = [
+        np.abs(np.diff(x - y, axis=1)).mean() + np.abs(np.diff(x - y, axis=2)).mean() for x, y in zip(a, b, strict=True)
+    ]
+    np.testing.assert_allclose(gradient_l1(torch.tensor(a), torch.tensor(b)), expected)
+    np.testing.assert_allclose(gradient_l1(torch.tensor(a), torch.tensor(a + 0.5)), 0, atol=1e-12)
+
+
+def test_early_crops_are_one_place_of_all_ranks_and_end(autoencoder, image_batch):
+    objective = AutoencoderObjective(autoencoder, crop=8, crop_until=20, seed=1)
+    places = set()
+    for step in range(20):
+        whole = image_batch(step=step)
+        random = StreamRandom(1, step, whole.streams, 2, torch.device("cpu"))
+        crops = objective.augmented(whole.tensors["image"], random, step)
+        mirrors = random.uniform("mirror") < 0.5
+        found = set()
+        for crop, image, mirror in zip(crops, whole.tensors["image"], mirrors, strict=True):
+            source = image.flip(-1) if mirror else image
+            windows = source.unfold(1, 8, 1).unfold(2, 8, 1)  # (3, 9, 9, 8, 8)
+            hit = (windows == crop[:, None, None]).all(-1).all(-1).all(0).nonzero().tolist()
+            found.add(tuple(map(tuple, hit)))
+        assert len(found) == 1  # so also whatever streams a rank holds
+        ((place,),) = found
+        places.add(place)
+    assert len(places) > 10
+    assert objective.augmented(image_batch(step=20).tensors["image"], random, 20).shape[-2:] == (16, 16)
+
+
+@pytest.fixture
+def clip():
+    torch.manual_seed(0)
+    return CLIP(
+        12,
+        {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+        {"context_length": 8, "vocab_size": 49408, "width": 16, "layers": 1, "heads": 2},
+    )
+
+
+def test_contrastive_loss_is_symmetric_cross_entropy(clip, image_batch, mirrored):
+    captions = [f"picture {name}" for name in ("a", "b", "c", "d", "e", "f", "g", "h")]
+    batch = image_batch(step=1, captions=captions)
+    terms = Contrastive(clip, shift=0, seed=3)(batch)
+    images, _ = mirrored(batch, 3)
+    image = F.normalize(clip.towers.encode_image(images), dim=-1)
+    text = F.normalize(clip.towers.encode_text(clip.tokenizer(captions)), dim=-1)
+    logits = clip.towers.logit_scale.exp() * image @ text.T
+    rows, columns = logits.log_softmax(1).diagonal(), logits.log_softmax(0).diagonal()
+    torch.testing.assert_close(terms.total, -(rows + columns).mean() / 2, rtol=1e-4, atol=1e-5)
+    top1 = (logits.argmax(1) == torch.arange(8)).float().mean()
+    torch.testing.assert_close(terms.parts["batch_top1"], top1)
+    gradient = torch.autograd.grad(terms.total, clip.towers.text_projection)[0]
+    assert gradient.abs().max() > 0
+
+
+def test_shifted_pictures_keep_their_pixels_over_white(clip):
+    objective = Contrastive(clip, shift=2)
+    rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros(16, 16)]) / 100 - 1  # each pixel says where it came from
+    shifted = objective.shifted(image.expand(200, 3, 16, 16), StreamRandom(0, 0, (0,), 200, torch.device("cpu")))
+    places = set()
+    for picture in shifted:
+        inside = picture[2] < 0
+        assert (picture[:, ~inside] == 1).all()
+        y, x = inside.nonzero().T
+        dy, dx = ((picture[:2, y, x] + 1) * 100).round() - torch.stack([y, x])
+        assert len(dy.unique()) == len(dx.unique()) == 1
+        assert len(y) == (16 - abs(int(dy[0]))) * (16 - abs(int(dx[0])))
+        places.add((int(dy[0]), int(dx[0])))
+    assert places == {(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3)}
