@@ -60,13 +60,13 @@ class LatentFacts:
         channels, h, w = self.moments_shape
         return channels // 2 * self.fold**2, h // self.fold, w // self.fold
 
-    def refuse_other_encoders(self, autoencoder: nn.Module | None = None, clip: nn.Module | None = None) -> None:
-        """Latents that this autoencoder, or text states that this CLIP, did not make."""
-        for option, field, model in (("autoencoder", "autoencoder", autoencoder), ("clip", "text_encoder", clip)):
-            if model is not None and model.fingerprint != self.fingerprints[field]:
+    def refuse_other_encoders(self, autoencoder: str | None, clip: str | None) -> None:
+        """Latents or text states that the encoders of these fingerprints did not make; None: unknown, not checked."""
+        for option, field, mark in (("autoencoder", "autoencoder", autoencoder), ("clip", "text_encoder", clip)):
+            if mark is not None and mark != self.fingerprints[field]:
                 raise UserError(
                     f"the latents were made by {field} {self.fingerprints[field]}, but {option}.path holds "
-                    f"{model.fingerprint}: give the one that made them, or run precompute_latents.py with this one."
+                    f"{mark}: give the one that made them, or run precompute_latents.py with this one."
                 )
 
     def refuse_other_shapes(self, unet: nn.Module) -> None:

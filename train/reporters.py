@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.storage import write_atomically
+
 
 class Reporter(Protocol):
     """Values and pictures by step."""
@@ -21,9 +23,8 @@ class JsonLines:
 
     def __init__(self, path: Path, from_step: int = 0) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= from_step] if path.exists() else []
-        self.file = path.open("w")
-        for row in kept:
-            self._write(row)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.file = path.open("a")
 
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")

@@ -29,6 +29,7 @@ from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
 from train.train_state import TrainState
 from train.trainer import Action
+from train.weights.saved import saved_fingerprint
 
 
 @entry("train_ldm")
@@ -53,7 +54,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     recipe.check(ranks)
     autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
     facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold)
-    facts.refuse_other_encoders(autoencoder=autoencoder)
+    facts.refuse_other_encoders(*(saved_fingerprint(config[name]["path"]) for name in ("autoencoder", "clip")))
     torch.manual_seed(cfg.seed)
     unet = instantiate(cfg.unet, _convert_="all")
     facts.refuse_other_shapes(unet)

@@ -36,7 +36,7 @@ MISTAKES = {
     "unet of another width": ([*LDM, "input={folder}/demo_shaped"], 2, "set unet.context_dim=192"),
     "cut shard": ([*LDM, "input={folder}/cut"], 3, "000001.tar has 3000 bytes, but its manifest says"),
     "latents of another autoencoder": (
-        [*LDM, "input={folder}/latents", "autoencoder.path={folder}/stranger", "preview_every=1"],
+        [*LDM, "input={folder}/latents", "autoencoder.path={folder}/stranger"],
         2,
         "the latents were made by autoencoder none",
     ),

@@ -49,7 +49,7 @@ def open_run(
     facts = LatentFacts.of_run(folder)
     autoencoder = build({**config["autoencoder"], "path": autoencoder_path or config["autoencoder"]["path"]})
     clip = build({**config["clip"], "path": clip_path or config["clip"]["path"]})
-    facts.refuse_other_encoders(autoencoder, clip)
+    facts.refuse_other_encoders(autoencoder.fingerprint, clip.fingerprint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unet = build(config["unet"], _convert_="all")
     unet.load_state_dict(load_file(weights))

@@ -50,6 +50,12 @@ def load_clip(path: str) -> nn.Module:
     return _load(path, "train.models.clip", "CLIP", "clip.path")
 
 
+def saved_fingerprint(path: str) -> str | None:
+    """What a folder says it holds, without loading it; None where it holds no model."""
+    about = Path(path) / "config.json"
+    return json.loads(about.read_text())["fingerprint"] if about.exists() else None
+
+
 def _load(path: str, module: str, kind: str, option: str) -> nn.Module:
     folder = Path(path)
     if not (folder / "config.json").exists():

@@ -1,0 +1,15 @@
+"""Fast tests first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ORDER = ("test_architecture.py", "unit", "golden", "distributed", "cluster", "e2e")
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """By folder, in the order above; within a folder as collected."""
+    items.sort(key=lambda item: ORDER.index(item.path.relative_to(TESTS).parts[0]))
