@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +124,18 @@ def newest_intact(folder: Path) -> Path | None:
     return None
 
 
-def damaged_files(path: Path) -> list[str]:
-    """Files of a checkpoint that are missing or not what was written."""
-    expected = json.loads((path / "manifest.json").read_text())
-    return [
-        name
-        for name, facts in expected.items()
-        if not (path / name).exists()
-        or (path / name).stat().st_size != facts["bytes"]
-        or _digest(path / name) != facts["sha256"]
-    ]
+def damaged_files(path: Path, only: Sequence[str] | None = None) -> list[str]:
+    """Files of a checkpoint (`only` these) that are missing or not what was written."""
+    try:
+        expected = json.loads((path / "manifest.json").read_text())
+    except ValueError:
+        return ["manifest.json"]
+    names = expected if only is None else only
+    return [name for name in names if not _is_as_written(path / name, expected[name])]
+
+
+def _is_as_written(path: Path, facts: dict[str, Any]) -> bool:
+    return path.exists() and path.stat().st_size == facts["bytes"] and _digest(path) == facts["sha256"]
 
 
 def ema_weights_path(run: Path, step: str | int = "latest") -> Path:
@@ -144,15 +147,16 @@ def ema_weights_path(run: Path, step: str | int = "latest") -> Path:
     if step == "latest":
         chosen = there[-1]
     else:
-        chosen = folder / f"step-{int(step):08d}"
+        chosen = folder / f"step-{step:0>8}"
         if chosen not in there:
             steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in there)
             raise UserError(f"{run} has no checkpoint of step {step}: there are {steps}.")
-    path = chosen / "ema.safetensors"
-    facts = json.loads((chosen / "manifest.json").read_text())["ema.safetensors"]
-    if not path.exists() or path.stat().st_size != facts["bytes"] or _digest(path) != facts["sha256"]:
-        raise DataError(f"{path} is damaged: take another step= of this run, or train it again.")
-    return path
+    damage = damaged_files(chosen, ("ema.safetensors",))
+    if damage:
+        raise DataError(
+            f"{chosen} is damaged ({', '.join(damage)}): take another step= of this run, or train it again."
+        )
+    return chosen / "ema.safetensors"
 
 
 def _ema_part(rank: int) -> str:

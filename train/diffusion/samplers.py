@@ -60,7 +60,7 @@ def sample_ddim(
         eps = (x - alpha_t * x0) / sigma_t
         fresh = torch.zeros(())
         if eta > 0:  # sigma of eq. 16, in terms of signal and noise levels
-            fresh = eta * sigma_s / sigma_t * (1.0 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).clamp(min=0).sqrt()
+            fresh = eta * sigma_s * (1.0 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).clamp(min=0).sqrt()
         x = alpha_s * x0 + (sigma_s**2 - fresh**2).clamp(min=0).sqrt() * eps
         if eta > 0:
             x = x + fresh * noise(i)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_pipeline.errors import UserError
 from train.models.attention import SpatialTransformer
 from train.models.resblocks import Downsample, ResnetBlock, Upsample
 
@@ -226,10 +227,10 @@ def _check_levels(
     groups: int,
 ) -> None:
     if not len(channels) == len(attention) == len(self_attention) == len(heads):
-        raise ValueError(
+        raise UserError(
             f"unet: {len(channels)} channels, {len(attention)} attention_levels, {len(self_attention)} "
             f"self_attention_levels and {len(heads)} heads: give one of each a level."
         )
     for width, count in zip(channels, heads, strict=True):
         if width % count or width % groups:
-            raise ValueError(f"unet: {width} channels can't be shared by {count} heads and {groups} norm groups.")
+            raise UserError(f"unet: {width} channels can't be shared by {count} heads and {groups} norm groups.")

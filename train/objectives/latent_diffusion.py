@@ -79,7 +79,7 @@ class LatentDiffusion(nn.Module):
 
 def refuse_unfit(process: DiffusionProcess, parameterization: Parameterization) -> None:
     """A parameterization whose x0 would not be x0 on this process, anywhere from end to end."""
-    t = process.at(torch.linspace(0.0, 1.0, 17)[:-1])
+    t = process.at(torch.linspace(0.0, 1.0, 17))
     if not parameterization.fits(process.alpha(t), process.sigma(t)):
         name, where = type(parameterization).__name__, type(process).__name__
         raise UserError(

@@ -21,6 +21,8 @@ def test_trained_weights_work_in_diffusers(image_batch, train_a_little, relative
     )  # fmt: skip
     assert sorted(ours.state_dict()) == sorted(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
+    eps = [{name: m.eps for name, m in network.named_modules() if hasattr(m, "eps")} for network in (ours, theirs)]
+    assert eps[0] == eps[1]  # too small a difference to be seen in outputs of unit size
     images, z = torch.rand(2, 3, 24, 16) * 2 - 1, torch.randn(2, 4, 6, 4)
     moments, posterior = ours.encode_moments(images), theirs.encode(images).latent_dist
     assert moments.shape == (2, 8, 6, 4)

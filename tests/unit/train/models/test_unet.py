@@ -41,6 +41,8 @@ def test_trained_weights_work_in_diffusers(name, latent_objective, latent_batch,
     assert sorted(ours.state_dict()) == sorted(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
 
+    eps = [{name: m.eps for name, m in network.named_modules() if hasattr(m, "eps")} for network in (ours, theirs)]
+    assert eps[0] == eps[1]  # too small a difference to be seen in outputs of unit size
     x, context = torch.randn(3, 4, 8, 8), torch.randn(3, 7, 24)
     t, weights = torch.tensor([0.0, 500.0, 999.0]), torch.randn(3, 4, 8, 8)
     outputs, gradients = [], []
