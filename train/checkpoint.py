@@ -153,9 +153,7 @@ def ema_weights_path(run: Path, step: str | int = "latest") -> Path:
             raise UserError(f"{run} has no checkpoint of step {step}: there are {steps}.")
     damage = damaged_files(chosen, ("ema.safetensors",))
     if damage:
-        raise DataError(
-            f"{chosen} is damaged ({', '.join(damage)}): take another step= of this run, or train it again."
-        )
+        raise DataError(f"{chosen / damage[0]} is damaged: take another step= of this run, or train it again.")
     return chosen / "ema.safetensors"
 
 
