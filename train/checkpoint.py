@@ -101,12 +101,20 @@ class Checkpoints:
         return {"ranks": self.ranks.world_size, "zero_stage": config.zero_stage, "dtype": config.dtype}
 
     def _refuse_what_differs(self, saved: dict[str, Any], engine: Engine) -> None:
-        now = {**self.identity, **self._layout(engine)}
-        before = {**saved["identity"], **saved["layout"]}
+        now = _flat({**self.identity, **self._layout(engine)})
+        before = _flat({**saved["identity"], **saved["layout"]})
         differing = [name for name in sorted(now | before) if now.get(name) != before.get(name)]
         if differing:
             what = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in differing)
             raise UserError(f"can't resume from {self.folder}: {what}. Restore that, or start in another output=.")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by dots, so that only the leaves that differ are named."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

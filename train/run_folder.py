@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from data_pipeline.storage import write_atomically
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage import write_atomically
 from train.ranks import Ranks, broadcast_object
 from train.reporters import JsonLines, Reporters, WeightsAndBiases
 
@@ -17,20 +17,23 @@ from train.reporters import JsonLines, Reporters, WeightsAndBiases
 class RunFolder:
     """<run>/config.yaml metrics.jsonl samples/ checkpoints/. Made by rank 0; one id for all ranks and resumptions."""
 
-    def __init__(self, path: str | Path, config: dict[str, Any], ranks: Ranks) -> None:
-        self.path, self.config, self.ranks = Path(path), config, ranks
+    def __init__(self, path: str | Path, what: str, config: dict[str, Any], ranks: Ranks) -> None:
+        self.path, self.what, self.config, self.ranks = Path(path), what, config, ranks
         self.run_id = str(broadcast_object(self._claim() if ranks.is_main else None))
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
 
     def _claim(self) -> str:
         marker = self.path / "run_id"
         if marker.exists():
-            return marker.read_text().strip()
+            what, _, run_id = marker.read_text().strip().partition(" ")
+            if what != self.what:
+                raise UserError(f"output={self.path} is a run of {what}: choose another folder for {self.what}.")
+            return run_id
         if self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"output={self.path} holds something that is not a run: choose a new or empty folder.")
         (self.path / "samples").mkdir(parents=True)
         run_id = secrets.token_hex(4)
-        write_atomically(marker, run_id.encode())
+        write_atomically(marker, f"{self.what} {run_id}\n".encode())
         return run_id
 
     def reporters(self, from_step: int, wandb_project: str | None) -> Reporters:

@@ -50,7 +50,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval()
 
-    run = RunFolder(cfg.output, config, ranks)
+    run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
         def validate(state: TrainState) -> None:

@@ -54,7 +54,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     }
     measured = instantiate(cfg.clip, _convert_="all").eval()
 
-    run = RunFolder(cfg.output, config, ranks)
+    run = RunFolder(cfg.output, "train_clip", config, ranks)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
         def validate(state: TrainState) -> None:

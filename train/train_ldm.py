@@ -60,14 +60,16 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     facts.refuse_other_shapes(unet)
     make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
     objective = make_objective(unet=unet, scaling=facts.scaling, null=facts.null, seed=cfg.seed)
-    run = RunFolder(cfg.output, config, ranks)
+    run = RunFolder(cfg.output, "train_ldm", config, ranks)
     if ranks.is_main:
-        facts.save(run.path)
         print(f"attention: {attention_used(unet, DTYPES[cfg.engine.dtype], ranks)}", flush=True)
     averaged = copy.deepcopy(unet).to(ranks.device, DTYPES[cfg.engine.dtype]).eval().requires_grad_(False)
     heldout = instantiate(cfg.read, root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
+        if ranks.is_main:  # only now is it certain that this run may go on in this folder
+            facts.save(run.path)
+
         def with_averaged_weights(do: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
             def action(state: TrainState) -> None:
                 averaged.load_state_dict(engine.full_state_dict(ema.shards, prefix="unet."))

@@ -88,9 +88,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(latents: Path, t
 
 def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
     arguments = [f"input={latents}", *SETTINGS]
+    kept = (undisturbed / "config.yaml").read_bytes()
     cases = [
         ([f"output={undisturbed}", "seed=1"], "seed was 0 and is 1"),
         ([f"output={undisturbed}"], "ranks was 2 and is 1"),
+        ([f"output={undisturbed}", "unet.norm_groups=2"], "unet.norm_groups was 4 and is 2"),
         ([f"output={undisturbed}", "training.resume=never"], "resume=never"),
         ([f"output={tmp_path / 'new'}", "training.resume=must"], "no intact checkpoint"),
     ]
@@ -99,6 +101,7 @@ def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: P
         assert done.returncode == 2, done.stderr
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
+    assert (undisturbed / "config.yaml").read_bytes() == kept
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(latents: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_splits(folder / "demo_shaped", DEMO_LATENTS, samples=16)
     shard = write_splits(folder / "cut", TINY_LATENTS) / "train/shards/000001.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
+    (folder / "other").mkdir()
+    (folder / "other/run_id").write_text("train_clip 0a1b2c3d\n")
     torch.manual_seed(0)
     save_model(folder / "stranger", "AutoencoderKL", SMALL, AutoencoderKL(**SMALL).state_dict(), {})
     return folder
@@ -43,6 +45,7 @@ MISTAKES = {
     "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "take one of fp32, bf16"),
     "bf16 without masters": ([*LDM, "input={folder}/latents", "engine=zero0", "engine.dtype=bf16"], 2, "engine=zero1"),
     "flow on a curved process": ([*LDM, "input={folder}/latents", "process=scaled_linear"], 2, "Flow does not belong"),
+    "a run of another kind": ([*LDM, "input={folder}/latents", "output={folder}/other"], 2, "is a run of train_clip"),
     "no such schedule": ([*LDM, "input={folder}/latents", "optimizer.schedule.kind=step"], 2, "constant, cosine"),
     "guidance=abc": (
         ["train/sample_images.py", "input={folder}/run", "prompts=[a]", "guidance=abc"],
