@@ -37,7 +37,7 @@ def encode(name: str, value: Any) -> bytes:
     if kind == "png":
         Image.fromarray(value).save(buffer, format="PNG")
     elif kind == "npy":
-        np.lib.format.write_array(buffer, np.ascontiguousarray(value), allow_pickle=False)
+        np.lib.format.write_array(buffer, np.asarray(value, order="C"), allow_pickle=False)
     elif kind == "txt":
         buffer.write(value.encode())
     elif kind == "json":

@@ -11,20 +11,30 @@ from data_pipeline.samples import TextStates
 
 
 class ImageEncoder(Protocol):
-    """Pictures to posterior moments."""
+    """Pictures to what is stored of them: posterior "moments", codebook "indices", or the "pixels" themselves."""
 
     fingerprint: str
+    stored_as: str
+    factor: int
 
-    def encode_moments(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 2C, h, w): mean and log-variance, unscaled."""
+    def encode_stored(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), indices (B, h, w), or pixels (B, 3, H, W)."""
+        ...
+
+    def posterior_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the latents that are stored, each (B, C, h, w), unscaled."""
         ...
 
 
 class TextEncoder(Protocol):
-    """Captions to states."""
+    """Captions to states, and where it is a whole CLIP, pictures to embeddings."""
 
     fingerprint: str
 
     def encode_text(self, captions: Sequence[str]) -> TextStates:
         """B captions -> tokens (B, T, D) and pooled (B, P); "" gives the null."""
+        ...
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, E)."""
         ...

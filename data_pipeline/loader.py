@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,13 +14,10 @@ from data_pipeline import codec, storage
 from data_pipeline.epoch_plan import EpochPlan, Place
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.manifest import Manifest
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.samples import Batch, DataCursor, collated
 from data_pipeline.shard_writer import read_index, read_shard
 
-NAMES = {"moments.npy": "moments", "moments_flip.npy": "moments_flip", "text.npy": "text", "pooled.npy": "pooled"}
-NAMES |= dict.fromkeys(codec.IMAGES, "image")
-FIELDS = {"latents": (*NAMES, "json"), "image-text": (*codec.IMAGES, "txt", "json")}
-ARRAYS = ("moments", "moments_flip", "text", "pooled")
+PICTURES = (*codec.IMAGES, "txt", "json")
 
 
 class SampleReader:
@@ -29,13 +25,13 @@ class SampleReader:
 
     def __init__(self, root: str, manifest: Manifest, cache_mb: float) -> None:
         self.root, self.manifest = root, manifest
-        self.fields = FIELDS[manifest.kind]
+        self.fields = fields_of(manifest)
         self.shards: dict[int, tuple[Any, list]] = {}
         self.cache: dict[Place, dict[str, Any]] = {}
         self.room = cache_mb * 2**20
 
     def read(self, place: Place) -> dict[str, Any]:
-        """{"key", "caption", and arrays by name: moments, text, pooled or image}."""
+        """{"key", "caption", "meta", and arrays by name: image, or moments, text and what else is stored}."""
         if place in self.cache:
             return self.cache[place]
         data, entries = self._shard(place.shard)
@@ -81,10 +77,17 @@ def as_sample(key: str, members: dict[str, Any]) -> dict[str, Any]:
     """Members by extension -> a sample by field name."""
     meta = members.get("json") or {}
     sample = {"key": key, "caption": members.get("txt", meta.get("caption", "")), "meta": meta}
-    for member, name in NAMES.items():
-        if member in members:
-            sample[name] = members[member]
+    for member, value in members.items():
+        if member in codec.IMAGES:
+            sample["image"] = value
+        elif member.endswith(".npy"):
+            sample[member.removesuffix(".npy")] = value
     return sample
+
+
+def fields_of(manifest: Manifest) -> tuple[str, ...]:
+    """The members of a data set's samples that are read."""
+    return PICTURES if manifest.kind == "image-text" else tuple(manifest.fields)
 
 
 class Loader:
@@ -163,6 +166,7 @@ class Loader:
                 tuple(self.streams[m * streams : (m + 1) * streams]),
                 step,
                 DataCursor(step + 1),
+                self.plan.streams,
             )
 
 
@@ -206,38 +210,6 @@ class _StreamParts(IterableDataset):
             step += 1
 
 
-def collated(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Samples' arrays as float32 tensors; pictures as (B, 3, H, W) in [-1, 1].
-
-    In numpy: torch would hand each of these small steps to a second thread, which is slow to come on busy cores.
-    """
-    tensors = {}
-    for name in ARRAYS:
-        if name in samples[0]:
-            with _naming_what_differs(samples, name):
-                tensors[name] = torch.from_numpy(
-                    np.stack([sample[name] for sample in samples]).astype(np.float32, copy=False)
-                )
-    if "image" in samples[0]:
-        with _naming_what_differs(samples, "image"):
-            pixels = np.stack([sample["image"].transpose(2, 0, 1) for sample in samples])
-        tensors["image"] = torch.from_numpy(pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0))
-    return tensors
-
-
-@contextlib.contextmanager
-def _naming_what_differs(samples: Sequence[dict[str, Any]], name: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError) as error:
-        shapes = {sample["key"]: getattr(sample.get(name), "shape", None) for sample in samples}
-        odd = next(key for key, shape in shapes.items() if shape != shapes[samples[0]["key"]])
-        raise DataError(
-            f"sample {odd} has {name} of shape {shapes[odd]} beside {shapes[samples[0]['key']]}: one data set holds "
-            "one shape; make it again."
-        ) from error
-
-
 def read_dataset(root: str, limit: int | None = None) -> list[dict[str, Any]]:
     """The samples of a data set in order, decoded; at most `limit`."""
     manifest = Manifest.load(root)
@@ -245,6 +217,6 @@ def read_dataset(root: str, limit: int | None = None) -> list[dict[str, Any]]:
     for shard in manifest.shards:
         if limit is not None and len(samples) >= limit:
             break
-        for members in read_shard(root, shard, FIELDS[manifest.kind]):
+        for members in read_shard(root, shard, fields_of(manifest)):
             samples.append(as_sample(members.pop("__key__"), members))
     return samples[:limit]

@@ -1,9 +1,9 @@
-"""Image-text shards to latent shards: raw posterior moments, text states per token, the null of the empty prompt."""
+"""Image-text shards to latent shards: raw posterior moments or codes, what to condition on, and the encoders' nulls."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +14,15 @@ from safetensors.torch import save
 
 from data_pipeline import codec, storage
 from data_pipeline.aside import Aside
+from data_pipeline.conditions import Condition
 from data_pipeline.encoders import ImageEncoder, TextEncoder
 from data_pipeline.entry import entry
 from data_pipeline.errors import DataError, UserError
-from data_pipeline.loader import as_sample, collated
+from data_pipeline.loader import as_sample
 from data_pipeline.manifest import Manifest, Shard, find_splits
 from data_pipeline.progress import Progress
-from data_pipeline.shard_writer import ShardWriter, read_index
+from data_pipeline.samples import collated
+from data_pipeline.shard_writer import ShardWriter, read_index, read_shard
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
 
@@ -29,7 +31,8 @@ class Encoders(NamedTuple):
     """What turns samples into latent samples, and how they are stored."""
 
     image: ImageEncoder
-    text: TextEncoder
+    text: TextEncoder | None
+    conditions: Mapping[str, Condition]
     device: torch.device
     batch_size: int
     dtype: type
@@ -42,15 +45,42 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"dtype={cfg.dtype} is unknown: take one of {', '.join(DTYPES)}.")
     splits = find_splits(cfg.input)
     device = chosen_device(cfg.device)
-    image, text = instantiate(cfg.autoencoder), instantiate(cfg.clip)
+    conditions = instantiate(cfg.conditions, _convert_="all")
+    image, text = instantiate(cfg.autoencoder).to(device), clip_for(cfg, conditions)
     encoders = Encoders(
-        image.to(device), text.to(device), device, cfg.batch_size, DTYPES[cfg.dtype], cfg.get("flips", False)
+        image,
+        text.to(device) if text is not None else None,
+        conditions,
+        device,
+        cfg.batch_size,
+        DTYPES[cfg.dtype],
+        cfg.get("flips", False),
     )
-    for name, path in sorted(splits.items(), reverse=True):  # train before heldout
+    for number, (name, path) in enumerate(sorted(splits.items(), reverse=True)):  # train before heldout
         source = Manifest.load(path, "image-text")
+        if number == 0:
+            for condition in conditions.values():
+                condition.learn(facts_of_samples(path, source))
         root = storage.join(cfg.output, name) if name else cfg.output
         claim(root, identity(source, encoders))
         encode_split(path, source, root, encoders, cfg.max_aside_fraction, name or "samples")
+
+
+def clip_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> TextEncoder | None:
+    """The CLIP, where a condition needs one."""
+    using = [name for name, condition in conditions.items() if condition.uses_clip]
+    if not using:
+        return None
+    if cfg.clip.path is None:
+        raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
+    return instantiate(cfg.clip)
+
+
+def facts_of_samples(path: str, source: Manifest) -> Iterator[dict[str, Any]]:
+    """Every sample without its picture."""
+    for shard in source.shards:
+        for members in read_shard(path, shard, ("json", "txt")):
+            yield as_sample(members.pop("__key__"), members)
 
 
 def chosen_device(name: str) -> torch.device:
@@ -67,10 +97,17 @@ def identity(source: Manifest, encoders: Encoders) -> dict[str, str]:
     made_of = {
         "images": source.fingerprint,
         "autoencoder": encoders.image.fingerprint,
-        "text_encoder": encoders.text.fingerprint,
         "dtype": np.dtype(encoders.dtype).name,
+        "conditions": json.dumps(conditions_config(encoders), sort_keys=True),
     }
+    if encoders.text is not None:
+        made_of["text_encoder"] = encoders.text.fingerprint
     return made_of | ({"flips": "encoded"} if encoders.flips else {})
+
+
+def conditions_config(encoders: Encoders) -> dict[str, Any]:
+    """What builds the conditions again, for sampling."""
+    return {name: condition.config() for name, condition in encoders.conditions.items()}
 
 
 def claim(root: str, made_of: dict[str, str]) -> None:
@@ -103,7 +140,7 @@ def encode_split(
                 done[shard.name] = encode_shard(path, shard, root, encoders, aside, bar)
             else:
                 aside.rows += done[shard.name]["aside"]
-    write_null(root, encoders)
+    write_constants(root, encoders)
     records = [done[shard.name] for shard in source.shards]
     written = [record for record in records if record["shard"]]
     if not written:
@@ -112,6 +149,7 @@ def encode_split(
         **source.info,
         "pixel_range": [-1.0, 1.0],
         "crop": "centre",
+        "conditions": conditions_config(encoders),
         "latents": combined_statistics([record["latents"] for record in written]),
     }
     made_of = identity(source, encoders)
@@ -135,14 +173,14 @@ def finished_record(root: str, shard: Shard) -> dict[str, Any] | None:
 
 def encode_shard(path: str, shard: Shard, root: str, encoders: Encoders, aside: Aside, bar: Progress) -> dict[str, Any]:
     """One latent shard of the same name, and the note that it is finished."""
-    samples, rejected = decodable(path, shard)
+    samples, rejected = decodable(path, shard, encoders.conditions)
     for key, reason in rejected:
         aside.add(key, reason)
     writer, statistics, fields = ShardWriter(), [], {}
     for first in range(0, len(samples), encoders.batch_size):
         part = samples[first : first + encoders.batch_size]
         encoded = encode_batch(part, encoders)
-        statistics.append(batch_statistics(encoded["moments.npy"]))
+        statistics.append(batch_statistics(encoders.image, encoded[f"{encoders.image.stored_as}.npy"]))
         for i, sample in enumerate(part):
             members = {name: values[i] for name, values in encoded.items()}
             writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
@@ -163,7 +201,9 @@ def encode_shard(path: str, shard: Shard, root: str, encoders: Encoders, aside: 
     return record
 
 
-def decodable(path: str, shard: Shard) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+def decodable(
+    path: str, shard: Shard, conditions: Mapping[str, Condition]
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """A shard's samples, and (key, reason) of those that can't be used. A cut shard is a DataError."""
     entries = read_index(path, shard)
     data = storage.read_bytes(storage.join(path, shard.name), 0, shard.bytes)
@@ -174,6 +214,9 @@ def decodable(path: str, shard: Shard) -> tuple[list[dict[str, Any]], list[tuple
             sample = as_sample(key, members)
             if "image" not in sample or not sample["caption"]:
                 raise DataError("missing picture or caption")
+            for condition in conditions.values():
+                if reason := condition.reason_against(sample):
+                    raise DataError(reason)
             samples.append(sample)
         except DataError as error:
             rejected.append((key, str(error)))
@@ -182,20 +225,15 @@ def decodable(path: str, shard: Shard) -> tuple[list[dict[str, Any]], list[tuple
 
 @torch.no_grad()
 def encode_batch(samples: Sequence[dict[str, Any]], encoders: Encoders) -> dict[str, np.ndarray]:
-    """moments.npy (B, 2C, h, w), text.npy (B, T, D), pooled.npy (B, P). Each different caption is encoded once."""
+    """moments.npy (B, 2C, h, w) or what else the first stage stores, and the fields of each condition."""
     images = collated(samples)["image"].to(encoders.device)
-    captions = list(dict.fromkeys(sample["caption"] for sample in samples))
-    states = encoders.text.encode_text(captions)
-    rows = torch.tensor([captions.index(sample["caption"]) for sample in samples])
-    encoded = {
-        "moments.npy": encoders.image.encode_moments(images),
-        "text.npy": states.tokens[rows.to(states.tokens.device)],
-        "pooled.npy": states.pooled[rows.to(states.pooled.device)],
-    }
+    latents = encoders.image.stored_as
+    encoded = {latents: encoders.image.encode_stored(images)}
     if encoders.flips:
-        encoded["moments_flip.npy"] = encoders.image.encode_moments(images.flip(-1))
-    with np.errstate(over="ignore"):  # what overflows is not finite, and is refused below
-        arrays = {name: value.float().cpu().numpy().astype(encoders.dtype) for name, value in encoded.items()}
+        encoded[f"{latents}_flip"] = encoders.image.encode_stored(images.flip(-1))
+    for condition in encoders.conditions.values():
+        encoded |= condition.encode(samples, images, encoders)
+    arrays = {f"{name}.npy": as_stored(value, encoders.dtype) for name, value in encoded.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise DataError(
@@ -204,13 +242,22 @@ def encode_batch(samples: Sequence[dict[str, Any]], encoders: Encoders) -> dict[
     return arrays
 
 
-def batch_statistics(moments: np.ndarray) -> dict[str, Any]:
+def as_stored(value: torch.Tensor, dtype: type) -> np.ndarray:
+    """Floats in `dtype`, whole numbers in 32 bits."""
+    if not value.is_floating_point():
+        return value.cpu().numpy().astype(np.int32)
+    with np.errstate(over="ignore"):  # what overflows is not finite, and is refused by the caller
+        return value.float().cpu().numpy().astype(dtype)
+
+
+def batch_statistics(image: ImageEncoder, stored: np.ndarray) -> dict[str, Any]:
     """Count of values a channel, and sums of the first and second moment of posterior draws, per channel."""
-    mean, logvar = np.split(moments.astype(np.float64), 2, axis=1)
+    wide = np.float32 if stored.dtype.kind == "f" else np.int64
+    mean, variance = (part.double() for part in image.posterior_of(torch.from_numpy(stored.astype(wide))))
     return {
-        "count": mean.size // mean.shape[1],
+        "count": mean.numel() // mean.shape[1],
         "mean": mean.mean((0, 2, 3)).tolist(),
-        "square": (mean**2 + np.exp(np.clip(logvar, -30, 20))).mean((0, 2, 3)).tolist(),
+        "square": (mean.square() + variance).mean((0, 2, 3)).tolist(),
     }
 
 
@@ -225,14 +272,15 @@ def combined_statistics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def write_null(root: str, encoders: Encoders) -> None:
-    """The encoder's own states of the empty prompt: tokens (T, D), pooled (P,), float32."""
-    states = encoders.text.encode_text([""])
-    null = {
-        "tokens": states.tokens[0].float().cpu().contiguous(),
-        "pooled": states.pooled[0].float().cpu().contiguous(),
-    }
+def write_constants(root: str, encoders: Encoders) -> None:
+    """null.safetensors: the encoders' own values where there is no condition; codebook.safetensors of a VQ model."""
+    null: dict[str, torch.Tensor] = {}
+    for condition in encoders.conditions.values():
+        null |= {name: value.float().cpu().contiguous() for name, value in condition.null(encoders).items()}
     storage.write_atomically(storage.join(root, "null.safetensors"), save(null))
+    if encoders.image.stored_as == "indices":
+        codebook = encoders.image.codebook.detach().float().cpu().contiguous()
+        storage.write_atomically(storage.join(root, "codebook.safetensors"), save({"codebook": codebook}))
 
 
 if __name__ == "__main__":

@@ -34,11 +34,12 @@ def write_latents(root: Path, samples: int, shapes: dict[str, tuple[int, ...]], 
             arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
             writer.add(f"{i:06d}", {**arrays, "json": {"caption": f"thing {i}"}})
         shards.append(writer.publish(root, f"shards/{len(shards):06d}.tar"))
-    null = {"tokens": torch.zeros(shapes["text.npy"]), "pooled": torch.zeros(shapes["pooled.npy"])}
+    null = {"text": torch.zeros(shapes["text.npy"]), "pooled": torch.zeros(shapes["pooled.npy"])}
     save_file(null, root / "null.safetensors")
     fields = {name: {"dtype": "float32", "shape": list(shape)} for name, shape in shapes.items()}
     channels = shapes["moments.npy"][0] // 2
-    info = {"latents": {"mean": [0.0] * channels, "std": [1.0] * channels}}
+    conditions = {"text": {"_target_": "data_pipeline.conditions.Text"}}
+    info = {"latents": {"mean": [0.0] * channels, "std": [1.0] * channels}, "conditions": conditions}
     made_of = {"autoencoder": "none", "text_encoder": "none"}
     Manifest("latents", tuple(shards), {**fields, "json": {}}, info, made_of).save(root)
 

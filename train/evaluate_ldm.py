@@ -14,7 +14,7 @@ from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
 from data_pipeline.storage import write_atomically
-from train.evaluation.distances import RECALL_PIXELS, training_recall
+from train.evaluation.distances import RECALL_PIXELS, nearest, psnr, training_recall
 from train.evaluation.report import grid, save_png
 from train.evaluation.trained_run import TrainedRun, open_run
 
@@ -35,17 +35,17 @@ def main(cfg: DictConfig) -> None:
         drawn = draw(run, cfg, chosen, bar)
         unseen = draw(run, cfg, heldout, bar)
     figures = recall_figures(drawn, np.stack([sample["image"] for sample in train]), right, cfg.seed)
-    figures |= {"guidance": cfg.guidance, "steps": cfg.sampler.steps, "weights": str(run.weights)}
+    figures |= likeness_figures(run, train, chosen, drawn, heldout, unseen)
+    figures |= {"guidance": cfg.guidance.scale, "steps": cfg.sampler.steps, "weights": str(run.weights)}
     write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
     save_grids(output, chosen, drawn, heldout, unseen)
     say(figures, output)
 
 
 def draw(run: TrainedRun, cfg: DictConfig, samples: list[dict[str, Any]], bar: Progress) -> np.ndarray:
-    """A picture a sample's caption."""
-    text = run.text([sample["caption"] for sample in samples])
-    sampler = instantiate(cfg.sampler)
-    return run.generator.draw(text, sampler, cfg.guidance, cfg.seed, cfg.batch_size, on_batch=bar.advance)
+    """A picture for each sample's condition."""
+    sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
+    return run.generator.draw(run.asked(samples), sampler, guidance, cfg.seed, cfg.batch_size, on_batch=bar.advance)
 
 
 def recall_figures(drawn: np.ndarray, real: np.ndarray, right: np.ndarray, seed: int) -> dict[str, Any]:
@@ -61,6 +61,27 @@ def recall_figures(drawn: np.ndarray, real: np.ndarray, right: np.ndarray, seed:
         "candidates": len(real),
         "distance": DISTANCE,
     }
+
+
+def likeness_figures(
+    run: TrainedRun,
+    train: list[dict[str, Any]],
+    chosen: list[dict[str, Any]],
+    drawn: np.ndarray,
+    heldout: list[dict[str, Any]],
+    unseen: np.ndarray,
+) -> dict[str, float]:
+    """PSNR to the picture that each condition is of, which matters where the condition is a picture; and where it is a
+    class, how often the nearest training picture of what is drawn is of that class."""
+    figures = {"psnr_db": float(psnr(drawn, np.stack([sample["image"] for sample in chosen])).mean())}
+    if heldout:
+        figures["heldout_psnr_db"] = float(psnr(unseen, np.stack([sample["image"] for sample in heldout])).mean())
+    if "label" in run.config["conditioning"]:
+        named = run.conditions["label"].named_in
+        near = nearest(drawn, np.stack([sample["image"] for sample in train]))
+        same = [named(train[i]) == named(sample) for i, sample in zip(near, chosen, strict=True)]
+        figures["nearest_is_of_class"] = float(np.mean(same))
+    return figures
 
 
 def save_grids(
@@ -93,6 +114,12 @@ def say(figures: dict[str, Any], output: Path) -> None:
         f"{figures['training_recall_top5']:.2f}; shuffled captions: top-1 {figures['shuffled_captions_top1']:.2f}, "
         f"top-5 {figures['shuffled_captions_top5']:.2f}"
     )
+    likeness = {
+        "PSNR to the pictures asked for": figures["psnr_db"],
+        "of held-out ones": figures.get("heldout_psnr_db"),
+        "nearest picture is of the class": figures.get("nearest_is_of_class"),
+    }
+    print(", ".join(f"{what} {value:.2f}" for what, value in likeness.items() if value is not None))
     print(f"evaluate_ldm: grids and evaluation.json in {output}", flush=True)
 
 

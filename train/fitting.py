@@ -61,6 +61,14 @@ class Recipe:
     engine: EngineConfig
     make_loader: Callable[..., Iterable[Batch]]
 
+    @classmethod
+    def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:
+        """From an entry's configuration by hydra's instantiate; what doesn't fit together is refused."""
+        data = build(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed)
+        recipe = cls(build(cfg.training), build(cfg.optimizer), build(cfg.engine), data)
+        recipe.check(ranks)
+        return recipe
+
     def loader(self, ranks: Ranks, start: DataCursor) -> Iterable[Batch]:
         """This rank's batches from `start` on."""
         return self.make_loader(

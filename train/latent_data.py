@@ -1,95 +1,128 @@
-"""What training and sampling must know of a latent data set: scale, shape, null, and which encoders made it."""
+"""What training and sampling must know of a latent data set: scale, shape, nulls, and which encoders made it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
-from data_pipeline.samples import TextStates
-from train.models.latents import LatentScaling
+from train.models.conditioning import Conditioners
+from train.models.latents import STORED_AS, LatentScaling, StoredLatents
 
 
 @dataclass(frozen=True, slots=True)
 class LatentFacts:
     """Kept in the run folder too, so that what is sampled with is what was trained with."""
 
-    moments_shape: tuple[int, int, int]  # (2C, h, w) as stored
-    context_dim: int
-    pooled_dim: int
+    shapes: Mapping[str, Sequence[int]]  # of the stored fields, unbatched
     mean: list[float]  # per channel, of posterior draws over the training split
     std: list[float]
     fold: int
     fingerprints: Mapping[str, str]
-    null: TextStates
+    conditions: Mapping[str, Mapping[str, Any]]  # what builds each condition again
+    null: Mapping[str, Tensor]  # the encoders' own, by field
+    codebook: Tensor | None = None
 
     @classmethod
     def of(cls, root: str, manifest: Manifest, fold: int) -> LatentFacts:
         """From a latent data set; statistics are those that precompute measured on all of it."""
-        null = load(storage.read_bytes(storage.join(root, "null.safetensors")))
-        shape = tuple(manifest.fields["moments.npy"]["shape"])
-        if shape[1] % fold or shape[2] % fold:
-            raise UserError(f"fold={fold} does not divide latents of {shape[1]}x{shape[2]}: choose one that does.")
+        shapes = {
+            name.removesuffix(".npy"): field["shape"] for name, field in manifest.fields.items() if "shape" in field
+        }
         latents = manifest.info["latents"]
-        return cls(
-            shape,
-            manifest.fields["text.npy"]["shape"][-1],
-            manifest.fields["pooled.npy"]["shape"][-1],
+        facts = cls(
+            shapes,
             latents["mean"],
             latents["std"],
             fold,
             dict(manifest.fingerprints),
-            TextStates(null["tokens"], null["pooled"]),
+            manifest.info.get("conditions", {}),
+            load(storage.read_bytes(storage.join(root, "null.safetensors"))),
+            codebook_of(root),
         )
+        _, h, w = facts.latent_shape
+        if h % fold or w % fold:
+            raise UserError(f"fold={fold} does not divide latents of {h}x{w}: choose one that does.")
+        return facts
+
+    @property
+    def stored_as(self) -> str:
+        return next(name for name in STORED_AS if name in self.shapes)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of unscaled latents."""
+        h, w = self.shapes[self.stored_as][-2:]
+        return len(self.mean), h, w
+
+    @property
+    def unet_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) that the U-Net sees."""
+        channels, h, w = self.latent_shape
+        return channels * self.fold**2, h // self.fold, w // self.fold
 
     @property
     def scaling(self) -> LatentScaling:
         return LatentScaling(self.mean, self.std, self.fold)
 
     @property
-    def unet_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) that the U-Net sees."""
-        channels, h, w = self.moments_shape
-        return channels // 2 * self.fold**2, h // self.fold, w // self.fold
+    def latents(self) -> StoredLatents:
+        return StoredLatents(self.stored_as, self.scaling, self.codebook)
+
+    def classes(self, condition: str) -> Sequence[str]:
+        """The class names of a condition; conditioners look them up by number."""
+        return self.conditions[condition]["classes"]
 
     def refuse_other_encoders(self, autoencoder: str | None, clip: str | None) -> None:
         """Latents or text states that the encoders of these fingerprints did not make; None: unknown, not checked."""
         for option, field, mark in (("autoencoder", "autoencoder", autoencoder), ("clip", "text_encoder", clip)):
-            if mark is not None and mark != self.fingerprints[field]:
+            if mark is not None and mark != self.fingerprints.get(field, mark):
                 raise UserError(
                     f"the latents were made by {field} {self.fingerprints[field]}, but {option}.path holds "
                     f"{mark}: give the one that made them, or run precompute_latents.py with this one."
                 )
 
-    def refuse_other_shapes(self, unet: nn.Module) -> None:
-        """A U-Net that these latents and text states don't fit into."""
-        for what, has, needs in (
-            ("unet.in_channels", unet.in_channels, self.unet_shape[0]),
-            ("unet.context_dim", unet.context_dim, self.context_dim),
-            ("unet.vector_dim", unet.vector_dim, self.pooled_dim),
+    def refuse_other_shapes(self, unet: Mapping[str, Any], conditioner: Conditioners) -> None:
+        """A U-Net, by its configuration, that these latents and what conditions it don't fit into."""
+        channels, planes = self.unet_shape[0], conditioner.concat_channels
+        for name, has, needs in (
+            ("unet.in_channels", unet["in_channels"], channels + planes),
+            ("unet.out_channels", unet["out_channels"], channels),
+            *(("unet.context_dim", unet["context_dim"], width) for width in conditioner.context_dims.values()),
+            ("unet.context_dim", unet["context_dim"], conditioner.context_dim),
+            *([("unet.vector_dim", unet["vector_dim"], conditioner.vector_dim)] if unet["vector_dim"] else []),
         ):
-            if has is not None and has != needs:
-                raise UserError(f"{what}={has} does not fit this data set (fold={self.fold}): set {what}={needs}.")
+            if has != needs:
+                needed = "null" if needs is None else needs
+                raise UserError(
+                    f"{name}={has} does not fit this data set (fold={self.fold}) and its conditioning: "
+                    f"set {name}={needed}."
+                )
 
     def save(self, run: Path) -> None:
-        """<run>/latents.json and <run>/null.safetensors."""
-        about: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__ if name != "null"}
+        """<run>/latents.json, null.safetensors and, for codes, codebook.safetensors."""
+        about = {name: getattr(self, name) for name in self.__slots__ if name not in ("null", "codebook")}
         storage.write_atomically(run / "latents.json", json.dumps(about, indent=1).encode())
-        null = {"tokens": self.null.tokens, "pooled": self.null.pooled}
-        storage.write_atomically(run / "null.safetensors", save(null))
+        storage.write_atomically(run / "null.safetensors", save(dict(self.null)))
+        if self.codebook is not None:
+            storage.write_atomically(run / "codebook.safetensors", save({"codebook": self.codebook}))
 
     @classmethod
     def of_run(cls, run: Path) -> LatentFacts:
         """What `save` wrote."""
         about = json.loads((run / "latents.json").read_text())
-        null = load((run / "null.safetensors").read_bytes())
-        about["moments_shape"] = tuple(about["moments_shape"])
-        return cls(**about, null=TextStates(null["tokens"], null["pooled"]))
+        return cls(**about, null=load((run / "null.safetensors").read_bytes()), codebook=codebook_of(run))
+
+
+def codebook_of(root: str | Path) -> Tensor | None:
+    """(N, C) of a data set or run whose latents are codes."""
+    path = storage.join(root, "codebook.safetensors")
+    return load(storage.read_bytes(path))["codebook"] if storage.exists(path) else None

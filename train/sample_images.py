@@ -1,47 +1,155 @@
-"""Draw pictures from a trained run: one PNG a prompt, and a grid with the prompts written under them."""
+"""Draw pictures from a trained run: one PNG each, and a grid with what was asked for written under them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig
-from PIL import Image
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
+from train.evaluation.generate import ByClassifier
 from train.evaluation.report import grid, save_png
-from train.evaluation.trained_run import open_run
+from train.evaluation.trained_run import TrainedRun, open_run
+
+ASKED = ("prompts", "labels", "layouts", "images", "holes")
 
 
 @entry("sample_images")
 def main(cfg: DictConfig) -> None:
-    prompts = prompts_of(cfg.prompts, cfg.samples_per_prompt)
-    guidance, steps = number("guidance", cfg.guidance), number("sampler.steps", cfg.sampler.steps)
+    rows = asked_rows({name: cfg[name] for name in ASKED}, cfg.samples_per_prompt)
+    guidance, steps = instantiate(cfg.guidance, _convert_="all"), number("sampler.steps", cfg.sampler.steps)
+    number("guidance.scale", cfg.guidance.scale)
     if steps < 1 or steps != int(steps):
         raise UserError(f"sampler.steps={cfg.sampler.steps}: give a whole number from 1, as sampler.steps=30.")
     run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
+    by_classifier = guided_by(cfg, run, rows)
+    refuse_unasked(run, rows[0], also=("labels",) if by_classifier else ())
+    asked = run.asked([as_sample(run, row) for row in rows])
+    negative = None
+    if cfg.negative_prompt is not None:
+        negative = run.asked([as_sample(run, row | {"prompts": str(cfg.negative_prompt)}) for row in rows])
     output = Path(cfg.output or f"{cfg.input}/drawn")
-    with Progress("sample_images", len(prompts), "pictures") as bar:
+    with Progress("sample_images", len(rows), "pictures") as bar:
         drawn = run.generator.draw(
-            run.text(prompts), instantiate(cfg.sampler), guidance, cfg.seed, cfg.batch_size, on_batch=bar.advance
+            asked, instantiate(cfg.sampler), guidance, cfg.seed, cfg.batch_size, bar.advance, negative, by_classifier
         )
-    for i, (prompt, picture) in enumerate(zip(prompts, drawn, strict=True)):
-        save_png(Image.fromarray(picture), output / f"{i:04d}-{file_stem(prompt)}.png")
+    titles = [title(row) for row in rows]
+    for i, (name, picture) in enumerate(zip(titles, drawn, strict=True)):
+        save_png(Image.fromarray(picture), output / f"{i:04d}-{file_stem(name)}.png")
     sheet = save_png(
-        grid(list(drawn), prompts, columns=min(cfg.columns, len(prompts)), scale=cfg.scale), output / "grid.png"
+        grid(list(drawn), titles, columns=min(cfg.columns, len(rows)), scale=cfg.scale), output / "grid.png"
     )
-    print(f"sample_images: {len(prompts)} pictures from {run.weights}, guidance {guidance:g}; grid in {sheet}")
+    print(f"sample_images: {len(rows)} pictures from {run.weights}, guidance {guidance.scale:g}; grid in {sheet}")
 
 
-def prompts_of(value: Any, repeats: int) -> list[str]:
-    """A prompt, or a list of them, each `repeats` times."""
-    prompts = [str(prompt) for prompt in value] if isinstance(value, ListConfig) else [str(value)]
-    if not prompts:
-        raise UserError("prompts is empty: give some, as prompts='[red heart,grinning face]'.")
-    return [prompt for prompt in prompts for _ in range(repeats)]
+def asked_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
+    """Options that are each one value or a list -> one dictionary a picture. One value goes with all of a list."""
+    given = {name: OmegaConf.to_container(OmegaConf.create({"v": value}))["v"] for name, value in options.items()}
+    lists = {name: as_list(name, value) for name, value in given.items() if value is not None}
+    if any(not values for values in lists.values()):
+        empty = next(name for name, values in lists.items() if not values)
+        raise UserError(f"{empty} is empty: give some, as prompts='[red heart,grinning face]'.")
+    count = max((len(values) for values in lists.values()), default=1)
+    for name, values in lists.items():
+        if len(values) not in (1, count):
+            raise UserError(f"{name} has {len(values)} entries beside {count}: give one, or as many as there are.")
+    rows = [{name: values[i % len(values)] for name, values in lists.items()} for i in range(count)]
+    return [row for row in rows for _ in range(repeats)]
+
+
+def as_list(name: str, value: Any) -> list[Any]:
+    """As a list of values: one layout is itself a list of boxes, one hole a list of four numbers."""
+    nested = {"layouts": 2, "holes": 1}.get(name, 0)
+    probe = value
+    for _ in range(nested):
+        probe = probe[0] if isinstance(probe, list) and probe else None
+    return value if isinstance(probe, list) else [value]
+
+
+def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> ByClassifier | None:
+    """The classifier that guides towards `labels`, where one is given; refused if it is of other latents."""
+    if cfg.classifier.path is None:
+        return None
+    if "labels" not in rows[0]:
+        raise UserError("classifier.path guides towards labels: add labels=....")
+    classifier, about = instantiate(cfg.classifier.load, path=cfg.classifier.path)
+    for name, theirs in about["belongs_to"].items():
+        ours = run.facts.fingerprints["autoencoder"] if name == "autoencoder" else getattr(run.facts, name, None)
+        ours = run.config["process"] if name == "process" else ours
+        if ours != theirs:
+            raise UserError(
+                f"classifier.path={cfg.classifier.path} was trained with {name} {theirs}, this run with {ours}: train "
+                "one on this run's latents and process."
+            )
+    classes = about["class_names"]
+    unknown = [row["labels"] for row in rows if row["labels"] not in classes]
+    if unknown:
+        raise UserError(f"class {unknown[0]} is unknown to the classifier: take one of {', '.join(classes[:12])}.")
+    labels = torch.tensor([classes.index(row["labels"]) for row in rows])
+    return ByClassifier(classifier.to(run.generator.device), labels, number("classifier.scale", cfg.classifier.scale))
+
+
+def refuse_unasked(run: TrainedRun, row: Mapping[str, Any], also: Sequence[str] = ()) -> None:
+    """Options that this run is not conditioned on, apart from those that are needed `also`, and those that it needs."""
+    wanted = list(dict.fromkeys(option for name in run.config["conditioning"] for option in asked_by(run, name)))
+    for name in wanted:
+        if name not in row:
+            raise UserError(f"this run is conditioned on {', '.join(wanted)}: add {name}=....")
+    for name in row:
+        if name not in (*wanted, *also):
+            known = f"only on {', '.join(wanted)}" if wanted else "on nothing"
+            raise UserError(f"this run is conditioned {known}: leave {name}= out.")
+
+
+def asked_by(run: TrainedRun, conditioner: str) -> tuple[str, ...]:
+    """The options that a conditioner's condition is given by; a joint text encoder reads the prompt itself."""
+    return run.conditions[conditioner].asked if conditioner in run.conditions else ("prompts",)
+
+
+def as_sample(run: TrainedRun, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for as a sample, such as precompute reads from a shard."""
+    values = dict(row)
+    if "images" in values:
+        values["images"] = load_picture(str(values["images"]), run.picture_size)
+    sample: dict[str, Any] = {"key": title(row), "caption": str(values.get("prompts", "")), "meta": {}}
+    for name, condition in run.conditions.items():
+        if name in run.config["conditioning"]:
+            parts = condition.as_sample(**{option: values[option] for option in condition.asked})
+            sample["meta"] |= parts.pop("meta", {})
+            sample |= parts
+    return sample
+
+
+def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 on white, at the size that the run draws.
+
+    A smaller one is enlarged pixel by pixel, so that what super-resolution shrinks again is that small picture.
+    """
+    try:
+        image = Image.open(path).convert("RGBA")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(
+            f"images: {path} can't be read ({type(error).__name__}): give PNG, JPEG or WebP files."
+        ) from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    smaller = image.height <= size[0] and image.width <= size[1]
+    return np.array(image.resize(size[::-1], Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS))
+
+
+def title(row: Mapping[str, Any]) -> str:
+    """What was asked for, in a few words."""
+    words = [str(row[name]) for name in ("prompts", "labels") if name in row]
+    words += [" and ".join(str(box[0]) for box in row["layouts"])] if "layouts" in row else []
+    words += [Path(str(row["images"])).stem] if "images" in row and not words else []
+    return ", ".join(words)
 
 
 def number(name: str, value: Any) -> float:

@@ -36,13 +36,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
     images = Manifest.load(f"{cfg.input}/train", "image-text")
-    recipe = Recipe(
-        instantiate(cfg.training),
-        instantiate(cfg.optimizer),
-        instantiate(cfg.engine),
-        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
-    )
-    recipe.check(ranks)
+    recipe = Recipe.of(cfg, instantiate, ranks)
     torch.manual_seed(cfg.seed)
     clip = instantiate(cfg.clip, _convert_="all")
     objective = instantiate(

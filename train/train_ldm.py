@@ -13,22 +13,26 @@ from torch import nn
 
 from data_pipeline import storage
 from data_pipeline.entry import entry
+from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
-from data_pipeline.samples import TextStates, stacked
+from data_pipeline.samples import collated
 from train.ema import Ema
 from train.engine import DTYPES, Engine
-from train.evaluation.generate import Generator
+from train.evaluation.generate import Asked, Generator
 from train.evaluation.report import curve_line, grid, plot_curves, save_png
+from train.evaluation.trained_run import build_network
 from train.evaluation.validation import HeldoutLoss
 from train.fitting import Recipe, fit
 from train.latent_data import LatentFacts
 from train.models.attention import attention_backend
-from train.objectives.latent_diffusion import LatentDiffusion
+from train.models.conditioning import ConditionedUNet
+from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
 from train.train_state import TrainState
 from train.trainer import Action
+from train.weights.published import load_unet_weights
 from train.weights.saved import saved_fingerprint
 
 
@@ -43,27 +47,24 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Check what doesn't belong together, build, fit, and say where it lies."""
     config = OmegaConf.to_container(cfg, resolve=True)
     for encoder in ("autoencoder", "clip"):  # sampling finds them by the run's configuration, from any folder
-        config[encoder]["path"] = storage.absolute(config[encoder]["path"])
+        if config[encoder].get("path"):
+            config[encoder]["path"] = storage.absolute(config[encoder]["path"])
+    make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
+    refuse_unfit(make_objective.keywords["process"], make_objective.keywords["parameterization"])
     latents = Manifest.load(f"{cfg.input}/train", "latents")
-    recipe = Recipe(
-        instantiate(cfg.training),
-        instantiate(cfg.optimizer),
-        instantiate(cfg.engine),
-        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
-    )
-    recipe.check(ranks)
+    recipe = Recipe.of(cfg, instantiate, ranks)
     autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
     facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold)
-    facts.refuse_other_encoders(*(saved_fingerprint(config[name]["path"]) for name in ("autoencoder", "clip")))
+    refuse_other_encoders(facts, config, autoencoder)
     torch.manual_seed(cfg.seed)
-    unet = instantiate(cfg.unet, _convert_="all")
-    facts.refuse_other_shapes(unet)
-    make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
-    objective = make_objective(unet=unet, scaling=facts.scaling, null=facts.null, seed=cfg.seed)
+    network = build_network(config, facts, instantiate)
+    if cfg.start_from is not None:
+        load_unet_weights(network.unet, cfg.start_from)
+    objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
     run = RunFolder(cfg.output, "train_ldm", config, ranks)
     if ranks.is_main:
-        print(f"attention: {attention_used(unet, DTYPES[cfg.engine.dtype], ranks)}", flush=True)
-    averaged = copy.deepcopy(unet).to(ranks.device, DTYPES[cfg.engine.dtype]).eval().requires_grad_(False)
+        print(f"attention: {attention_used(network.unet, DTYPES[cfg.engine.dtype], ranks)}", flush=True)
+    averaged = copy.deepcopy(network).to(ranks.device, DTYPES[cfg.engine.dtype]).eval().requires_grad_(False)
     heldout = instantiate(cfg.read, root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
@@ -72,7 +73,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
         def with_averaged_weights(do: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
             def action(state: TrainState) -> None:
-                averaged.load_state_dict(engine.full_state_dict(ema.shards, prefix="unet."))
+                averaged.load_state_dict(engine.full_state_dict(ema.shards, prefix="network."))
                 do(state)
 
             return action
@@ -87,7 +88,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     fit(
         "train_ldm",
         objective,
-        "unet.",
+        "network.",
         recipe,
         run,
         identity(config, latents),
@@ -97,9 +98,20 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         report(run)
 
 
+def refuse_other_encoders(facts: LatentFacts, config: dict[str, Any], autoencoder: nn.Module | None) -> None:
+    """Encoders that did not make these latents, as far as their folders or the loaded first stage tell."""
+    clip, path = facts.fingerprints.get("text_encoder"), config["clip"].get("path")
+    if clip is not None and path is None:
+        raise UserError(
+            f"clip.path must be given: text encoder {clip} made a part of these latents; add clip.path=...."
+        )
+    mark = autoencoder.fingerprint if autoencoder else saved_fingerprint(config["autoencoder"].get("path"))
+    facts.refuse_other_encoders(mark, saved_fingerprint(path) if clip else None)
+
+
 def identity(config: dict[str, Any], latents: Manifest) -> dict[str, Any]:
     """What a resumed run must have in common with its checkpoint."""
-    same = {name: config[name] for name in ("seed", "fold", "unet", "objective")}
+    same = {name: config[name] for name in ("seed", "fold", "unet", "conditioning", "objective", "start_from")}
     return {"data": latents.fingerprint, "streams": config["data"]["streams"], **same}
 
 
@@ -110,41 +122,39 @@ def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:
 
 
 class Preview:
-    """A grid of fixed prompts with fixed seeds, drawn by rank 0 with the averaged weights."""
+    """A grid of fixed conditions with fixed seeds, drawn by rank 0 with the averaged weights."""
 
     def __init__(
         self,
         cfg: DictConfig,
         objective: LatentDiffusion,
-        unet: nn.Module,
+        network: ConditionedUNet,
         autoencoder: nn.Module,
         facts: LatentFacts,
         run: RunFolder,
         reporter: Reporter,
     ) -> None:
-        self.run, self.reporter, self.guidance, self.seed = run, reporter, cfg.guidance, cfg.seed
-        self.sampler = instantiate(cfg.sampler)
+        self.run, self.reporter, self.seed = run, reporter, cfg.seed
+        self.guidance, self.sampler = instantiate(cfg.guidance, _convert_="all"), instantiate(cfg.sampler)
         device = run.ranks.device
         self.generator = Generator(
-            unet,
+            network,
             objective.process,
             objective.parameterization,
             facts.scaling,
             autoencoder.to(device).decode,
-            facts.null,
             facts.unet_shape,
             device,
         )
         count = cfg.preview_samples
         samples = instantiate(cfg.read, root=f"{cfg.input}/train", limit=count * 8)[::8][:count]
-        self.captions = [sample["caption"] for sample in samples]
-        self.text = TextStates(stacked(samples, "text"), stacked(samples, "pooled"))
+        self.asked = Asked(collated(samples), [sample["caption"] for sample in samples])
 
     def draw(self, state: TrainState) -> None:
         if self.run.ranks.is_main:
-            drawn = self.generator.draw(self.text, self.sampler, self.guidance, self.seed)
+            drawn = self.generator.draw(self.asked, self.sampler, self.guidance, self.seed)
             path = self.run.samples / f"step-{state.step:08d}.png"
-            self.reporter.image(state.step, "samples", save_png(grid(list(drawn), self.captions), path))
+            self.reporter.image(state.step, "samples", save_png(grid(list(drawn), self.asked.captions), path))
 
 
 def report(run: RunFolder) -> None:

@@ -7,14 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 from slurm_cluster import Cluster, Job
-
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_writer import ShardWriter
+from synthetic import TINY_LATENTS, write_latents
 
 ROOT = Path(__file__).parents[2]
 STEPS = 120
@@ -26,26 +21,11 @@ TINY = (
 ).split()
 
 
-def write_latents(root: Path, samples: int) -> None:
-    """Random latents of 8x8x4 with text states of 4x6 and pooled states of 5."""
-    random, writer = np.random.default_rng(0), ShardWriter()
-    shapes = {"moments.npy": (8, 8, 8), "text.npy": (4, 6), "pooled.npy": (5,)}
-    for i in range(samples):
-        arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-        writer.add(f"{i:06d}", {**arrays, "json": {"caption": f"thing {i}"}})
-    shard = writer.publish(root, "shards/000000.tar")
-    save_file({"tokens": torch.zeros(4, 6), "pooled": torch.zeros(5)}, root / "null.safetensors")
-    fields = {name: {"dtype": "float32", "shape": list(shape)} for name, shape in shapes.items()}
-    statistics = {"mean": [0.0] * 4, "std": [1.0] * 4}
-    made_of = {"autoencoder": "none", "text_encoder": "none"}
-    Manifest("latents", (shard,), {**fields, "json": {}}, {"latents": statistics}, made_of).save(root)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ldm")
     for split, samples in (("train", 64), ("heldout", 4)):
-        write_latents(folder / "latents" / split, samples)
+        write_latents(folder / "latents" / split, samples, TINY_LATENTS, shard_size=samples)
     return folder
 
 

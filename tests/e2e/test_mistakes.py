@@ -47,10 +47,10 @@ MISTAKES = {
     "flow on a curved process": ([*LDM, "input={folder}/latents", "process=scaled_linear"], 2, "Flow does not belong"),
     "a run of another kind": ([*LDM, "input={folder}/latents", "output={folder}/other"], 2, "is a run of train_clip"),
     "no such schedule": ([*LDM, "input={folder}/latents", "optimizer.schedule.kind=step"], 2, "constant, cosine"),
-    "guidance=abc": (
-        ["train/sample_images.py", "input={folder}/run", "prompts=[a]", "guidance=abc"],
+    "guidance.scale=abc": (
+        ["train/sample_images.py", "input={folder}/run", "prompts=[a]", "guidance.scale=abc"],
         2,
-        "guidance=abc is not a number",
+        "guidance.scale=abc is not a number",
     ),
     "no run to sample": (["train/sample_images.py", "input={folder}/run", "prompts=[a]"], 2, "give the output= of"),
     "no run to evaluate": (

@@ -1,47 +1,121 @@
 """Samplers: functions of a denoiser (x_t, t) -> x0, a starting point and a falling list of times.
 
-`times` (N + 1,) falls from the process' end to its start; x at times[0] is alpha x0 + sigma eps with x0 unknown, that
-is, sigma(times[0]) * noise.
+`times` (N + 1,) falls from the process' end to its start, the data: N evaluations, but for Heun's 2 N - 1. x at times[0]
+is alpha x0 + sigma eps with x0 unknown, that is, sigma(times[0]) * noise. Letters as in the papers: lambda = log(alpha /
+sigma), h its increase in a step from t to s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import expm1, inf, isinf, log
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from train.diffusion.process import DiffusionProcess
+from train.diffusion.process import DiffusionProcess, largest_noise, time_at_noise
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]  # step -> fresh standard normal noise shaped as x
 OnStep = Callable[[int], None]
+Times = Callable[[DiffusionProcess, int], Tensor]
+
+
+def _nothing(step: int) -> None:
+    pass
+
+
+class Level(NamedTuple):
+    """Signal and noise at a time, as numbers in double precision."""
+
+    alpha: float
+    sigma: float
+
+    @property
+    def log_snr(self) -> float:
+        """lambda = log(alpha / sigma)."""
+        if self.alpha == 0 or self.sigma == 0:
+            return -inf if self.alpha == 0 else inf
+        return log(self.alpha / self.sigma)
+
+
+def levels_at(process: DiffusionProcess, times: Tensor) -> list[Level]:
+    """Of each time."""
+    wide = times.double()
+    return [Level(*pair) for pair in zip(process.alpha(wide).tolist(), process.sigma(wide).tolist(), strict=True)]
 
 
 def uniform_times(process: DiffusionProcess, steps: int) -> Tensor:
-    """`steps` + 1 times at equal distances from the process' end to its start, both included."""
-    return torch.linspace(process.end, process.start, steps + 1)
+    """At equal distances from the end to the least noisy time that was trained at; then the data."""
+    if process.first == process.start:
+        return process.at(torch.linspace(1.0, 0.0, steps + 1))
+    times = torch.linspace(process.end, process.first, steps).round()
+    return torch.cat([times, torch.tensor([process.start])])
+
+
+def trailing_times(process: DiffusionProcess, steps: int) -> Tensor:
+    """At equal distances from the end to the data (Lin et al. 2024, table 2); whole timesteps where there are."""
+    if process.first == process.start:
+        return uniform_times(process, steps)
+    return torch.linspace(process.end, process.start, steps + 1).round()
+
+
+def karras_times(process: DiffusionProcess, steps: int, rho: float = 7.0, smallest: float = 0.002) -> Tensor:
+    """Equal distances in (sigma / alpha)^(1 / rho) (Karras et al. 2022, eq. 5); then the data.
+
+    From the process' largest noise (at most 200) to that of the least noisy time trained at, or `smallest`.
+    """
+    first = levels_at(process, torch.tensor([process.first]))[0]
+    ends = torch.tensor([largest_noise(process), first.sigma / first.alpha or smallest], dtype=torch.float64) ** (
+        1 / rho
+    )
+    ratios = (ends[0] + torch.linspace(0, 1, steps, dtype=torch.float64) * (ends[1] - ends[0])) ** rho
+    return torch.cat([time_at_noise(process, ratios), torch.tensor([process.start], dtype=torch.float64)]).float()
 
 
 def sample_euler(
-    denoise: Denoise,
-    x: Tensor,
-    times: Tensor,
-    process: DiffusionProcess,
-    noise: Noise,
-    on_step: OnStep = lambda i: None,
+    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
 ) -> Tensor:
     """Euler's method on the probability-flow ODE dx = alpha' x0 + sigma' eps (Karras et al. 2022, alg. 1, no churn).
 
     With its slopes taken as differences it is Euler on d(x/alpha) / d(sigma/alpha) = eps, with no pole at alpha 0.
     """
-    for i, (t, s) in enumerate(pairwise(times)):
-        x0 = denoise(x, t)
-        eps = (x - process.alpha(t) * x0) / process.sigma(t)
-        x = x + (process.alpha(s) - process.alpha(t)) * x0 + (process.sigma(s) - process.sigma(t)) * eps
+    for i, (now, then) in enumerate(pairwise(levels_at(process, times))):
+        x0 = denoise(x, times[i])
+        eps = (x - now.alpha * x0) / now.sigma
+        x = x + (then.alpha - now.alpha) * x0 + (then.sigma - now.sigma) * eps
         on_step(i)
-    return _finish(denoise, x, times, process)
+    return x
+
+
+def sample_heun(
+    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
+) -> Tensor:
+    """Heun's method (Karras et al. 2022, alg. 1, no churn): the mean of the slopes at both ends; 2 N - 1 evaluations.
+
+    In d(x/alpha) / d(sigma/alpha) = eps. Where the process ends without signal that has a pole, and the mean is taken
+    in dx = x0 d alpha + eps d sigma. The step to the data is Euler's, as there is no slope at sigma 0.
+    """
+    levels = levels_at(process, times)
+    pole = levels[0].alpha == 0
+    for i, (now, then) in enumerate(pairwise(levels)):
+        x0 = denoise(x, times[i])
+        eps = (x - now.alpha * x0) / now.sigma
+        ahead = then.alpha * x0 + then.sigma * eps
+        if then.sigma > 0:
+            x0_ahead = denoise(ahead, times[i + 1])
+            mean_eps = (eps + (ahead - then.alpha * x0_ahead) / then.sigma) / 2
+            if pole:
+                mean_x0 = (x0 + x0_ahead) / 2
+                ahead = x + (then.alpha - now.alpha) * mean_x0 + (then.sigma - now.sigma) * mean_eps
+            else:
+                ratio = then.alpha / now.alpha
+                ahead = ratio * x + (then.sigma - ratio * now.sigma) * mean_eps
+        x = ahead
+        on_step(i)
+    return x
 
 
 def sample_ddim(
@@ -50,24 +124,105 @@ def sample_ddim(
     times: Tensor,
     process: DiffusionProcess,
     noise: Noise,
-    on_step: OnStep = lambda i: None,
+    on_step: OnStep = _nothing,
     eta: float = 0.0,
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12 and 16); eta 0 is deterministic, eta 1 ancestral."""
-    for i, (t, s) in enumerate(pairwise(times)):
-        x0 = denoise(x, t)
-        alpha_t, sigma_t, alpha_s, sigma_s = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
-        eps = (x - alpha_t * x0) / sigma_t
-        fresh = torch.zeros(())
-        if eta > 0:  # sigma of eq. 16, in terms of signal and noise levels
-            fresh = eta * sigma_s * (1.0 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).clamp(min=0).sqrt()
-        x = alpha_s * x0 + (sigma_s**2 - fresh**2).clamp(min=0).sqrt() * eps
-        if eta > 0:
+    for i, (now, then) in enumerate(pairwise(levels_at(process, times))):
+        x0 = denoise(x, times[i])
+        eps = (x - now.alpha * x0) / now.sigma
+        # sigma of eq. 16, in terms of signal and noise levels
+        kept = now.alpha * then.sigma / (then.alpha * now.sigma)
+        fresh = eta * then.sigma * max(1.0 - kept**2, 0.0) ** 0.5
+        x = then.alpha * x0 + max(then.sigma**2 - fresh**2, 0.0) ** 0.5 * eps
+        if fresh > 0:
             x = x + fresh * noise(i)
         on_step(i)
-    return _finish(denoise, x, times, process)
+    return x
 
 
-def _finish(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess) -> Tensor:
-    """A process that still holds noise at its start (discrete VP: sigma(0) = 0.03) is denoised once more."""
-    return denoise(x, times[-1]) if process.sigma(times[-1]) > 0 else x
+def sample_ddpm(
+    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
+) -> Tensor:
+    """Ancestral sampling from q(x_s | x_t, x0) (Ho et al. 2020, eq. 7, alg. 2), which is DDIM at eta 1."""
+    return sample_ddim(denoise, x, times, process, noise, on_step, eta=1.0)
+
+
+def sample_dpmpp_2m(
+    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022b, alg. 2): x0 extrapolated in lambda from the step before.
+
+    First order at the first step, at the last to the data, and behind a time without signal, where lambda is infinite.
+    """
+    levels = levels_at(process, times)
+    x0_before: Tensor | None = None
+    for i, (now, then) in enumerate(pairwise(levels)):
+        x0 = denoise(x, times[i])
+        mean_x0 = x0
+        if x0_before is not None and then.sigma > 0 and levels[i - 1].alpha > 0:
+            h, h_before = then.log_snr - now.log_snr, now.log_snr - levels[i - 1].log_snr
+            mean_x0 = x0 + h / (2 * h_before) * (x0 - x0_before)
+        x = _exponential_step(x, mean_x0, now, then)
+        x0_before = x0
+        on_step(i)
+    return x
+
+
+def _exponential_step(x: Tensor, x0: Tensor, now: Level, then: Level) -> Tensor:
+    """The exact solution where x0 is constant: sigma_s / sigma_t x + alpha_s (1 - e^-h) x0 (Lu et al. 2022b, eq. 9)."""
+    ratio = then.sigma / now.sigma
+    return ratio * x + (then.alpha - ratio * now.alpha) * x0
+
+
+def sample_unipc(
+    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
+) -> Tensor:
+    """UniPC of order 2 with B(h) = e^h - 1, predicting x0 (Zhao et al. 2023, alg. 5-8): each x is corrected by the x0
+    that is evaluated at it, without another evaluation."""
+    levels = levels_at(process, times)
+    known: list[tuple[Level, Tensor]] = []  # levels and the x0 evaluated there, the latest two
+    x_before, order = x, 0
+    for i, now in enumerate(levels[:-1]):
+        x0 = denoise(x, times[i])
+        if order:
+            x = _unipc_step(x_before, known, now, order, x0)
+        known = [*known, (now, x0)][-2:]
+        finite = sum(not isinf(level.log_snr) for level, _ in known)
+        order = max(min(2, finite), 1) if levels[i + 1].sigma > 0 else 1
+        x_before = x
+        x = _unipc_step(x, known, levels[i + 1], order)
+        on_step(i)
+    return x
+
+
+def _unipc_step(
+    x: Tensor, known: Sequence[tuple[Level, Tensor]], then: Level, order: int, x0_then: Tensor | None = None
+) -> Tensor:
+    """From the latest known level to `then`: the predictor, or the corrector where x0 there is given (eq. 4 and 8)."""
+    now, x0 = known[-1]
+    h = then.log_snr - now.log_snr
+    step = _exponential_step(x, x0, now, then)
+    differences, places = [], []  # (x0 - x0_now) / r at r = (lambda - lambda_now) / h
+    if order == 2:
+        before, x0_before = known[-2]
+        places.append((before.log_snr - now.log_snr) / h)
+        differences.append((x0_before - x0) / places[0])
+    if x0_then is not None:
+        places.append(1.0)
+        differences.append(x0_then - x0)
+    bh = then.alpha * -expm1(-h)  # alpha B(h); expm1(-inf) is -1
+    for weight, difference in zip(_unipc_weights(h, places, x0_then is not None), differences, strict=True):
+        step = step + bh * weight * difference
+    return step
+
+
+def _unipc_weights(h: float, places: Sequence[float], corrects: bool) -> Sequence[float]:
+    """rho of eq. 5 for one or two differences; one difference is weighted by 1/2, as the paper's code does."""
+    if len(places) < 2:
+        return [0.5] * len(places)
+    # sum_k rho_k r_k^(n-1) = b_n, with b_n = n! phi_{n+1}(h) h^n / B(h) of eq. 5.
+    first = expm1(-h) / -h - 1.0
+    b1, b2 = first / expm1(-h), 2.0 * (first / -h - 0.5) / expm1(-h)
+    rho = (b1 - b2) / (places[1] - places[0])
+    return [rho, b1 - rho]

@@ -1,78 +1,129 @@
-"""From text states to pictures: the one path that previews, sample_images and evaluate_ldm draw by."""
+"""From conditions to pictures: the one path that previews, sample_images and evaluate_ldm draw by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data_pipeline.samples import TextStates
-from train.diffusion.denoiser import NetworkDenoiser
-from train.diffusion.guidance import ClassifierFreeGuidance
+from train.diffusion.denoiser import Denoiser, NetworkDenoiser
+from train.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from train.diffusion.parameterization import Parameterization
 from train.diffusion.process import DiffusionProcess
 from train.diffusion.samplers import uniform_times
 from train.evaluation.report import to_uint8
-from train.models.conditioning import conditioned
+from train.models.classifier import NoisyClassifier
+from train.models.conditioning import ConditionedUNet, Conditioning
 from train.models.latents import LatentScaling
-from train.objectives.latent_diffusion import text_conditioning
 from train.randomness import generator_at
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """A sampling function with its number of steps."""
+    """A sampling function with its number of steps and their spacing."""
 
     function: Callable[..., Tensor]
     steps: int = 30
+    times: Callable[[DiffusionProcess, int], Tensor] = uniform_times
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance: scale 1 is none; rescale and interval as in diffusion/guidance.py."""
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def of(self, denoise: Denoiser, process: DiffusionProcess) -> Denoiser:
+        """The guided denoiser."""
+        return ClassifierFreeGuidance(denoise, self.scale, self.rescale, self.interval, process)
+
+
+@dataclass(frozen=True, slots=True)
+class ByClassifier:
+    """Guidance by a classifier of noised latents towards labels (N,), one for each picture."""
+
+    classifier: NoisyClassifier
+    labels: Tensor
+    scale: float = 1.0
+
+    def of(self, denoise: Denoiser, process: DiffusionProcess, first: int, count: int) -> Denoiser:
+        """The guided denoiser of pictures `first` to `first + count`."""
+
+        def log_prob(x_t: Tensor, t: Tensor) -> Tensor:
+            labels = self.labels[first : first + count].to(x_t.device)
+            return self.classifier.log_prob(x_t, process.network_time(t), labels)
+
+        return ClassifierGuidance(denoise, log_prob, self.scale, process)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What N pictures are to be of: stored fields by name, each (N, ...), and captions."""
+
+    fields: Mapping[str, Tensor]
+    captions: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def part(self, first: int, count: int, device: torch.device) -> Asked:
+        """`count` of them from `first` on."""
+        rows = slice(first, first + count)
+        return Asked({n: v[rows].to(device) for n, v in self.fields.items()}, list(self.captions[rows]))
 
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """Everything fixed about drawing. latent_shape is the U-Net's (C, h, w); decode maps raw latents to pictures."""
+    """Everything fixed about drawing. latent_shape is x_t's (C, h, w); decode maps raw latents to pictures."""
 
-    unet: nn.Module
+    network: ConditionedUNet
     process: DiffusionProcess
     parameterization: Parameterization
     scaling: LatentScaling
     decode: Callable[[Tensor], Tensor]
-    null: TextStates
     latent_shape: tuple[int, int, int]
     device: torch.device
 
     @torch.no_grad()
     def draw(
         self,
-        text: TextStates,
+        asked: Asked,
         sampler: Sampler,
-        guidance: float,
+        guidance: Guidance,
         seed: int,
         batch_size: int = 64,
         on_batch: Callable[[int], None] = lambda n: None,
+        negative: Asked | None = None,  # what to steer away from, one for each picture; None: the null
+        by_classifier: ByClassifier | None = None,
     ) -> np.ndarray:
-        """Text states of N prompts -> (N, H, W, 3) uint8. Picture i depends on seed and i, not on the batch size."""
+        """N conditions -> (N, H, W, 3) uint8. Picture i depends on seed and i, not on the batch size."""
         pictures = []
-        for first in range(0, len(text.tokens), batch_size):
-            part = TextStates(text.tokens[first : first + batch_size], text.pooled[first : first + batch_size])
-            pictures.append(self._draw_batch(part, sampler, guidance, seed, first))
-            on_batch(len(part.tokens))
+        for first in range(0, len(asked), batch_size):
+            part = asked.part(first, batch_size, self.device)
+            conditioning = self.network.condition(part.fields, part.captions)
+            if negative is not None:
+                away = negative.part(first, batch_size, self.device)
+                conditioning = conditioning.against(self.network.condition(away.fields, away.captions))
+            denoise = guidance.of(NetworkDenoiser(self.network, self.process, self.parameterization), self.process)
+            if by_classifier is not None:
+                denoise = by_classifier.of(denoise, self.process, first, len(part))
+            pictures.append(self._draw_batch(denoise, conditioning, sampler, seed, range(first, first + len(part))))
+            on_batch(len(part))
         return np.concatenate(pictures)
 
-    def _draw_batch(self, text: TextStates, sampler: Sampler, guidance: float, seed: int, first: int) -> np.ndarray:
-        numbers = range(first, first + len(text.tokens))
-
+    def _draw_batch(
+        self, denoise: Denoiser, conditioning: Conditioning, sampler: Sampler, seed: int, numbers: Sequence[int]
+    ) -> np.ndarray:
         def noise(step: int | str) -> Tensor:
             draws = [torch.randn(self.latent_shape, generator=generator_at("cpu", seed, i, step)) for i in numbers]
             return torch.stack(draws).to(self.device)
 
-        text = TextStates(text.tokens.to(self.device), text.pooled.to(self.device))
-        conditioning = text_conditioning(text, self.null, self.unet.vector_dim is not None)
-        denoiser = NetworkDenoiser(lambda x, t, c: conditioned(self.unet, x, t, c), self.process, self.parameterization)
-        guided = ClassifierFreeGuidance(denoiser, guidance)
-        times = uniform_times(self.process, sampler.steps).to(self.device)
+        times = sampler.times(self.process, sampler.steps).to(self.device)
         x = self.process.sigma(times[0]) * noise("start")
-        x = sampler.function(lambda x, t: guided(x, t, conditioning), x, times, self.process, noise)
+        x = sampler.function(lambda x, t: denoise(x, t, conditioning), x, times, self.process, noise)
         return to_uint8(self.decode(self.scaling.from_model(x)).float().cpu().numpy())

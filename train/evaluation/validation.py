@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from data_pipeline.samples import Batch, DataCursor, stacked
+from data_pipeline.samples import Batch, DataCursor, collated
 from train.diffusion.time_sampling import evenly_spaced
+from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import LatentDiffusion
 from train.ranks import Ranks, mean_over_ranks
 from train.reporters import Reporter
@@ -25,13 +25,13 @@ class HeldoutLoss:
     def __init__(
         self,
         objective: LatentDiffusion,
-        unet: nn.Module,
+        network: ConditionedUNet,
         samples: Sequence[dict[str, Any]],
         ranks: Ranks,
         reporter: Reporter,
         times: int = 8,
     ) -> None:
-        self.objective, self.unet, self.samples, self.ranks = objective, unet, samples, ranks
+        self.objective, self.network, self.samples, self.ranks = objective, network, samples, ranks
         self.reporter, self.times = reporter, times
 
     @torch.no_grad()
@@ -44,7 +44,7 @@ class HeldoutLoss:
         for first in range(0, len(mine), BATCH):
             part = mine[first : first + BATCH]
             where = fractions[[t for _, t in part]]
-            loss = self.objective.validation_loss(self.unet, self._batch(part), where).per_sample.double().cpu()
+            loss = self.objective.validation_loss(self.network, self._batch(part), where).per_sample.double().cpu()
             quarter = (where * QUARTERS).long()
             sums[0].index_add_(0, quarter, loss)
             sums[1].index_add_(0, quarter, torch.ones_like(loss))
@@ -55,6 +55,6 @@ class HeldoutLoss:
     def _batch(self, jobs: Sequence[tuple[int, int]]) -> Batch:
         """One stream a job, so that its noise depends on the job alone."""
         samples = [self.samples[i] for i, _ in jobs]
-        tensors = {name: stacked(samples, name).to(self.ranks.device) for name in ("moments", "text", "pooled")}
+        tensors = {name: value.to(self.ranks.device) for name, value in collated(samples).items()}
         keys, captions = tuple(s["key"] for s in samples), tuple(s["caption"] for s in samples)
         return Batch(keys, captions, tensors, tuple(i * self.times + t for i, t in jobs), 0, DataCursor())

@@ -71,6 +71,21 @@ class Attention(nn.Module):
         return self.to_out[0](attention(q, k, v).flatten(2))
 
 
+class PixelAttention(Attention):
+    """Self-attention over pixels, residual: (B, C, h, w) -> (B, C, h, w). The autoencoder's has one head and eps 1e-6.
+
+    The unconditional U-Net's (Dhariwal & Nichol 2021; Rombach et al. 2022, app. E) has any number; it takes no context.
+    """
+
+    def __init__(self, channels: int, norm_groups: int, heads: int = 1, eps: float = 1e-6) -> None:
+        super().__init__(channels, None, heads, channels // heads, qkv_bias=True)
+        self.group_norm = nn.GroupNorm(norm_groups, channels, eps=eps)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        y = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h*w, C)
+        return x + super().forward(y).transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
 class GEGLU(nn.Module):
     """x W * gelu(x V) (Shazeer 2020)."""
 

@@ -1,7 +1,8 @@
-"""The KL-regularised autoencoder, the first stage of latent diffusion (Rombach et al. 2022, sec. 3.1, app. G).
+"""The first stages of latent diffusion (Rombach et al. 2022, sec. 3.1, app. G): KL-regularised, VQ-regularised, none.
 
-With its defaults shaped and named as diffusers' `AutoencoderKL`. Beyond that: a pixel-unshuffle stem (`patch`), which
-saves the costly full-resolution level on a CPU.
+With their defaults shaped and named as diffusers' `AutoencoderKL` and `VQModel`. Beyond that: a pixel-unshuffle stem
+(`patch`), which saves the costly full-resolution level on a CPU. What precompute and sampling call on each of them is
+data_pipeline.encoders.ImageEncoder, `latent_channels`, `decode` and `reconstruct`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.models.attention import Attention
+from data_pipeline.errors import UserError
+from train.models.attention import PixelAttention
+from train.models.quantizer import Quantizer
 from train.models.resblocks import Downsample, ResnetBlock, Upsample
 
 
@@ -39,16 +42,15 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum((1, 2, 3))
 
 
-class PixelAttention(Attention):
-    """Single-head self-attention over pixels, residual: (B, C, h, w) -> (B, C, h, w)."""
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """What encoder and decoder have in common; channels and attention by level, the full resolution first."""
 
-    def __init__(self, channels: int, norm_groups: int) -> None:
-        super().__init__(channels, None, heads=1, head_dim=channels, qkv_bias=True)
-        self.group_norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h*w, C)
-        return x + super().forward(y).transpose(1, 2).unflatten(2, x.shape[-2:])
+    channels: Sequence[int]
+    attention: Sequence[bool]
+    layers: int
+    norm_groups: int
+    mid_attention: bool
 
 
 class AutoencoderMid(nn.Module):
@@ -67,16 +69,17 @@ class AutoencoderMid(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, then a change of resolution by `downsamplers` or `upsamplers`, where the level has one."""
+    """Residual blocks, each with attention behind it or none, then `downsamplers` or `upsamplers`, where it has one."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, layers: int, norm_groups: int, resample: str | None
+        self, in_channels: int, out_channels: int, layers: int, norm_groups: int, attention: bool, resample: str | None
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(in_channels if i == 0 else out_channels, out_channels, None, norm_groups, eps=1e-6)
             for i in range(layers)
         )
+        self.attentions = nn.ModuleList(PixelAttention(out_channels, norm_groups) for _ in range(layers * attention))
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)])
         elif resample == "up":
@@ -84,28 +87,37 @@ class Level(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
+        for i, resnet in enumerate(self.resnets):
             x = resnet(x)
+            if self.attentions:
+                x = self.attentions[i](x)
         if self.resample is None:
             return x
         return (self.downsamplers if self.resample == "down" else self.upsamplers)[0](x)
 
 
-class Encoder(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> (B, 2C, H/f, W/f)."""
+def levels_of(
+    channels: Sequence[int], attention: Sequence[bool], layers: int, norm_groups: int, resample: str
+) -> nn.ModuleList:
+    """Levels in the order they are passed through; the last one keeps its resolution."""
+    last = len(channels) - 1
+    return nn.ModuleList(
+        Level(channels[max(i - 1, 0)], width, layers, norm_groups, attention[i], resample if i < last else None)
+        for i, width in enumerate(channels)
+    )
 
-    def __init__(
-        self, in_channels: int, moments: int, channels: Sequence[int], layers: int, norm_groups: int, attention: bool
-    ) -> None:
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) in [-1, 1] -> (B, out_channels, H/f, W/f)."""
+
+    def __init__(self, in_channels: int, out_channels: int, trunk: Trunk) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(channels[max(i - 1, 0)], width, layers, norm_groups, "down" if i < len(channels) - 1 else None)
-            for i, width in enumerate(channels)
-        )
-        self.mid_block = AutoencoderMid(channels[-1], norm_groups, attention)
-        self.conv_norm_out = nn.GroupNorm(norm_groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], moments, 3, padding=1)
+        widths, groups = trunk.channels, trunk.norm_groups
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down_blocks = levels_of(widths, trunk.attention, trunk.layers, groups, "down")
+        self.mid_block = AutoencoderMid(widths[-1], groups, trunk.mid_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -117,18 +129,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, C, H/f, W/f) -> (B, 3, H, W)."""
 
-    def __init__(
-        self, out_channels: int, latent: int, channels: Sequence[int], layers: int, norm_groups: int, attention: bool
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, trunk: Trunk) -> None:
         super().__init__()
-        widths = list(reversed(channels))
-        self.conv_in = nn.Conv2d(latent, widths[0], 3, padding=1)
-        self.mid_block = AutoencoderMid(widths[0], norm_groups, attention)
-        self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, layers + 1, norm_groups, "up" if i < len(widths) - 1 else None)
-            for i, width in enumerate(widths)
-        )
-        self.conv_norm_out = nn.GroupNorm(norm_groups, widths[-1], eps=1e-6)
+        widths, groups = trunk.channels[::-1], trunk.norm_groups
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid_block = AutoencoderMid(widths[0], groups, trunk.mid_attention)
+        self.up_blocks = levels_of(widths, trunk.attention[::-1], trunk.layers + 1, groups, "up")
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -138,8 +145,8 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, C, H/f, W/f), f = patch * 2^(levels - 1)."""
+class Autoencoder(nn.Module):
+    """What both regularisations share: pictures (B, 3, H, W) <-> (B, C, H/f, W/f), f = patch * 2^(levels - 1)."""
 
     fingerprint = ""  # of the weights it was loaded from
 
@@ -151,34 +158,137 @@ class AutoencoderKL(nn.Module):
         norm_groups: int = 32,
         mid_attention: bool = True,
         patch: int = 1,  # pixel-unshuffle before the encoder, pixel-shuffle behind the decoder
+        attention_levels: Sequence[bool] | None = None,  # attention behind each residual block; None: in no level
         channels_last: bool = False,  # memory format of the activations: faster on CPUs and in bf16
+        encoded_channels: int | None = None,  # what the encoder gives; None: latent_channels
     ) -> None:
         super().__init__()
-        pixels = 3 * patch * patch
+        pixels, encoded = 3 * patch * patch, encoded_channels or latent_channels
         self.patch, self.latent_channels = patch, latent_channels
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.factor = patch * 2 ** (len(channels) - 1)
-        common = (channels, layers_per_block, norm_groups, mid_attention)
-        self.encoder = Encoder(pixels, 2 * latent_channels, *common)
-        self.decoder = Decoder(pixels, latent_channels, *common)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        attention = [False] * len(channels) if attention_levels is None else list(attention_levels)
+        if len(attention) != len(channels):
+            raise UserError(
+                f"autoencoder.attention_levels={attention} must name each of {len(channels)} levels: give one a channel."
+            )
+        trunk = Trunk(list(channels), attention, layers_per_block, norm_groups, mid_attention)
+        self.encoder = Encoder(pixels, encoded, trunk)
+        self.decoder = Decoder(latent_channels, pixels, trunk)
+        self.quant_conv = nn.Conv2d(encoded, encoded, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
-    def encode_moments(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 2C, h, w): the posterior's mean and log-variance, unscaled."""
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weights, where an adversary's gradient is weighed against the reconstruction's."""
+        return self.decoder.conv_out.weight
+
+    def encoded(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, encoded_channels, h, w)."""
         x = F.pixel_unshuffle(images, self.patch) if self.patch > 1 else images
         return self.quant_conv(self.encoder(x.contiguous(memory_format=self.memory_format)))
 
+    def decoded(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) as training gave them to the decoder -> (B, 3, H, W), about in [-1, 1]."""
+        x = self.decoder(self.post_quant_conv(z.contiguous(memory_format=self.memory_format)))
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
+
+
+class AutoencoderKL(Autoencoder):
+    """With a Gaussian posterior, held loosely to N(0, 1); its moments are stored. Keyword arguments of Autoencoder."""
+
+    stored_as = "moments"
+
+    def __init__(self, latent_channels: int = 4, **options: int | bool | Sequence[int]) -> None:
+        super().__init__(latent_channels, encoded_channels=2 * latent_channels, **options)
+
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 2C, h, w): the posterior's mean and log-variance, unscaled."""
+        return self.encoded(images)
+
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """The posterior of each picture."""
-        return DiagonalGaussian.from_moments(self.encode_moments(images))
+        return DiagonalGaussian.from_moments(self.encoded(images))
+
+    def encode_stored(self, images: Tensor) -> Tensor:
+        """The moments: a posterior draw is made afresh each time that they are read."""
+        return self.encoded(images)
+
+    def posterior_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments (B, 2C, h, w) -> mean and variance, each (B, C, h, w)."""
+        posterior = DiagonalGaussian.from_moments(stored)
+        return posterior.mean, posterior.logvar.exp()
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, C, h, w) unscaled -> (B, 3, H, W), about in [-1, 1]."""
-        x = self.decoder(self.post_quant_conv(z.contiguous(memory_format=self.memory_format)))
-        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
+        return self.decoded(z)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Decode of the posterior's mean."""
         return self.decode(self.encode(images).mean)
+
+
+class VQModel(Autoencoder):
+    """With a codebook of codebook_size latent vectors; indices are stored. Further keyword arguments of Autoencoder.
+
+    The quantization layer belongs to the decoder (Rombach et al. 2022, sec. 3.1): so a diffusion model may give it
+    latents that are no codes.
+    """
+
+    stored_as = "indices"
+
+    def __init__(
+        self, latent_channels: int = 3, codebook_size: int = 8192, **options: int | bool | Sequence[int]
+    ) -> None:
+        super().__init__(latent_channels, **options)
+        self.quantize = Quantizer(codebook_size, latent_channels)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(N, C)."""
+        return self.quantize.embedding.weight
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w), not yet quantized."""
+        return self.encoded(images)
+
+    def encode_stored(self, images: Tensor) -> Tensor:
+        """The nearest codes' indices, (B, h, w) int64."""
+        return self.quantize(self.encoded(images)).indices
+
+    def posterior_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices (B, h, w) -> the codes, each (B, C, h, w), and a variance of zero."""
+        codes = self.codebook[stored.to(self.codebook.device)].permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
+        return codes, torch.zeros_like(codes)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) unscaled, quantized first -> (B, 3, H, W), about in [-1, 1]."""
+        return self.decoded(self.quantize(z).z)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Decode of the nearest codes."""
+        return self.decode(self.encode(images))
+
+
+class Identity(nn.Module):
+    """No first stage: the latents are the pixels, and the diffusion model is one in pixel space."""
+
+    stored_as, fingerprint, latent_channels, factor = "pixels", "identity", 3, 1
+
+    def encode_stored(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) as they are."""
+        return images
+
+    def posterior_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """The pixels, and a variance of zero."""
+        return stored, torch.zeros_like(stored)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, 3, H, W) as they are."""
+        return z
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) as they are."""
+        return images

@@ -16,6 +16,13 @@ from data_pipeline.samples import TextStates
 
 __all__ = ["CLIP", "ClipLoss"]
 
+VOCABULARY = 49408  # byte pairs of OpenAI's CLIP
+
+
+def tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+    """Captions -> (B, context_length) ids, padded with 0; open_clip carries its vocabulary."""
+    return open_clip.SimpleTokenizer(context_length=context_length)
+
 
 class CLIP(nn.Module):
     """Image and text towers of `open_clip.model.CLIP`, with its tokenizer (padded with 0)."""
@@ -31,7 +38,7 @@ class CLIP(nn.Module):
             nonscalar_logit_scale=True,  # DeepSpeed does not broadcast 0-dimensional parameters
         )
         self.context_length, self.context_dim, self.embed_dim = text["context_length"], text["width"], embed_dim
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+        self.tokenizer = tokenizer(self.context_length)
 
     def forward(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] and B captions -> unit image and text features (B, E), and the logit scale."""
@@ -52,3 +59,12 @@ class CLIP(nn.Module):
         )
         pooled = nn.functional.normalize(out["text_features"], dim=-1) * self.embed_dim**0.5
         return TextStates(out["text_intermediates"][0].float(), pooled.float())
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> the image embedding (B, E) at unit variance."""
+        size = self.towers.visual.image_size
+        if tuple(images.shape[-2:]) != tuple(size):
+            images = nn.functional.interpolate(images, size, mode="bicubic", antialias=True)
+        features = self.towers.encode_image(images.to(self.dtype), normalize=True)
+        return (features * self.embed_dim**0.5).float()

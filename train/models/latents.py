@@ -1,12 +1,17 @@
-"""From an autoencoder's raw latents to what the U-Net sees, and back."""
+"""From what is stored of a picture to what the U-Net sees, and back to raw latents."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from train.models.autoencoder import DiagonalGaussian
+
+STORED_AS = ("moments", "indices", "pixels")
 
 
 class LatentScaling:
@@ -30,3 +35,22 @@ class LatentScaling:
         """The inverse of `to_model`."""
         z = F.pixel_shuffle(x, self.fold) if self.fold > 1 else x
         return z * self.std.to(z) + self.mean.to(z)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLatents:
+    """Latents as precompute stored them, one of STORED_AS; codebook (N, C) for indices."""
+
+    stored_as: str
+    scaling: LatentScaling
+    codebook: Tensor | None = None
+
+    def draw(self, fields: Mapping[str, Tensor], normal: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """x0 for the U-Net, (B, C, h, w): a fresh draw of the posterior by normal(shape), or what codes stand for."""
+        stored = fields[self.stored_as]
+        if self.stored_as == "moments":
+            posterior = DiagonalGaussian.from_moments(stored)
+            return self.scaling.to_model(posterior.sample(normal(posterior.mean.shape[1:])))
+        if self.stored_as == "indices":
+            stored = self.codebook.to(stored.device)[stored].permute(0, 3, 1, 2)  # (B, h, w) -> (B, C, h, w)
+        return self.scaling.to_model(stored)

@@ -1,21 +1,22 @@
-"""The time-conditional, cross-attention U-Net of latent diffusion (Rombach et al. 2022, sec. 3.2-3.3).
+"""The time-conditional U-Net of latent diffusion, with and without cross-attention (Rombach et al. 2022, sec. 3.2-3.3).
 
-With its defaults the classes are shaped and named as diffusers' `UNet2DConditionModel`: a Stable-Diffusion-shaped
-configuration's weights load there as they are. Beyond that: per-level switches for either attention, and a vector
-condition (pooled text) added to the time embedding.
+With its defaults the classes are shaped and named as diffusers' `UNet2DConditionModel`, with transformer_depth 0 as its
+`UNet2DModel`: such a configuration's weights load there as they are. Beyond that: per-level switches for either
+attention, and a vector condition (pooled text) added to the time embedding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.errors import UserError
-from train.models.attention import SpatialTransformer
+from train.models.attention import PixelAttention, SpatialTransformer
 from train.models.resblocks import Downsample, ResnetBlock, Upsample
 
 
@@ -39,8 +40,11 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+MakeAttention = Callable[[], nn.Module]  # a module (x (B, C, h, w), context) -> (B, C, h, w)
+
+
 class DownBlock(nn.Module):
-    """`layers` residual blocks, each followed by a transformer where the level has one; then half the resolution."""
+    """`layers` residual blocks, each followed by attention where the level has it; then half the resolution."""
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class DownBlock(nn.Module):
         time_dim: int,
         layers: int,
         norm_groups: int,
-        transformer: dict | None,
+        attention: MakeAttention | None,
         downsample: bool,
     ) -> None:
         super().__init__()
@@ -57,9 +61,9 @@ class DownBlock(nn.Module):
             ResnetBlock(in_channels if i == 0 else out_channels, out_channels, time_dim, norm_groups)
             for i in range(layers)
         )
-        if transformer is not None:
-            self.attentions = nn.ModuleList(SpatialTransformer(out_channels, **transformer) for _ in range(layers))
-        self.has_attention = transformer is not None
+        if attention is not None:
+            self.attentions = nn.ModuleList(attention() for _ in range(layers))
+        self.has_attention = attention is not None
         self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if downsample else None
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -76,11 +80,11 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, transformer, residual block at the lowest resolution."""
+    """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, time_dim: int, norm_groups: int, transformer: dict) -> None:
+    def __init__(self, channels: int, time_dim: int, norm_groups: int, attention: MakeAttention) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([SpatialTransformer(channels, **transformer)])
+        self.attentions = nn.ModuleList([attention()])
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, time_dim, norm_groups) for _ in range(2))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
@@ -98,7 +102,7 @@ class UpBlock(nn.Module):
         out_channels: int,
         time_dim: int,
         norm_groups: int,
-        transformer: dict | None,
+        attention: MakeAttention | None,
         upsample: bool,
     ) -> None:
         super().__init__()
@@ -106,9 +110,9 @@ class UpBlock(nn.Module):
             ResnetBlock((in_channels if i == 0 else out_channels) + skip, out_channels, time_dim, norm_groups)
             for i, skip in enumerate(skip_channels)
         )
-        if transformer is not None:
-            self.attentions = nn.ModuleList(SpatialTransformer(out_channels, **transformer) for _ in skip_channels)
-        self.has_attention = transformer is not None
+        if attention is not None:
+            self.attentions = nn.ModuleList(attention() for _ in skip_channels)
+        self.has_attention = attention is not None
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if upsample else None
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor | None) -> Tensor:
@@ -136,7 +140,7 @@ class UNet(nn.Module):
         attention_levels: Sequence[bool] = (True, True, True, False),
         self_attention_levels: Sequence[bool] | None = None,  # where transformers attend to the picture too; all
         heads: int | Sequence[int] = 8,  # a level; SD 1.x: 8 everywhere, SD 2.x: 5, 10, 20, 20
-        transformer_depth: int = 1,
+        transformer_depth: int = 1,  # 0: plain attention over pixels, for the U-Net that has no context
         linear_projection: bool = False,
         norm_groups: int = 32,
         channels_last: bool = False,  # memory format of the activations: faster on CPUs and in bf16
@@ -146,22 +150,27 @@ class UNet(nn.Module):
         heads = [heads] * levels if isinstance(heads, int) else list(heads)
         self_attention_levels = [True] * levels if self_attention_levels is None else self_attention_levels
         _check_levels(channels, attention_levels, self_attention_levels, heads, norm_groups)
+        _check_pixel_attention(transformer_depth, context_dim, self_attention_levels)
         self.in_channels, self.context_dim, self.vector_dim = in_channels, context_dim, vector_dim
         self.base_channels = channels[0]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-        def transformer(level: int, always: bool = False) -> dict | None:
+        def attention(level: int, always: bool = False) -> MakeAttention | None:
             if not (attention_levels[level] or always):
                 return None
-            return {
-                "context_dim": context_dim,
-                "heads": heads[level],
-                "head_dim": channels[level] // heads[level],
-                "depth": transformer_depth,
-                "self_attention": self_attention_levels[level],
-                "linear_projection": linear_projection,
-                "norm_groups": norm_groups,
-            }
+            if transformer_depth == 0:
+                return partial(PixelAttention, channels[level], norm_groups, heads[level], eps=1e-5)
+            return partial(
+                SpatialTransformer,
+                channels[level],
+                context_dim=context_dim,
+                heads=heads[level],
+                head_dim=channels[level] // heads[level],
+                depth=transformer_depth,
+                self_attention=self_attention_levels[level],
+                linear_projection=linear_projection,
+                norm_groups=norm_groups,
+            )
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], time_dim)
@@ -179,20 +188,20 @@ class UNet(nn.Module):
                     time_dim,
                     layers_per_block,
                     norm_groups,
-                    transformer(level),
+                    attention(level),
                     downsample=not last,
                 )
             )
             skip_channels += [width] * (layers_per_block + (not last))
 
-        self.mid_block = MidBlock(channels[-1], time_dim, norm_groups, transformer(levels - 1, always=True))
+        self.mid_block = MidBlock(channels[-1], time_dim, norm_groups, attention(levels - 1, always=True))
 
         self.up_blocks = nn.ModuleList()
         below = channels[-1]
         for level in reversed(range(levels)):
             skips = [skip_channels.pop() for _ in range(layers_per_block + 1)]
             self.up_blocks.append(
-                UpBlock(below, skips, channels[level], time_dim, norm_groups, transformer(level), upsample=level > 0)
+                UpBlock(below, skips, channels[level], time_dim, norm_groups, attention(level), upsample=level > 0)
             )
             below = channels[level]
 
@@ -234,3 +243,13 @@ def _check_levels(
     for width, count in zip(channels, heads, strict=True):
         if width % count or width % groups:
             raise UserError(f"unet: {width} channels can't be shared by {count} heads and {groups} norm groups.")
+
+
+def _check_pixel_attention(depth: int, context_dim: int | None, self_attention: Sequence[bool]) -> None:
+    if depth == 0 and context_dim is not None:
+        raise UserError("unet: transformer_depth=0 takes no context: set unet.context_dim=null, or a depth from 1.")
+    if depth == 0 and not all(self_attention):
+        raise UserError(
+            "unet: transformer_depth=0 is self-attention: say where in unet.attention_levels, and leave "
+            "unet.self_attention_levels=null."
+        )

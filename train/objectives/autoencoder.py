@@ -1,18 +1,38 @@
-"""Reconstruction and KL: the objective of the first stage (Rombach et al. 2022, app. G, eq. 25), adversary apart."""
+"""Reconstruction, regularisation, adversary: the objective of the first stage (Rombach et al. 2022, app. G, eq. 25)."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch
-from train.models.autoencoder import AutoencoderKL
+from train.models.autoencoder import Autoencoder, VQModel
+from train.models.quantizer import usage
+from train.objectives.adversary import Adversary
 from train.objectives.terms import LossTerms
 from train.randomness import StreamRandom, generator_at
 
+KL_WEIGHT = 1e-4
+COMMITMENT_WEIGHT = 0.25  # van den Oord et al. 2017, beta of eq. 3
+REVIVAL_WEIGHT = 0.1  # of a code's share of the batch: a tenth of what a code of average use feels
+
+
+class Passed(NamedTuple):
+    """Pictures that went through a first stage: what came out, what it costs (B,), and figures of it (B,) or ()."""
+
+    reconstruction: Tensor
+    penalty: Tensor
+    parts: dict[str, Tensor]
+
 
 class AutoencoderObjective(nn.Module):
-    """L1 + gradient_weight * L1 of finite differences + kl_weight * KL per latent value.
+    """L1 + gradient_weight * L1 of finite differences + regularisation [+ adversary].
+
+    Of a KL model kl_weight * KL per latent value; of a VQ model its codebook loss + commitment_weight * commitment loss
+    + revival_weight * the revival of unused codes. Each is None for the constant above, and must be for other models.
 
     Until step `crop_until`, random crops of `crop` pixels (0: never), the same place within a batch: cheaper, and as
     good for a convolutional network; then whole pictures. Half of all pictures are mirrored.
@@ -20,32 +40,65 @@ class AutoencoderObjective(nn.Module):
 
     def __init__(
         self,
-        autoencoder: AutoencoderKL,
-        kl_weight: float = 1e-2,
+        autoencoder: Autoencoder,
+        kl_weight: float | None = None,
+        commitment_weight: float | None = None,
+        revival_weight: float | None = None,
         gradient_weight: float = 0.5,
         crop: int = 0,
         crop_until: int = 0,
+        adversary: Adversary | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.autoencoder, self.kl_weight, self.gradient_weight = autoencoder, kl_weight, gradient_weight
+        self.quantizes = isinstance(autoencoder, VQModel)
+        vq = {"commitment_weight": commitment_weight, "revival_weight": revival_weight}
+        _refuse_weights_of_others(autoencoder, {"kl_weight": kl_weight} if self.quantizes else vq)
+        _refuse_crops_without_patches(adversary, crop)
+        self.autoencoder, self.gradient_weight, self.adversary = autoencoder, gradient_weight, adversary
+        self.kl_weight = KL_WEIGHT if kl_weight is None else kl_weight
+        self.commitment_weight = COMMITMENT_WEIGHT if commitment_weight is None else commitment_weight
+        self.revival_weight = REVIVAL_WEIGHT if revival_weight is None else revival_weight
         self.crop, self.crop_until, self.seed = crop, crop_until, seed
+        if self.quantizes:
+            anchors = torch.randn(autoencoder.codebook.shape, generator=generator_at("cpu", seed, "anchors"))
+            self.register_buffer("anchors", anchors, persistent=False)
 
     def forward(self, batch: Batch) -> LossTerms:
         images = batch.tensors["image"]
         random = StreamRandom(self.seed, batch.step, batch.streams, len(batch) // len(batch.streams), images.device)
         images = self.augmented(images, random, batch.step)
-        posterior = self.autoencoder.encode(images.to(self.autoencoder.quant_conv.weight.dtype))
-        noise = random.normal("posterior", posterior.mean.shape[1:]).to(posterior.mean)
-        reconstruction = self.autoencoder.decode(posterior.sample(noise)).float()
-        error = (reconstruction - images).abs().mean((1, 2, 3))
-        edges = gradient_l1(reconstruction, images)
-        kl = posterior.kl().float() / posterior.mean[0].numel()
-        per_sample = error + self.gradient_weight * edges + self.kl_weight * kl
-        parts = {"loss": per_sample, "l1": error, "gradient_l1": edges, "kl": kl}
-        return LossTerms(
-            per_sample.mean(), {name: value.detach().mean() for name, value in parts.items()}, per_sample.detach()
+        reconstruction, penalty, parts = (self.through_codebook if self.quantizes else self.through_posterior)(
+            images.to(self.autoencoder.last_layer.dtype), random
         )
+        l1, edges = (reconstruction - images).abs().mean((1, 2, 3)), gradient_l1(reconstruction, images)
+        error = l1 + self.gradient_weight * edges
+        loss = error + penalty
+        total, parts = loss.mean(), {"loss": loss, "l1": l1, "gradient_l1": edges, **parts}
+        if self.adversary is not None:
+            against = self.adversary(images, reconstruction, error.mean(), self.autoencoder.last_layer, batch.step)
+            total, parts = total + against.total, parts | against.parts
+        return LossTerms(total, {name: value.detach().mean() for name, value in parts.items()}, loss.detach())
+
+    def through_posterior(self, images: Tensor, random: StreamRandom) -> Passed:
+        """By a draw of the posterior: (B, 3, H, W) -> the same in fp32."""
+        posterior = self.autoencoder.encode(images)
+        noise = random.normal("posterior", posterior.mean.shape[1:]).to(posterior.mean)
+        kl = posterior.kl().float() / posterior.mean[0].numel()
+        reconstruction = self.autoencoder.decode(posterior.sample(noise)).float()
+        return Passed(reconstruction, self.kl_weight * kl, {"kl": kl})
+
+    def through_codebook(self, images: Tensor, random: StreamRandom) -> Passed:
+        """By the nearest codes: (B, 3, H, W) -> the same in fp32. Usage and perplexity are of this rank's micro-batch,
+        and so lower than a larger one's."""
+        codes = self.autoencoder.quantize(self.autoencoder.encode(images), self.anchors)
+        used, perplexity = usage(codes.indices, len(self.anchors))
+        penalty = (
+            codes.codebook + self.commitment_weight * codes.commitment + self.revival_weight * codes.revival
+        )  # revival, one number, is a part of each
+        parts = {"quantization": codes.codebook, "revival": codes.revival}
+        parts |= {"codes_used": used, "code_perplexity": perplexity}
+        return Passed(self.autoencoder.decoded(codes.z).float(), penalty, parts)
 
     def augmented(self, images: Tensor, random: StreamRandom, step: int) -> Tensor:
         """Mirrored by half and, early on, cropped: (B, 3, H, W) -> (B, 3, crop, crop)."""
@@ -65,3 +118,17 @@ def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
     down = (d[..., 1:, :] - d[..., :-1, :]).abs().mean((1, 2, 3))
     across = (d[..., :, 1:] - d[..., :, :-1]).abs().mean((1, 2, 3))
     return down + across
+
+
+def _refuse_weights_of_others(autoencoder: nn.Module, weights: dict[str, float | None]) -> None:
+    for name, value in weights.items():
+        if value is not None:
+            raise UserError(
+                f"objective.{name}={value} weighs nothing of a {type(autoencoder).__name__}: set objective.{name}=null."
+            )
+
+
+def _refuse_crops_without_patches(adversary: Adversary | None, crop: int) -> None:
+    least = adversary.discriminator.smallest_picture if adversary is not None else 0
+    if crop and crop < least:
+        raise UserError(f"objective.crop={crop} leaves the discriminator no patch: take at least {least}, or 0.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.storage import write_atomically
 
-_MADE_BY = {"AutoencoderKL": "train_autoencoder.py", "CLIP": "train_clip.py"}
+_MADE_BY = {"AutoencoderKL": "train_autoencoder.py", "CLIP": "train_clip.py", "NoisyClassifier": "train_classifier.py"}
 
 
 def fingerprint(config: dict[str, Any], state: dict[str, Tensor]) -> str:
@@ -51,8 +51,16 @@ def load_clip(path: str) -> nn.Module:
     return _load(path, "train.models.clip", "CLIP", "clip.path")
 
 
-def saved_fingerprint(path: str) -> str | None:
+def load_classifier(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained classifier of noised latents in eval mode, and what was saved about it."""
+    model = _load(path, "train.models.classifier", "NoisyClassifier", "classifier.path")
+    return model, json.loads((Path(path) / "config.json").read_text())
+
+
+def saved_fingerprint(path: str | None) -> str | None:
     """What a folder says it holds, without loading it; None where it holds no model."""
+    if path is None:
+        return None
     about = Path(path) / "config.json"
     return json.loads(about.read_text())["fingerprint"] if about.exists() else None
 

@@ -135,7 +135,8 @@ def latents_set(root, shapes):
     for i, shape in enumerate(shapes):
         arrays = {"moments.npy": np.full(shape, i, np.float16), "text.npy": np.full((3, 4), i, np.float16)}
         writer.add(f"k{i}", {**arrays, "pooled.npy": np.zeros(4, np.float16), "json": {"caption": f"c{i}"}})
-    Manifest("latents", (writer.publish(root, "shards/000000.tar"),)).save(root)
+    fields = {name: {} for name in ("moments.npy", "text.npy", "pooled.npy", "json")}
+    Manifest("latents", (writer.publish(root, "shards/000000.tar"),), fields).save(root)
     return str(root)
 
 

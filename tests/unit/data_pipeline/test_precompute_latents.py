@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.aside import Aside
+from data_pipeline.conditions import Text
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
@@ -21,15 +22,21 @@ from data_pipeline.shard_writer import read_index
 class Halves:
     """Moments by averaging 2x2 pixels; stops the process, so to say, when `stop_after` batches are done."""
 
+    stored_as, factor = "moments", 2
+
     def __init__(self, fingerprint="image", stop_after=None):
         self.fingerprint, self.batches, self.stop_after = fingerprint, 0, stop_after
 
-    def encode_moments(self, images):
+    def encode_stored(self, images):
         if self.batches == self.stop_after:
             raise KeyboardInterrupt
         self.batches += 1
         mean = torch.nn.functional.avg_pool2d(images, 2)
         return torch.cat([mean, mean.sin() - 2], 1)
+
+    def posterior_of(self, stored):
+        mean, logvar = stored.chunk(2, 1)
+        return mean, logvar.exp()
 
 
 class Letters:
@@ -45,7 +52,9 @@ class Letters:
 
 
 def encoders(image=None, text=None, dtype=np.float16, **how):
-    return Encoders(image or Halves(), text or Letters(), torch.device("cpu"), how.pop("batch_size", 4), dtype, **how)
+    conditions = how.pop("conditions", {"text": Text()})
+    batch_size = how.pop("batch_size", 4)
+    return Encoders(image or Halves(), text or Letters(), conditions, torch.device("cpu"), batch_size, dtype, **how)
 
 
 def precompute(images, root, using, max_aside_fraction=0.05):
@@ -74,12 +83,12 @@ def test_what_is_stored(images, tmp_path):
     assert [s["key"] for s in latents] == [s["key"] for s in pictures]
     assert [shard.samples for shard in manifest.shards] == [6, 6, 6, 6]
     pixels = torch.from_numpy(np.stack([s["image"] for s in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
-    moments = Halves().encode_moments(pixels).numpy()
+    moments = Halves().encode_stored(pixels).numpy()
     states = Letters().encode_text([s["caption"] for s in pictures])
     for i, sample in enumerate(latents):
         assert sample["moments"].dtype == np.float16
         np.testing.assert_array_equal(sample["moments"], moments[i].astype(np.float16))
-        flipped = Halves().encode_moments(pixels[i : i + 1].flip(-1)).numpy()[0]
+        flipped = Halves().encode_stored(pixels[i : i + 1].flip(-1)).numpy()[0]
         np.testing.assert_array_equal(sample["moments_flip"], flipped.astype(np.float16))
         np.testing.assert_array_equal(sample["text"], states.tokens[i].numpy().astype(np.float16))
         np.testing.assert_array_equal(sample["pooled"], states.pooled[i].numpy().astype(np.float16))
@@ -103,7 +112,7 @@ def test_statistics_are_those_of_posterior_draws(images, tmp_path):
 def test_the_null_is_the_encoders_own(images, tmp_path):
     precompute(images, tmp_path / "latents", encoders())
     null, expected = load_file(tmp_path / "latents" / "null.safetensors"), Letters().encode_text([""])
-    assert torch.equal(null["tokens"], expected.tokens[0])
+    assert torch.equal(null["text"], expected.tokens[0])
     assert torch.equal(null["pooled"], expected.pooled[0])
 
 
@@ -199,8 +208,8 @@ def test_too_many_damaged_pictures_stop_the_run(images, tmp_path):
 
 def test_values_beyond_float16_stop_the_run(images, tmp_path):
     class Large(Halves):
-        def encode_moments(self, images):
-            return super().encode_moments(images) * 1e6
+        def encode_stored(self, images):
+            return super().encode_stored(images) * 1e6
 
     with pytest.raises(DataError, match="not finite in float16: use dtype=float32"):
         precompute(images, tmp_path / "latents", encoders(Large()))

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers or open_clip import torchvision)
-from data_pipeline.samples import Batch, DataCursor, TextStates
+from data_pipeline.samples import Batch, DataCursor
 from train.diffusion.parameterization import Velocity
 from train.diffusion.process import DiscreteVP
 from train.diffusion.time_sampling import uniform
-from train.models.latents import LatentScaling
+from train.latent_data import LatentFacts
+from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.objectives.latent_diffusion import LatentDiffusion
 
 TOKENS, CONTEXT_DIM, POOLED_DIM = 5, 24, 12
@@ -54,20 +55,39 @@ def image_batch(make_batch):
 
 @pytest.fixture
 def null():
+    """The text encoder's states of the empty prompt."""
     generator = torch.Generator().manual_seed(77)
-    return TextStates(
-        torch.randn(TOKENS, CONTEXT_DIM, generator=generator), torch.randn(POOLED_DIM, generator=generator)
-    )
+    return {
+        "text": torch.randn(TOKENS, CONTEXT_DIM, generator=generator),
+        "pooled": torch.randn(POOLED_DIM, generator=generator),
+    }
 
 
 @pytest.fixture
-def latent_objective(null):
-    """latent_objective(unet, ...): the objective of a U-Net of 4 x 8 x 8 latents."""
+def make_facts(null):
+    """make_facts(fold=1, ...): of a data set that `latent_batch` could be from."""
+
+    def make(**changed):
+        shapes = {"moments": [8, 8, 8], "text": [TOKENS, CONTEXT_DIM], "pooled": [POOLED_DIM]}
+        about = {
+            "shapes": shapes, "mean": [0.1, -0.2, 0.3, 0.0], "std": [1.5, 0.5, 1.0, 2.0], "fold": 1,
+            "fingerprints": {"autoencoder": "a", "text_encoder": "t"}, "conditions": {}, "null": null,
+        }  # fmt: skip
+        changed["shapes"] = {**shapes, **changed.get("shapes", {})}
+        return LatentFacts(**{**about, **changed})
+
+    return make
+
+
+@pytest.fixture
+def latent_objective(make_facts):
+    """latent_objective(unet, ...): the objective of a U-Net of 4 x 8 x 8 latents, conditioned on stored text."""
 
     def make(unet, process=None, parameterization=None, fold=1, **options):
-        scaling = LatentScaling([0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 1.0, 2.0], fold)
+        facts = make_facts(fold=fold)
+        network = ConditionedUNet(unet, Conditioners(facts, {"text": StoredText}))
         return LatentDiffusion(
-            unet, process or DiscreteVP(), parameterization or Velocity(), uniform, scaling, null, **options
+            network, process or DiscreteVP(), parameterization or Velocity(), uniform, facts.latents, **options
         )
 
     return make

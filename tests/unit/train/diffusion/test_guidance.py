@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from train.diffusion.denoiser import NetworkDenoiser
-from train.diffusion.guidance import ClassifierFreeGuidance
+from train.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from train.diffusion.parameterization import Epsilon, Flow, Velocity
 from train.diffusion.process import DiscreteVP, RectifiedFlow
-from train.models.conditioning import Conditioning
+from train.models.conditioning import Conditioning, Parts
 
 
 @pytest.fixture
 def conditioning():
-    return Conditioning(torch.randn(3, 5, 4), None, torch.randn(5, 4), None)
+    return Conditioning(Parts(torch.randn(3, 5, 4)), Parts(torch.randn(1, 5, 4)))
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def network():
 
     def run(x, t, conditioning):
         sizes.append(len(x))
-        return torch.sin(x + conditioning.context.mean((1, 2)).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000)
+        return torch.sin(x + conditioning.given.context.mean((1, 2)).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000)
 
     run.sizes = sizes
     return run
@@ -72,3 +72,59 @@ def test_guidance_moves_away_from_the_null(conditioning, network):
     torch.testing.assert_close(results[0], denoiser(x, t, null))
     away = [float((result - results[0]).norm()) for result in results]
     assert away[2] == pytest.approx(3 * away[1], rel=1e-4)
+
+
+def test_rescale_moves_the_spread_to_the_conditionals(conditioning, network):
+    x, t = torch.randn(3, 2, 4, 4), torch.tensor(600.0)
+    denoiser = NetworkDenoiser(network, DiscreteVP(), Velocity())
+    conditional = denoiser(x, t, conditioning)
+    plain = ClassifierFreeGuidance(denoiser, 5.0)(x, t, conditioning)
+    whole = ClassifierFreeGuidance(denoiser, 5.0, rescale=1.0)(x, t, conditioning)
+    torch.testing.assert_close(whole.std((1, 2, 3)), conditional.std((1, 2, 3)))
+    ratio = (conditional.std((1, 2, 3)) / plain.std((1, 2, 3))).view(-1, 1, 1, 1)
+    torch.testing.assert_close(whole, plain * ratio)
+    half = ClassifierFreeGuidance(denoiser, 5.0, rescale=0.25)(x, t, conditioning)
+    torch.testing.assert_close(half, 0.25 * whole + 0.75 * plain)
+
+
+@pytest.mark.parametrize("process", [DiscreteVP(), RectifiedFlow()])
+def test_guidance_acts_within_its_interval_only(process, conditioning, network):
+    x, denoiser = torch.randn(3, 2, 4, 4), NetworkDenoiser(network, process, Velocity())
+    guided = ClassifierFreeGuidance(denoiser, 4.0, interval=(0.2, 0.7), process=process)
+    everywhere = ClassifierFreeGuidance(denoiser, 4.0)
+    for fraction, acts in ((0.1, False), (0.3, True), (0.65, True), (0.9, False)):
+        t = process.at(torch.tensor(fraction))
+        network.sizes.clear()
+        got = guided(x, t, conditioning)
+        assert network.sizes == [6 if acts else 3]
+        assert torch.equal(got, (everywhere if acts else denoiser)(x, t, conditioning))
+
+
+@pytest.mark.parametrize("process", [DiscreteVP(), RectifiedFlow()])
+def test_classifier_guidance_is_the_posterior_given_the_class(process, data):
+    """x0 ~ N(m, s^2) and y = x0 + N(0, r^2): guided at scale 1, the denoiser of x0 is that of x0 given y."""
+    r, y, t = 0.4, 1.3, process.at(torch.tensor(0.4)).double()
+    alpha, sigma, x = process.alpha(t), process.sigma(t), torch.linspace(-1, 2, 20).double().view(-1, 1, 1, 1)
+    precision = 1 / data.std**2 + (alpha / sigma) ** 2  # of x0 given x_t
+    denoise = data.denoise(process)
+
+    def log_prob(x, times):  # y given x_t is Gaussian around E[x0 | x_t]
+        mean = denoise(x, times.view(-1, 1, 1, 1)).flatten()
+        return -0.5 * (y - mean) ** 2 / (r**2 + 1 / precision)
+
+    guided = ClassifierGuidance(lambda x, t, c: denoise(x, t), log_prob, 1.0, process)
+    with torch.no_grad():
+        got = guided(x, t, None)
+    both = (data.mean / data.std**2 + alpha / sigma**2 * x + y / r**2) / (precision + 1 / r**2)
+    torch.testing.assert_close(got, both)
+
+
+def test_classifier_guidance_where_there_is_no_signal_or_no_scale(data):
+    def unasked(x, t):
+        raise AssertionError("the classifier is not run")
+
+    process, x = RectifiedFlow(), torch.randn(3, 1, 2, 2)
+    denoise = data.denoise(process)
+    for scale, t in ((1.0, 1.0), (0.0, 0.5)):
+        guided = ClassifierGuidance(lambda x, t, c: denoise(x, t), unasked, scale, process)
+        assert torch.equal(guided(x, torch.tensor(t), None), denoise(x, torch.tensor(t)))

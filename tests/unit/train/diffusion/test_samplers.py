@@ -1,158 +1,260 @@
-"""Samplers arrive where the closed form does, as fast as their order says, and step as diffusers' DDIM."""
+"""Samplers against diffusers' schedulers, and against Gaussian data, where the exact answer is known."""
 
-import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
-from train.diffusion.denoiser import NetworkDenoiser
+import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers imports torchvision)
+from train.diffusion import samplers
 from train.diffusion.parameterization import Epsilon, Flow, Velocity
-from train.diffusion.process import DiscreteVP, RectifiedFlow, like
-from train.diffusion.samplers import sample_ddim, sample_euler, uniform_times
+from train.diffusion.process import ContinuousVP, CosineVP, DiscreteVP, RectifiedFlow, log_snr, time_at_noise
+from train.diffusion.samplers import karras_times, trailing_times, uniform_times
 
-SAMPLERS = pytest.mark.parametrize("sample", [sample_euler, sample_ddim])
-PROCESSES = pytest.mark.parametrize("process", [RectifiedFlow(), DiscreteVP()], ids=["flow", "vp"])
-
-
-def no_noise(step):
-    raise AssertionError("a deterministic sampler draws nothing")
-
-
-def test_times_fall_from_end_to_start():
-    assert uniform_times(RectifiedFlow(), 4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert uniform_times(DiscreteVP(), 3).tolist() == [999.0, 666.0, 333.0, 0.0]
-
-
-@SAMPLERS
-@PROCESSES
-def test_the_error_of_the_endpoint_shrinks_linearly(sample, process, data, quantiles):
-    steps, errors = (32, 64, 128, 256), []
-    for count in steps:
-        times = uniform_times(process, count)
-        x = sample(data.denoise(process), data.noised(process, times[0], quantiles), times, process, no_noise)
-        errors.append(float((x - data.endpoint(process, times, quantiles)).square().mean().sqrt()))
-    orders = [math.log2(a / b) for a, b in pairwise(errors)]
-    assert all(0.8 < order < 1.3 for order in orders), (errors, orders)
-    assert errors[-1] < 0.01
+ODE = {
+    "euler": samplers.sample_euler,
+    "ddim": samplers.sample_ddim,
+    "heun": samplers.sample_heun,
+    "dpmpp_2m": samplers.sample_dpmpp_2m,
+    "unipc": samplers.sample_unipc,
+}
+PROCESSES = {
+    "scaled_linear": DiscreteVP(),
+    "linear": DiscreteVP(1e-4, 0.02, schedule="linear"),
+    "cosine": DiscreteVP(schedule="cosine"),
+    "zero_terminal_snr": DiscreteVP(zero_terminal_snr=True),
+    "continuous_vp": ContinuousVP(),
+    "continuous_cosine": CosineVP(),
+    "rectified_flow": RectifiedFlow(),
+    "shifted_flow": RectifiedFlow(3.0),
+}
+SPACINGS = {"uniform": uniform_times, "trailing": trailing_times, "karras": karras_times}
 
 
-@SAMPLERS
-@PROCESSES
-def test_mean_and_spread_of_what_is_drawn(sample, process, data, quantiles):
-    times = uniform_times(process, 400)
-    x = sample(data.denoise(process), process.sigma(times[0]) * quantiles, times, process, no_noise)
-    # From pure noise, as in use. The VP process still holds 7 % of the data at its end, which this start leaves out.
-    missing = process.alpha(times[0]) * data.mean * data.std / data.scale(process, times[0])
-    assert float(x.mean()) == pytest.approx(data.mean - float(missing), abs=5e-3)
+def never(step):
+    raise AssertionError("a deterministic sampler asks for no noise")
+
+
+# Against diffusers. A network of fixed random weights that depends on x and t alike.
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    first, second = torch.nn.Conv2d(4, 16, 3, padding=1), torch.nn.Conv2d(16, 4, 3, padding=1)
+
+    @torch.no_grad()
+    def predict(x, t):
+        return second(torch.tanh(first(x) + torch.as_tensor(t).float().reshape(-1, 1, 1, 1) / 500))
+
+    return predict
+
+
+def scheduler_of(name, prediction, spacing):
+    import diffusers
+
+    kind, options = {
+        "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+        "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False, "variance_type": "fixed_small"}),
+        "euler": (diffusers.EulerDiscreteScheduler, {}),
+        "heun": (diffusers.HeunDiscreteScheduler, {}),
+        "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {"final_sigmas_type": "zero"}),
+        "unipc": (diffusers.UniPCMultistepScheduler, {"final_sigmas_type": "zero"}),
+    }[name]
+    if spacing == "karras":
+        options, spacing = {**options, "use_karras_sigmas": True}, "linspace"
+    return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction,
+                timestep_spacing={"uniform": "linspace"}.get(spacing, spacing), **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("name", "spacing"),
+    [
+        *[(name, spacing) for name in ("ddim", "ddpm", "euler", "dpmpp_2m", "unipc") for spacing in ("trailing",)],
+        *[(name, "uniform") for name in ("euler", "heun", "dpmpp_2m", "unipc")],  # DDIM's steps miss its own linspace
+        *[(name, "karras") for name in ("euler", "heun", "dpmpp_2m", "unipc")],
+    ],
+)
+def test_against_diffusers_after_25_steps(name, spacing, prediction, network, relative_error):
+    process, kind = DiscreteVP(), {"epsilon": Epsilon(), "v_prediction": Velocity()}[prediction]
+    scheduler = scheduler_of(name, prediction, spacing)
+    scheduler.set_timesteps(25)
+    asked = dict.fromkeys(np.asarray(scheduler.timesteps).tolist())  # Heun lists its inner times twice
+    if spacing == "karras":
+        times = karras_times(process, 25)
+    else:
+        times = torch.tensor([*asked, process.start], dtype=torch.float64)
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    np.testing.assert_allclose(times[:-1].numpy(), list(asked), atol=0.6)  # they look Karras' up in log sigma
+    if spacing == "trailing":
+        assert trailing_times(process, 25).tolist() == times.tolist()
+    elif name in ("euler", "heun"):  # the others' linspace leaves 0 out, which is trailing again
+        assert SPACINGS[spacing](process, 25).round().tolist() == times.round().tolist()
+
+    def denoise(x, t):
+        # Theirs sees rounded or otherwise interpolated times on Karras' spacing: both networks are asked at theirs.
+        near = min(asked, key=lambda other: abs(other - float(t)))
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        return kind.x0(x, network(x, near), alpha, sigma)
+
+    fresh = [torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(100 + i)) for i in range(25)]
+    function = {**ODE, "ddpm": samplers.sample_ddpm}[name]
+    ours = function(denoise, process.sigma(times[0]) * start, times, process, fresh.__getitem__)
+    theirs = diffusers_loop(scheduler, network, start, float(process.sigma(times[0])), fresh)
+    assert relative_error(ours, theirs) < 1e-4
+
+
+def diffusers_loop(scheduler, network, start, sigma, fresh):
+    """Their loop from the same start: those that keep x / alpha start at init_noise_sigma, which is sigma / alpha."""
+    scaled = scheduler.init_noise_sigma != 1.0
+    first = float(scheduler.sigmas[0]) if hasattr(scheduler, "sigmas") else None
+    x = start * first if scaled else start * sigma
+    for i, t in enumerate(scheduler.timesteps):
+        prediction = network(scheduler.scale_model_input(x, t), t)
+        if type(scheduler).__name__ == "DDPMScheduler":
+            x = ddpm_step(scheduler, prediction, t, x, fresh[i])
+        else:
+            x = scheduler.step(prediction, t, x, return_dict=False)[0]
+    return x
+
+
+def ddpm_step(scheduler, prediction, t, x, noise):
+    """Its own step, with the noise handed in in the place of its generator's."""
+    from unittest import mock
+
+    with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", return_value=noise):
+        return scheduler.step(prediction, t, x, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_flow_against_diffusers(name, network, relative_error):
+    import diffusers
+
+    scheduler = {
+        "euler": diffusers.FlowMatchEulerDiscreteScheduler,
+        "heun": diffusers.FlowMatchHeunDiscreteScheduler,
+    }[name](shift=3.0)
+    scheduler.set_timesteps(25)
+    process, kind = RectifiedFlow(3.0), Flow()
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    sigmas = list(dict.fromkeys(scheduler.sigmas.tolist()))  # theirs ends a little before 0, then at 0
+    times = torch.tensor(sigmas)
+
+    def denoise(x, t):
+        return kind.x0(x, network(x, 1000 * t), process.alpha(t), process.sigma(t))
+
+    ours = ODE[name](denoise, x, times, process, never)
+    theirs = x
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(network(theirs, t), t, theirs, return_dict=False)[0]
+    assert relative_error(ours, theirs) < 1e-4
+
+
+# Against Gaussian data.
+
+
+def error_of(function, process, data, steps, end, last):
+    """Distance from the exact ODE map at `last`, over quantiles, in float64; times at equal distances."""
+    z = torch.linspace(-2.5, 2.5, 101, dtype=torch.float64).view(-1, 1, 1, 1)
+    times = torch.linspace(end, last, steps + 1, dtype=torch.float64)
+    x = function(data.denoise(process), data.noised(process, times[0], z), times, process, never)
+    return float((x - data.endpoint(process, times, z)).abs().max())
+
+
+@pytest.mark.parametrize(("process", "end", "last"), [(ContinuousVP(), 1.0, 0.05), (RectifiedFlow(), 0.95, 0.02)],
+                         ids=["vp", "flow"])  # fmt: skip
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
+def test_order_of_convergence(name, order, process, end, last, data):
+    errors = [error_of(ODE[name], process, data, steps, end, last) for steps in (40, 80, 160)]
+    measured = [float(np.log2(coarse / fine)) for coarse, fine in pairwise(errors)]
+    if name == "unipc":  # predictor of order 2 and corrector: order 3
+        assert measured[-1] > 1.8
+    else:
+        assert measured[-1] == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", ODE)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_deterministic_samplers_reach_the_data(process, name, spacing, data, quantiles):
+    """Mean and standard deviation, on every process and spacing."""
+    process = PROCESSES[process]
+    times = SPACINGS[spacing](process, 200)
+    x = ODE[name](data.denoise(process), data.noised(process, times[0], quantiles), times, process, never)
+    assert torch.isfinite(x).all()
+    first_order = name in ("euler", "ddim")
+    assert float(x.mean()) == pytest.approx(data.mean, abs=0.02)
+    assert float(x.std()) == pytest.approx(data.std, rel=0.04 if first_order else 0.025)
+
+
+@pytest.mark.parametrize("function", [samplers.sample_ddpm, lambda *a: samplers.sample_ddim(*a, eta=0.5)],
+                         ids=["ddpm", "ddim_0.5"])  # fmt: skip
+@pytest.mark.parametrize("process", PROCESSES)
+def test_stochastic_samplers_have_the_datas_mean_and_variance(process, function, data):
+    process, count = PROCESSES[process], 20_000
+    random = torch.Generator().manual_seed(0)
+    shape = (count, 1, 1, 1)
+    times = trailing_times(process, 1000)
+    x = data.noised(process, times[0], torch.randn(shape, generator=random))
+    x = function(data.denoise(process), x, times, process, lambda i: torch.randn(shape, generator=random))
+    assert float(x.mean()) == pytest.approx(data.mean, abs=5 * data.std / count**0.5 + 0.01)
     assert float(x.std()) == pytest.approx(data.std, rel=0.02)
 
 
-@PROCESSES
-def test_ancestral_ddim_draws_the_data_too(process, data):
-    generator = torch.Generator().manual_seed(3)
-    z = torch.randn(20_000, 1, 1, 1, generator=generator)
-    drawn = []
-
-    def noise(step):
-        drawn.append(step)
-        return torch.randn(z.shape, generator=generator)
-
-    times = uniform_times(process, 500)
-    x = sample_ddim(data.denoise(process), data.noised(process, times[0], z), times, process, noise, eta=1.0)
-    assert float(x.mean()) == pytest.approx(data.mean, abs=0.02)
-    assert float(x.std()) == pytest.approx(data.std, rel=0.03)
-    assert drawn == list(range(500))
+def test_an_ancestral_step_is_the_posterior():
+    """One step of DDPM from known x_t and x0: mean and variance of q(x_s | x_t, x0) (Ho et al. 2020, eq. 7)."""
+    process, times = DiscreteVP(), torch.tensor([600.0, 599.0])
+    x_t, x0, noise = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2)
+    got = samplers.sample_ddpm(lambda x, t: x0, x_t, times, process, lambda i: noise)
+    signal, before = process.alphas_cumprod[600], process.alphas_cumprod[599]
+    beta = 1 - signal / before
+    mean = before.sqrt() * beta / (1 - signal) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - signal) * x_t
+    variance = (1 - before) / (1 - signal) * beta
+    torch.testing.assert_close(got, (mean + variance.sqrt() * noise).float())
 
 
-@PROCESSES
-def test_euler_is_ddim_without_noise(process):
-    def denoise(x, t):
-        return torch.tanh(1.3 * x.roll(1, -1) - 0.2 * process.sigma(t))
-
-    x, times = torch.randn(2, 3, 4, 4), uniform_times(process, 20)
-    euler = sample_euler(denoise, x, times, process, no_noise)
-    torch.testing.assert_close(euler, sample_ddim(denoise, x, times, process, no_noise), rtol=1e-4, atol=1e-5)
-
-
-@SAMPLERS
-def test_steps_are_reported(sample, data):
-    process, seen = RectifiedFlow(), []
-    sample(
-        data.denoise(process),
-        torch.randn(1, 1, 2, 2),
-        uniform_times(process, 5),
-        process,
-        no_noise,
-        on_step=seen.append,
-    )
-    assert seen == [0, 1, 2, 3, 4]
-
-
-def nonlinear_network(x, t, conditioning=None):
-    """Fixed, smooth, and dependent on place, time and neighbours."""
-    time = like(t / 1000, x)
-    return torch.sin(2 * x) + 0.5 * torch.tanh(x.roll(1, -1) * x.roll(1, -2)) * (1 - time) + 0.3 * time
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize(
-    ("parameterization", "prediction_type"), [(Epsilon(), "epsilon"), (Velocity(), "v_prediction")]
-)
-def test_ddim_is_diffusers(parameterization, prediction_type, eta, relative_error):
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
-        clip_sample=False, set_alpha_to_one=True,
-    )  # fmt: skip
-    scheduler.set_timesteps(20)
-    start = torch.randn(2, 4, 8, 8)
-    noises = torch.randn(20, 2, 4, 8, 8)
-    theirs = start
-    for i, t in enumerate(scheduler.timesteps):
-        prediction = nonlinear_network(theirs, t.float().expand(2))
-        theirs = scheduler.step(prediction, t, theirs, eta=eta, variance_noise=noises[i]).prev_sample
-
+def test_times_are_as_published():
     process = DiscreteVP()
-    denoiser = NetworkDenoiser(nonlinear_network, process, parameterization)
-    ours = sample_ddim(
-        lambda x, t: denoiser(x, t, None), start, scheduler.timesteps.float(), process, lambda i: noises[i], eta=eta
-    )
-    assert relative_error(ours, theirs) < 1e-4
+    # Lin et al. 2024, table 2: ten steps, trailing.
+    assert trailing_times(process, 10).tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, -1]
+    assert uniform_times(process, 4).tolist() == [999, 666, 333, 0, -1]
+    assert uniform_times(RectifiedFlow(), 4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert uniform_times(RectifiedFlow(3.0), 2).tolist() == [1.0, 0.75, 0.0]
+    times = karras_times(process, 10)
+    ratio = (process.sigma(times) / process.alpha(times))[:-1] ** (1 / 7)
+    torch.testing.assert_close(ratio, torch.linspace(float(ratio[0]), float(ratio[-1]), 10), rtol=1e-3, atol=1e-4)
+    assert float(times[0]) == pytest.approx(999, abs=1e-3)
+    assert float(times[-2]) == pytest.approx(0, abs=1e-3)
 
 
-def test_euler_is_diffusers_on_rectified_flow(relative_error):
-    from diffusers import FlowMatchEulerDiscreteScheduler
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_every_spacing_falls_from_end_to_data(process, spacing, steps):
+    process = PROCESSES[process]
+    times = SPACINGS[spacing](process, steps)
+    assert times.shape == (steps + 1,)
+    assert (times.diff() < 0).all()
+    assert float(times[-1]) == process.start
+    assert float(times[0]) <= process.end
+    assert float(process.sigma(times[-1])) == 0
+    assert float(process.alpha(times[-1])) == 1
 
-    scheduler, process, start = FlowMatchEulerDiscreteScheduler(), RectifiedFlow(), torch.randn(2, 4, 8, 8)
-    times = uniform_times(process, 16)
-    scheduler.set_timesteps(sigmas=times[:-1].tolist())
-    theirs = start
-    for t in scheduler.timesteps:
-        theirs = scheduler.step(nonlinear_network(theirs, t.expand(2)), t, theirs).prev_sample
-    denoiser = NetworkDenoiser(nonlinear_network, process, Flow())
-    ours = sample_euler(lambda x, t: denoiser(x, t, None), start, times, process, no_noise)
-    assert relative_error(ours, theirs) < 1e-4
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_time_is_found_by_its_noise(process):
+    process = PROCESSES[process]
+    t = torch.linspace(process.first + 0.02, process.end * 0.98, 30, dtype=torch.float64)
+    found = time_at_noise(process, process.sigma(t) / process.alpha(t))
+    torch.testing.assert_close(found, t, rtol=1e-6, atol=1e-6)
+    assert (log_snr(process, t).diff() < 0).all()
 
 
-@SAMPLERS
-@pytest.mark.parametrize(
-    ("process", "parameterization"),
-    [(RectifiedFlow(), Flow()), (DiscreteVP(), Velocity()), (DiscreteVP(), Epsilon())],
-    ids=["flow", "velocity", "epsilon"],
-)
-def test_every_parameterization_samples(sample, process, parameterization, data, quantiles):
-    """A network that predicts the best target possible leads every sampler to the data."""
-    per_time = process.network_time(torch.tensor(process.end)) / process.end
-
-    def network(x, network_time, conditioning):
-        t = like(network_time / per_time, x)
-        x0 = data.denoise(process)(x, t)
-        noise = (x - process.alpha(t) * x0) / process.sigma(t)
-        return parameterization.target(x0, noise, process.alpha(t), process.sigma(t))
-
-    denoiser, times = NetworkDenoiser(network, process, parameterization), uniform_times(process, 200)
-    x = sample(lambda x, t: denoiser(x, t, None), data.noised(process, times[0], quantiles), times, process, no_noise)
-    error = (x - data.endpoint(process, times, quantiles)).square().mean().sqrt()
-    assert float(error) < 0.01
+@pytest.mark.parametrize("name", ODE)
+def test_each_step_is_told(name, data):
+    told, process = [], RectifiedFlow()
+    x = torch.randn(2, 1, 1, 1)
+    ODE[name](data.denoise(process), x, uniform_times(process, 5), process, never, told.append)
+    assert told == [0, 1, 2, 3, 4]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from train.models.conditioning import Conditioning
+from train.models.conditioning import Conditioning, Parts
 from train.models.latents import LatentScaling
 
 MEAN, STD = [0.5, -1.0, 0.0], [2.0, 0.25, 1.0]
@@ -38,34 +38,41 @@ def test_stable_diffusions_scaling_factor():
 
 @pytest.fixture
 def conditioning():
-    return Conditioning(torch.randn(4, 5, 6), torch.randn(4, 3), torch.randn(5, 6), torch.randn(3))
+    given = Parts(torch.randn(4, 5, 6), torch.randn(4, 3), torch.randn(4, 2, 8, 8))
+    return Conditioning(given, Parts(torch.randn(1, 5, 6), torch.randn(1, 3), torch.randn(4, 2, 8, 8)))
 
 
 def test_dropped_rows_are_the_null_and_the_others_untouched(conditioning):
     drop = torch.tensor([True, False, False, True])
     dropped = conditioning.dropped(drop)
-    for i, gone in enumerate(drop):
-        assert torch.equal(dropped.context[i], conditioning.null_context if gone else conditioning.context[i])
-        assert torch.equal(dropped.vector[i], conditioning.null_vector if gone else conditioning.vector[i])
-    assert torch.equal(dropped.null_context, conditioning.null_context)
+    for given, null, now in zip(conditioning.given, conditioning.null, dropped.given, strict=True):
+        for i, gone in enumerate(drop):
+            assert torch.equal(now[i], null.expand_as(given)[i] if gone else given[i])
+    assert all(map(torch.equal, dropped.null, conditioning.null))
 
 
 def test_for_guidance_is_the_condition_then_its_null(conditioning):
     both = conditioning.for_guidance()
-    assert both.context.shape == (8, 5, 6)
-    assert both.vector.shape == (8, 3)
-    assert torch.equal(both.context[:4], conditioning.context)
-    assert torch.equal(both.vector[:4], conditioning.vector)
     nothing = conditioning.dropped(torch.ones(4, dtype=torch.bool))  # what guidance steers from was trained on
-    assert torch.equal(both.context[4:], nothing.context)
-    assert torch.equal(both.vector[4:], nothing.vector)
+    for given, away, doubled in zip(conditioning.given, nothing.given, both.given, strict=True):
+        assert torch.equal(doubled, torch.cat([given, away]))
+
+
+def test_a_negative_condition_takes_the_place_of_the_null(conditioning):
+    negative = Conditioning(Parts(*(torch.randn_like(part) for part in conditioning.given)), conditioning.null)
+    both = conditioning.against(negative).for_guidance()
+    assert all(torch.equal(d[:4], g) for d, g in zip(both.given, conditioning.given, strict=True))
+    assert all(torch.equal(d[4:], n) for d, n in zip(both.given, negative.given, strict=True))
 
 
 def test_parts_that_are_not_there(conditioning):
-    text_only = Conditioning(conditioning.context, None, conditioning.null_context, None)
-    assert text_only.dropped(torch.ones(4, dtype=torch.bool)).vector is None
-    assert text_only.for_guidance().vector is None
-    assert text_only.for_guidance().context.shape == (8, 5, 6)
+    text_only = Conditioning(Parts(conditioning.given.context), Parts(conditioning.null.context))
+    assert text_only.dropped(torch.ones(4, dtype=torch.bool)).given[1:] == (None, None)
+    assert text_only.for_guidance().given.vector is None
+    assert text_only.for_guidance().given.context.shape == (8, 5, 6)
+    nothing = Conditioning(Parts(), Parts())
+    assert nothing.for_guidance().given == Parts()
+    assert nothing.dropped(torch.ones(4, dtype=torch.bool)).given == Parts()
 
 
 def test_pixel_shuffle_undoes_the_fold():

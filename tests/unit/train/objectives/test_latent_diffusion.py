@@ -61,7 +61,7 @@ def test_the_loss_is_its_formula(
     dropped = random.uniform("prompt") < 0.4
     assert 0 < dropped.sum() < len(batch)
     context, vector = batch.tensors["text"].clone(), batch.tensors["pooled"].clone()
-    context[dropped], vector[dropped] = null.tokens, null.pooled
+    context[dropped], vector[dropped] = null["text"], null["pooled"]
     u, noise = random.uniform("time"), random.normal("noise", x0.shape[1:])
     flowing = isinstance(process, RectifiedFlow)
     t = u if flowing else (1000 * u).floor()
@@ -124,9 +124,8 @@ def test_each_step_and_seed_draws_anew(unet, latent_objective, latent_batch):
 @torch.no_grad()
 def test_validation_is_at_the_given_times_without_dropping(unet, latent_objective, latent_batch):
     network, batch, fractions = unet(), latent_batch(), torch.linspace(0.1, 0.9, 8)
-    losses = [
-        latent_objective(network, prompt_dropout=p).validation_loss(network, batch, fractions) for p in (0.0, 1.0)
-    ]
+    objectives = [latent_objective(network, prompt_dropout=p) for p in (0.0, 1.0)]
+    losses = [objective.validation_loss(objective.network, batch, fractions) for objective in objectives]
     assert torch.equal(losses[0].per_sample, losses[1].per_sample)
     torch.testing.assert_close(losses[0].t, (1000 * fractions).floor())
 

@@ -1,0 +1,276 @@
+"""What a latent sample holds beside its latents, to be conditioned on: text states, class, boxes, pictures.
+
+Precompute makes these from image-text samples, sampling from what a user asks for: the same code, so that a network is
+asked in the way in which it was trained. A sample is {"key", "caption", "meta", "image" (H, W, 3) uint8}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_pipeline.encoders import ImageEncoder, TextEncoder
+from data_pipeline.errors import UserError
+
+Sample = Mapping[str, Any]
+
+
+class Tools(Protocol):
+    """The encoders at hand; text is None where no condition `uses_clip`."""
+
+    image: ImageEncoder
+    text: TextEncoder | None
+
+
+class Condition(Protocol):
+    """asked: the options of sample_images.py that it is given by; uses_clip: whether it needs the CLIP."""
+
+    asked: tuple[str, ...]
+    uses_clip: bool
+
+    def learn(self, samples: Iterable[Sample]) -> None:
+        """Take what must be known of the whole training split (class names), where it is not configured."""
+
+    def config(self) -> dict[str, Any]:
+        """Arguments that build it again, with what it has learnt."""
+
+    def reason_against(self, sample: Sample) -> str | None:
+        """Why a sample can't be used; None where it can."""
+
+    def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        """Fields by name, each (B, ...); images (B, 3, H, W) in [-1, 1]."""
+
+    def null(self, tools: Tools) -> dict[str, Tensor]:
+        """The fields' values where there is no condition, unbatched; only where an encoder defines them."""
+
+    def as_sample(self, **given: Any) -> dict[str, Any]:
+        """What was `asked` for, as parts of a sample."""
+
+
+class PlainCondition:
+    """A condition that learns nothing, takes every sample and has no null of an encoder's."""
+
+    asked: tuple[str, ...] = ()
+    uses_clip = False
+
+    def learn(self, samples: Iterable[Sample]) -> None:
+        pass
+
+    def config(self) -> dict[str, Any]:
+        return {"_target_": f"{type(self).__module__}.{type(self).__name__}"}
+
+    def reason_against(self, sample: Sample) -> str | None:
+        return None
+
+    def null(self, tools: Tools) -> dict[str, Tensor]:
+        return {}
+
+
+class Text(PlainCondition):
+    """text (B, T, D), a state a token, and pooled (B, P), by the CLIP; each different caption is encoded once."""
+
+    asked, uses_clip = ("prompts",), True
+
+    def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        captions = list(dict.fromkeys(sample["caption"] for sample in samples))
+        states = tools.text.encode_text(captions)
+        rows = torch.tensor([captions.index(sample["caption"]) for sample in samples], device=states.tokens.device)
+        return {"text": states.tokens[rows], "pooled": states.pooled[rows]}
+
+    def null(self, tools: Tools) -> dict[str, Tensor]:
+        states = tools.text.encode_text([""])
+        return {"text": states.tokens[0], "pooled": states.pooled[0]}
+
+    def as_sample(self, prompts: str) -> dict[str, Any]:
+        return {"caption": prompts}
+
+
+class Classes(PlainCondition):
+    """A condition on named classes. They are those of the training split, in alphabetical order, unless given."""
+
+    def __init__(self, classes: Sequence[str] | None = None) -> None:
+        self.classes = None if classes is None else [str(name) for name in classes]
+
+    def named_in(self, sample: Sample) -> list[str]:
+        """The classes that a sample names."""
+        raise NotImplementedError
+
+    def learn(self, samples: Iterable[Sample]) -> None:
+        if self.classes is None:
+            self.classes = sorted({name for sample in samples for name in self.named_in(sample)})
+            if not self.classes:
+                raise UserError(f"no sample names a class for {type(self).__name__}: check its key, or give classes.")
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "classes": self.classes}
+
+    def numbers(self, names: Iterable[str]) -> list[int]:
+        """Class names to numbers; an unknown one is named, with those there are."""
+        try:
+            return [self.classes.index(name) for name in names]
+        except ValueError:
+            unknown = next(name for name in names if name not in self.classes)
+            known = ", ".join(self.classes[:12]) + (", ..." if len(self.classes) > 12 else "")
+            raise UserError(f"class {unknown} is unknown here: take one of {known}.") from None
+
+
+class Label(Classes):
+    """label (B,): the number of the class that meta[key] names."""
+
+    asked = ("labels",)
+
+    def __init__(self, key: str = "group", classes: Sequence[str] | None = None) -> None:
+        super().__init__(classes)
+        self.key = key
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "key": self.key}
+
+    def named_in(self, sample: Sample) -> list[str]:
+        value = sample["meta"].get(self.key)
+        return [] if value in (None, "") else [str(value)]
+
+    def reason_against(self, sample: Sample) -> str | None:
+        named = self.named_in(sample)
+        if not named:
+            return f"no {self.key} in its json"
+        return None if named[0] in self.classes else f"{self.key} is none of the classes"
+
+    def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        return {"label": torch.tensor([self.numbers(self.named_in(sample))[0] for sample in samples])}
+
+    def as_sample(self, labels: str) -> dict[str, Any]:
+        return {"meta": {self.key: labels}}
+
+
+class Layout(Classes):
+    """boxes (B, N, 4), x0 y0 x1 y1 as fractions of the picture, and box_label (B, N), -1 where there is no box.
+
+    From meta["boxes"]: a list of [class, x0, y0, x1, y1].
+    """
+
+    asked = ("layouts",)
+
+    def __init__(self, max_boxes: int = 8, classes: Sequence[str] | None = None) -> None:
+        super().__init__(classes)
+        self.max_boxes = max_boxes
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "max_boxes": self.max_boxes}
+
+    def named_in(self, sample: Sample) -> list[str]:
+        return [str(box[0]) for box in sample["meta"].get("boxes") or []]
+
+    def reason_against(self, sample: Sample) -> str | None:
+        boxes = sample["meta"].get("boxes")
+        if not boxes:
+            return "no boxes in its json"
+        if len(boxes) > self.max_boxes:
+            return f"more than max_boxes={self.max_boxes} boxes"
+        if not all(well_formed(box) for box in boxes):
+            return "a box is not [class, x0, y0, x1, y1] with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1"
+        return None if set(self.named_in(sample)) <= set(self.classes) else "a box's class is none of the classes"
+
+    def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        boxes = torch.zeros(len(samples), self.max_boxes, 4)
+        labels = torch.full((len(samples), self.max_boxes), -1)
+        for i, sample in enumerate(samples):
+            listed = sample["meta"]["boxes"]
+            boxes[i, : len(listed)] = torch.tensor([box[1:] for box in listed])
+            labels[i, : len(listed)] = torch.tensor(self.numbers(self.named_in(sample)))
+        return {"boxes": boxes, "box_label": labels}
+
+    def as_sample(self, layouts: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        sample = {"meta": {"boxes": [list(box) for box in layouts]}}
+        self.numbers(self.named_in(sample))
+        if reason := self.reason_against(sample):
+            raise UserError(f"layouts: {reason}.")
+        return sample
+
+
+def well_formed(box: Sequence[Any]) -> bool:
+    """[class, x0, y0, x1, y1] in fractions, of some area."""
+    if len(box) != 5 or not all(isinstance(value, int | float) for value in box[1:]):
+        return False
+    x0, y0, x1, y1 = box[1:]
+    return 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+
+
+class OfPicture(PlainCondition):
+    """A condition that is made of the picture itself."""
+
+    asked = ("images",)
+
+    def as_sample(self, images: np.ndarray) -> dict[str, Any]:
+        return {"image": images}
+
+
+class ImageEmbedding(OfPicture):
+    """image_embedding (B, E): the CLIP's of the picture, at unit variance."""
+
+    uses_clip = True
+
+    def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        return {"image_embedding": tools.text.encode_image(images)}
+
+
+class LowResolution(OfPicture):
+    """low_resolution (B, 3, H/factor, W/factor) in [-1, 1], box-averaged: what super-resolution starts from."""
+
+    def __init__(self, factor: int = 4) -> None:
+        self.factor = factor
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "factor": self.factor}
+
+    def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        return {"low_resolution": F.avg_pool2d(images, self.factor)}
+
+
+class Hole(PlainCondition):
+    """hole (B, 1, h, w), 1 where the picture is to be filled in, and masked_latents (B, C, h, w), the first stage's of
+    the picture with that part grey: what inpainting starts from (Rombach et al. 2022, sec. 4.5).
+
+    The hole is meta["hole"] = [x0, y0, x1, y1] in fractions where given, else a box drawn by the sample's key, each of
+    its sides between `smallest` and `largest` of the picture's.
+    """
+
+    asked = ("images", "holes")
+
+    def __init__(self, smallest: float = 0.25, largest: float = 0.75) -> None:
+        self.smallest, self.largest = smallest, largest
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "smallest": self.smallest, "largest": self.largest}
+
+    def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        factor = tools.image.factor
+        height, width = images.shape[-2] // factor, images.shape[-1] // factor
+        hole = torch.zeros(len(samples), 1, height, width, device=images.device)
+        for i, sample in enumerate(samples):
+            x0, y0, x1, y1 = sample["meta"].get("hole") or self.drawn(sample["key"])
+            rows = slice(round(y0 * height), max(round(y1 * height), round(y0 * height) + 1))
+            columns = slice(round(x0 * width), max(round(x1 * width), round(x0 * width) + 1))
+            hole[i, 0, rows, columns] = 1
+        seen = images * (1 - hole.repeat_interleave(factor, 2).repeat_interleave(factor, 3))
+        mean, _ = tools.image.posterior_of(tools.image.encode_stored(seen))
+        return {"hole": hole, "masked_latents": mean}
+
+    def drawn(self, key: str) -> tuple[float, float, float, float]:
+        """A box that is a function of the key."""
+        random = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
+        sides = random.uniform(self.smallest, self.largest, 2)
+        x0, y0 = random.uniform(0, 1 - sides)
+        return x0, y0, x0 + sides[0], y0 + sides[1]
+
+    def as_sample(self, images: np.ndarray, holes: Sequence[float]) -> dict[str, Any]:
+        box = list(holes)
+        if not well_formed(["hole", *box]):
+            raise UserError(f"holes: {box} is not [x0, y0, x1, y1] in fractions of the picture.")
+        return {"image": images, "meta": {"hole": box}}

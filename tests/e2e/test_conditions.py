@@ -1,0 +1,113 @@
+"""Every kind of condition through the whole chain, as a user types it: shards, latents, a few steps, pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from synthetic import run
+
+SMALL = ["unet.channels=[16,32]", "unet.heads=2", "unet.norm_groups=8", "training.steps=3", "training.batch_size=8",
+         "preview_samples=4", "preview_every=3", "validate_every=3", "sampler.steps=2", "training.wandb_project=null",
+         "training.log_every=1"]  # fmt: skip
+EXPERIMENTS = {
+    "class_label": ["labels=[hearts,shapes]", "samples_per_prompt=2"],
+    "super_resolution_text": ["prompts=red heart", "images={folder}/small.png"],
+    "inpainting": ["prompts=red heart", "images={folder}/small.png", "holes=[0.25,0.25,0.75,0.75]"],
+    "image_variations": ["images=[{folder}/small.png,{folder}/small.png]"],
+    "joint_text": ["prompts=[red heart,blue circle]", "negative_prompt=flag"],
+    "unconditional": ["samples_per_prompt=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 96 drawings, a first stage and a CLIP after a few steps, and latents with every condition."""
+    folder = tmp_path_factory.mktemp("conditions")
+    groups = [f"~source.things.{name}" for name in ("flags", "faces", "animals", "plants", "food", "things")]
+    run("data_pipeline/make_shards.py", "source=openmoji_demo", *groups, f"output={folder}/shards")
+    few = ["training.steps=4", "training.batch_size=16", "validate_every=4", "training.log_every=2"]
+    run("train/train_autoencoder.py", f"input={folder}/shards", f"output={folder}/autoencoder", *few,
+        "autoencoder.channels=[16,16]")  # fmt: skip
+    run("train/train_clip.py", f"input={folder}/shards", f"output={folder}/clip", *few, "clip.text.width=32",
+        "clip.text.layers=1", "clip.vision.layers=1")  # fmt: skip
+    run("data_pipeline/precompute_latents.py", f"input={folder}/shards", f"output={folder}/latents", *encoders(folder),
+        "conditions=[text,label,image_embedding,low_resolution,hole]")  # fmt: skip
+    red = np.full((16, 16, 3), (220, 30, 40), np.uint8)
+    Image.fromarray(red).save(folder / "small.png")
+    return folder
+
+
+def encoders(folder: Path) -> list[str]:
+    return [f"autoencoder.path={folder}/autoencoder", f"clip.path={folder}/clip"]
+
+
+def train(folder: Path, name: str, *more: str) -> Path:
+    run("train/train_ldm.py", f"input={folder}/latents", f"output={folder}/{name}", *encoders(folder),
+        f"experiment={name}", *SMALL, *more)  # fmt: skip
+    return folder / name
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_trained_and_drawn(folder: Path, name: str) -> None:
+    width = [] if name in ("super_resolution", "unconditional") else ["unet.context_dim=32"]
+    vector = ["unet.vector_dim=128"] if name in ("super_resolution_text", "inpainting") else []
+    trained = train(folder, name, *width, *vector)
+    assert len(list((trained / "samples").glob("*.png"))) == 1
+    asked = [option.format(folder=folder) for option in EXPERIMENTS[name]]
+    run("train/sample_images.py", f"input={trained}", *asked, "sampler.steps=2")
+    drawn = sorted((trained / "drawn").glob("0*.png"))
+    assert drawn
+    assert all(Image.open(path).size == (64, 64) for path in drawn)
+    if name == "class_label":
+        evaluate = ["train/evaluate_ldm.py", f"input={trained}", f"shards={folder}/shards", "captions=4"]
+        assert "nearest picture is of the class" in run(*evaluate, "heldout_captions=4", "sampler.steps=2").stdout
+        assert 0 <= json.loads((trained / "evaluation/evaluation.json").read_text())["nearest_is_of_class"] <= 1
+        wrong = run("train/sample_images.py", f"input={trained}", "prompts=red heart", check=False)
+        assert "this run is conditioned on labels: add labels=" in wrong.stderr
+        wrong = run("train/sample_images.py", f"input={trained}", "labels=cars", check=False)
+        assert "class cars is unknown here: take one of hearts, shapes" in wrong.stderr
+
+
+def test_layouts_from_pairs_to_pictures(folder: Path) -> None:
+    pairs = ["source=openmoji_pairs", "source.count=24", "source.of.limit=12", "shard_size=8"]
+    run("data_pipeline/make_shards.py", *pairs, f"output={folder}/pairs")
+    run("data_pipeline/precompute_latents.py", f"input={folder}/pairs", f"output={folder}/laid_out",
+        f"autoencoder.path={folder}/autoencoder", "conditions=[layout]")  # fmt: skip
+    run("train/train_ldm.py", f"input={folder}/laid_out", f"output={folder}/layout", "experiment=layout",
+        f"autoencoder.path={folder}/autoencoder", *SMALL, "unet.context_dim=32")  # fmt: skip
+    layout = "layouts=[[[japan,0,0,0.5,0.5],[canada,0.5,0.5,1,1]]]"
+    run("train/sample_images.py", f"input={folder}/layout", layout, "sampler.steps=2")
+    assert (folder / "layout/drawn/0000-japan-and-canada.png").exists()
+
+
+def test_a_classifier_guides_an_unconditional_run(folder: Path) -> None:
+    trained = train(folder, "unconditional", f"output={folder}/guided", "training.steps=2").parent / "guided"
+    few = ["training.steps=4", "training.batch_size=16", "validate_every=4", "training.log_every=2"]
+    done = run("train/train_classifier.py", f"input={folder}/latents", f"output={folder}/classifier", *few,
+               "classifier.channels=[16,32]")  # fmt: skip
+    assert "right on" in done.stdout
+    guide = [f"classifier.path={folder}/classifier", "labels=hearts", "sampler.steps=3"]
+    pictures = []
+    for scale in (0, 50):
+        output = f"{folder}/by_{scale}"
+        run("train/sample_images.py", f"input={trained}", *guide, f"classifier.scale={scale}", f"output={output}")
+        pictures.append(np.array(Image.open(f"{output}/0000-hearts.png")).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() > 0
+    other = ["process=scaled_linear", f"output={folder}/other_classifier", "classifier.channels=[16,32]"]
+    run("train/train_classifier.py", f"input={folder}/latents", *few, *other)
+    wrong = run("train/sample_images.py", f"input={trained}", *guide, f"classifier.path={folder}/other_classifier",
+                check=False)  # fmt: skip
+    assert "was trained with process" in wrong.stderr
+
+
+def test_pixels_without_a_first_stage(folder: Path) -> None:
+    run("data_pipeline/precompute_latents.py", f"input={folder}/shards", f"output={folder}/pixels",
+        "autoencoder=identity", f"clip.path={folder}/clip")  # fmt: skip
+    run("train/train_ldm.py", f"input={folder}/pixels", f"output={folder}/pixel_run", "experiment=pixel_space",
+        f"clip.path={folder}/clip", *SMALL, "unet.context_dim=32")  # fmt: skip
+    run("train/sample_images.py", f"input={folder}/pixel_run", "prompts=red heart", "sampler.steps=2")
+    assert Image.open(folder / "pixel_run/drawn/0000-red-heart.png").size == (64, 64)

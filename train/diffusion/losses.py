@@ -1,0 +1,72 @@
+"""How far a prediction is from its target, and what each time counts.
+
+Errors: (prediction, target) -> elementwise. Weightings: (alpha (B,), sigma (B,), parameterization) -> (B,). Weights
+that papers state for x0 become weights of the prediction by (d x0 / d prediction)^2. SNR = alpha^2 / sigma^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.diffusion.parameterization import Parameterization
+
+
+class L2:
+    """(prediction - target)^2 (Ho et al. 2020, eq. 14)."""
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).square()
+
+
+class L1:
+    """|prediction - target|."""
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).abs()
+
+
+class Huber:
+    """Half the square up to `delta`, linear beyond: outliers count less (Huber 1964)."""
+
+    def __init__(self, delta: float = 1.0) -> None:
+        self.delta = delta
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.huber_loss(prediction, target, reduction="none", delta=self.delta)
+
+
+class Uniform:
+    """1 for the prediction itself, whatever it is: L_simple (Ho et al. 2020)."""
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, parameterization: Parameterization) -> Tensor:
+        return torch.ones_like(alpha)
+
+
+class MinSnr:
+    """min(SNR, gamma) for x0 (Hang et al. 2023, eq. 8): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        self.gamma = gamma
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, parameterization: Parameterization) -> Tensor:
+        snr, per_prediction = _snr(alpha, sigma, parameterization)
+        return snr.clamp(max=self.gamma) * per_prediction.square()
+
+
+class TruncatedSnr:
+    """max(SNR, 1) for x0 (Salimans & Ho 2022, sec. 4), so that noise and picture both count; at most `limit`."""
+
+    def __init__(self, limit: float = 100.0) -> None:
+        self.limit = limit
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, parameterization: Parameterization) -> Tensor:
+        snr, per_prediction = _snr(alpha, sigma, parameterization)
+        return (snr.clamp(min=1.0) * per_prediction.square()).clamp(max=self.limit)
+
+
+def _snr(alpha: Tensor, sigma: Tensor, parameterization: Parameterization) -> tuple[Tensor, Tensor]:
+    """SNR and |d x0 / d prediction|; at sigma 0 that of a little noise, so that their product is what it tends to."""
+    sigma = sigma.clamp(min=1e-6)
+    return (alpha / sigma).square(), parameterization.x0_per_prediction(alpha, sigma)

@@ -1,0 +1,51 @@
+"""The discriminator that first stages are trained against: a PatchGAN (Isola et al. 2017, sec. 3.2.2, app. 6.1.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+
+
+class PatchDiscriminator(nn.Module):
+    """Pictures (B, 3, H, W) -> a logit a patch, (B, 1, about H/2^layers, W/2^layers); above 0: real.
+
+    Group norm where theirs is batch norm: a batch's statistics would be those of one rank's micro-batch, mix real
+    pictures with reconstructions, and add state that changes in each forward; a picture's own do none of it.
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3, norm_groups: int = 32) -> None:
+        super().__init__()
+        widths = [channels * 2 ** min(i, 3) for i in range(layers + 1)]
+        if channels % norm_groups:
+            raise UserError(f"the discriminator's channels={channels} must be a multiple of norm_groups={norm_groups}.")
+        self.layers = layers
+        self.conv_in = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(widths[i], widths[i + 1], 4, stride=2 if i < layers - 1 else 1, padding=1, bias=False),
+                    nn.GroupNorm(norm_groups, widths[i + 1]),
+                    nn.LeakyReLU(0.2),
+                )
+                for i in range(layers)
+            )
+        )
+        self.conv_out = nn.Conv2d(widths[-1], 1, 4, padding=1)
+        self.apply(_initialise)
+
+    @property
+    def smallest_picture(self) -> int:
+        """Pixels a side that leave one patch: the last two convolutions take one each."""
+        return 3 * 2**self.layers
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv_out(self.blocks(nn.functional.leaky_relu(self.conv_in(images), 0.2)))
+
+
+def _initialise(module: nn.Module) -> None:
+    """Weights from N(0, 0.02^2), as Isola et al."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,75 @@
+"""A first stage's adversary (Rombach et al. 2022, app. G, eq. 25; Esser et al. 2021, eq. 6 and 7)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from train.models.discriminator import PatchDiscriminator
+from train.ranks import mean_over_ranks
+
+DELTA, HIGHEST = 1e-6, 1e4  # of the adaptive weight: Esser et al.'s delta, and the bound of their code
+
+
+class AdversaryTerms(NamedTuple):
+    """What is added to the first stage's loss, the discriminator's own included; and its named parts, detached."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Adversary(nn.Module):
+    """A discriminator that takes part from step `start` on.
+
+    One module, one engine, one backward: the first stage's term sees the discriminator with its parameters detached,
+    the discriminator's own term sees reconstructions detached; so each gets its own gradient, as from two backwards.
+    Two DeepSpeed engines would see each other's gradients. The clipping of the gradient's norm sees both together.
+    """
+
+    def __init__(self, discriminator: PatchDiscriminator, weight: float = 0.5, start: int = 0) -> None:
+        super().__init__()
+        self.discriminator, self.weight, self.start = discriminator, weight, start
+
+    def forward(
+        self, images: Tensor, reconstruction: Tensor, error: Tensor, last_layer: Tensor, step: int
+    ) -> AdversaryTerms:
+        """images, reconstruction: (B, 3, H, W); error: the scalar that `last_layer`, a parameter, is trained for."""
+        if step < self.start:
+            return self._absent(error)
+        dtype = next(self.discriminator.parameters()).dtype
+        images, reconstruction = images.to(dtype), reconstruction.to(dtype)
+        gan = -self._seen_by_the_first_stage(reconstruction).float().mean()
+        adaptive = adaptive_weight(error, gan, last_layer)
+        own = hinge(self.discriminator(images), self.discriminator(reconstruction.detach()))
+        parts = {"gan": gan.detach(), "discriminator": own.detach(), "adaptive_weight": adaptive}
+        return AdversaryTerms(self.weight * adaptive * gan + own, parts)
+
+    def _seen_by_the_first_stage(self, reconstruction: Tensor) -> Tensor:
+        """Logits whose gradient reaches the reconstruction, and not the discriminator."""
+        detached = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        return functional_call(self.discriminator, detached, (reconstruction,))
+
+    def _absent(self, like: Tensor) -> AdversaryTerms:
+        """Zeros, and zero gradients: ZeRO waits for one of each parameter at each step."""
+        zeros = {name: torch.zeros_like(like) for name in ("gan", "discriminator", "adaptive_weight")}
+        return AdversaryTerms(sum((0.0 * p).sum() for p in self.discriminator.parameters()), zeros)
+
+
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """Of logits, half of E max(0, 1 - D(x)) + E max(0, 1 + D(x_hat)) (Lim & Ye 2017)."""
+    return 0.5 * (F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean())
+
+
+def adaptive_weight(error: Tensor, gan: Tensor, last_layer: Tensor) -> Tensor:
+    """lambda = |grad error| / (|grad gan| + delta) at the decoder's last layer (Esser et al. 2021, eq. 7), detached.
+
+    Gradients are averaged over ranks first, so that lambda does not depend on their number. It costs a backward of the
+    discriminator, and an all-reduce of that one layer.
+    """
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in (error, gan)]
+    of_error, of_gan = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1)
+    return (of_error / (of_gan + DELTA)).clamp(max=HIGHEST)

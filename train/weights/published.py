@@ -1,0 +1,65 @@
+"""What a configuration names by a path alone: published models as a diffusers folder, or as CompVis' single file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+from train.models.unet import UNet
+from train.weights import diffusers, open_clip, stable_diffusion
+from train.weights.foreign import load_exactly
+from train.weights.shapes import unet_options
+
+_UNSEEN = ("heads", "norm_groups")  # what changes a U-Net's function, but no shape of its weights
+
+
+def load_unet_weights(unet: UNet, path: str) -> None:
+    """Start `unet` from a diffusers folder, a CompVis single file, or the EMA weights of a run of train_ldm.py."""
+    if Path(path).is_file():
+        state = stable_diffusion.unet_state(unet, stable_diffusion.read_unet(path), path)
+    elif (Path(path) / "config.yaml").exists():
+        state = _of_run(unet, Path(path))
+    else:
+        folder, config = diffusers.component(path, ("unet",), diffusers.UNET_CLASSES)
+        _refuse_other_function(unet, diffusers.unet_arguments(config, folder), path)
+        state = diffusers.read_unet_state(path)
+    load_exactly(unet, state, path)
+
+
+def _of_run(unet: UNet, run: Path) -> dict[str, Tensor]:
+    from train.checkpoint import ema_weights_path  # brings DeepSpeed: seconds that loading an encoder need not take
+
+    options = dict(yaml.safe_load((run / "config.yaml").read_text()).get("unet", {}))
+    if isinstance(options.get("heads"), int):
+        options["heads"] = [options["heads"]] * len(options["channels"])
+    _refuse_other_function(unet, options, run)
+    weights = load_file(ema_weights_path(run))
+    inside = {name.removeprefix("unet."): value for name, value in weights.items() if name.startswith("unet.")}
+    return inside or weights  # runs once held the U-Net alone
+
+
+def _refuse_other_function(unet: UNet, options: Mapping[str, Any], where: str | Path) -> None:
+    own = unet_options(unet)
+    attending = [*own["attention_levels"][:-1], True]  # the middle always does, with the last level's heads
+    for name in _UNSEEN:
+        theirs, ours = options.get(name, own[name]), own[name]
+        if name == "heads" and len(theirs) == len(ours):  # of the others neither model makes any use
+            theirs, ours = ([n for n, used in zip(h, attending, strict=True) if used] for h in (theirs, ours))
+        if theirs != ours:
+            raise UserError(f"start_from={where} was made with unet.{name}={theirs}, not {ours}: set the same here.")
+
+
+def load_autoencoder(path: str) -> nn.Module:
+    """The first stage of a diffusers folder or a CompVis single file, in eval mode, frozen, with its `fingerprint`."""
+    return (stable_diffusion if Path(path).is_file() else diffusers).load_autoencoder(path)
+
+
+def load_text_encoder(path: str) -> nn.Module:
+    """The text encoder of a diffusers (or transformers) folder or a CompVis single file, with its `fingerprint`."""
+    return open_clip.load_text_encoder(path)
