@@ -47,7 +47,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     sizes = {"in_channels": facts.unet_shape[0], "classes": len(facts.classes("label"))}
     torch.manual_seed(cfg.seed)
     classifier = instantiate(cfg.classifier, **sizes, _convert_="all")
-    objective = instantiate(cfg.objective, classifier=classifier, latents=facts.latents, seed=cfg.seed, _convert_="all")
+    make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
+    objective = make_objective(classifier=classifier, latents=facts.latents, seed=cfg.seed)
     measured = instantiate(cfg.classifier, **sizes, _convert_="all").eval().to(ranks.device)
     heldout = heldout_batch(cfg, ranks)
     run = RunFolder(cfg.output, "train_classifier", config, ranks)

@@ -20,7 +20,7 @@ from train.ema import Ema
 from train.engine import DTYPES, Engine
 from train.evaluation.generate import Asked, Generator
 from train.evaluation.report import curve_line, grid, plot_curves, save_png
-from train.evaluation.trained_run import build_network
+from train.evaluation.trained_run import build_network, used_conditions, uses_clip
 from train.evaluation.validation import HeldoutLoss
 from train.fitting import Recipe, fit
 from train.latent_data import LatentFacts
@@ -100,13 +100,12 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
 def refuse_other_encoders(facts: LatentFacts, config: dict[str, Any], autoencoder: nn.Module | None) -> None:
     """Encoders that did not make these latents, as far as their folders or the loaded first stage tell."""
-    clip, path = facts.fingerprints.get("text_encoder"), config["clip"].get("path")
-    if clip is not None and path is None:
-        raise UserError(
-            f"clip.path must be given: text encoder {clip} made a part of these latents; add clip.path=...."
-        )
+    needed, path = uses_clip(used_conditions(config, facts, instantiate)), config["clip"].get("path")
+    if needed and path is None:
+        encoder = facts.fingerprints["text_encoder"]
+        raise UserError(f"clip.path must be given: {encoder} made what is conditioned on; add clip.path=....")
     mark = autoencoder.fingerprint if autoencoder else saved_fingerprint(config["autoencoder"].get("path"))
-    facts.refuse_other_encoders(mark, saved_fingerprint(path) if clip else None)
+    facts.refuse_other_encoders(mark, saved_fingerprint(path) if needed else None)
 
 
 def identity(config: dict[str, Any], latents: Manifest) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def open_run(
     facts = LatentFacts.of_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = build(with_path(config["autoencoder"], autoencoder_path)).to(device)
-    clip = build(with_path(config["clip"], clip_path)).to(device) if "text_encoder" in facts.fingerprints else None
+    conditions = used_conditions(config, facts, build)
+    clip = build(with_path(config["clip"], clip_path)).to(device) if uses_clip(conditions) else None
     facts.refuse_other_encoders(autoencoder.fingerprint, clip.fingerprint if clip else None)
     network = build_network(config, facts, build)
     network.load_state_dict(load_file(weights))
@@ -85,7 +86,6 @@ def open_run(
         facts.unet_shape,
         device,
     )
-    conditions = build(dict(facts.conditions), _convert_="all")
     return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights)
 
 
@@ -99,6 +99,17 @@ def build_network(config: Mapping[str, Any], facts: LatentFacts, build: Build) -
     conditioner = make_conditioner(facts)
     facts.refuse_other_shapes(config["unet"], conditioner)
     return ConditionedUNet(build(config["unet"], _convert_="all"), conditioner)
+
+
+def used_conditions(config: Mapping[str, Any], facts: LatentFacts, build: Build) -> dict[str, Any]:
+    """What makes the stored fields that the run is conditioned on, of all that its data set holds."""
+    used = {name: made for name, made in facts.conditions.items() if name in config["conditioning"]}
+    return build(used, _convert_="all")
+
+
+def uses_clip(conditions: Mapping[str, Any]) -> bool:
+    """Whether sampling needs the CLIP."""
+    return any(condition.uses_clip for condition in conditions.values())
 
 
 def with_path(config: Mapping[str, Any], path: str | None) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train.models.attention import PixelAttention
 from train.models.unet import DownBlock, MidBlock, TimestepEmbedding, sinusoidal_embedding
 
 
@@ -32,14 +34,8 @@ class NoisyClassifier(nn.Module):
             DownBlock(channels[max(i - 1, 0)], width, time_dim, layers_per_block, norm_groups, None, width != widest)
             for i, width in enumerate(channels)
         )
-        self_attention = {
-            "context_dim": None,
-            "heads": heads,
-            "head_dim": widest // heads,
-            "linear_projection": True,
-            "norm_groups": norm_groups,
-        }
-        self.mid_block = MidBlock(widest, time_dim, norm_groups, self_attention)
+        attention = partial(PixelAttention, widest, norm_groups, heads, eps=1e-5)
+        self.mid_block = MidBlock(widest, time_dim, norm_groups, attention)
         self.norm_out = nn.GroupNorm(norm_groups, widest)
         self.out = nn.Linear(widest, classes)
 

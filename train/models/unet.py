@@ -152,7 +152,7 @@ class UNet(nn.Module):
         _check_levels(channels, attention_levels, self_attention_levels, heads, norm_groups)
         _check_pixel_attention(transformer_depth, context_dim, self_attention_levels)
         self.in_channels, self.context_dim, self.vector_dim = in_channels, context_dim, vector_dim
-        self.base_channels = channels[0]
+        self.base_channels, self.heads = channels[0], heads
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
         def attention(level: int, always: bool = False) -> MakeAttention | None:

@@ -1,10 +1,11 @@
-"""Our own trained autoencoder and CLIP on disk: config.json, weights.safetensors, and the fingerprint of both."""
+"""Our own trained models on disk: config.json, weights.safetensors, and the fingerprint of both."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.storage import write_atomically
 
-_MADE_BY = {"AutoencoderKL": "train_autoencoder.py", "CLIP": "train_clip.py", "NoisyClassifier": "train_classifier.py"}
+# Class -> the module it lives in; by what makes them.
+_FIRST_STAGES = {"AutoencoderKL": "train.models.autoencoder", "VQModel": "train.models.autoencoder"}
+_CLIPS = {"CLIP": "train.models.clip"}
+_CLASSIFIERS = {"NoisyClassifier": "train.models.classifier"}
 
 
 def fingerprint(config: dict[str, Any], state: dict[str, Tensor]) -> str:
@@ -42,18 +46,18 @@ def save_model(folder: Path, kind: str, config: dict[str, Any], state: dict[str,
 
 
 def load_autoencoder(path: str) -> nn.Module:
-    """A trained first stage in eval mode, its `fingerprint` checked."""
-    return _load(path, "train.models.autoencoder", "AutoencoderKL", "autoencoder.path")
+    """A trained first stage, AutoencoderKL or VQModel, in eval mode, its `fingerprint` checked."""
+    return _load(path, _FIRST_STAGES, "autoencoder.path", "train_autoencoder.py")
 
 
 def load_clip(path: str) -> nn.Module:
     """A trained CLIP in eval mode, its `fingerprint` checked."""
-    return _load(path, "train.models.clip", "CLIP", "clip.path")
+    return _load(path, _CLIPS, "clip.path", "train_clip.py")
 
 
 def load_classifier(path: str) -> tuple[nn.Module, dict[str, Any]]:
     """A trained classifier of noised latents in eval mode, and what was saved about it."""
-    model = _load(path, "train.models.classifier", "NoisyClassifier", "classifier.path")
+    model = _load(path, _CLASSIFIERS, "classifier.path", "train_classifier.py")
     return model, json.loads((Path(path) / "config.json").read_text())
 
 
@@ -62,23 +66,25 @@ def saved_fingerprint(path: str | None) -> str | None:
     if path is None:
         return None
     about = Path(path) / "config.json"
-    return json.loads(about.read_text())["fingerprint"] if about.exists() else None
+    return json.loads(about.read_text()).get("fingerprint") if about.exists() else None
 
 
-def _load(path: str, module: str, kind: str, option: str) -> nn.Module:
-    folder = Path(path)
+def _load(path: str, modules: Mapping[str, str], option: str, made_by: str) -> nn.Module:
+    """modules: where each class lives that the folder may hold."""
+    folder, kinds = Path(path), " or ".join(modules)
     if not (folder / "config.json").exists():
-        raise UserError(f"{option}={path} holds no {kind}: give the output= of a finished {_MADE_BY[kind]} run.")
+        raise UserError(f"{option}={path} holds no {kinds}: give the output= of a finished {made_by} run.")
     about = json.loads((folder / "config.json").read_text())
-    if about.get("class") != kind:
-        raise UserError(f"{option}={path} holds a {about.get('class')}, not a {kind}.")
+    kind = about.get("class")
+    if kind not in modules:
+        raise UserError(f"{option}={path} holds a {kind}, not a {kinds}: give the output= of a {made_by} run.")
     try:
         state = load_file(folder / "weights.safetensors")
     except (SafetensorError, OSError):
         state = {}
     if fingerprint(about["config"], state) != about["fingerprint"]:
         raise DataError(f"{folder / 'weights.safetensors'} is not what was saved there: train or copy it again.")
-    model = getattr(importlib.import_module(module), kind)(**about["config"])
+    model = getattr(importlib.import_module(modules[kind]), kind)(**about["config"])
     model.load_state_dict(state)
     model.fingerprint = about["fingerprint"]
     return model.eval().requires_grad_(False)

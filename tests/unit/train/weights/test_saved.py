@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import DataError, UserError
-from train.models.autoencoder import AutoencoderKL
+from train.models.autoencoder import AutoencoderKL, VQModel
 from train.models.clip import CLIP
 from train.weights.saved import fingerprint, load_autoencoder, load_clip, save_model
 
@@ -38,6 +38,23 @@ def test_autoencoder_there_and_back(saved):
     assert not any(p.requires_grad for p in loaded.parameters())
     assert json.loads((folder / "config.json").read_text())["psnr"] == 30.0
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "weights.safetensors"]
+
+
+def test_vq_model_there_and_back(tmp_path):
+    torch.manual_seed(0)
+    config = {**CONFIG, "latent_channels": 3, "codebook_size": 20, "attention_levels": [False, True]}
+    model = VQModel(**config)
+    torch.nn.init.normal_(model.codebook)
+    mark = save_model(tmp_path, "VQModel", config, model.state_dict(), {})
+    loaded = load_autoencoder(str(tmp_path))
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded.encode_stored(images), model.encode_stored(images))
+    assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
+    assert torch.equal(loaded.codebook, model.codebook)
+    assert loaded.fingerprint == mark
+    state = model.state_dict()
+    state["quantize.embedding.weight"] = state["quantize.embedding.weight"].flip(0)  # the same codes, other indices
+    assert fingerprint(config, state) != mark
 
 
 def test_clip_there_and_back(tmp_path):
@@ -81,10 +98,10 @@ def test_a_cut_file_is_a_sentence(saved):
 
 
 def test_wrong_class_and_nothing_there(saved, tmp_path):
-    with pytest.raises(UserError, match=r"clip\.path=.*ae holds a AutoencoderKL, not a CLIP"):
+    with pytest.raises(UserError, match=r"clip\.path=.*ae holds a AutoencoderKL, not a CLIP: .* train_clip\.py"):
         load_clip(str(saved[0]))
     with pytest.raises(
-        UserError, match=r"autoencoder\.path=.*nowhere holds no AutoencoderKL: .* finished train_autoencoder\.py run"
+        UserError, match=r"autoencoder\.path=.*nowhere holds no AutoencoderKL or VQModel: .* train_autoencoder\.py run"
     ):
         load_autoencoder(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"clip\.path=.* finished train_clip\.py run"):

@@ -1,0 +1,224 @@
+"""Everything under conf/ composes, builds, takes a training step and draws a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from data_pipeline.entry import CONF
+from data_pipeline.errors import UserError
+from data_pipeline.samples import Batch, DataCursor
+from train.evaluation.generate import Asked, Generator
+from train.evaluation.trained_run import build_network
+from train.latent_data import LatentFacts
+from train.models.latents import LatentScaling
+
+ROOTS = sorted(path.stem for path in Path(CONF).glob("*.yaml") if path.stem != "quiet")
+GROUPS = {
+    str(folder.relative_to(CONF)): sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in Path(CONF).rglob("*")
+    if folder.is_dir()
+}
+GIVEN = {
+    "train_ldm": ["input=a", "output=b", "autoencoder.path=c", "clip.path=d"],
+    "precompute_latents": ["input=a", "output=b", "autoencoder.path=c"],
+    "evaluate_ldm": ["input=a", "shards=b"],
+    "make_shards": ["output=b"],
+    "quickstart": [],
+}
+LISTS = ("conditioning", "conditions")
+# Groups whose options differ between roots: a first stage and a CLIP are built in one place and loaded in others.
+LOADED, BUILT = ("trained", "identity", "stable_diffusion"), {"autoencoder": "train_autoencoder", "clip": "train_clip"}
+# Millions of parameters of U-Nets and of first stages, as published where a paper or a model card says so.
+UNETS = {"sd15": 859.52, "sd21": 865.91, "ldm_imagenet": 400.92, "ldm_unconditional": 274.06, "ldm_text": 872.30,
+         "demo": 16.12}  # fmt: skip
+
+
+def composed(root: str, *overrides: str) -> OmegaConf:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        given = GIVEN.get(root, ["input=a", "output=b"])
+        if "~autoencoder.path" in overrides:  # without a first stage there is no path to one
+            given = [option for option in given if not option.startswith("autoencoder.path")]
+        return compose(root, [*given, *(option for option in overrides if option != "~autoencoder.path")])
+
+
+def choices(root: str) -> list[tuple[str, str]]:
+    """(group, option) pairs that a root's defaults can be given."""
+    listed = OmegaConf.load(f"{CONF}/{root}.yaml").get("defaults", [])
+    groups = [next(iter(entry)) for entry in listed if OmegaConf.is_dict(entry)]
+    pairs = [(group, option) for group in groups if group != "objective" for option in GROUPS[group]]
+    pairs = [pair for pair in pairs if pair[0] != "experiment" or root == "train_ldm"]
+    return [p for p in pairs if p[0] not in BUILT or (root == BUILT[p[0]]) != (p[1] in LOADED)]
+
+
+# Each option with one of the roots that have its group, the largest first.
+CHOICES = {pair: root for root in reversed(["train_ldm", *ROOTS]) for pair in choices(root)}
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_every_root_composes(root: str) -> None:
+    config = composed(root)
+    assert not OmegaConf.missing_keys(config)
+    OmegaConf.to_container(config, resolve=True)
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES, ids=lambda value: value)
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    given = [f"{group}=[{option}]" if group in LISTS else f"{group}={option}"]
+    if option in ("identity", "pixel_space"):
+        given = ["~autoencoder.path", *given]
+    OmegaConf.to_container(composed(CHOICES[group, option], *given), resolve=True)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unets_have_their_published_size(name: str) -> None:
+    config = composed("train_ldm", f"unet={name}")
+    with torch.device("meta"):
+        unet = instantiate(config.unet, _convert_="all")
+    assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(UNETS[name], abs=0.01)
+
+
+# Training steps and pictures, with U-Nets made small.
+
+SMALL = ["unet.norm_groups=4", "unet.layers_per_block=1"]
+FIELDS = {
+    "text": lambda dim: {"text": [5, dim], "pooled": [12]},
+    "label": lambda dim: {"label": []},
+    "layout": lambda dim: {"boxes": [3, 4], "box_label": [3]},
+    "image_embedding": lambda dim: {"image_embedding": [10]},
+    "low_resolution": lambda dim: {"low_resolution": [3, 8, 8]},
+    "hole": lambda dim: {},
+    "joint_text": lambda dim: {},
+}
+
+
+def small(config: OmegaConf, facts: LatentFacts) -> None:
+    """Narrow levels with a head each, as many as there were; the context as wide as it was at most 32."""
+    levels = len(config.unet.channels)
+    config.unet.update({"channels": [8] * levels, "norm_groups": 4, "layers_per_block": 1, "heads": [1] * levels})
+    if config.unet.context_dim is not None:
+        config.unet.context_dim = 32
+    if config.unet.vector_dim is not None:
+        config.unet.vector_dim = 12
+
+
+def facts_for(config: OmegaConf) -> LatentFacts:
+    """Of a data set that fits the configuration's latents: their channels from the U-Net, 16 x 16 of them unfolded."""
+    fold, channels = config.fold, config.unet.out_channels // config.fold**2
+    side = 8 * fold
+    shapes: dict[str, list[int]] = {"moments": [2 * channels, side, side]}
+    for name in config.conditioning:
+        shapes |= FIELDS[name](32 if config.unet.context_dim else 0)
+        if name == "hole":
+            shapes |= {"hole": [1, side, side], "masked_latents": [channels, side, side]}
+    classes = {"classes": ["a", "b", "c"]}
+    null = {"text": torch.zeros(5, 32), "pooled": torch.zeros(12)}
+    return LatentFacts(shapes, [0.0] * channels, [1.0] * channels, fold, {"autoencoder": "a"},
+                       {"label": classes, "layout": classes}, null)  # fmt: skip
+
+
+def batch_for(facts: LatentFacts, count: int = 4) -> Batch:
+    random = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(count, *shape, generator=random) for name, shape in facts.shapes.items()}
+    for name in ("label", "box_label"):
+        if name in tensors:
+            tensors[name] = torch.randint(0, 3, tensors[name].shape, generator=random)
+    captions = ("a cat", "a dog", "a red heart", "")[:count]
+    return Batch(captions, captions, tensors, tuple(range(count)), 0, DataCursor(1), count)
+
+
+def step_and_picture(config: OmegaConf) -> tuple[float, float, np.ndarray]:
+    """Losses before and after five steps at one batch, and what is drawn."""
+    facts = facts_for(config)
+    small(config, facts)
+    plain = OmegaConf.to_container(config, resolve=True)
+    torch.manual_seed(0)
+    network = build_network(plain, facts, instantiate)
+    make = instantiate(config.objective, _partial_=True, _convert_="all")
+    objective, batch = make(network=network, latents=facts.latents, seed=0), batch_for(facts)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        terms = objective(batch)
+        terms.total.backward()
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
+        optimizer.step()
+        losses.append(float(terms.total))
+    sampler = instantiate({**config.sampler, "steps": 2})
+    generator = Generator(network.eval(), objective.process, objective.parameterization, facts.scaling, to_rgb,
+                          facts.unet_shape, torch.device("cpu"))  # fmt: skip
+    asked = Asked(batch.tensors, batch.captions)
+    return losses[0], losses[-1], generator.draw(asked, sampler, instantiate(config.guidance, _convert_="all"), seed=1)
+
+
+def to_rgb(z: torch.Tensor) -> torch.Tensor:
+    return z[:, :3]
+
+
+def works(config: OmegaConf) -> None:
+    first, last, pictures = step_and_picture(config)
+    assert np.isfinite([first, last]).all()
+    assert last < first
+    assert pictures.shape[0] == 4
+    assert pictures.shape[-1] == 3
+    assert pictures.std() > 0
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_every_experiment_takes_a_step_and_draws(experiment: str) -> None:
+    works(composed("train_ldm", f"experiment={experiment}", *(["~autoencoder.path"] if "pixel" in experiment else [])))
+
+
+KIND = {"rectified_flow": "flow"}
+OPTIONS = [
+    *[("process", p, f"parameterization={KIND.get(p, 'velocity')}") for p in GROUPS["process"]],
+    ("parameterization", "sample", "process=cosine"), ("parameterization", "epsilon", "process=linear"),
+    *[("loss", name, "seed=0") for name in GROUPS["loss"]],
+    *[("weighting", name, "objective.offset_noise=0.1") for name in GROUPS["weighting"]],
+    *[("time_sampling", name, "objective.stratified_times=true") for name in GROUPS["time_sampling"]],
+    *[("sampler", name, "seed=0") for name in GROUPS["sampler"]],
+    *[("guidance", name, "guidance.rescale=0.7") for name in GROUPS["guidance"]],
+    *[("unet", name, "fold=1") for name in UNETS if name not in ("demo", "ldm_unconditional")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "option", "more"), OPTIONS, ids=lambda value: value)
+def test_every_option_takes_a_step_and_draws(group: str, option: str, more: str) -> None:
+    works(composed("train_ldm", f"{group}={option}", more))
+
+
+@pytest.mark.parametrize("spacing", ["uniform_times", "trailing_times", "karras_times"])
+def test_every_spacing_draws(spacing: str) -> None:
+    works(composed("train_ldm", f"sampler.times.path=train.diffusion.samplers.{spacing}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["process=zero_terminal_snr", "parameterization=epsilon"], "parameterization=velocity or sample"),
+        (["process=scaled_linear"], "parameterization=flow with process=rectified_flow"),
+        (["unet.context_dim=768"], "set unet.context_dim=32"),  # what facts_for says its text has
+        (["experiment=super_resolution", "unet.in_channels=16"], "set unet.in_channels=28"),
+        (["experiment=unconditional", "unet.context_dim=192"], "set unet.context_dim=null"),
+    ],
+)
+def test_a_bad_combination_gets_a_sentence(overrides: list[str], remedy: str) -> None:
+    config = composed("train_ldm", *overrides)
+    facts = facts_for(composed("train_ldm", *[o for o in overrides if not o.startswith("unet")]))
+    if not any(override.startswith("unet") for override in overrides):
+        small(config, facts)
+    with pytest.raises(UserError, match=remedy):
+        network = build_network(OmegaConf.to_container(config, resolve=True), facts, instantiate)
+        make = instantiate(config.objective, _partial_=True, _convert_="all")
+        make(network=network, latents=facts.latents)
+
+
+def test_the_scaling_of_pixels_is_that_of_the_data() -> None:
+    assert torch.equal(LatentScaling([0.0] * 3, [1.0] * 3).to_model(torch.ones(1, 3, 2, 2)), torch.ones(1, 3, 2, 2))

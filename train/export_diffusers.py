@@ -1,0 +1,78 @@
+"""Hand a trained model over: as diffusers' folder, and as CompVis' single file where one is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from data_pipeline.entry import entry
+from data_pipeline.errors import UserError
+from train.evaluation.trained_run import TrainedRun, open_run
+from train.weights.open_clip import HEAD_WIDTH
+from train.weights.pipeline import Pipeline, reads_back, scheduler_config
+
+
+@entry("export_diffusers")
+def main(cfg: DictConfig) -> None:
+    output, file = Path(cfg.output), None if cfg.single_file is None else Path(cfg.single_file)
+    if file is not None and file.suffix != ".safetensors":
+        raise UserError(f"single_file={file}: only .safetensors is written; end the name with it.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output={output} is there already: choose a new or empty folder.")
+    run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
+    pipeline = pipeline_of(run)
+    pipeline.refuse_unfit(single_file=file is not None)
+    pipeline.save_folder(output)
+    reads_back(pipeline, output, shape_of(run))
+    print(f"export_diffusers: {run.weights} -> {output}; read back, each part gives the same output")
+    print(what_it_is_for(pipeline, output))
+    if file is not None:
+        pipeline.save_single_file(file)
+        reads_back(pipeline, file, shape_of(run))
+        print(f"export_diffusers: {run.weights} -> {file}; read back, each part gives the same output")
+        if pipeline.text is not None and not pipeline.text_in_single_file:
+            print(f"its text encoder is in {output} only: single files hold such with heads of {HEAD_WIDTH} alone")
+
+
+def pipeline_of(run: TrainedRun) -> Pipeline:
+    """The run's parts on the CPU; what diffusers has no place for is refused."""
+    refuse_trained_conditioners(run.generator.network.conditioner)
+    autoencoder = None if run.facts.stored_as == "pixels" else run.image.cpu()
+    text = run.text if "text" in run.config["conditioning"] else None
+    scheduler = scheduler_config(run.config["process"], run.config["parameterization"])
+    return Pipeline.of(run.generator.network.unet.cpu(), autoencoder, text, run.facts.scaling, scheduler)
+
+
+def refuse_trained_conditioners(conditioner: nn.Module) -> None:
+    """A conditioner with weights of its own would be left behind."""
+    trained = [name for name, part in conditioner.parts.items() if any(True for _ in part.parameters())]
+    if trained:
+        raise UserError(
+            f"conditioning={trained[0]} is trained with the U-Net, and diffusers' folders have no place for it: export "
+            "runs conditioned on stored text or images, or on nothing."
+        )
+
+
+def shape_of(run: TrainedRun) -> tuple[int, int, int]:
+    """(C, h, w) of what the U-Net takes."""
+    return run.generator.network.unet.in_channels, *run.facts.unet_shape[1:]
+
+
+def what_it_is_for(pipeline: Pipeline, output: Path) -> str:
+    """How to load it, and what a reader must know."""
+    if pipeline.drawn_by_theirs:
+        return f'to draw: diffusers.StableDiffusionPipeline.from_pretrained("{output}")("a red heart").images[0]'
+    name = "UNet2DModel" if pipeline.unet.context_dim is None else "UNet2DConditionModel"
+    lines = [f'to load: diffusers.{name}.from_pretrained("{output}", subfolder="unet")']
+    if pipeline.vae_facts:
+        lines.append(
+            "x0 = (z - latents_mean) / latents_std, as vae/config.json has them: diffusers does not apply them"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Other tools' weights: files read without running anything in them, keys carried both ways, one error for what is off.
+
+Every module here that knows foreign names describes them as a list of `Carried`; this one knows none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import DataError, UserError
+
+NAMED_AT_MOST = 20
+
+
+class Form(NamedTuple):
+    """How our tensors become the foreign one, and back."""
+
+    to_theirs: Callable[[Sequence[Tensor]], Tensor]
+    to_ours: Callable[[Tensor], Sequence[Tensor]]
+
+
+AS_IT_IS = Form(lambda ours: ours[0], lambda theirs: [theirs])
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Our parameters `ours` are the foreign parameter `theirs`."""
+
+    ours: tuple[str, ...]
+    theirs: str
+    form: Form = AS_IT_IS
+
+
+def to_theirs(carried: Iterable[Carried], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state under foreign names and in foreign shapes."""
+    return {one.theirs: one.form.to_theirs([state[name] for name in one.ours]) for one in carried}
+
+
+def to_ours(
+    carried: Sequence[Carried], state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path
+) -> dict[str, Tensor]:
+    """A foreign state under our names and in our shapes; UserError unless it is all that `expected`, ours, needs."""
+    shapes = {name: torch.empty_like(value, device="meta") for name, value in expected.items()}
+    refuse_mismatch(to_theirs(carried, shapes), state, where)
+    found = {}
+    for one in carried:
+        found |= dict(zip(one.ours, one.form.to_ours(state[one.theirs]), strict=True))
+    return found
+
+
+def refuse_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str | Path) -> None:
+    """One UserError for all keys that are missing, surplus or of another shape: nothing is ever loaded in part."""
+    faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    faults += [f"{name} is not known" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(expected.keys() & found.keys()):
+        has, needs = tuple(found[name].shape), tuple(expected[name].shape)
+        if has != needs:
+            faults.append(f"{name} is {has}, not {needs}")
+    if faults:
+        more = len(faults) - NAMED_AT_MOST
+        listed = "; ".join(faults[:NAMED_AT_MOST]) + (f"; and {more} more" if more > 0 else "")
+        raise UserError(f"{where} does not fit this model: {listed}: give the configuration that it was made with.")
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Put `state` in the place of the model's own, in its dtypes; a model on the meta device comes to the CPU."""
+    own = model.state_dict()
+    refuse_mismatch(own, state, where)
+    on_meta = any(value.is_meta for value in own.values())
+    model.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()}, assign=on_meta)
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickled one (.ckpt, .bin, .pt, .pth) by weights_only=True."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give the path of the weights.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, wanted)
+    state = _read_pickled(path)
+    while isinstance(state.get("state_dict"), Mapping):  # a checkpoint of a trainer
+        state = state["state_dict"]
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and wanted(name)}
+
+
+def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} can't be read as safetensors ({error}): fetch or save it again.") from error
+
+
+class _Ignored:
+    """Stands in for a trainer's own objects in old checkpoints; takes any argument and any state, and does nothing."""
+
+    def __new__(cls, *arguments: Any) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_STOOD_IN_FOR = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+)
+
+
+def _read_pickled(path: Path) -> Mapping[str, Any]:
+    """torch.load can't run code here: what is not a tensor or a plain container is stood in for, or refused."""
+    stand_ins = [(_Ignored, name) for name in _STOOD_IN_FOR]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            # Mapped, not read: SD's training checkpoints hold the weights twice, and an optimizer.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named is None:
+            raise DataError(f"{path} can't be read as tensors: fetch or save it again, as .safetensors.") from error
+        raise UserError(
+            f"{path} holds {named[1]} beside its tensors, and nothing in it is run: convert it to .safetensors where "
+            "you trust it."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, AssertionError) as error:
+        raise DataError(f"{path} can't be read ({type(error).__name__}): fetch or save it again.") from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds a {type(state).__name__}, not named tensors: give a state dict.")
+    return state
+
+
+def read_folder(folder: Path, stems: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of <stem>.safetensors or .bin, whole or in shards with an index; safetensors is taken first."""
+    for ending in ("safetensors", "bin"):
+        for stem in stems:
+            if (folder / f"{stem}.{ending}").exists():
+                return read_tensors(folder / f"{stem}.{ending}")
+            if (folder / f"{stem}.{ending}.index.json").exists():
+                return _read_shards(folder, folder / f"{stem}.{ending}.index.json")
+    raise UserError(f"{folder} holds no {stems[0]}.safetensors: give a folder that was saved whole.")
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map", {})
+    state = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise UserError(f"{index} names {file}, which does not lie beside it: fetch the folder again.")
+        state |= read_tensors(folder / file)
+    refuse_mismatch({name: state.get(name, torch.empty(0)) for name in places}, state, index)
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or a sentence."""
+    with contextlib.suppress(OSError, ValueError):
+        about = json.loads(path.read_text())
+        if isinstance(about, dict):
+            return about
+    raise DataError(f"{path} can't be read as JSON: fetch or save it again.")
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """As diffusers and transformers write safetensors: the same tensors give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f"{path.name}.tmp")
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, writing, {"format": "pt"})
+    writing.replace(path)

@@ -1,0 +1,191 @@
+"""A whole trained model as diffusers' folder or CompVis' single file: what each holds, and whether it reads back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+from train.models.latents import LatentScaling
+from train.models.unet import UNet
+from train.weights import diffusers, open_clip, stable_diffusion
+from train.weights.shapes import autoencoder_options, is_vq, unet_options
+
+_PREDICTION_TYPES = {"Epsilon": "epsilon", "Velocity": "v_prediction", "Sample": "sample"}
+_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What is handed over. autoencoder, text: None where the model has none; scheduler: their configuration of it.
+
+    scaling_factor: x0 = z * scaling_factor, but where vae_facts name a mean and std of each channel.
+    """
+
+    unet: UNet
+    autoencoder: nn.Module | None
+    text: open_clip.TextEncoder | None
+    scheduler: Mapping[str, Any]
+    scaling_factor: float
+    vae_facts: Mapping[str, Any]
+    drawn_by_theirs: bool  # whether their StableDiffusionPipeline can draw with it
+
+    @classmethod
+    def of(
+        cls,
+        unet: UNet,
+        autoencoder: nn.Module | None,
+        text: nn.Module | None,
+        scaling: LatentScaling,
+        scheduler: Mapping[str, Any],
+    ) -> Pipeline:
+        """Scaled as theirs are: by one factor, the rest of our scaling in the first stage's own weights."""
+        text = None if text is None else open_clip.tower_of(text)
+        factor, facts = diffusers.SCALING_FACTOR, {}
+        if autoencoder is not None:
+            autoencoder, factor, facts = with_one_factor(autoencoder, scaling)
+        whole = autoencoder is not None and not is_vq(autoencoder) and text is not None and scaling.fold == 1
+        fits = (
+            unet.context_dim == (text.context_dim if text else None) and unet.in_channels == unet.conv_out.out_channels
+        )
+        drawn = whole and fits and scheduler["_class_name"] == "DDIMScheduler"
+        return cls(unet, autoencoder, text, scheduler, factor, facts, drawn)
+
+    def refuse_unfit(self, single_file: bool) -> None:
+        """UserError for what diffusers, or a single file, can't hold: before anything is written."""
+        diffusers.unet_config(unet_options(self.unet))
+        if single_file:
+            stable_diffusion.unet_map(self.unet)
+        if self.autoencoder is not None:
+            diffusers.autoencoder_config(autoencoder_options(self.autoencoder))
+            if single_file:
+                stable_diffusion.autoencoder_map(self.autoencoder)
+
+    @property
+    def text_in_single_file(self) -> bool:
+        return self.text is not None and open_clip.fits_single_file(self.text)
+
+    def save_folder(self, folder: Path) -> None:
+        """<folder>/unet, vae, scheduler, text_encoder and tokenizer; model_index.json where their pipeline can draw."""
+        diffusers.save_unet(folder / "unet", self.unet)
+        diffusers.write_config(folder / "scheduler" / "scheduler_config.json", self.scheduler)
+        if self.autoencoder is not None:
+            diffusers.save_autoencoder(folder / "vae", self.autoencoder, self.scaling_factor, **self.vae_facts)
+        if self.text is not None:
+            open_clip.save_text_encoder(folder, self.text)
+        if self.drawn_by_theirs:
+            diffusers.write_config(folder / "model_index.json", _MODEL_INDEX)
+
+    def save_single_file(self, path: Path) -> None:
+        """The U-Net, the first stage and, where its heads are as wide as readers take for granted, the text encoder."""
+        more = open_clip.single_file_state(self.text) if self.text_in_single_file else {}
+        stable_diffusion.save_single_file(path, self.unet, self.autoencoder, more)
+
+
+_MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.1",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+}
+
+
+def scheduler_config(process: Mapping[str, Any], parameterization: Mapping[str, Any]) -> dict[str, Any]:
+    """Their scheduler_config.json of a run's process and parameterization, as its configuration names them."""
+    kind, predicts = (part["_target_"].rpartition(".")[2] for part in (process, parameterization))
+    if kind == "RectifiedFlow" and predicts == "Flow":
+        shift = {"shift": process.get("shift", 1.0)}
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **shift}
+    if kind != "DiscreteVP" or predicts not in _PREDICTION_TYPES:
+        raise UserError(f"diffusers has no scheduler for {predicts} on {kind}: export a model of one of its processes.")
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": process.get("steps", 1000),
+        "beta_start": process.get("beta_start", 0.00085),
+        "beta_end": process.get("beta_end", 0.012),
+        "beta_schedule": _BETA_SCHEDULES[process.get("schedule", "scaled_linear")],
+        "rescale_betas_zero_snr": process.get("zero_terminal_snr", False),
+        "prediction_type": _PREDICTION_TYPES[predicts],
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+    }
+
+
+def with_one_factor(autoencoder: nn.Module, scaling: LatentScaling) -> tuple[nn.Module, float, dict[str, Any]]:
+    """A first stage whose latents times one factor are our x0; the factor; and what the configuration must add.
+
+    Our mean and std of each channel go into the 1x1 convolutions on either side of a KL autoencoder's latents, exactly:
+    what is left is Stable Diffusion's factor, which readers of single files take for granted. Behind a codebook there
+    is no place for them: then they are named as diffusers names them, for the reader to apply.
+    """
+    channels = autoencoder.latent_channels
+    mean, std = scaling.mean.flatten().expand(channels), scaling.std.flatten().expand(channels)
+    factor = float(f"{1 / float(std[0]):.7g}")
+    one_factor = not mean.any() and torch.equal(std, std[:1].expand_as(std))
+    if one_factor and (is_vq(autoencoder) or factor == diffusers.SCALING_FACTOR):
+        return autoencoder, factor, {}
+    if is_vq(autoencoder):
+        return autoencoder, 1.0, {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    gain = 1 / (std * diffusers.SCALING_FACTOR)
+    return _rescaled(copy.deepcopy(autoencoder), mean, gain), diffusers.SCALING_FACTOR, {}
+
+
+@torch.no_grad()
+def _rescaled(autoencoder: nn.Module, mean: Tensor, gain: Tensor) -> nn.Module:
+    """Latents z as (z - mean) * gain: in the posterior's mean and log-variance, and undone before the decoder."""
+    into, out, channels = autoencoder.quant_conv, autoencoder.post_quant_conv, len(mean)
+    mean, gain = mean.to(into.weight), gain.to(into.weight)
+    into.bias[:channels] = (into.bias[:channels] - mean) * gain
+    into.bias[channels:] += 2 * gain.log()
+    into.weight[:channels] *= gain.view(-1, 1, 1, 1)
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight /= gain.view(1, -1, 1, 1)
+    return autoencoder
+
+
+def reads_back(pipeline: Pipeline, path: Path, shape: tuple[int, int, int], caption: str = "a red heart") -> None:
+    """Read what was saved, folder or file, and compare a forward pass of each part; shape: (C, h, w) of x_t."""
+    read = stable_diffusion if path.is_file() else diffusers
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    context_dim = pipeline.unet.context_dim
+    context = None if context_dim is None else torch.ones(2, 3, context_dim).cumsum(1) / 3
+    t = torch.tensor([1.0, 700.0])
+    if path.is_file():  # which does not tell the number of heads
+        unet = UNet(**unet_options(pipeline.unet))
+        unet.load_state_dict(stable_diffusion.unet_state(unet, stable_diffusion.read_unet(path), path))
+    else:
+        unet = diffusers.load_unet(path)
+    _refuse_difference("the U-Net", path, *(_run(net, noise, t, context) for net in (unet, pipeline.unet)))
+    if pipeline.autoencoder is not None:
+        z = noise[:, :1].expand(-1, pipeline.autoencoder.latent_channels, -1, -1)[..., :8, :8]
+        stages = read.load_autoencoder(path), pipeline.autoencoder
+        _refuse_difference("the first stage", path, *(_run(stage.decode, z) for stage in stages))
+    if pipeline.text_in_single_file or (pipeline.text is not None and not path.is_file()):
+        texts = open_clip.load_text_encoder(path), pipeline.text
+        _refuse_difference("the text encoder", path, *(text.encode_text([caption]).tokens for text in texts))
+
+
+@torch.no_grad()
+def _run(module: Any, *inputs: Tensor | None) -> Tensor:
+    return module(*inputs)
+
+
+def _refuse_difference(what: str, path: Path, got: Tensor, expected: Tensor) -> None:
+    error = float((got - expected).norm() / expected.norm())
+    if not error < 1e-5:
+        raise RuntimeError(f"{path}: {what} that was read back differs by {error:.1e} from the one that was saved")
