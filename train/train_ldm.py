@@ -50,7 +50,10 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         if config[encoder].get("path"):
             config[encoder]["path"] = storage.absolute(config[encoder]["path"])
     make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
-    refuse_unfit(make_objective.keywords["process"], make_objective.keywords["parameterization"])
+    process = make_objective.keywords["process"]
+    refuse_unfit(process, make_objective.keywords["parameterization"])
+    sampler = instantiate(cfg.sampler)
+    sampler.times(process, sampler.steps)  # refuses steps that there can't be
     latents = Manifest.load(f"{cfg.input}/train", "latents")
     recipe = Recipe.of(cfg, instantiate, ranks)
     autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None

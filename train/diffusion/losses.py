@@ -51,22 +51,23 @@ class MinSnr:
         self.gamma = gamma
 
     def __call__(self, alpha: Tensor, sigma: Tensor, parameterization: Parameterization) -> Tensor:
-        snr, per_prediction = _snr(alpha, sigma, parameterization)
-        return snr.clamp(max=self.gamma) * per_prediction.square()
+        snr, error_scale = _snr(alpha, sigma, parameterization)
+        return snr.clamp(max=self.gamma) * error_scale.square()
 
 
 class TruncatedSnr:
-    """max(SNR, 1) for x0 (Salimans & Ho 2022, sec. 4), so that noise and picture both count; at most `limit`."""
+    """max(SNR, 1) for x0 (Salimans & Ho 2022, sec. 4), so that noise and picture both count: max(1 / SNR, 1) for eps,
+    max(alpha^2, sigma^2) for v and flow, SNR itself for x0 towards the data, and there at most `limit`."""
 
-    def __init__(self, limit: float = 100.0) -> None:
+    def __init__(self, limit: float = 1e4) -> None:
         self.limit = limit
 
     def __call__(self, alpha: Tensor, sigma: Tensor, parameterization: Parameterization) -> Tensor:
-        snr, per_prediction = _snr(alpha, sigma, parameterization)
-        return (snr.clamp(min=1.0) * per_prediction.square()).clamp(max=self.limit)
+        snr, error_scale = _snr(alpha, sigma, parameterization)
+        return (snr.clamp(min=1.0) * error_scale.square()).clamp(max=self.limit)
 
 
 def _snr(alpha: Tensor, sigma: Tensor, parameterization: Parameterization) -> tuple[Tensor, Tensor]:
-    """SNR and |d x0 / d prediction|; at sigma 0 that of a little noise, so that their product is what it tends to."""
-    sigma = sigma.clamp(min=1e-6)
-    return (alpha / sigma).square(), parameterization.x0_per_prediction(alpha, sigma)
+    """SNR and |d x0 / d prediction|; at 0 as at a little noise or signal, so that their product is its limit."""
+    alpha, sigma = alpha.clamp(min=1e-6), sigma.clamp(min=1e-6)
+    return (alpha / sigma).square(), parameterization.x0_error_scale(alpha, sigma)

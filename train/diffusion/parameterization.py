@@ -1,7 +1,7 @@
 """What the network predicts, and what its prediction stands for. Coefficients come from a process; no network.
 
-With x_t = alpha x0 + sigma eps, each kind of prediction is a linear function of x_t and x0: so any goes over into any
-other through x0 (`converted`).
+With x_t = alpha x0 + sigma eps, a prediction of any kind and x_t stand for an x0 and an eps: so any kind goes over into
+any other (`converted`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import UserError
+
 
 class Parameterization(Protocol):
     """alpha and sigma broadcast against x. `fits`: whether target and x0 undo one another at such coefficients."""
@@ -18,11 +20,20 @@ class Parameterization(Protocol):
     def fits(self, alpha: Tensor, sigma: Tensor) -> bool: ...
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
     def x0(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+    def epsilon(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
     def from_x0(self, x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
-    def x0_per_prediction(self, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor: ...
 
 
-class Epsilon:
+class FromX0:
+    """What all kinds have in common."""
+
+    def from_x0(self, x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The prediction that stands for x0. Needs sigma > 0, but for Sample."""
+        return self.target(x0, (x_t - alpha * x0) / sigma, alpha, sigma)
+
+
+class Epsilon(FromX0):
     """The noise itself (Ho et al. 2020, eq. 14). x0 is undefined where alpha is 0."""
 
     def fits(self, alpha: Tensor, sigma: Tensor) -> bool:
@@ -34,16 +45,16 @@ class Epsilon:
     def x0(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return (x_t - sigma * prediction) / alpha
 
-    def from_x0(self, x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (x_t - alpha * x0) / sigma
+    def epsilon(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return prediction
 
-    def x0_per_prediction(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """|d x0 / d prediction|: by what an error of the prediction counts in x0."""
         return sigma / alpha
 
 
-class Sample:
-    """x0 itself."""
+class Sample(FromX0):
+    """x0 itself. eps is undefined where sigma is 0."""
 
     def fits(self, alpha: Tensor, sigma: Tensor) -> bool:
         return True
@@ -54,14 +65,14 @@ class Sample:
     def x0(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return prediction
 
-    def from_x0(self, x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return x0
+    def epsilon(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (x_t - alpha * prediction) / sigma
 
-    def x0_per_prediction(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return torch.ones_like(alpha)
 
 
-class Velocity:
+class Velocity(FromX0):
     """v = alpha eps - sigma x0 (Salimans & Ho 2022, eq. 13); needs alpha^2 + sigma^2 = 1."""
 
     def fits(self, alpha: Tensor, sigma: Tensor) -> bool:
@@ -73,14 +84,14 @@ class Velocity:
     def x0(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return alpha * x_t - sigma * prediction
 
-    def from_x0(self, x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (alpha * x_t - x0) / sigma
+    def epsilon(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma * x_t + alpha * prediction
 
-    def x0_per_prediction(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return sigma
 
 
-class Flow:
+class Flow(FromX0):
     """dx/dt = eps - x0 on the straight path (Liu et al. 2022, eq. 1); needs alpha + sigma = 1."""
 
     def fits(self, alpha: Tensor, sigma: Tensor) -> bool:
@@ -92,15 +103,27 @@ class Flow:
     def x0(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return x_t - sigma * prediction  # alpha x0 + sigma eps - sigma (eps - x0) = (alpha + sigma) x0
 
-    def from_x0(self, x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (x_t - x0) / sigma
+    def epsilon(self, x_t: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x_t + alpha * prediction  # alpha x0 + sigma eps + alpha (eps - x0)
 
-    def x0_per_prediction(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return sigma
 
 
 def converted(
     prediction: Tensor, x_t: Tensor, source: Parameterization, to: Parameterization, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """What a network of kind `source` predicts, as kind `to`. Not at sigma 0, where noise can't be told from x0."""
-    return to.from_x0(x_t, source.x0(x_t, prediction, alpha, sigma), alpha, sigma)
+    """What a network of kind `source` predicts, as kind `to`; refused where it says nothing of what `to` needs.
+
+    Velocity and flow stand for x0 and eps at every time. Costs a host sync.
+    """
+    if type(source) is type(to):
+        return prediction
+    if not source.fits(alpha, sigma) or (isinstance(source, Sample) and bool((sigma == 0).any())):
+        names = f"{type(source).__name__} into {type(to).__name__}"
+        raise UserError(
+            f"A prediction can't be converted from {names} at these times: leave out the data itself (sigma 0) for "
+            "sample, the pure noise (alpha 0) for epsilon, and keep velocity and flow to their own processes."
+        )
+    noise = source.epsilon(x_t, prediction, alpha, sigma)
+    return to.target(source.x0(x_t, prediction, alpha, sigma), noise, alpha, sigma)

@@ -7,7 +7,7 @@ Stable Diffusion's timesteps are.
 
 from __future__ import annotations
 
-from math import log, pi
+from math import pi
 from typing import Protocol
 
 import torch
@@ -60,6 +60,8 @@ class RectifiedFlow(Continuous):
     """
 
     def __init__(self, shift: float = 1.0) -> None:
+        if shift <= 0:
+            raise UserError(f"process.shift={shift} leads nowhere: take 1 for none, 3 for large pictures.")
         self.shift = shift
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -184,4 +186,4 @@ def largest_noise(process: DiffusionProcess, limit: float = 200.0) -> float:
     """sigma / alpha at the end, at most `limit`, which stands for the pure noise of an end without signal."""
     end = torch.tensor(process.end, dtype=torch.float64)
     alpha, sigma = float(process.alpha(end)), float(process.sigma(end))
-    return min(limit, sigma / alpha) if alpha > 0 and log(sigma / alpha) < log(limit) else limit
+    return sigma / alpha if sigma < limit * alpha else limit

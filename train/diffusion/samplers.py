@@ -1,8 +1,8 @@
 """Samplers: functions of a denoiser (x_t, t) -> x0, a starting point and a falling list of times.
 
-`times` (N + 1,) falls from the process' end to its start, the data: N evaluations, but for Heun's 2 N - 1. x at times[0]
-is alpha x0 + sigma eps with x0 unknown, that is, sigma(times[0]) * noise. Letters as in the papers: lambda = log(alpha /
-sigma), h its increase in a step from t to s.
+`times` (N + 1,) falls from the process' end to its start, the data: N evaluations, but for Heun's 2 N - 1. x at
+times[0] is alpha x0 + sigma eps with x0 unknown, that is, sigma(times[0]) * noise. Letters as in the papers:
+lambda = log(alpha / sigma), h its increase in a step from t to s.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import UserError
 from train.diffusion.process import DiffusionProcess, largest_noise, time_at_noise
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -49,17 +50,20 @@ def levels_at(process: DiffusionProcess, times: Tensor) -> list[Level]:
 
 def uniform_times(process: DiffusionProcess, steps: int) -> Tensor:
     """At equal distances from the end to the least noisy time that was trained at; then the data."""
+    _refuse_steps(process, steps)
     if process.first == process.start:
         return process.at(torch.linspace(1.0, 0.0, steps + 1))
-    times = torch.linspace(process.end, process.first, steps).round()
-    return torch.cat([times, torch.tensor([process.start])])
+    times = torch.linspace(process.end, process.first, steps, dtype=torch.float64).round()
+    return torch.cat([times, torch.tensor([process.start])]).float()
 
 
 def trailing_times(process: DiffusionProcess, steps: int) -> Tensor:
     """At equal distances from the end to the data (Lin et al. 2024, table 2); whole timesteps where there are."""
     if process.first == process.start:
         return uniform_times(process, steps)
-    return torch.linspace(process.end, process.start, steps + 1).round()
+    _refuse_steps(process, steps)
+    count = process.end - process.start  # rounded as in the paper, where timesteps count from 1
+    return (torch.linspace(count, 0.0, steps + 1, dtype=torch.float64).round() + process.start).float()
 
 
 def karras_times(process: DiffusionProcess, steps: int, rho: float = 7.0, smallest: float = 0.002) -> Tensor:
@@ -67,12 +71,21 @@ def karras_times(process: DiffusionProcess, steps: int, rho: float = 7.0, smalle
 
     From the process' largest noise (at most 200) to that of the least noisy time trained at, or `smallest`.
     """
+    _refuse_steps(process, steps, whole=False)
     first = levels_at(process, torch.tensor([process.first]))[0]
-    ends = torch.tensor([largest_noise(process), first.sigma / first.alpha or smallest], dtype=torch.float64) ** (
-        1 / rho
-    )
-    ratios = (ends[0] + torch.linspace(0, 1, steps, dtype=torch.float64) * (ends[1] - ends[0])) ** rho
-    return torch.cat([time_at_noise(process, ratios), torch.tensor([process.start], dtype=torch.float64)]).float()
+    high, low = largest_noise(process) ** (1 / rho), (first.sigma / first.alpha or smallest) ** (1 / rho)
+    ratios = torch.linspace(high, low, steps, dtype=torch.float64) ** rho
+    times = time_at_noise(process, ratios).clamp(process.first, process.end)
+    return torch.cat([times, torch.tensor([process.start])]).float()
+
+
+def _refuse_steps(process: DiffusionProcess, steps: int, whole: bool = True) -> None:
+    """No step at all, or more than there are whole timesteps, where some would lead from a time to itself."""
+    if steps < 1:
+        raise UserError(f"sampler.steps={steps} draws nothing: take at least 1.")
+    most = int(process.end - process.start)
+    if whole and process.first != process.start and steps > most:
+        raise UserError(f"sampler.steps={steps} is more than the {most} timesteps of the process: take at most {most}.")
 
 
 def sample_euler(

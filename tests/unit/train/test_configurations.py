@@ -151,6 +151,7 @@ def step_and_picture(config: OmegaConf) -> tuple[float, float, np.ndarray]:
         assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
         optimizer.step()
         losses.append(float(terms.total))
+    assert isinstance(config.sampler.steps, int)
     sampler = instantiate({**config.sampler, "steps": 2})
     generator = Generator(network.eval(), objective.process, objective.parameterization, facts.scaling, to_rgb,
                           facts.unet_shape, torch.device("cpu"))  # fmt: skip
@@ -214,10 +215,10 @@ def test_a_bad_combination_gets_a_sentence(overrides: list[str], remedy: str) ->
     facts = facts_for(composed("train_ldm", *[o for o in overrides if not o.startswith("unet")]))
     if not any(override.startswith("unet") for override in overrides):
         small(config, facts)
+    make = instantiate(config.objective, _partial_=True, _convert_="all")
+    plain = OmegaConf.to_container(config, resolve=True)
     with pytest.raises(UserError, match=remedy):
-        network = build_network(OmegaConf.to_container(config, resolve=True), facts, instantiate)
-        make = instantiate(config.objective, _partial_=True, _convert_="all")
-        make(network=network, latents=facts.latents)
+        make(network=build_network(plain, facts, instantiate), latents=facts.latents)
 
 
 def test_the_scaling_of_pixels_is_that_of_the_data() -> None:

@@ -119,6 +119,26 @@ def test_classifier_guidance_is_the_posterior_given_the_class(process, data):
     torch.testing.assert_close(got, both)
 
 
+def test_an_interval_needs_its_process(network):
+    with pytest.raises(AssertionError, match="an interval is one of a process"):
+        ClassifierFreeGuidance(network, 4.0, interval=(0.2, 0.7))
+
+
+def test_guidances_stack(conditioning, network):
+    """A classifier beside the null: what each adds to x0 adds up."""
+    process, x, t = DiscreteVP(), torch.randn(3, 2, 4, 4), torch.tensor(600.0)
+    denoiser = NetworkDenoiser(network, process, Velocity())
+    free = ClassifierFreeGuidance(denoiser, 3.0)
+
+    def log_prob(x, times):
+        return -0.5 * x.square().sum((1, 2, 3))
+
+    alone = ClassifierGuidance(denoiser, log_prob, 2.0, process)(x, t, conditioning) - denoiser(x, t, conditioning)
+    both = ClassifierGuidance(free, log_prob, 2.0, process)(x, t, conditioning)
+    torch.testing.assert_close(both, free(x, t, conditioning) + alone)
+    torch.testing.assert_close(alone, -2.0 * process.sigma(t) ** 2 / process.alpha(t) * x)
+
+
 def test_classifier_guidance_where_there_is_no_signal_or_no_scale(data):
     def unasked(x, t):
         raise AssertionError("the classifier is not run")

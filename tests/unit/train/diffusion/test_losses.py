@@ -49,9 +49,11 @@ def test_min_snr(kind, divisor, gamma):
 def test_truncated_snr(kind, divisor):
     process = DiscreteVP()
     snr = snr_of(process, T)
-    expected = (snr.clamp(min=1) / divisor(snr)).clamp(max=100.0)
-    got = TruncatedSnr(100.0)(process.alpha(T), process.sigma(T), kind)
+    expected = snr.clamp(min=1) / divisor(snr)
+    got = TruncatedSnr()(process.alpha(T), process.sigma(T), kind)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    got = TruncatedSnr(100.0)(process.alpha(T), process.sigma(T), kind)
+    torch.testing.assert_close(got, expected.clamp(max=100.0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_weighting_of_flow_is_that_of_the_x0_it_stands_for():
@@ -59,6 +61,14 @@ def test_a_weighting_of_flow_is_that_of_the_x0_it_stands_for():
     torch.testing.assert_close(
         MinSnr()(process.alpha(t), process.sigma(t), Flow()), snr_of(process, t).clamp(max=5) * t**2
     )
+
+
+def test_weights_at_the_ends_are_what_they_tend_to():
+    alpha, sigma = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])  # noise, data
+    for kind, at_ends in ((Epsilon(), [1.0, 0.0]), (Velocity(), [0.0, 0.0]), (Sample(), [0.0, 5.0])):
+        torch.testing.assert_close(MinSnr()(alpha, sigma, kind), torch.tensor(at_ends), rtol=0, atol=1e-6)
+    for kind, at_ends in ((Epsilon(), [1e4, 1.0]), (Velocity(), [1.0, 1.0]), (Sample(), [1.0, 1e4])):
+        torch.testing.assert_close(TruncatedSnr()(alpha, sigma, kind), torch.tensor(at_ends))
 
 
 @pytest.mark.parametrize("weighting", [Uniform(), MinSnr(), TruncatedSnr()])

@@ -5,7 +5,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from train.diffusion.parameterization import Epsilon, Flow, Sample, Velocity, converted
-from train.diffusion.process import ContinuousVP, CosineVP, DiscreteVP, RectifiedFlow, add_noise
+from train.diffusion.process import ContinuousVP, CosineVP, DiscreteVP, RectifiedFlow, add_noise, betas_of
 from train.diffusion.time_sampling import LogitNormal, evenly_spaced, stratified, uniform
 from train.objectives.latent_diffusion import refuse_unfit
 
@@ -38,15 +38,19 @@ def test_the_target_stands_for_x0(process, parameterization):
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "cosine"])
 def test_the_table_is_diffusers(schedule, zero_terminal_snr):
-    from diffusers import DDIMScheduler
+    from diffusers import DDPMScheduler
 
     process = DiscreteVP(0.00085, 0.012, 1000, schedule, zero_terminal_snr)
-    theirs = DDIMScheduler(
+    scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=zero_terminal_snr,
         beta_schedule={"cosine": "squaredcos_cap_v2"}.get(schedule, schedule),
-    ).alphas_cumprod  # fmt: skip
+    )  # fmt: skip
+    theirs = scheduler.alphas_cumprod
     if zero_terminal_snr:
         assert float(process.alpha(torch.tensor(999.0))) == 0
+    else:
+        betas = betas_of(schedule, 0.00085, 0.012, 1000).float()
+        torch.testing.assert_close(betas, scheduler.betas, rtol=1e-5, atol=1e-8)
     t = torch.arange(1000.0)
     torch.testing.assert_close(process.alpha(t) ** 2, theirs, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(process.sigma(t) ** 2, 1 - theirs, rtol=1e-4, atol=1e-6)
@@ -104,9 +108,7 @@ def test_processes_go_from_data_to_noise():
 
 def test_discrete_times_are_whole_and_equally_likely():
     times = DiscreteVP(steps=10).at((torch.arange(1000) + 0.5) / 1000)
-    assert torch.equal(
-        times.bincount() if times.dtype == torch.long else times.long().bincount(), torch.full((10,), 100)
-    )
+    assert torch.equal(times.long().bincount(), torch.full((10,), 100))
     assert torch.equal(DiscreteVP().at(torch.tensor([0.0, 0.9999999, 1.0])), torch.tensor([0.0, 999.0, 999.0]))
 
 
@@ -159,6 +161,11 @@ def test_the_continuous_process_is_the_limit_of_ddpms():
     torch.testing.assert_close(ContinuousVP().alpha(t).log(), ddpm.log(), rtol=0.02, atol=0)
 
 
+def test_a_shift_to_nowhere_gets_a_sentence():
+    with pytest.raises(UserError, match="take 1 for none"):
+        RectifiedFlow(0.0)
+
+
 def test_an_unknown_schedule_gets_a_sentence():
     with pytest.raises(UserError, match="take one of linear, scaled_linear, cosine"):
         DiscreteVP(schedule="sigmoid")
@@ -190,9 +197,44 @@ def test_flow_converts_to_the_noise_and_back():
     torch.testing.assert_close(converted(noise, x_t, Epsilon(), Flow(), alpha, sigma), noise - x0)
 
 
+@pytest.mark.parametrize(
+    ("process", "kind"),
+    [(CosineVP(), Epsilon()), (CosineVP(), Velocity()), (CosineVP(), Sample()), (RectifiedFlow(), Flow())],
+)
+def test_a_prediction_stands_for_x0_and_the_noise_and_comes_from_x0(process, kind):
+    t = torch.tensor([[0.1], [0.5], [0.9]], dtype=torch.float64)
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    x0, noise = torch.randn(3, 9).double(), torch.randn(3, 9).double()
+    x_t = alpha * x0 + sigma * noise
+    target = kind.target(x0, noise, alpha, sigma)
+    torch.testing.assert_close(kind.x0(x_t, target, alpha, sigma), x0)
+    torch.testing.assert_close(kind.epsilon(x_t, target, alpha, sigma), noise)
+    torch.testing.assert_close(kind.from_x0(x_t, x0, alpha, sigma), target)
+
+
+@pytest.mark.parametrize(("process", "kind"), [(CosineVP(), Velocity()), (RectifiedFlow(), Flow())])
+def test_velocity_and_flow_convert_at_both_ends(process, kind):
+    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    alpha, sigma = process.alpha(ends), process.sigma(ends)
+    x0, noise = torch.randn(2, 9).double(), torch.randn(2, 9).double()
+    x_t, target = alpha * x0 + sigma * noise, kind.target(x0, noise, alpha, sigma)
+    torch.testing.assert_close(converted(target, x_t, kind, Epsilon(), alpha, sigma), noise)
+    torch.testing.assert_close(converted(target, x_t, kind, Sample(), alpha, sigma), x0)
+
+
+@pytest.mark.parametrize(
+    ("source", "process", "t"),
+    [(Sample(), CosineVP(), 0.0), (Epsilon(), CosineVP(), 1.0), (Flow(), CosineVP(), 0.5)],
+)
+def test_what_a_prediction_does_not_say_is_not_converted(source, process, t):
+    t, x = torch.tensor([t, 0.4]).view(2, 1), torch.randn(2, 9)
+    with pytest.raises(UserError, match="can't be converted from"):
+        converted(x, x, source, Velocity(), process.alpha(t), process.sigma(t))
+
+
 @pytest.mark.parametrize("kind", [Epsilon(), Velocity(), Sample()])
 def test_how_much_an_error_of_the_prediction_counts_in_x0(kind):
     process, t = DiscreteVP(), torch.tensor([50.0, 400.0, 990.0], dtype=torch.float64)
     alpha, sigma, x_t = process.alpha(t), process.sigma(t), torch.randn(3).double()
     slope = kind.x0(x_t, torch.ones(3).double(), alpha, sigma) - kind.x0(x_t, torch.zeros(3).double(), alpha, sigma)
-    torch.testing.assert_close(kind.x0_per_prediction(alpha, sigma), slope.abs())
+    torch.testing.assert_close(kind.x0_error_scale(alpha, sigma), slope.abs())

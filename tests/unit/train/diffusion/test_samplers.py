@@ -1,12 +1,17 @@
 """Samplers against diffusers' schedulers, and against Gaussian data, where the exact answer is known."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers imports torchvision)
+from data_pipeline.entry import CONF
+from data_pipeline.errors import UserError
 from train.diffusion import samplers
 from train.diffusion.parameterization import Epsilon, Flow, Velocity
 from train.diffusion.process import ContinuousVP, CosineVP, DiscreteVP, RectifiedFlow, log_snr, time_at_noise
@@ -52,6 +57,10 @@ def network():
 
 
 def scheduler_of(name, prediction, spacing):
+    """Theirs, configured as ours: nothing clipped, the last step to the data itself (`set_alpha_to_one`,
+    `final_sigmas_type="zero"`, which makes multistep solvers end at first order), DDPM's posterior variance
+    ("fixed_small"), DPM-Solver++ of order 2 by midpoint and UniPC of order 2 with "bh2" (their defaults).
+    Our uniform_times is their "linspace", trailing_times their "trailing", karras_times their `use_karras_sigmas`."""
     import diffusers
 
     kind, options = {
@@ -175,6 +184,15 @@ def test_order_of_convergence(name, order, process, end, last, data):
         assert measured[-1] == pytest.approx(order, abs=0.2)
 
 
+@pytest.mark.parametrize("process", [RectifiedFlow(), CosineVP()], ids=["flow", "cosine"])
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
+def test_order_from_the_end_without_signal(name, order, process, data):
+    """From alpha 0, where lambda is -inf and x / alpha has a pole: a first step of its own must not cost the order."""
+    errors = [error_of(ODE[name], process, data, steps, 1.0, 0.05) for steps in (80, 160, 320)]
+    measured = [float(np.log2(coarse / fine)) for coarse, fine in pairwise(errors)]
+    assert measured[-1] > order - 0.25
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", ODE)
 @pytest.mark.parametrize("process", PROCESSES)
@@ -213,6 +231,39 @@ def test_an_ancestral_step_is_the_posterior():
     mean = before.sqrt() * beta / (1 - signal) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - signal) * x_t
     variance = (1 - before) / (1 - signal) * beta
     torch.testing.assert_close(got, (mean + variance.sqrt() * noise).float())
+
+
+@pytest.mark.parametrize("steps", [2, 7, 15, 16, 20, 25, 27, 30, 32, 50, 64, 100, 250, 1000])
+def test_spacings_are_diffusers(steps):
+    from diffusers import DDIMScheduler
+
+    for function, theirs in ((uniform_times, "linspace"), (trailing_times, "trailing")):
+        scheduler = DDIMScheduler(timestep_spacing=theirs)
+        scheduler.set_timesteps(steps)
+        assert function(DiscreteVP(), steps)[:-1].tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("process", [DiscreteVP(steps=50), RectifiedFlow()])
+def test_steps_that_lead_nowhere_are_refused(spacing, process):
+    with pytest.raises(UserError, match="take at least 1"):
+        SPACINGS[spacing](process, 0)
+    if spacing != "karras" and isinstance(process, DiscreteVP):
+        with pytest.raises(UserError, match="take at most 50"):
+            SPACINGS[spacing](process, 51)
+    else:
+        assert (SPACINGS[spacing](process, 51).diff() < 0).all()
+
+
+@pytest.mark.parametrize("path", sorted(Path(CONF, "sampler").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_configured_sampler_reaches_the_data(path, data, quantiles):
+    """As it stands in conf/, with its own number of steps."""
+    sampler, process = instantiate(OmegaConf.load(path)), RectifiedFlow()
+    random, times = torch.Generator().manual_seed(0), sampler.times(process, sampler.steps)
+    x = data.noised(process, times[0], quantiles)
+    x = sampler.function(data.denoise(process), x, times, process, lambda i: torch.randn(x.shape, generator=random))
+    assert float(x.mean()) == pytest.approx(data.mean, abs=0.05)
+    assert float(x.std()) == pytest.approx(data.std, rel=0.12)
 
 
 def test_times_are_as_published():
