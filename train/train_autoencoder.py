@@ -1,7 +1,8 @@
-"""Train a KL autoencoder on image-text shards; measure it on held-out pictures; save it with its fingerprint."""
+"""Train a first stage, KL or VQ, on image-text shards; measure it on held-out pictures; save it, fingerprinted."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,23 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.entry import entry
+from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.distances import psnr
 from train.evaluation.report import curve_line, grid, plot_curves, save_png, to_uint8
 from train.fitting import Recipe, fit
-from train.models.autoencoder import AutoencoderKL
+from train.models.autoencoder import Autoencoder, DiagonalGaussian
+from train.models.quantizer import usage
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
 from train.train_state import TrainState
 from train.trainer import Action
 from train.weights.saved import save_model
+
+TRAINABLE = ("train.models.autoencoder.AutoencoderKL", "train.models.autoencoder.VQModel")
 
 
 @entry("train_autoencoder")
@@ -36,44 +41,45 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    images = Manifest.load(f"{cfg.input}/train", "image-text")
-    recipe = Recipe(
-        instantiate(cfg.training),
-        instantiate(cfg.optimizer),
-        instantiate(cfg.engine),
-        instantiate(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed),
-    )
-    recipe.check(ranks)
+    refuse_what_cannot_train(config)
     torch.manual_seed(cfg.seed)
     autoencoder = instantiate(cfg.autoencoder, _convert_="all")
     objective = instantiate(cfg.objective, autoencoder=autoencoder, seed=cfg.seed, _convert_="all")
+    images = Manifest.load(f"{cfg.input}/train", "image-text")
+    recipe = Recipe.of(cfg, instantiate, ranks)
     heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
-    measured = instantiate(cfg.autoencoder, _convert_="all").eval()
-
+    measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
         def validate(state: TrainState) -> None:
             measured.load_state_dict(engine.full_state_dict(ema.shards, prefix="autoencoder."))
             if ranks.is_main:
-                reporter.log(
-                    state.step, {"heldout_psnr_db": float(psnr(heldout, reconstructed(measured, heldout)).mean())}
-                )
+                decibels = psnr(heldout, reconstructed(measured, heldout)).mean()
+                reporter.log(state.step, {"heldout_psnr_db": float(decibels)})
 
         return [Action(cfg.validate_every, validate)]
 
-    weights = fit(
-        "autoencoder",
-        objective,
-        "autoencoder.",
-        recipe,
-        run,
-        {"images": images.fingerprint, "autoencoder": config["autoencoder"], "seed": cfg.seed},
-        actions,
-    )
+    adversary = config["objective"].get("adversary") or {}
+    identity = {"images": images.fingerprint, "autoencoder": config["autoencoder"], "seed": cfg.seed}
+    identity |= {"discriminator": adversary["discriminator"]} if adversary else {}
+    weights = fit("autoencoder", objective, "autoencoder.", recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
         report(run.path, config, measured, weights, heldout, pictures_of(cfg, "train", 512), images.fingerprint)
+
+
+def refuse_what_cannot_train(config: dict[str, Any]) -> None:
+    """A first stage that has no weights, or has them already; an adversary where parameters are partitioned."""
+    target = config["autoencoder"]["_target_"]
+    if target not in TRAINABLE:
+        raise UserError(
+            f"autoencoder: {target} has nothing to train: choose a shape, as autoencoder=kl_f8 or autoencoder=vq_f4."
+        )
+    if config["objective"].get("adversary") and config["engine"]["zero_stage"] == 3:
+        raise UserError(
+            "objective.adversary needs whole parameters, and ZeRO stage 3 partitions them: take engine=zero2."
+        )
 
 
 def pictures_of(cfg: DictConfig, split: str, limit: int | None) -> np.ndarray:
@@ -81,36 +87,40 @@ def pictures_of(cfg: DictConfig, split: str, limit: int | None) -> np.ndarray:
     return np.stack([sample["image"] for sample in instantiate(cfg.read, root=f"{cfg.input}/{split}", limit=limit)])
 
 
-def to_model(pictures: np.ndarray) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+def to_model(pictures: np.ndarray, autoencoder: Autoencoder) -> Sequence[torch.Tensor]:
+    """(N, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1] beside the model, 64 at a time."""
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return images.to(autoencoder.last_layer.device).split(64)
 
 
 @torch.no_grad()
-def reconstructed(autoencoder: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
-    """What decoding the posterior's mean gives back, as uint8."""
-    parts = to_model(pictures).split(64)
-    return np.concatenate([to_uint8(autoencoder.reconstruct(part).numpy()) for part in parts])
+def reconstructed(autoencoder: Autoencoder, pictures: np.ndarray) -> np.ndarray:
+    """What decoding the posterior's mean, or the nearest codes, gives back, as uint8."""
+    parts = to_model(pictures, autoencoder)
+    return np.concatenate([to_uint8(autoencoder.reconstruct(part).cpu().numpy()) for part in parts])
 
 
 @torch.no_grad()
-def latent_statistics(autoencoder: AutoencoderKL, pictures: np.ndarray) -> dict[str, Any]:
-    """Of posterior draws over pictures: mean and std of each channel, and the mean posterior std and KL in nats."""
-    posteriors = [autoencoder.encode(part) for part in to_model(pictures).split(64)]
-    mean = torch.cat([p.mean for p in posteriors])
-    variance = torch.cat([p.logvar.exp() for p in posteriors])
-    return {
+def latent_statistics(autoencoder: Autoencoder, pictures: np.ndarray) -> dict[str, Any]:
+    """Of latents as they are stored: mean and std of each channel of posterior draws; a KL model's mean posterior std
+    and KL in nats, or how many codes a VQ model uses, and their perplexity."""
+    stored = torch.cat([autoencoder.encode_stored(part) for part in to_model(pictures, autoencoder)])
+    mean, variance = autoencoder.posterior_of(stored)
+    figures = {
         "channel_mean": mean.mean((0, 2, 3)).tolist(),
         "channel_std": (mean.var((0, 2, 3)) + variance.mean((0, 2, 3))).sqrt().tolist(),
-        "posterior_std": float(variance.sqrt().mean()),
-        "kl_nats": float(torch.cat([p.kl() for p in posteriors]).mean()),
     }
+    if autoencoder.stored_as == "indices":
+        used, perplexity = usage(stored, len(autoencoder.codebook))
+        return {**figures, "codes_used": int(used), "code_perplexity": float(perplexity)}
+    kl = DiagonalGaussian.from_moments(stored).kl()
+    return {**figures, "posterior_std": float(variance.sqrt().mean()), "kl_nats": float(kl.mean())}
 
 
 def report(
     folder: Path,
     config: dict[str, Any],
-    autoencoder: AutoencoderKL,
+    autoencoder: Autoencoder,
     weights: dict[str, torch.Tensor],
     heldout: np.ndarray,
     train_pictures: np.ndarray,
@@ -126,20 +136,27 @@ def report(
         "images": images_fingerprint,
     }
     arguments = {k: v for k, v in config["autoencoder"].items() if k != "_target_"}
-    mark = save_model(folder, "AutoencoderKL", arguments, weights, facts)
+    mark = save_model(folder, type(autoencoder).__name__, arguments, weights, facts)
     rows = read_metrics(folder / "metrics.jsonl")
-    plot_curves(rows, ["loss", "kl", "heldout_psnr_db"], folder / "curves.png")
+    curves = [key for key in ("loss", "kl", "code_perplexity", "discriminator") if key in rows[0]]
+    plot_curves(rows, [*curves, "heldout_psnr_db"], folder / "curves.png")
     pairs = [picture for pair in zip(heldout[:32], again[:32], strict=True) for picture in pair]
     save_png(grid(pairs, columns=16), folder / "reconstructions.png")
     print(curve_line("autoencoder loss", rows, "loss"))
     print(curve_line("held-out PSNR dB", rows, "heldout_psnr_db"))
-    latents = facts["latents"]
     print(
-        f"autoencoder: held-out PSNR {facts['heldout_psnr_db']:.2f} dB ({len(heldout)} pictures), latents' std "
-        f"{np.mean(latents['channel_std']):.3f}, KL {latents['kl_nats']:.0f} nats a picture, fingerprint {mark}; "
-        f"in {folder}",
+        f"autoencoder: held-out PSNR {facts['heldout_psnr_db']:.2f} dB ({len(heldout)} pictures), "
+        f"{said_of(facts['latents'])}, fingerprint {mark}; in {folder}",
         flush=True,
     )
+
+
+def said_of(latents: dict[str, Any]) -> str:
+    """The latents' statistics in a line."""
+    std = f"latents' std {np.mean(latents['channel_std']):.3f}"
+    if "kl_nats" in latents:
+        return f"{std}, KL {latents['kl_nats']:.0f} nats a picture"
+    return f"{std}, {latents['codes_used']} codes used, perplexity {latents['code_perplexity']:.0f}"
 
 
 if __name__ == "__main__":

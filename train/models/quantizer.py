@@ -68,7 +68,8 @@ def revival(vectors: Tensor, codes: Tensor, indices: Tensor, anchors: Tensor) ->
 
     It is a loss, and a function of weights and batch alone, because of ZeRO: a code written in place would be lost at
     the next step, behind which stands the optimizer's fp32 master copy, of which each rank holds a part; and counts of
-    use would be a state that differs between ranks and must be resumed. A gradient is averaged and saved like any.
+    use would be a state that differs between ranks and must be resumed. This gradient is averaged over ranks as all
+    are. A batch is a rank's micro-batch here: so what is pulled where depends on their number, as a statistic does.
     """
     with torch.no_grad():
         goals = vectors.mean(0) + vectors.std(0) * anchors

@@ -27,7 +27,7 @@ class Adversary(nn.Module):
 
     One module, one engine, one backward: the first stage's term sees the discriminator with its parameters detached,
     the discriminator's own term sees reconstructions detached; so each gets its own gradient, as from two backwards.
-    Two DeepSpeed engines would see each other's gradients. The clipping of the gradient's norm sees both together.
+    Two DeepSpeed engines would see each other's gradients. Clipping would see both networks' norm: turn it off.
     """
 
     def __init__(self, discriminator: PatchDiscriminator, weight: float = 0.5, start: int = 0) -> None:

@@ -61,16 +61,16 @@ class AutoencoderObjective(nn.Module):
         self.revival_weight = REVIVAL_WEIGHT if revival_weight is None else revival_weight
         self.crop, self.crop_until, self.seed = crop, crop_until, seed
         if self.quantizes:
-            anchors = torch.randn(autoencoder.codebook.shape, generator=generator_at("cpu", seed, "anchors"))
+            generator = generator_at("cpu", seed, "anchors")
+            anchors = torch.randn(autoencoder.codebook.shape, generator=generator, device="cpu")
             self.register_buffer("anchors", anchors, persistent=False)
 
     def forward(self, batch: Batch) -> LossTerms:
         images = batch.tensors["image"]
         random = StreamRandom(self.seed, batch.step, batch.streams, len(batch) // len(batch.streams), images.device)
         images = self.augmented(images, random, batch.step)
-        reconstruction, penalty, parts = (self.through_codebook if self.quantizes else self.through_posterior)(
-            images.to(self.autoencoder.last_layer.dtype), random
-        )
+        through = self.through_codebook if self.quantizes else self.through_posterior
+        reconstruction, penalty, parts = through(images.to(self.autoencoder.last_layer.dtype), random)
         l1, edges = (reconstruction - images).abs().mean((1, 2, 3)), gradient_l1(reconstruction, images)
         error = l1 + self.gradient_weight * edges
         loss = error + penalty
@@ -93,9 +93,8 @@ class AutoencoderObjective(nn.Module):
         and so lower than a larger one's."""
         codes = self.autoencoder.quantize(self.autoencoder.encode(images), self.anchors)
         used, perplexity = usage(codes.indices, len(self.anchors))
-        penalty = (
-            codes.codebook + self.commitment_weight * codes.commitment + self.revival_weight * codes.revival
-        )  # revival, one number, is a part of each
+        distance = codes.codebook + self.commitment_weight * codes.commitment
+        penalty = distance + self.revival_weight * codes.revival  # the batch's one number, on each sample alike
         parts = {"quantization": codes.codebook, "revival": codes.revival}
         parts |= {"codes_used": used, "code_perplexity": perplexity}
         return Passed(self.autoencoder.decoded(codes.z).float(), penalty, parts)

@@ -6,8 +6,11 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from train.models.autoencoder import AutoencoderKL
+from data_pipeline.errors import UserError
+from train.models.autoencoder import AutoencoderKL, VQModel
 from train.models.clip import CLIP
+from train.models.discriminator import PatchDiscriminator
+from train.objectives.adversary import Adversary
 from train.objectives.autoencoder import AutoencoderObjective, gradient_l1
 from train.objectives.contrastive import Contrastive
 from train.randomness import StreamRandom
@@ -17,6 +20,21 @@ from train.randomness import StreamRandom
 def autoencoder():
     torch.manual_seed(0)
     return AutoencoderKL(channels=(8, 16), layers_per_block=1, norm_groups=4)
+
+
+@pytest.fixture
+def vq():
+    torch.manual_seed(0)
+    model = VQModel(codebook_size=30, channels=(8, 16), layers_per_block=1, norm_groups=4)
+    torch.nn.init.normal_(model.codebook)
+    return model
+
+
+@pytest.fixture
+def adversary():
+    """Two layers, as the pictures have 16 pixels; takes part from step 3 on."""
+    torch.manual_seed(1)
+    return Adversary(PatchDiscriminator(channels=8, layers=2, norm_groups=4), weight=0.4, start=3)
 
 
 @pytest.fixture
@@ -49,6 +67,124 @@ def test_autoencoder_loss_is_its_formula(autoencoder, image_batch, mirrored):
     torch.testing.assert_close(terms.total, expected.mean(), rtol=1e-4, atol=1e-5)
     for name, value in (("kl", kl), ("l1", l1), ("gradient_l1", edges), ("loss", expected)):
         torch.testing.assert_close(terms.parts[name], value.mean().detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_vq_loss_is_its_formula(vq, image_batch, mirrored):
+    objective = AutoencoderObjective(vq, commitment_weight=0.3, revival_weight=0.2, gradient_weight=0.7, seed=2)
+    batch = image_batch(step=4)
+    terms = objective(batch)
+    images, _ = mirrored(batch, 2)
+    z = vq.encode(images).permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
+    indices = torch.cdist(z, vq.codebook).argmin(-1)
+    codes = vq.codebook[indices]
+    distance = (z - codes).square().mean((1, 2, 3))
+    got = vq.decoded(codes.permute(0, 3, 1, 2))
+    l1 = (got - images).abs().mean((1, 2, 3))
+    edges = sum((got.diff(dim=d) - images.diff(dim=d)).abs().mean((1, 2, 3)) for d in (2, 3))
+    shares = indices.flatten().bincount(minlength=30) / indices.numel()
+    revival = terms.parts["revival"]
+    expected = l1 + 0.7 * edges + 1.3 * distance + 0.2 * revival
+    torch.testing.assert_close(terms.per_sample, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms.total, expected.mean(), rtol=1e-4, atol=1e-5)
+    assert revival > 0
+    assert terms.parts["codes_used"] == len(indices.unique()) < 30
+    perplexity = torch.special.entr(shares).sum().exp()
+    torch.testing.assert_close(terms.parts["code_perplexity"], perplexity)
+    torch.testing.assert_close(terms.parts["quantization"], distance.mean().detach())
+    unused = torch.ones(30, dtype=torch.bool).index_fill_(0, indices.flatten(), False)
+    terms.total.backward()
+    assert (vq.codebook.grad[unused].norm(dim=1) > 0).all()
+
+
+def test_revival_is_the_same_in_any_process_and_not_saved(vq, image_batch):
+    first, again, other = (AutoencoderObjective(vq, seed=seed) for seed in (5, 5, 6))
+    assert first(image_batch()).total == again(image_batch()).total
+    assert not torch.equal(first.anchors, other.anchors)
+    assert not [name for name in first.state_dict() if not name.startswith("autoencoder.")]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("vq", "kl_weight"), ("autoencoder", "commitment_weight"), ("autoencoder", "revival_weight")]
+)
+def test_a_weight_of_the_other_regularisation_is_refused(request, name, option):
+    model = request.getfixturevalue(name)
+    with pytest.raises(UserError, match=rf"{option}=0.1 .* {type(model).__name__}: set objective.{option}=null"):
+        AutoencoderObjective(model, **{option: 0.1})
+
+
+def test_crops_that_leave_no_patch_are_refused(autoencoder, adversary):
+    with pytest.raises(UserError, match=r"crop=8 .* at least 12"):
+        AutoencoderObjective(autoencoder, crop=8, crop_until=9, adversary=adversary)
+    AutoencoderObjective(autoencoder, crop=0, adversary=adversary)
+
+
+def gradients_of(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "vq"])
+def test_one_backward_gives_what_two_would(request, name, adversary, image_batch, mirrored, monkeypatch):
+    model = request.getfixturevalue(name)
+    objective = AutoencoderObjective(model, gradient_weight=0.7, adversary=adversary, seed=2)
+    terms, (images, _) = objective(image_batch(step=4)), mirrored(image_batch(step=4), 2)
+    terms.total.backward()
+    got, parts = gradients_of(objective), terms.parts
+    objective.zero_grad()
+
+    # The same in plain torch: first the autoencoder against a frozen discriminator, then that by itself.
+    seen = {}
+    monkeypatch.setattr(model.decoder.conv_out, "forward", keeping(model.decoder.conv_out.forward, seen))
+    plain = AutoencoderObjective(model, gradient_weight=0.7, seed=2)(image_batch(step=4))
+    judge, reconstruction = adversary.discriminator.requires_grad_(False), seen["output"]
+    error = (reconstruction - images).abs().mean() + 0.7 * sum(
+        (reconstruction.diff(dim=d) - images.diff(dim=d)).abs().mean() for d in (2, 3)
+    )
+    gan = -judge(reconstruction).mean()
+    last = model.decoder.conv_out.weight
+    norms = [float(torch.autograd.grad(loss, last, retain_graph=True)[0].norm()) for loss in (error, gan)]
+    (plain.total + 0.4 * norms[0] / norms[1] * gan).backward()
+    expected = {f"autoencoder.{n}": gradient for n, gradient in gradients_of(model).items()}
+    judge.requires_grad_(True)
+    real, fake = judge(images), judge(reconstruction.detach())
+    own = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
+    own.backward()
+    expected |= {f"adversary.discriminator.{n}": gradient for n, gradient in gradients_of(judge).items()}
+
+    assert got.keys() == expected.keys() == dict(objective.named_parameters()).keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(got[key], gradient, rtol=1e-4, atol=1e-7, msg=key)
+    torch.testing.assert_close(parts["gan"], gan.detach())
+    torch.testing.assert_close(parts["discriminator"], own.detach())
+    assert float(parts["adaptive_weight"]) == pytest.approx(norms[0] / norms[1], rel=1e-3)
+    torch.testing.assert_close(terms.per_sample, plain.per_sample)
+
+
+def keeping(forward, seen):
+    """The same function; what it gave last is in seen["output"]."""
+
+    def kept(x):
+        seen["output"] = forward(x)
+        return seen["output"]
+
+    return kept
+
+
+def test_before_its_start_the_adversary_changes_nothing(autoencoder, adversary, image_batch):
+    plain = AutoencoderObjective(autoencoder)(image_batch(step=2))
+    plain.total.backward()
+    expected = gradients_of(autoencoder)
+    autoencoder.zero_grad()
+    objective = AutoencoderObjective(autoencoder, adversary=adversary)
+    terms = objective(image_batch(step=2))
+    terms.total.backward()
+    assert terms.total == plain.total
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients_of(autoencoder).items())
+    # ZeRO needs a gradient of each parameter, and Adam must not move by it.
+    own = gradients_of(adversary.discriminator)
+    assert own.keys() == dict(adversary.discriminator.named_parameters()).keys()
+    assert not any(gradient.any() for gradient in own.values())
+    assert [float(terms.parts[name]) for name in ("gan", "discriminator", "adaptive_weight")] == [0, 0, 0]
+    assert terms.parts.keys() == objective(image_batch(step=3)).parts.keys()  # so that means over steps are of all
 
 
 def test_gradient_l1_sees_edges_and_not_brightness():

@@ -1,0 +1,106 @@
+"""VQ and adversarial training of first stages, and the sentence for what can't be trained. Real processes: minutes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from synthetic import metric_rows, run
+
+from train.models.autoencoder import VQModel
+from train.weights.saved import load_autoencoder
+
+SHORT = [
+    "training.batch_size=16", "training.log_every=1", "validate_every=null", "optimizer.schedule.kind=constant",
+    "optimizer.lr=1e-3", "autoencoder.channels=[16,16]",
+]  # fmt: skip
+ADVERSARY = [
+    "objective/adversary=patchgan", "objective.adversary.start=10", "objective.adversary.discriminator.channels=32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first_stages") / "shards"
+    run("data_pipeline/make_shards.py", "source=openmoji_demo", "source.limit=48", f"output={folder}", "shard_size=8")
+    return folder
+
+
+def train(shards: Path, output: Path, *options: str, ranks: int = 2, check: bool = True) -> list[dict]:
+    arguments = [f"input={shards}", f"output={output}", *SHORT, *options]
+    run("train/train_autoencoder.py", *arguments, ranks=ranks, check=check)
+    return [row for row in metric_rows(output) if "loss" in row]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_adversarial_training_at_two_ranks(shards: Path, tmp_path: Path, dtype: str) -> None:
+    rows = train(shards, tmp_path / "run", *ADVERSARY, "training.steps=30", f"engine.dtype={dtype}")
+    assert len(rows) == 30
+    assert all(np.isfinite(row["loss"]) and np.isfinite(row["discriminator"]) for row in rows)
+    assert not any(row["discriminator"] or row["gan"] for row in rows[:10])
+    assert sum(row["discriminator"] > 0 for row in rows) > 10  # at times it is sure of all patches: hinge's zero
+    assert [row["adaptive_weight"] > 0 for row in rows] == [False] * 10 + [True] * 20
+    assert rows[-1]["l1"] < 0.9 * rows[0]["l1"]
+    weights = load_file(tmp_path / "run/weights.safetensors")
+    assert {name.partition(".")[0] for name in weights} == {"encoder", "decoder", "quant_conv", "post_quant_conv"}
+    assert load_autoencoder(str(tmp_path / "run")).factor == 4
+
+
+def test_the_number_of_ranks_does_not_matter(shards: Path, tmp_path: Path) -> None:
+    """Right after the adversary's start: what it amplifies later are roundings."""
+    options = [*ADVERSARY, "objective.adversary.start=2", "training.steps=5"]
+    reference = train(shards, tmp_path / "one", *options, "engine=zero0", ranks=1)
+    rows = train(shards, tmp_path / "two", *options, "engine=zero2")
+    for name in ("loss", "gan", "discriminator", "adaptive_weight"):
+        expected = [row[name] for row in reference]
+        np.testing.assert_allclose([row[name] for row in rows], expected, rtol=2e-3, err_msg=name)
+
+
+def test_partitioned_codebook(shards: Path, tmp_path: Path) -> None:
+    """Of more values than ZeRO 3 leaves whole on each rank."""
+    options = ["autoencoder=vq_f4_demo", "autoencoder.codebook_size=4096", "training.steps=5"]
+    reference = train(shards, tmp_path / "whole", *options, "engine=zero1")
+    rows = train(shards, tmp_path / "parts", *options, "engine=zero3")
+    for name in ("loss", "quantization", "revival"):
+        expected = [row[name] for row in reference]
+        np.testing.assert_allclose([row[name] for row in rows], expected, rtol=1e-4, err_msg=name)
+
+
+def test_resumed_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    options = [*ADVERSARY, "autoencoder=vq_f4_demo", "objective.adversary.start=3", "training.save_every=6"]
+    options += ["engine.dtype=bf16"]
+    whole = train(shards, tmp_path / "whole", *options, "training.steps=12")
+    train(shards, tmp_path / "parts", *options, "training.steps=6")
+    parts = train(shards, tmp_path / "parts", *options, "training.steps=12", "training.resume=must")
+    assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
+    marks = [json.loads((tmp_path / part / "config.json").read_text())["fingerprint"] for part in ("whole", "parts")]
+    assert marks[0] == marks[1]
+    about = json.loads((tmp_path / "parts/config.json").read_text())
+    assert about["class"] == "VQModel"
+    model = load_autoencoder(str(tmp_path / "parts"))
+    assert isinstance(model, VQModel)
+    assert model.reconstruct(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+
+
+MISTAKES = {
+    "no first stage": (["autoencoder=identity"], "Identity has nothing to train"),
+    "a trained first stage": (["autoencoder=trained", "autoencoder.path=x"], "load_autoencoder has nothing to train"),
+    "VQ with a KL weight": (["autoencoder=vq_f4_demo", "objective.kl_weight=1e-4"], "set objective.kl_weight=null"),
+    "partitions": (["objective/adversary=patchgan", "engine=zero3"], "needs whole parameters.* take engine=zero2"),
+    "crops": (["objective/adversary=patchgan", "objective.crop=16"], "crop=16 leaves the discriminator no patch"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_sentence_before_anything_is_loaded(tmp_path: Path, mistake: str) -> None:
+    options, sentence = MISTAKES[mistake]
+    # The shards, which are nowhere, are not looked for.
+    done = run("train/train_autoencoder.py", "input=nowhere", f"output={tmp_path / 'run'}", *options, check=False)
+    assert done.returncode == 2
+    assert re.match(f"error: .*{sentence}", done.stderr.strip().splitlines()[-1]), done.stderr
+    assert not (tmp_path / "run").exists()
