@@ -165,7 +165,7 @@ class Layout(Classes):
         return {**super().config(), "max_boxes": self.max_boxes}
 
     def named_in(self, sample: Sample) -> list[str]:
-        return [str(box[0]) for box in sample["meta"].get("boxes") or []]
+        return [str(box[0]) for box in sample["meta"].get("boxes") or [] if well_formed(box)]
 
     def reason_against(self, sample: Sample) -> str | None:
         boxes = sample["meta"].get("boxes")
@@ -194,9 +194,13 @@ class Layout(Classes):
         return sample
 
 
-def well_formed(box: Sequence[Any]) -> bool:
+def well_formed(box: Any) -> bool:
     """[class, x0, y0, x1, y1] in fractions, of some area."""
-    if len(box) != 5 or not all(isinstance(value, int | float) for value in box[1:]):
+    if (
+        not isinstance(box, list | tuple)
+        or len(box) != 5
+        or not all(isinstance(value, int | float) for value in box[1:])
+    ):
         return False
     x0, y0, x1, y1 = box[1:]
     return 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
@@ -244,7 +248,17 @@ class Hole(PlainCondition):
     asked = ("images", "holes")
 
     def __init__(self, smallest: float = 0.25, largest: float = 0.75) -> None:
+        if not 0 < smallest <= largest <= 1:
+            raise UserError(
+                f"conditions.hole: {smallest} to {largest} are no shares of a side: give 0 < smallest <= largest <= 1."
+            )
         self.smallest, self.largest = smallest, largest
+
+    def reason_against(self, sample: Sample) -> str | None:
+        hole = sample["meta"].get("hole")
+        if hole is None or (isinstance(hole, list) and well_formed(["hole", *hole])):
+            return None
+        return "its hole is not [x0, y0, x1, y1] in fractions"
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "smallest": self.smallest, "largest": self.largest}

@@ -22,7 +22,7 @@ from data_pipeline.loader import as_sample
 from data_pipeline.manifest import Manifest, Shard, find_splits
 from data_pipeline.progress import Progress
 from data_pipeline.samples import collated
-from data_pipeline.shard_writer import ShardWriter, read_index, read_shard
+from data_pipeline.shard_writer import ShardWriter, read_index, read_shard, read_whole
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
 
@@ -154,8 +154,8 @@ def encode_split(
     }
     made_of = identity(source, encoders)
     shards = tuple(Shard(**record["shard"]) for record in written)
-    Manifest("latents", shards, written[0]["fields"], info, made_of).save(root)
     aside.save(root, "precompute")
+    Manifest("latents", shards, written[0]["fields"], info, made_of).save(root)
     print(f"precompute {name}: {sum(s.samples for s in shards)} encoded, {len(aside.rows)} set aside; in {root}")
 
 
@@ -206,7 +206,7 @@ def decodable(
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """A shard's samples, and (key, reason) of those that can't be used. A cut shard is a DataError."""
     entries = read_index(path, shard)
-    data = storage.read_bytes(storage.join(path, shard.name), 0, shard.bytes)
+    data = read_whole(path, shard)
     samples, rejected = [], []
     for key, places in entries:
         try:

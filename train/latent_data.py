@@ -32,12 +32,18 @@ class LatentFacts:
     codebook: Tensor | None = None
 
     @classmethod
-    def of(cls, root: str, manifest: Manifest, fold: int) -> LatentFacts:
-        """From a latent data set; statistics are those that precompute measured on all of it."""
+    def of(cls, root: str, manifest: Manifest, fold: int, scaling_factor: float | None = None) -> LatentFacts:
+        """From a latent data set; statistics are those that precompute measured on all of it.
+
+        scaling_factor: Stable Diffusion's way instead, mean 0 and standard deviation 1 / factor for all channels.
+        """
         shapes = {
             name.removesuffix(".npy"): field["shape"] for name, field in manifest.fields.items() if "shape" in field
         }
         latents = manifest.info["latents"]
+        if scaling_factor is not None:
+            channels = len(latents["mean"])
+            latents = {"mean": [0.0] * channels, "std": [1.0 / scaling_factor] * channels}
         facts = cls(
             shapes,
             latents["mean"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +59,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     latents = Manifest.load(f"{cfg.input}/train", "latents")
     recipe = Recipe.of(cfg, instantiate, ranks)
     autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
-    facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold)
+    facts = scaled_as_known(cfg, LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold, cfg.scaling_factor))
     refuse_other_encoders(facts, config, autoencoder)
     torch.manual_seed(cfg.seed)
     network = build_network(config, facts, instantiate)
@@ -111,9 +113,33 @@ def refuse_other_encoders(facts: LatentFacts, config: dict[str, Any], autoencode
     facts.refuse_other_encoders(mark, saved_fingerprint(path) if needed else None)
 
 
+def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
+    """A U-Net to start from knows latents at one scale: its own run's, or the one factor of a published model."""
+    if cfg.start_from is None:
+        return facts
+    if not storage.exists(storage.join(cfg.start_from, "latents.json")):
+        if cfg.scaling_factor is None:
+            raise UserError(
+                f"start_from={cfg.start_from} is a published model, which knows latents scaled by one factor: add "
+                "scaling_factor=0.18215 (Stable Diffusion 1.x and 2.x)."
+            )
+        return facts
+    known = LatentFacts.of_run(Path(cfg.start_from))
+    for name, was, now in (
+        ("autoencoder", known.fingerprints["autoencoder"], facts.fingerprints["autoencoder"]),
+        ("fold", known.fold, facts.fold),
+    ):
+        if was != now:
+            raise UserError(f"start_from={cfg.start_from} was trained with {name} {was}, these latents with {now}.")
+    return dataclasses.replace(facts, mean=known.mean, std=known.std)
+
+
 def identity(config: dict[str, Any], latents: Manifest) -> dict[str, Any]:
     """What a resumed run must have in common with its checkpoint."""
-    same = {name: config[name] for name in ("seed", "fold", "unet", "conditioning", "objective", "start_from")}
+    same = {
+        name: config[name]
+        for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
+    }
     return {"data": latents.fingerprint, "streams": config["data"]["streams"], **same}
 
 

@@ -27,12 +27,11 @@ class Pairs:
         random = np.random.default_rng([self.seed, number])
         two = [items[i] for i in random.choice(len(items), 2, replace=False)]
         # Eighths of the picture, so that boxes end on whole latents of f = 8 at 64 pixels: 3 or 4 of them a side.
-        sides = random.integers(3, 5, 2)
-        corners = [(int(random.integers(0, 5 - side)) + 4 * i, int(random.integers(0, 9 - side))) for i, side in enumerate(sides)]
-        boxes = [
-            [item.caption, x / 8, y / 8, (x + side) / 8, (y + side) / 8]
-            for item, (x, y), side in zip(two, corners, sides.tolist(), strict=True)
-        ]
+        boxes = []
+        for item, half in zip(two, (0, 4), strict=True):
+            side = int(random.integers(3, 5))
+            x, y = half + int(random.integers(0, 5 - side)), int(random.integers(0, 9 - side))
+            boxes.append([item.caption, x / 8, y / 8, (x + side) / 8, (y + side) / 8])
         meta = {"boxes": boxes, "parts": [item.key for item in two]}
         return SourceItem(f"{number:06d}", functools.partial(load, two, boxes), " and ".join(b[0] for b in boxes), meta)
 

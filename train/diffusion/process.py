@@ -167,7 +167,7 @@ class DiscreteVP:
 
 
 def log_snr(process: DiffusionProcess, t: Tensor) -> Tensor:
-    """lambda(t) = log(alpha / sigma), in nats (Kingma et al. 2021); infinite where either is 0."""
+    """lambda(t) = log(alpha / sigma), half the log of the SNR (Lu et al. 2022); infinite where either is 0."""
     return process.alpha(t).log() - process.sigma(t).log()
 
 

@@ -24,6 +24,9 @@ OnStep = Callable[[int], None]
 Times = Callable[[DiffusionProcess, int], Tensor]
 
 
+MUCH_NOISE = 200.0  # sigma / alpha from which on steps in it are too unlike to be averaged over
+
+
 def _nothing(step: int) -> None:
     pass
 
@@ -88,49 +91,6 @@ def _refuse_steps(process: DiffusionProcess, steps: int, whole: bool = True) -> 
         raise UserError(f"sampler.steps={steps} is more than the {most} timesteps of the process: take at most {most}.")
 
 
-def sample_euler(
-    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
-) -> Tensor:
-    """Euler's method on the probability-flow ODE dx = alpha' x0 + sigma' eps (Karras et al. 2022, alg. 1, no churn).
-
-    With its slopes taken as differences it is Euler on d(x/alpha) / d(sigma/alpha) = eps, with no pole at alpha 0.
-    """
-    for i, (now, then) in enumerate(pairwise(levels_at(process, times))):
-        x0 = denoise(x, times[i])
-        eps = (x - now.alpha * x0) / now.sigma
-        x = x + (then.alpha - now.alpha) * x0 + (then.sigma - now.sigma) * eps
-        on_step(i)
-    return x
-
-
-def sample_heun(
-    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
-) -> Tensor:
-    """Heun's method (Karras et al. 2022, alg. 1, no churn): the mean of the slopes at both ends; 2 N - 1 evaluations.
-
-    In d(x/alpha) / d(sigma/alpha) = eps. Where the process ends without signal that has a pole, and the mean is taken
-    in dx = x0 d alpha + eps d sigma. The step to the data is Euler's, as there is no slope at sigma 0.
-    """
-    levels = levels_at(process, times)
-    pole = levels[0].alpha == 0
-    for i, (now, then) in enumerate(pairwise(levels)):
-        x0 = denoise(x, times[i])
-        eps = (x - now.alpha * x0) / now.sigma
-        ahead = then.alpha * x0 + then.sigma * eps
-        if then.sigma > 0:
-            x0_ahead = denoise(ahead, times[i + 1])
-            mean_eps = (eps + (ahead - then.alpha * x0_ahead) / then.sigma) / 2
-            if pole:
-                mean_x0 = (x0 + x0_ahead) / 2
-                ahead = x + (then.alpha - now.alpha) * mean_x0 + (then.sigma - now.sigma) * mean_eps
-            else:
-                ratio = then.alpha / now.alpha
-                ahead = ratio * x + (then.sigma - ratio * now.sigma) * mean_eps
-        x = ahead
-        on_step(i)
-    return x
-
-
 def sample_ddim(
     denoise: Denoise,
     x: Tensor,
@@ -150,6 +110,44 @@ def sample_ddim(
         x = then.alpha * x0 + max(then.sigma**2 - fresh**2, 0.0) ** 0.5 * eps
         if fresh > 0:
             x = x + fresh * noise(i)
+        on_step(i)
+    return x
+
+
+def sample_euler(
+    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
+) -> Tensor:
+    """Euler's method on the probability-flow ODE (Karras et al. 2022, alg. 1, no churn).
+
+    In d(x/alpha) / d(sigma/alpha) = eps a step is DDIM's at eta 0, which has no pole at alpha 0.
+    """
+    return sample_ddim(denoise, x, times, process, noise, on_step)
+
+
+def sample_heun(
+    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
+) -> Tensor:
+    """Heun's method (Karras et al. 2022, alg. 1, no churn): the mean of the slopes at both ends; 2 N - 1 evaluations.
+
+    In d(x/alpha) / d(sigma/alpha) = eps. Where the process ends with hardly any signal that has a pole, and the mean is
+    taken in dx = x0 d alpha + eps d sigma. The step to the data is Euler's, as there is no slope at sigma 0.
+    """
+    levels = levels_at(process, times)
+    pole = levels[0].sigma > MUCH_NOISE * levels[0].alpha
+    for i, (now, then) in enumerate(pairwise(levels)):
+        x0 = denoise(x, times[i])
+        eps = (x - now.alpha * x0) / now.sigma
+        ahead = then.alpha * x0 + then.sigma * eps
+        if then.sigma > 0:
+            x0_ahead = denoise(ahead, times[i + 1])
+            mean_eps = (eps + (ahead - then.alpha * x0_ahead) / then.sigma) / 2
+            if pole:
+                mean_x0 = (x0 + x0_ahead) / 2
+                ahead = x + (then.alpha - now.alpha) * mean_x0 + (then.sigma - now.sigma) * mean_eps
+            else:
+                ratio = then.alpha / now.alpha
+                ahead = ratio * x + (then.sigma - ratio * now.sigma) * mean_eps
+        x = ahead
         on_step(i)
     return x
 

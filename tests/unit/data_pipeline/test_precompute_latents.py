@@ -1,5 +1,6 @@
 """Encoding: what is stored, what a second start redoes, and which encoders are refused."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -178,6 +179,7 @@ def test_other_pictures_are_refused(images, tmp_path, make_images):
 
 
 def spoil(images, numbers):
+    """Pictures that were damaged before their shard was written: its digest is that of the damaged one."""
     manifest = Manifest.load(images)
     for number in numbers:
         shard = manifest.shards[number // 6]
@@ -186,6 +188,23 @@ def spoil(images, numbers):
         offset, size = read_index(images, shard)[number % 6].members["png"]
         data[offset : offset + size] = b"x" * size
         path.write_bytes(data)
+        manifest = with_digest(manifest, number // 6, hashlib.sha256(data).hexdigest())
+    manifest.save(images)
+
+
+def with_digest(manifest, number, digest):
+    shards = list(manifest.shards)
+    shards[number] = dataclasses.replace(shards[number], sha256=digest)
+    return dataclasses.replace(manifest, shards=tuple(shards))
+
+
+def test_a_shard_that_changed_since_it_was_written_is_refused(images, tmp_path):
+    path = Path(images) / Manifest.load(images).shards[1].name
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"000001\.tar is damaged"):
+        precompute(images, tmp_path / "latents", encoders())
 
 
 def test_damaged_pictures_are_set_aside_also_over_a_restart(images, tmp_path):
