@@ -6,6 +6,7 @@ import io
 import json
 import math
 import struct
+import tokenize
 import zlib
 from typing import Any
 
@@ -26,6 +27,8 @@ UNDECODABLE = (
     RecursionError,
     struct.error,
     zlib.error,
+    tokenize.TokenError,  # a .npy's header is Python's notation
+    MemoryError,
     Image.DecompressionBombError,
 )
 
@@ -60,11 +63,20 @@ def decode(name: str, data: bytes) -> Any:
         if kind == "txt":
             return data.decode()
         if kind == "json":
-            return json.loads(data)
+            return decode_object(data)
     except UNDECODABLE as error:
-        why = type(error).__name__ if isinstance(error, OSError) else str(error)  # Pillow's text holds an address
+        # Pillow's text holds an address; MemoryError says nothing.
+        why = type(error).__name__ if isinstance(error, (OSError, MemoryError)) else str(error)
         raise DataError(f"undecodable .{name} ({why})") from error
     return None  # a member that nobody here asked for
+
+
+def decode_object(data: bytes) -> dict[str, Any]:
+    """A JSON object."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"no object, but {type(value).__name__}")
+    return value
 
 
 def decode_array(data: bytes) -> np.ndarray:
@@ -91,6 +103,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
     image = ImageOps.exif_transpose(image)  # a phone's picture says which way is up
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = Image.fromarray(np.round(np.clip(np.asarray(image), 0, 65535) / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

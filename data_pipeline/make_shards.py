@@ -23,6 +23,10 @@ from data_pipeline.sources.source import SourceItem
 
 @entry("make_shards")
 def main(cfg: DictConfig) -> None:
+    if cfg.shard_size < 1:
+        raise UserError(f"shard_size={cfg.shard_size} can't be: take 1 or more.")
+    if cfg.heldout_every and cfg.heldout_every < 2:
+        raise UserError(f"heldout_every={cfg.heldout_every} leaves none to train on: take 2 or more, or null for none.")
     items = instantiate(cfg.source, _convert_="all").items()
     mark = mark_of(cfg, items)
     if finished(cfg.output, mark):
@@ -53,9 +57,9 @@ def main(cfg: DictConfig) -> None:
 
 
 def mark_of(cfg: DictConfig, items: Sequence[SourceItem]) -> str:
-    """What a finished output is recognised by: the configuration, and what the source lists."""
+    """What a finished output is recognised by: the configuration, what the source lists, and its files' stamps."""
     config = OmegaConf.to_container(cfg, resolve=True) | {"output": None}
-    listed = [(item.key, item.caption) for item in items]
+    listed = [(item.key, item.caption, *getattr(item, "stamp", ())) for item in items]
     return hashlib.sha256(json.dumps([config, listed], sort_keys=True).encode()).hexdigest()[:16]
 
 

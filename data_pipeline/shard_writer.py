@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,10 +104,27 @@ def parse_index(data: bytes, path: str) -> list[IndexEntry]:
         raise DataError(f"index {path} is damaged: delete it, and it is read from the tar instead.") from error
 
 
+def read_whole(root: str | Path, shard: Shard) -> bytes:
+    """All bytes of a shard, which are those that its manifest was written for."""
+    path = storage.join(root, shard.name)
+    data = storage.read_bytes(path, 0, shard.bytes)
+    refuse_other_bytes(data, path, shard)
+    return data
+
+
+def refuse_other_bytes(data: bytes | mmap.mmap, path: str, shard: Shard) -> None:
+    """Bytes that changed since they were written are a DataError, also where each sample can still be decoded."""
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        raise DataError(
+            f"shard {path} is damaged (its sha256 is not its manifest's): copy it again, or delete it together with "
+            "the data set's manifest.json and run what made it."
+        )
+
+
 def read_shard(root: str | Path, shard: Shard, fields: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
     """All samples of a shard, decoded: __key__ and each member (of `fields`; all: None) by extension."""
     entries = read_index(root, shard)
-    data = storage.read_bytes(storage.join(root, shard.name), 0, shard.bytes)
+    data = read_whole(root, shard)
     samples = []
     for entry in entries:
         sample: dict[str, Any] = {"__key__": entry.key}

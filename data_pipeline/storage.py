@@ -5,6 +5,7 @@ The S3 endpoint comes from AWS_ENDPOINT_URL, keys from the environment only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -86,6 +87,17 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in it durable, as after a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every network file system can
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: str | Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import DataError, UserError
-from data_pipeline.storage import write_atomically
+from data_pipeline.storage import sync_folder, write_atomically
 from train.ema import Ema
 from train.engine import Engine
 from train.ranks import Ranks, barrier, broadcast_object
@@ -44,12 +44,13 @@ class Checkpoints:
     ) -> None:
         self.folder, self.ranks, self.identity = folder, ranks, identity
         self.weights_prefix, self.keep = weights_prefix, keep
+        self.at: int | None = None  # the step last saved or resumed from
 
     def save(self, engine: Engine, ema: Ema, state: TrainState) -> None:
         """Publish the present state as step-<step>; the one before stays until this one is whole."""
-        final = self.folder / f"step-{state.step:08d}"
-        if broadcast_object(final.exists()):
+        if state.step == self.at:
             return
+        final = self.folder / f"step-{state.step:08d}"
         writing = self.folder / f"{final.name}.tmp"
         if self.ranks.is_main:
             shutil.rmtree(writing, ignore_errors=True)  # what a killed run left
@@ -66,20 +67,34 @@ class Checkpoints:
         if self.ranks.is_main:
             self._publish(writing, final)
         barrier()
+        self.at = state.step
 
     def _publish(self, writing: Path, final: Path) -> None:
+        self._refuse_missing_parts(writing)
         files = {str(p.relative_to(writing)): _sync_and_digest(p) for p in sorted(writing.rglob("*")) if p.is_file()}
         write_atomically(writing / "manifest.json", json.dumps(files, indent=1).encode())
+        for inner in (p for p in writing.rglob("*") if p.is_dir()):
+            sync_folder(inner)
         os.rename(writing, final)
-        write_atomically(self.folder / "latest", final.name.encode())
+        write_atomically(self.folder / "latest", final.name.encode())  # syncs the folder, and so the rename
         for old in complete_checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old)
 
+    def _refuse_missing_parts(self, writing: Path) -> None:
+        missing = [r for r in range(self.ranks.world_size) if not (writing / _ema_part(r)).exists()]
+        if missing:
+            raise UserError(
+                f"{writing} lacks the part of rank {missing[0]}: output= must be on a file system that all nodes share."
+            )
+
     def resume(self, how: str, engine: Engine, ema: Ema, state: TrainState) -> bool:
         """Go on from the newest intact checkpoint, as `how` asks; true if there was one."""
-        if how not in RESUME:
-            raise UserError(f"resume={how} is unknown: take one of {', '.join(RESUME)}.")
-        found = broadcast_object(str(newest_intact(self.folder) or "") if self.ranks.is_main else None)
+        assert how in RESUME, how
+        found, any_there = broadcast_object(self._look() if self.ranks.is_main else None)
+        if any_there and not found:
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged: remove that folder to start afresh, or copy them again."
+            )
         if how == "never" and found:
             raise UserError(f"{found} exists and resume=never: choose another output=, or resume=auto.")
         if how == "must" and not found:
@@ -94,7 +109,22 @@ class Checkpoints:
         engine.load(path)
         ema.load_tensors(load_file(path / _ema_part(self.ranks.rank)))
         state.load_state_dict(saved["state"])
+        barrier()  # every rank has what it needs
+        if self.ranks.is_main:
+            self._remove_newer(path)
+        self.at = state.step
         return True
+
+    def _look(self) -> tuple[str, bool]:
+        """The newest intact checkpoint ("": none), and whether there is any, be it damaged."""
+        return str(newest_intact(self.folder) or ""), bool(published(self.folder))
+
+    def _remove_newer(self, than: Path) -> None:
+        """Damaged ones and what killed saves left: this run comes to their steps again."""
+        write_atomically(self.folder / "latest", than.name.encode())
+        for newer in [p for p in self.folder.glob("step-*") if p.name > than.name]:
+            log.warning("removing %s: the run goes on from %s", newer, than.name)
+            shutil.rmtree(newer)
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
         config = engine.config
@@ -117,9 +147,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def published(folder: Path) -> list[Path]:
+    """All that was ever renamed to its final name, whatever became of it since; oldest first."""
+    return sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp" and (p / "manifest.json").exists())
+    return [p for p in published(folder) if (p / "manifest.json").exists()]
 
 
 def newest_intact(folder: Path) -> Path | None:

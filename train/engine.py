@@ -18,6 +18,7 @@ import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
@@ -58,7 +59,7 @@ class EngineConfig:
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "train_batch_size": micro_batch * accumulation * world_size,
-            "gradient_clipping": self.gradient_clipping,
+            "gradient_clipping": self.gradient_clipping if self.zero_stage else 0.0,  # stage 0: by Engine
             "bf16": {"enabled": self.dtype == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32" if self._accumulates_in_fp32(accumulation) else "bf16"},
             "communication_data_type": "fp32",
@@ -102,7 +103,7 @@ class Engine:
     ) -> None:
         _quieten()
         self.ranks, self.accumulation, self.optimizer = ranks, accumulation, optimizer
-        self.config = config
+        self.config, self.norm = config, torch.tensor(0.0)
         micro_batch = batch_size // (ranks.world_size * accumulation)
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # over the group that ranks.py has made
         module.to(ranks.device)
@@ -124,14 +125,32 @@ class Engine:
             batch = next(batches).to(self.ranks.device)
             terms = self.deepspeed(batch)
             self.deepspeed.backward(terms.total)
+            finite = self._clip_or_drop_gradients()
             self.deepspeed.step()
             keys += batch.keys
             sums = {name: sums.get(name, 0.0) + value / self.accumulation for name, value in terms.parts.items()}
-        return StepResult(sums, batch.cursor, keys, lr, self.deepspeed.was_step_applied())
+        return StepResult(sums, batch.cursor, keys, lr, finite and self.deepspeed.was_step_applied())
+
+    def _clip_or_drop_gradients(self) -> bool:
+        """Whether this step may be applied. ZeRO's stages clip and find that out themselves; stage 0 would apply all.
+
+        A host sync a step, as they have. The gradients are reduced already, so all ranks find the same.
+        """
+        if self.config.zero_stage or not self.deepspeed.is_gradient_accumulation_boundary():
+            return True
+        trained = [p for p in self.module.parameters() if p.grad is not None]
+        self.norm = get_total_norm([p.grad for p in trained])
+        if not self.norm.isfinite():
+            for parameter in trained:
+                parameter.grad = None  # AdamW leaves its weights and moments as they are
+            return False
+        if self.config.gradient_clipping:
+            clip_grads_with_norm_(trained, self.config.gradient_clipping, self.norm)
+        return True
 
     def gradient_norm(self) -> float:
         """Global norm before clipping, of the last step; a host sync."""
-        norm = self.deepspeed.get_global_grad_norm()
+        norm = self.deepspeed.get_global_grad_norm() if self.config.zero_stage else self.norm
         return float(norm) if norm is not None else float("nan")
 
     def master_shards(self) -> list[Tensor]:

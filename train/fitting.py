@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
-from train.checkpoint import Checkpoints
+from train.checkpoint import RESUME, Checkpoints
 from train.ema import Ema
 from train.engine import Engine, EngineConfig
 from train.optim import AdamW
@@ -38,6 +38,13 @@ class Training:
     resume: str = "auto"
     wandb_project: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "keep_checkpoints", "accumulation"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name}={getattr(self, name)} can't be: take 1 or more.")
+        if self.resume not in RESUME:
+            raise UserError(f"training.resume={self.resume} is unknown: take one of {', '.join(RESUME)}.")
+
     def check(self, world_size: int) -> None:
         """A global batch that the ranks can't share is refused before anything is loaded."""
         parts = world_size * self.accumulation
@@ -60,12 +67,14 @@ class Recipe:
     optimizer: AdamW
     engine: EngineConfig
     make_loader: Callable[..., Iterable[Batch]]
+    data_order: dict[str, Any]  # what the order of the samples depends on, beside the seed and the data set
 
     @classmethod
     def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:
         """From an entry's configuration by hydra's instantiate; what doesn't fit together is refused."""
         data = build(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed)
-        recipe = cls(build(cfg.training), build(cfg.optimizer), build(cfg.engine), data)
+        order = {name: cfg.data[name] for name in ("streams", "window_shards", "shuffle") if name in cfg.data}
+        recipe = cls(build(cfg.training), build(cfg.optimizer), build(cfg.engine), data, order)
         recipe.check(ranks)
         return recipe
 
@@ -84,6 +93,14 @@ class Recipe:
         self.training.check(ranks.world_size)
         self.loader(ranks, DataCursor())
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint. The learning rate and its schedule may change."""
+        training, optimizer = self.training, self.optimizer
+        moments = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+        batch = {"batch_size": training.batch_size, "accumulation": training.accumulation}
+        return {**batch, **self.data_order, "optimizer": moments}
+
 
 def fit(
     what: str,
@@ -99,7 +116,7 @@ def fit(
     engine = Engine(objective, recipe.optimizer, recipe.engine, ranks, training.batch_size, training.accumulation)
     ema = Ema(engine.master_shards(), training.ema_decay)
     state = TrainState(training.steps, run_id=run.run_id)
-    identity = {"batch_size": training.batch_size, "accumulation": training.accumulation, **identity}
+    identity = {**recipe.identity, **identity}
     checkpoints = Checkpoints(run.checkpoints, ranks, identity, weights_prefix, training.keep_checkpoints)
     if checkpoints.resume(training.resume, engine, ema, state) and ranks.is_main:
         print(f"{what}: resumed from step {state.step} of {training.steps}", flush=True)

@@ -56,21 +56,30 @@ def main(cfg: DictConfig) -> None:
     names = [stage.name for stage in chain]
     if cfg.only is not None and cfg.only not in names:
         raise UserError(f"only={cfg.only} is no stage: take one of {', '.join(names)}.")
-    seconds = {}
+    seconds, anew = {}, False
     for number, stage in enumerate(chain, 1):
-        seconds[stage.name] = run_stage(stage, Path(cfg.output), f"[{number}/{len(chain)}]")
+        place = f"[{number}/{len(chain)}]"
+        before = None if anew else finished_before(stage, Path(cfg.output))
+        anew = before is None  # what comes after it works on what it makes
+        if before is not None:
+            print(f"{place} {stage.name}: finished before", flush=True)
+        seconds[stage.name] = run_stage(stage, Path(cfg.output), place) if before is None else before
         if stage.name == cfg.only:
             return
     summarise(Path(cfg.output), seconds)
 
 
+def finished_before(stage: Stage, output: Path) -> float | None:
+    """The seconds that the same command took, if it has finished."""
+    note = output / "finished" / f"{stage.name}.json"
+    before = json.loads(note.read_text()) if note.exists() else {}
+    return before["seconds"] if before.get("command") == [stage.script, *stage.arguments] else None
+
+
 def run_stage(stage: Stage, output: Path, place: str) -> float:
-    """Run it unless the same command has finished before; returns the seconds it takes or took."""
+    """Run it, and note that it has finished; returns the seconds it takes."""
     note = output / "finished" / f"{stage.name}.json"
     command = [stage.script, *stage.arguments]
-    if note.exists() and (before := json.loads(note.read_text()))["command"] == command:
-        print(f"{place} {stage.name}: finished before", flush=True)
-        return before["seconds"]
     typed = " ".join(part if all(c not in part for c in " '[]") else f'"{part}"' for part in command)
     print(f"\n{place} python {typed}", flush=True)
     started = time.monotonic()

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.errors import UserError
+
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
@@ -33,6 +35,9 @@ def find_ranks() -> Ranks:
     """Join the others: by the launcher's environment (torchrun's, else srun's step, else this process is alone)."""
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
+    meeting_place = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not meeting_place:  # else each would wait at a place of its own
+        raise UserError("several ranks have no MASTER_ADDR and MASTER_PORT: start with torchrun, or slurm/*.sbatch.")
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
     if "MASTER_PORT" not in os.environ:
@@ -80,9 +85,18 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 @contextmanager
 def closing_distributed() -> Iterator[None]:
-    """Leave the process group in order, so that gloo and NCCL end without complaint."""
+    """Leave the process group in order, so that gloo and NCCL end without complaint.
+
+    Not after an error: that may wait for the other ranks, while they wait for this one.
+    """
     try:
         yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except SystemExit:  # all ranks have agreed to stop
+        _leave_group()
+        raise
+    _leave_group()
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.storage import write_atomically
+
+log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -23,11 +27,11 @@ class JsonLines:
 
     def __init__(self, path: Path, from_step: int = 0) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= from_step] if path.exists() else []
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        write_atomically(path, "".join(map(_line, kept)).encode())
         self.file = path.open("a")
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(_line(row))
         self.file.flush()
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -41,24 +45,27 @@ class JsonLines:
 
 
 class WeightsAndBiases:
-    """W&B in the run folder; offline where no account is set up (`wandb sync <folder>` uploads it later)."""
+    """W&B in the run folder; offline where no account is set up, or it can't be reached (`wandb sync <folder>` uploads
+    it later)."""
 
-    def __init__(
-        self, folder: Path, run_id: str, config: dict[str, Any], project: str, mode: str | None = None
-    ) -> None:
+    def __init__(self, folder: Path, run_id: str, config: dict[str, Any], project: str) -> None:
         import wandb
 
         self.wandb = wandb
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-        self.run = wandb.init(
-            project=project,
-            dir=str(folder),
-            id=run_id,
-            name=folder.name,
-            config=config,
+        about = {"project": project, "dir": str(folder), "id": run_id, "name": folder.name, "config": config}
+        try:
+            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+            self.run = self._begin(mode, about)
+        except wandb.errors.Error as error:
+            log.warning("W&B can't be reached (%s): the run is kept offline; `wandb sync` uploads it later", error)
+            self.run = self._begin("offline", about)
+
+    def _begin(self, mode: str, about: dict[str, Any]) -> Any:
+        return self.wandb.init(
+            **about,
             mode=mode,
             resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(console="off", silent=True, x_disable_stats=mode == "offline"),
+            settings=self.wandb.Settings(console="off", silent=True, x_disable_stats=mode == "offline"),
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -90,8 +97,14 @@ class Reporters:
             reporter.close()
 
 
+def _line(row: dict[str, Any]) -> str:
+    """JSON knows no NaN: null."""
+    known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps(known, allow_nan=False) + "\n"
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl, None for what was not finite; a last line that a kill cut short is left out."""
     rows = []
     for line in path.read_text().splitlines():
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import secrets
 from pathlib import Path
 from typing import Any
@@ -9,15 +12,19 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import write_atomically
+from data_pipeline.storage import is_s3, write_atomically
 from train.ranks import Ranks, broadcast_object
 from train.reporters import JsonLines, Reporters, WeightsAndBiases
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
     """<run>/config.yaml metrics.jsonl samples/ checkpoints/. Made by rank 0; one id for all ranks and resumptions."""
 
     def __init__(self, path: str | Path, what: str, config: dict[str, Any], ranks: Ranks) -> None:
+        if is_s3(path):
+            raise UserError(f"output={path}: a run's folder must be on a file system; choose a local path.")
         self.path, self.what, self.config, self.ranks = Path(path), what, config, ranks
         self.run_id = str(broadcast_object(self._claim() if ranks.is_main else None))
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
@@ -28,13 +35,25 @@ class RunFolder:
             what, _, run_id = marker.read_text().strip().partition(" ")
             if what != self.what:
                 raise UserError(f"output={self.path} is a run of {what}: choose another folder for {self.what}.")
+            self._lock()
             return run_id
         if self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"output={self.path} holds something that is not a run: choose a new or empty folder.")
         (self.path / "samples").mkdir(parents=True)
+        self._lock()
         run_id = secrets.token_hex(4)
         write_atomically(marker, f"{self.what} {run_id}\n".encode())
         return run_id
+
+    def _lock(self) -> None:
+        """Held until this process ends, however it does: two writers would tear each other's checkpoints."""
+        self.lock = (self.path / "lock").open("w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"output={self.path} is in use by another process: stop it first.") from error
+            log.warning("%s can't be locked (%s): see that no other process writes to it", self.path, error)
 
     def reporters(self, from_step: int, wandb_project: str | None) -> Reporters:
         """metrics.jsonl, going on behind `from_step`, and W&B where a project is named; nothing off rank 0."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
 from data_pipeline.samples import Batch
 from train.checkpoint import Checkpoints
@@ -23,6 +24,7 @@ from train.reporters import Reporter
 from train.train_state import TrainState, due
 
 log = logging.getLogger(__name__)
+MAX_SKIPPED = 100  # steps in a row
 
 
 class Action(NamedTuple):
@@ -37,7 +39,7 @@ class Cadence:
     """How often, in steps."""
 
     log_every: int = 50
-    save_every: int | None = 1000
+    save_every: int | None = 1000  # None: at the last step only
 
 
 class Trainer:
@@ -64,7 +66,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end, or to a signal: then save, and leave with preemption.EXIT_CODE."""
-        state, main = self.state, self.engine.ranks.is_main
+        state, main, skipped_in_a_row = self.state, self.engine.ranks.is_main, 0
         batches = self.meter.timed(iter(self.batches))
         with Progress(self.what, state.total_steps, "steps", initial=state.step, shown=main) as bar:
             while not state.finished:
@@ -73,26 +75,39 @@ class Trainer:
                     self.ema.update(self.engine.master_shards())
                 state.advance(result.cursor, self.batch_size, result.applied)
                 self.meter.add(result)
+                skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
+                if skipped_in_a_row >= MAX_SKIPPED:
+                    raise UserError(
+                        f"the gradients of {MAX_SKIPPED} steps in a row, up to step {state.step}, were not finite: "
+                        "lower optimizer.lr, or look for broken values in the data."
+                    )
                 bar.advance(1, **self.meter.shown)
                 self.act_when_due(bar)
         self.reporter.close()
 
     def act_when_due(self, bar: Progress) -> None:
-        """Log, then save, then the entry's own actions (validate, preview); stop where asked to."""
+        """Log, then the entry's own actions (validate, preview), then save; stop where asked to.
+
+        In this order a kill in between loses no row: those past the last checkpoint are cut, and come again.
+        """
         state = self.state
         if due(state.step, self.cadence.log_every, state.total_steps):
             self.reporter.log(state.step, self.meter.summary(self.engine))
-        if due(state.step, self.cadence.save_every, state.total_steps):
-            self.checkpoints.save(self.engine, self.ema, state)
         for action in self.actions:
             if due(state.step, action.every, state.total_steps):
                 action.run(state)
                 self.meter.restart_clock()
+        if state.finished or due(state.step, self.cadence.save_every):
+            self._save()
         if not state.finished and self.preemption.agreed(state.step, self.engine.ranks.device):
-            self.checkpoints.save(self.engine, self.ema, state)
+            self._save()
             bar.note(f"stopped by a signal after step {state.step}; the checkpoint is saved, start again to go on")
             self.reporter.close()
             raise Preempted
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.engine, self.ema, self.state)
+        self.meter.restart_clock()
 
 
 class Meter:
@@ -128,7 +143,9 @@ class Meter:
 
     def restart_clock(self) -> None:
         """Leave out of the rate what passed since the last step: it was not training."""
-        self.away += time.monotonic() - self.last
+        now = time.monotonic()
+        self.away += now - self.last
+        self.last = now
 
     def summary(self, engine: Engine) -> dict[str, float]:
         """What a log line says; collective, as the losses are means over all ranks."""

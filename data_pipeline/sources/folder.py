@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,13 @@ from data_pipeline.image_transforms import centre_square
 from data_pipeline.sources.source import SourceItem
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond it Pillow raises before it decodes
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFile(SourceItem):
+    """stamp: bytes and time of change, by which make_shards sees that a picture is another one under its old name."""
+
+    stamp: tuple[int, int] = (0, 0)
 
 
 class ImageFolder:
@@ -34,7 +42,9 @@ class ImageFolder:
     def _item(self, path: Path) -> SourceItem:
         # A dot would end the key, in a tar's member name.
         key = str(path.relative_to(self.path).with_suffix("")).replace("/", "_").replace(".", "_")
-        return SourceItem(key, functools.partial(load, path), caption_of(path), {"file": path.name})
+        facts = path.stat()
+        stamp = facts.st_size, facts.st_mtime_ns
+        return PictureFile(key, functools.partial(load, path), caption_of(path), {"file": path.name}, stamp)
 
 
 def load(path: Path, size: int) -> np.ndarray:

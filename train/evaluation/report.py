@@ -62,7 +62,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 def curve_line(name: str, rows: Sequence[Mapping[str, float]], key: str) -> str:
     """`name ▁▂▃ first -> last`, from metrics rows."""
-    values = [row[key] for row in rows if key in row]
+    values = [row[key] for row in rows if row.get(key) is not None]  # None: was not finite
     return f"{name} {sparkline(values)} {values[0]:.4g} -> {values[-1]:.4g}" if values else f"{name}: no figures"
 
 
@@ -75,7 +75,7 @@ def plot_curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], path: 
 
     figure, axes = pyplot.subplots(1, len(keys), figsize=(4.5 * len(keys), 3), squeeze=False, layout="constrained")
     for axis, key in zip(axes[0], keys, strict=True):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         axis.plot(*zip(*points, strict=True) if points else ([], []))
         axis.set(xlabel="step", title=key)
         axis.grid(alpha=0.3)

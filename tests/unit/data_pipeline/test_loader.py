@@ -1,17 +1,23 @@
 """Batches follow the plan, whatever the number of ranks, micro-batches and workers."""
 
+import hashlib
 import itertools
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from data_pipeline import loader, storage
 from data_pipeline.epoch_plan import EpochPlan
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.loader import Loader, SampleReader, read_dataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import DataCursor
-from data_pipeline.shard_writer import ShardWriter, read_index
+from data_pipeline.shard_writer import ShardWriter, read_index, refuse_other_bytes
 
 SIZES = [7, 5, 9, 6]
 
@@ -72,21 +78,62 @@ def test_starting_at_a_cursor_goes_on_where_it_stopped(images):
         same(one, other)
 
 
-def test_workers_change_nothing_and_hand_on_a_damaged_shard(images, tmp_path):
+def test_workers_change_nothing_and_hand_on_a_damaged_shard(images):
     without = take(Loader(images, 8, 4, accumulation=2), 10)
     for one, other in zip(take(Loader(images, 8, 4, accumulation=2, num_workers=2), 10), without, strict=True):
         same(one, other)
-    spoil_picture(tmp_path / "set", images)
+    spoil(images, "png")
     with pytest.raises(DataError, match=r"^sample key0008 of shard .*000001\.tar: undecodable \.png"):
         take(Loader(images, 8, 4, num_workers=2), 10)
 
 
-def spoil_picture(path, root):
-    shard = Manifest.load(root).shards[1]
-    data = bytearray((path / shard.name).read_bytes())
-    offset, size = read_index(root, shard)[1].members["png"]
-    data[offset : offset + size] = b"x" * size
-    (path / shard.name).write_bytes(data)
+def spoil(root, member, value=b"x", restamp=True):
+    """Fill a member of sample key0008, in shard 1, with `value`; as if it had been written so, with `restamp`."""
+    manifest = Manifest.load(root)
+    shard = manifest.shards[1]
+    data = bytearray(storage.read_bytes(f"{root}/{shard.name}"))
+    offset, size = read_index(root, shard)[1].members[member]
+    data[offset : offset + size] = value.ljust(size, value if len(value) == 1 else b" ")
+    storage.write_atomically(f"{root}/{shard.name}", bytes(data))
+    if restamp:
+        shards = list(manifest.shards)
+        shards[1] = replace(shard, sha256=hashlib.sha256(data).hexdigest())
+        replace(manifest, shards=tuple(shards)).save(root)
+
+
+def test_a_stop_that_reaches_the_workers_does_not_end_them(images):
+    batches = iter(Loader(images, 8, 4, num_workers=2))
+    got = [next(batches)]
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    got += take(batches, 14)  # more than was fetched ahead
+    for one, other in zip(got, take(Loader(images, 8, 4), 15), strict=True):
+        same(one, other)
+
+
+def test_a_changed_shard_is_named_when_it_is_opened_and_checked_once(images, monkeypatch):
+    digests = []
+
+    def watched(data, path, shard):
+        digests.append(shard.name)
+        return refuse_other_bytes(data, path, shard)
+
+    monkeypatch.setattr(loader, "refuse_other_bytes", watched)
+    take(Loader(images, 4, 4, window_shards=1, cache_mb=0), 40)
+    assert sorted(digests) == [f"shards/{i:06d}.tar" for i in range(4)]
+    spoil(images, "txt", b"thing 9", restamp=False)  # a caption that can be read as well as the one before
+    with pytest.raises(DataError, match=r"000001\.tar is damaged \(its sha256 .* copy it again"):
+        take(Loader(images, 8, 4), 10)
+    with pytest.raises(DataError, match=r"000001\.tar is damaged"):
+        read_dataset(images)
+
+
+def test_json_that_is_no_object_is_named(images):
+    spoil(images, "json", b"[1]")
+    for use in (lambda: take(Loader(images, 8, 4), 10), lambda: read_dataset(images)):
+        with pytest.raises(DataError, match=r"^sample key0008 of shard .*: undecodable \.json \(no object, but list\)"):
+            use()
 
 
 @pytest.mark.parametrize("cache_mb", [0.0, 0.002])

@@ -1,7 +1,10 @@
 """Writing and reading shards: plain WebDataset, the same bytes each time, and damage is named."""
 
+import hashlib
 import io
+import os
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ from PIL import Image
 
 from data_pipeline import codec, storage
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.image_transforms import centre_square
 from data_pipeline.manifest import Manifest, find_splits
-from data_pipeline.shard_writer import read_index, read_shard
+from data_pipeline.shard_writer import read_index, read_shard, read_whole
 
 
 def test_webdataset_reads_what_we_write(tmp_path, make_images, picture):
@@ -59,6 +63,11 @@ def test_a_damaged_picture_and_a_damaged_index_are_named(tmp_path, make_images):
     offset, size = read_index(root, shard)[1].members["png"]
     data[offset : offset + size] = b"x" * size
     path.write_bytes(data)
+    for read in (read_shard, read_whole):
+        with pytest.raises(DataError, match=r"000000\.tar is damaged \(its sha256"):
+            read(root, shard)
+    shard = replace(shard, sha256=hashlib.sha256(data).hexdigest())
+    assert read_whole(root, shard) == data
     with pytest.raises(DataError, match=r"key0001 of shard .*000000\.tar"):
         read_shard(root, shard)
     (tmp_path / "set" / shard.index_name).write_text("not json\n")
@@ -95,6 +104,42 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
+def test_what_is_written_is_synced_and_then_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    storage.write_atomically(tmp_path / "file", b"data")
+    assert synced == [str(tmp_path / f"file.tmp.{os.getpid()}"), str(tmp_path)]
+
+
+def test_16_bits_of_grey_keep_their_shades():
+    grey = np.array([[0, 257, 128 * 257 + 100], [200 * 257 - 100, 65534, 65535]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, format="PNG")
+    expected = np.array([[0, 1, 128], [200, 255, 255]], np.uint8)
+    np.testing.assert_array_equal(codec.decode("png", buffer.getvalue()), np.stack([expected] * 3, -1))
+    np.testing.assert_array_equal(codec.to_rgb(Image.fromarray(grey.astype(np.int32))), np.stack([expected] * 3, -1))
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (300, 40), (41, 997), (7, 30), (1, 64), (123, 8), (33, 100)])
+@pytest.mark.parametrize("size", [8, 33, 64])
+def test_centre_square_is_the_middle_of_the_whole_resized(shape, size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    width, height = (max(size, round(side * size / min(shape))) for side in picture.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    whole = picture.resize((width, height), Image.Resampling.LANCZOS)
+    expected = np.array(whole.crop((left, top, left + size, top + size)))
+    got = centre_square(picture, size)
+    np.testing.assert_allclose(got.astype(int), expected, atol=1)  # the box's corners are rounded to float32
+    assert (got != expected).mean() < 1e-3
+
+
+def test_a_slender_picture_takes_no_more_memory_than_its_square():
+    """Resized as a whole, 1 x 200,000 pixels would be 256 x 51 million."""
+    line = Image.fromarray(np.full((1, 200_000, 3), 77, np.uint8))
+    np.testing.assert_array_equal(centre_square(line, 256), np.full((256, 256, 3), 77))
+    assert issubclass(MemoryError, codec.UNDECODABLE)
+
+
 def test_codec_returns_what_it_was_given(picture):
     image, array = picture(1), np.arange(6, dtype=np.float16).reshape(2, 3)
     for name, value in (("png", image), ("moments.npy", array), ("moments.npy", np.asfortranarray(array))):
@@ -121,10 +166,13 @@ def pickled_npy():
         ("npy", npy_that_claims((10**12,))),  # must not be allocated first
         ("npy", npy_that_claims((2,))),
         ("npy", pickled_npy()),
+        ("npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((( "),  # its tokens never end
         ("npy", b"\x80\x04K\x01."),
         ("png", b"nonsense"),
         ("png", b""),
         ("json", b"[" * 100_000),
+        ("json", b"[1]"),
+        ("json", b"null"),
         ("txt", b"\xff\xfe\xff"),
     ],
 )

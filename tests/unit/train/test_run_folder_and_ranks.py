@@ -1,0 +1,122 @@
+"""Who may write to a run's folder, how ranks find each other and part, and W&B where it can't be reached."""
+
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import wandb
+
+from data_pipeline.errors import UserError
+from train.ranks import Ranks, closing_distributed, find_ranks
+from train.reporters import WeightsAndBiases
+from train.run_folder import RunFolder
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time(tmp_path):
+    first = RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run/lock"], stdout=subprocess.PIPE) as other:
+        first.lock.close()
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="is in use by another process: stop it first"):
+            RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
+        other.kill()
+        other.wait()
+        assert RunFolder(tmp_path / "run", "train_ldm", {}, ALONE).run_id == first.run_id
+
+
+def test_where_a_file_system_knows_no_locks_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    def refuse(file, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with caplog.at_level(logging.WARNING):
+        RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
+    assert "can't be locked" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run", "pipe:cat", "gs://bucket/run"])
+def test_a_run_is_on_a_file_system(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"must be on a file system|only local paths"):
+        RunFolder(place, "train_ldm", {}, ALONE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID"):
+        monkeypatch.setenv(name, "")  # so that what is set below is undone, too
+        monkeypatch.delenv(name)
+
+
+SEVERAL = [
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node1"},
+    {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"},
+]
+
+
+@pytest.mark.parametrize("environment", SEVERAL)
+def test_several_ranks_need_a_place_to_meet(no_launcher, monkeypatch, environment):
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: pytest.fail("it would wait for ever"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"start with torchrun, or slurm/\*\.sbatch"):
+        find_ranks()
+
+
+@pytest.mark.parametrize(("ends_with", "left"), [(None, 1), (SystemExit, 1), (UserError, 0), (RuntimeError, 0)])
+def test_the_group_is_left_in_order_but_not_after_an_error(monkeypatch, ends_with, left):
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1))
+
+    def body():
+        with closing_distributed():
+            if ends_with:
+                raise ends_with(75)
+
+    if ends_with:
+        with pytest.raises(ends_with):
+            body()
+    else:
+        body()
+    assert len(calls) == left
+
+
+@pytest.mark.parametrize("fails", ["login", "init"])
+def test_wandb_out_of_reach_is_kept_offline(tmp_path, monkeypatch, caplog, fails):
+    tried = []
+
+    def login(**ignored):
+        if fails == "login":
+            raise wandb.errors.AuthenticationError("no such key")
+        return True
+
+    def init(mode, **about):
+        tried.append((mode, about["resume"], about["id"]))
+        if mode == "online":
+            raise wandb.errors.CommError("unreachable")
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", login)
+    monkeypatch.setattr(wandb, "init", init)
+    with caplog.at_level(logging.WARNING):
+        WeightsAndBiases(tmp_path, "abc", {}, "project")
+    assert tried[-1] == ("offline", None, "abc")
+    assert "kept offline" in caplog.text
+    assert os.environ.get("WANDB_MODE") is None
