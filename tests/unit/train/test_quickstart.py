@@ -42,5 +42,6 @@ def test_a_failure_ends_the_chain_with_its_code(chain, tmp_path, capsys):
     stages[1] = Stage(stages[1].script, ["fail"])
     with pytest.raises(SystemExit) as stopped:
         run_chain(stages, tmp_path)
-    assert stopped.value.code == 1 and "two ended with code 1" in capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert "two ended with code 1" in capsys.readouterr().err
     assert ran.read_text().split() == ["one", "two"]
