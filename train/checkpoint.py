@@ -6,6 +6,7 @@
     state.json                step, samples seen, and what the run is made of
     manifest.json             bytes and sha256 of each file above
 <run>/checkpoints/latest      the name of the newest complete one
+<run>/ema_snapshots/step-00001000.safetensors    the power-function averages, where there are any
 
 Training stops for a copy into memory. A thread of each rank writes it under a temporary name and reads it back; rank
 0's waits for all parts, and then publishes by one rename.
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from data_pipeline.errors import UserError
@@ -69,13 +70,15 @@ class Checkpoints:
         if state.step == self.at:
             return
         self.finish()  # the one before, whose memory this one takes
-        pieces = copied_pieces(engine.fragments_to_save(), {**engine.tensors(), **ema.tensors()})
+        tensors = {**engine.tensors(), **ema.tensors()}
+        pieces = copied_pieces(engine.fragments_to_save(), tensors)
         about = {
             "state": state.state_dict(),
             "identity": self.identity,
             "layout": self._layout(engine),
             "engine": engine.scalars(),
             "ema": ema.scalars(),
+            "kinds": list(tensors),
             "shapes": engine.shapes,
         }
         name, self.at = f"step-{state.step:08d}", state.step
@@ -109,7 +112,23 @@ class Checkpoints:
         weights = gathered("ema", shapes, parts)
         save_file({n.removeprefix(self.weights_prefix): w for n, w in weights.items()}, writing / "ema.safetensors")
         write_atomically(writing / "state.json", json.dumps(about, indent=1).encode())
+        if kinds := [kind for kind in about["kinds"] if kind.startswith("ema_")]:
+            self._keep_snapshot(name, kinds, about["ema"], shapes, parts)
         self._publish(writing, self.folder / name, parts)
+
+    def _keep_snapshot(
+        self, name: str, kinds: list[str], scalars: dict[str, int], shapes: dict[str, list[int]], parts: list[Path]
+    ) -> None:
+        """Of the power-function averages, for good: posthoc_ema.py rebuilds others of them."""
+        tensors = {
+            f"{kind}/{n.removeprefix(self.weights_prefix)}": weights
+            for kind in kinds
+            for n, weights in gathered(kind, shapes, parts).items()
+        }
+        facts = {"kinds": ",".join(kinds), **{key: str(value) for key, value in scalars.items()}}
+        path = self.folder.parent / "ema_snapshots" / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, save(tensors, facts))
 
     def _wait_for(self, parts: list[Path]) -> None:
         deadline = time.monotonic() + PATIENCE_S

@@ -50,7 +50,11 @@ def _is_as_written(path: Path, facts: dict[str, Any]) -> bool:
 
 
 def ema_weights_path(run: Path, step: str | int = "latest") -> Path:
-    """The gathered EMA of a run at `step`, for sampling: errors say what there is."""
+    """The gathered EMA of a run at `step`, for sampling: errors say what there is. Or a file of rebuild_ema.py."""
+    if str(step).endswith(".safetensors"):
+        if not Path(step).exists():
+            raise UserError(f"step={step} is not there: make it with train/rebuild_ema.py.")
+        return Path(step)
     folder = Path(run) / "checkpoints"
     there = complete_checkpoints(folder)
     if not there:
