@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save, save_file
 from torch import Tensor
 
 from data_pipeline.errors import UserError
@@ -34,6 +33,7 @@ from train.ema import Ema
 from train.engine import Engine
 from train.fragments import copied_pieces, fill, gathered
 from train.ranks import Ranks, barrier, broadcast_object
+from train.tensor_files import save_tensors
 from train.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Checkpoints:
         writing = self.folder / f"{name}.tmp"
         writing.mkdir(parents=True, exist_ok=True)
         part = writing / _part(self.ranks.rank)
-        save_file(pieces, part)
+        save_tensors(pieces, part)
         write_atomically(_note(part), json.dumps(sync_and_digest(part)).encode())
         if not self.ranks.is_main:
             return
@@ -110,7 +110,7 @@ class Checkpoints:
         self._wait_for(parts)
         shapes = {name: shape for name, shape in about["shapes"].items() if name.startswith(self.weights_prefix)}
         weights = gathered("ema", shapes, parts)
-        save_file({n.removeprefix(self.weights_prefix): w for n, w in weights.items()}, writing / "ema.safetensors")
+        save_tensors({n.removeprefix(self.weights_prefix): w for n, w in weights.items()}, writing / "ema.safetensors")
         write_atomically(writing / "state.json", json.dumps(about, indent=1).encode())
         if kinds := [kind for kind in about["kinds"] if kind.startswith("ema_")]:
             self._keep_snapshot(name, kinds, about["ema"], shapes, parts)
@@ -128,7 +128,7 @@ class Checkpoints:
         facts = {"kinds": ",".join(kinds), **{key: str(value) for key, value in scalars.items()}}
         path = self.folder.parent / "ema_snapshots" / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, save(tensors, facts))
+        save_tensors(tensors, path, facts)
 
     def _wait_for(self, parts: list[Path]) -> None:
         deadline = time.monotonic() + PATIENCE_S

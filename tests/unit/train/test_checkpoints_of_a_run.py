@@ -154,14 +154,14 @@ def test_each_of_some_multiple_is_kept(start, steps):
 def test_training_goes_on_while_a_checkpoint_is_written(start, steps, monkeypatch):
     """What is saved is what was there when it was asked for, and the next save waits for it."""
     held, go_on = threading.Event(), threading.Event()
-    save_file = checkpoint.save_file
+    save_tensors = checkpoint.save_tensors
 
     def slow(tensors, path):
         held.set()
         assert go_on.wait(30)
-        save_file(tensors, path)
+        save_tensors(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
     run = start()
     run.save_without_waiting(10)
     assert held.wait(30)
@@ -183,7 +183,7 @@ def test_a_full_disk_is_said_at_the_next_step(start, steps, monkeypatch):
     def full(tensors, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(UserError, match=r"can't be written .*No space left on device.*: make room"):
         run.save(20)
     assert steps() == [10]
@@ -195,7 +195,7 @@ class Killed(BaseException):
     """In place of a SIGKILL: nothing after it runs."""
 
 
-CALLS = [(os, "fsync"), (os, "rename"), (Path, "replace"), (Path, "unlink"), (checkpoint, "save_file"),
+CALLS = [(os, "fsync"), (os, "rename"), (Path, "replace"), (Path, "unlink"), (checkpoint, "save_tensors"),
          (shutil, "rmtree"), (checkpoint, "write_atomically"), (Path, "mkdir")]  # fmt: skip
 
 
@@ -300,3 +300,14 @@ def test_identity_holds_what_may_not_change_on_resume():
     assert identity(lr=0.2, schedule=Schedule("cosine")) == identity()
     for changed in ({"streams": 4}, {"betas": (0.9, 0.99)}, {"eps": 1e-6}, {"weight_decay": 0.0}):
         assert identity(**changed) != identity()
+
+
+def test_files_are_for_all_whom_the_umask_lets(start):
+    run = start()
+    umask = os.umask(0o022)
+    try:
+        run.save(10)
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (run.folder / "step-00000010").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o644)
