@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """All of the file under its name, or nothing; for all to read whom the umask lets (the library: the owner alone)."""
+    """All of the file under its name, or nothing; readable as the umask says (the library: by its owner alone)."""
     writing = path.with_name(f"{path.name}.tmp")
     save_file(dict(tensors), writing, None if metadata is None else dict(metadata))
     umask = os.umask(0)
