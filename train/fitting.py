@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
+from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.checkpoint import RESUME, Checkpoints
 from train.ema import Ema
 from train.engine import Engine, EngineConfig
@@ -40,6 +41,7 @@ class Training:
     asynchronous_save: bool = True
     resume: str = "auto"
     may_change: Sequence[str] = ()
+    bad_numbers: BadNumbers = field(default_factory=BadNumbers)
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
@@ -132,9 +134,35 @@ def fit(
     actions = make_actions(engine, ema, reporter)
     cadence = Cadence(training.log_every, training.save_every)
     _say_what_runs(what, engine, training, ranks)
-    batches = recipe.loader(ranks, state.cursor)
-    Trainer(engine, ema, batches, state, checkpoints, reporter, cadence, actions, training.batch_size, what).fit()
+    watch = Watch(training.bad_numbers, ranks, run.path / "skipped.jsonl", good_step=state.step)
+    while not state.finished:
+        batches = recipe.loader(ranks, state.cursor)
+        trainer = Trainer(
+            engine, ema, batches, state, checkpoints, watch, reporter, cadence, actions, training.batch_size, what
+        )
+        try:
+            trainer.fit()
+        except NumbersWentBad as bad:
+            go_back(what, bad, watch, checkpoints, engine, ema, state)
+            reporter.rewind(state.step)
+    reporter.close()
     return engine.full_state_dict(ema.shards, prefix=weights_prefix)
+
+
+def go_back(
+    what: str, bad: NumbersWentBad, watch: Watch, checkpoints: Checkpoints, engine: Engine, ema: Ema, state: TrainState
+) -> None:
+    """To the last checkpoint before it, past the data in between; what can't be mended so is a UserError."""
+    gone_bad, rollbacks, passed_over = state.step, state.rollbacks, state.passed_over
+    remedy = "lower optimizer.lr, or look for broken values in the data (skipped.jsonl names the samples)."
+    if rollbacks >= watch.limits.max_rollbacks:
+        raise UserError(f"{bad.why}, after {rollbacks} rollbacks: {remedy}")
+    if not checkpoints.roll_back(engine, ema, state, bad.good_step):
+        raise UserError(f"{bad.why}, and no checkpoint lies before it: {remedy}")
+    state.passed_over, state.rollbacks, watch.skipped = passed_over + gone_bad - state.step, rollbacks + 1, 0
+    watch.note({"step": gone_bad, "rolled_back_to": state.step, "why": bad.why})
+    if watch.ranks.is_main:
+        print(f"{what}: {bad.why}: back to step {state.step}, past the data up to there", flush=True)
 
 
 def _say_what_runs(what: str, engine: Engine, training: Training, ranks: Ranks) -> None:

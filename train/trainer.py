@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
 from data_pipeline.samples import Batch
+from train.bad_numbers import Watch
 from train.checkpoint import Checkpoints
 from train.ema import Ema
 from train.engine import Engine, StepResult
@@ -24,7 +24,6 @@ from train.reporters import Reporter
 from train.train_state import TrainState, due
 
 log = logging.getLogger(__name__)
-MAX_SKIPPED = 100  # steps in a row
 
 
 class Action(NamedTuple):
@@ -52,6 +51,7 @@ class Trainer:
         batches: Iterable[Batch],
         state: TrainState,
         checkpoints: Checkpoints,
+        watch: Watch,
         reporter: Reporter,
         cadence: Cadence,
         actions: list[Action],
@@ -60,13 +60,17 @@ class Trainer:
     ) -> None:
         self.engine, self.ema, self.batches, self.state = engine, ema, batches, state
         self.checkpoints, self.reporter, self.cadence, self.actions = checkpoints, reporter, cadence, actions
+        self.watch = watch
         self.batch_size, self.what = batch_size, what
         self.preemption = Preemption()
         self.meter = Meter(batch_size)
 
     def fit(self) -> None:
-        """Train to the end, or to a signal: then save, and leave with preemption.EXIT_CODE."""
-        state, main, skipped_in_a_row = self.state, self.engine.ranks.is_main, 0
+        """Train to the end, or to a signal: then save, and leave with preemption.EXIT_CODE.
+
+        NumbersWentBad is raised by all ranks at once.
+        """
+        state, main = self.state, self.engine.ranks.is_main
         batches = self.meter.timed(iter(self.batches))
         with Progress(self.what, state.total_steps, "steps", initial=state.step, shown=main) as bar:
             while not state.finished:
@@ -75,15 +79,9 @@ class Trainer:
                     self.ema.update(self.engine.master_shards())
                 state.advance(result.cursor, self.batch_size, result.applied)
                 self.meter.add(result)
-                skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
-                if skipped_in_a_row >= MAX_SKIPPED:
-                    raise UserError(
-                        f"the gradients of {MAX_SKIPPED} steps in a row, up to step {state.step}, were not finite: "
-                        "lower optimizer.lr, or look for broken values in the data."
-                    )
+                self.watch.after_step(state, result)
                 bar.advance(1, **self.meter.shown)
                 self.act_when_due(bar)
-        self.reporter.close()
 
     def act_when_due(self, bar: Progress) -> None:
         """Log, then the entry's own actions (validate, preview), then save; stop where asked to.
@@ -92,7 +90,9 @@ class Trainer:
         """
         state = self.state
         if due(state.step, self.cadence.log_every, state.total_steps):
-            self.reporter.log(state.step, self.meter.summary(self.engine))
+            values = self.meter.summary(self.engine)
+            self.reporter.log(state.step, values)
+            self.watch.after_log(state.step, values["loss"])
         for action in self.actions:
             if due(state.step, action.every, state.total_steps):
                 action.run(state)
