@@ -218,6 +218,11 @@ class Engine:
                 master.data.copy_(original)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the module computes in."""
+        return DTYPES[self.config.dtype]
+
+    @property
     def shapes(self) -> dict[str, list[int]]:
         """Of the trained parameters, whole, by name."""
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._trained()}

@@ -10,6 +10,7 @@ from torch import nn
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
 from train.engine import Engine, EngineConfig
+from train.flops import counted, peak
 from train.models.unet import UNet
 from train.objectives.terms import LossTerms
 from train.optim import AdamW, Schedule
@@ -181,3 +182,13 @@ def test_fp16_is_refused_without_a_gpu():
 def test_a_network_that_can_not_be_compiled_is_said(alone):
     with pytest.raises(UserError, match="are for the U-Net"):
         Engine(Regression(), AdamW(0.1, Schedule()), EngineConfig(compile=True), alone, BATCH, 1)
+
+
+def test_a_steps_flops_are_those_of_its_products(alone):
+    """y = x W^T: 2 B n m forward; as many again for W's gradient, and none for x's."""
+    engine = made(alone, 2)
+    stream = batches(1)
+    result, flops = counted(lambda: engine.train_step(stream, 0, 10))
+    assert result.applied
+    assert flops == 2 * (2 * BATCH * 3 * 2)
+    assert peak(torch.device("cpu"), torch.float32) is None
