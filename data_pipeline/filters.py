@@ -92,7 +92,9 @@ class Columns:
 
     cost: ClassVar[int] = 0
 
-    def __init__(self, bounds: Mapping[str, Mapping[str, float]]) -> None:
+    def __init__(self, bounds: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        if not bounds:
+            raise UserError("filters.columns.bounds must be given: as filters.columns.bounds='{aesthetic: {min: 5}}'.")
         for name, pair in bounds.items():
             if not pair or set(pair) - {"min", "max"}:
                 raise UserError(f"filters.columns.bounds.{name} is not {{min: a, max: b}}: give one of them or both.")

@@ -18,7 +18,7 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import storage
+from data_pipeline import codec, storage
 from data_pipeline.aside import Aside
 from data_pipeline.entry import entry
 from data_pipeline.errors import DataError, UserError
@@ -28,15 +28,12 @@ from data_pipeline.progress import Progress
 from data_pipeline.shard_writer import IndexEntry, scan
 from data_pipeline.sources.tars import contents, inspected, tars_in
 
-KEYS = ("plain", "shard")
-AGAIN = "a key that came before (tars that all count from 0 want keys=shard)"
+AGAIN = "a key that came before (tars that all count from 0 want shard_in_keys=true)"
 Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
 @entry("index_shards")
 def main(cfg: DictConfig) -> None:
-    if cfg.keys not in KEYS:
-        raise UserError(f"keys={cfg.keys} is unknown: take one of {', '.join(KEYS)}.")
     if cfg.size < 1:
         raise UserError(f"size={cfg.size} can't be: take 1 or more.")
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}
@@ -45,13 +42,14 @@ def main(cfg: DictConfig) -> None:
     if finished(cfg.output, mark):
         print(f"index_shards: {cfg.output} is finished already")
         return
-    index = Index(cfg.output, filters, cfg.keys, Aside(0, cfg.max_aside_fraction))
-    shards, damaged, passed = [], [], 0
+    index = Index(cfg.output, filters, cfg.shard_in_keys, Aside(0, cfg.max_aside_fraction))
+    shards, damaged, passed, fetched = [], [], 0, Counter()
     with Progress("index_shards", sum(sizes.values()) // 2**20, "MiB") as bar:
         for name, size in sizes.items():
             try:
                 data = contents(storage.join(cfg.input, name))
                 entries = scan(data, storage.join(cfg.input, name))
+                fetched += fetched_by_img2dataset(storage.join(cfg.input, name), len(entries))
             except DataError as error:  # all of them are named at the end: no pass for each
                 damaged.append(str(error))
                 continue
@@ -61,7 +59,10 @@ def main(cfg: DictConfig) -> None:
             bar.advance(passed // 2**20 - bar.done, aside=str(len(index.aside.rows)))
     if damaged:
         raise DataError(f"{len(damaged)} of {len(sizes)} shards are damaged: {' '.join(damaged[:5])}")
-    index.finish([shard for shard in shards if shard.samples], {"made_from": mark, "size": cfg.size})
+    info = {"made_from": mark, "size": cfg.size} | ({"img2dataset": dict(fetched)} if fetched else {})
+    index.finish([shard for shard in shards if shard.samples], info)
+    if fetched:
+        print(f"index_shards: img2dataset fetched {fetched['successes']} of {fetched['count']}, by its own account")
 
 
 def mark_of(cfg: DictConfig, sizes: dict[str, int]) -> str:
@@ -93,12 +94,27 @@ def linked(source: str, output: str, name: str) -> str:
     return f"shards/{name}"
 
 
+def fetched_by_img2dataset(path: str, found: int) -> Counter[str]:
+    """What img2dataset wrote beside a tar of what it had listed and fetched; a tar that holds fewer is a DataError."""
+    beside = path.removesuffix(".tar") + "_stats.json"
+    if not storage.exists(beside):
+        return Counter()
+    try:
+        stats = codec.decode("json", storage.read_bytes(beside))
+        counts = Counter({name: int(stats[name]) for name in ("count", "successes")})
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{beside} is damaged: remove it, or fetch the shard again.") from error
+    if counts["successes"] > found:
+        raise DataError(f"shard {path} has {found} samples, but {beside} says {counts['successes']}: fetch it again.")
+    return counts
+
+
 class Index:
     """Takes shards one after another and accounts for each sample."""
 
-    def __init__(self, root: str, filters: Filters, keys: str, aside: Aside) -> None:
-        self.root, self.filters, self.keys, self.aside = root, filters, keys, aside
-        self.listed, self.seen = 0, KnownKeys()
+    def __init__(self, root: str, filters: Filters, shard_in_keys: bool, aside: Aside) -> None:
+        self.root, self.filters, self.shard_in_keys, self.aside = root, filters, shard_in_keys, aside
+        self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
 
     def expect(self, entries: int, whole: float) -> None:
         """`entries` more come now; a run past the cap can stop by what the `whole` will likely be of them."""
@@ -108,7 +124,7 @@ class Index:
     def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
         """Judge a shard's samples, write its .idx and what it leaves out; returns its line of the manifest."""
         first, stem = len(self.aside.rows), name.removesuffix(".tar").rpartition("/")[2]
-        prefix = f"{stem}/" if self.keys == "shard" else ""
+        prefix = f"{stem}/" if self.shard_in_keys else ""
         known = self.seen.those_known([prefix + each.key for each in entries])
         lines = []
         for sample, again in zip(ahead(lambda each: inspected(each, data), entries), known, strict=True):
@@ -122,7 +138,9 @@ class Index:
             else:
                 lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
         shard = Shard(name, len(lines), len(data), hashlib.sha256(data).hexdigest())
-        storage.write_atomically(storage.join(self.root, shard.index_name), "".join(lines).encode())
+        index = "".join(lines).encode()
+        self.digest.update(index)
+        storage.write_atomically(storage.join(self.root, shard.index_name), index)
         self.filters.save(self.root, f"{stem}.filtered")
         of_this = Aside(0, 1.0)
         of_this.rows = self.aside.rows[first:]
@@ -138,6 +156,7 @@ class Index:
                 f"filtered ({worded(aside + self.filters.counts, 3)}): mend the tars, change filters=, or raise "
                 f"max_aside_fraction={self.aside.max_fraction}."
             )
+        info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered otherwise, are another data set
         info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
         Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
         print(

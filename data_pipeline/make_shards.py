@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from array import array
 from collections import Counter
 from collections.abc import Mapping
@@ -83,7 +84,8 @@ def look_through(cfg: DictConfig, source: Source) -> tuple[str, int, int]:
     mark = hashlib.sha256(f"[{json.dumps(config, sort_keys=True)}, [".encode())
     keys, heldout, number = array("Q"), 0, -1
     for number, item in enumerate(source.items()):
-        row = json.dumps((item.key, item.caption, *getattr(item, "stamp", ())), sort_keys=True)
+        looked_at = (item.meta,) if cfg.filters else ()
+        row = json.dumps((item.key, item.caption, *getattr(item, "stamp", ()), *looked_at), sort_keys=True)
         mark.update(f"{', ' if number else ''}{row}".encode())
         keys.append(digest_of(item.key))
         heldout += is_heldout(item, number, cfg.heldout_every)
@@ -98,7 +100,7 @@ def look_through(cfg: DictConfig, source: Source) -> tuple[str, int, int]:
 
 def digest_of(key: str) -> int:
     """64 bits that stand for a key."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "little")
 
 
 def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
