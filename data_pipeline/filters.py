@@ -18,6 +18,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 
 HASH_SIDE, HASH_BITS = 8, 64
+CLEARLY = 300.0  # a third of a grey: terms that are zero, as of symmetric drawings, are not decided by rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +153,13 @@ class Duplicates:
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
-    """64 bits that scaling and compression hardly change: signs of the lowest 8 x 8 cosine terms of 32 x 32 greys,
-    against their median."""
+    """64 bits that scaling and compression hardly change: which of the lowest 8 x 8 cosine terms of 32 x 32 greys lie
+    clearly over their median."""
     side = 4 * HASH_SIDE
     grey = np.asarray(Image.fromarray(pixels).convert("L").resize((side, side), Image.Resampling.BOX), np.float64)
     waves = np.cos(np.pi / side * np.outer(np.arange(HASH_SIDE), np.arange(side) + 0.5))
-    terms = np.round(waves @ grey @ waves.T, 3).ravel()  # rounded: of one colour, all but the first are zero
-    bits = terms > np.median(terms[1:])
+    terms = (waves @ grey @ waves.T).ravel()
+    bits = terms > np.median(terms[1:]) + CLEARLY
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
