@@ -8,6 +8,7 @@ import itertools
 import json
 import mmap
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.shard_writer import IndexEntry, scan
 from data_pipeline.sources.tars import contents, inspected, tars_in
 
-AGAIN = "a key that came before (tars that all count from 0 want shard_in_keys=true)"
+AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=true"
 Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
@@ -42,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     if finished(cfg.output, mark):
         print(f"index_shards: {cfg.output} is finished already")
         return
-    index = Index(cfg.output, filters, cfg.shard_in_keys, Aside(0, cfg.max_aside_fraction))
+    index = Index(cfg.output, filters, cfg.shard_in_keys, cfg.max_aside_fraction)
     shards, damaged, passed, fetched = [], [], 0, Counter()
     with Progress("index_shards", sum(sizes.values()) // 2**20, "MiB") as bar:
         for name, size in sizes.items():
@@ -53,9 +54,10 @@ def main(cfg: DictConfig) -> None:
             except DataError as error:  # all of them are named at the end: no pass for each
                 damaged.append(str(error))
                 continue
-            passed += size
-            index.expect(len(entries), sum(sizes.values()) / passed)
             shards.append(index.add(linked(cfg.input, cfg.output, name), data, entries))
+            passed += size
+            if not damaged:
+                index.refuse_past_the_cap(sum(sizes.values()) / passed)
             bar.advance(passed // 2**20 - bar.done, aside=str(len(index.aside.rows)))
     if damaged:
         raise DataError(f"{len(damaged)} of {len(sizes)} shards are damaged: {' '.join(damaged[:5])}")
@@ -112,17 +114,15 @@ def fetched_by_img2dataset(path: str, found: int) -> Counter[str]:
 class Index:
     """Takes shards one after another and accounts for each sample."""
 
-    def __init__(self, root: str, filters: Filters, shard_in_keys: bool, aside: Aside) -> None:
-        self.root, self.filters, self.shard_in_keys, self.aside = root, filters, shard_in_keys, aside
+    def __init__(self, root: str, filters: Filters, shard_in_keys: bool, max_aside_fraction: float) -> None:
+        self.root, self.filters, self.shard_in_keys = root, filters, shard_in_keys
+        self.max_fraction = max_aside_fraction
+        self.aside = Aside(sys.maxsize, 1.0)  # it only counts: how many are listed is known at the end
         self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
-
-    def expect(self, entries: int, whole: float) -> None:
-        """`entries` more come now; a run past the cap can stop by what the `whole` will likely be of them."""
-        self.listed += entries
-        self.aside.listed = round(self.listed * whole)
 
     def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
         """Judge a shard's samples, write its .idx and what it leaves out; returns its line of the manifest."""
+        self.listed += len(entries)
         first, stem = len(self.aside.rows), name.removesuffix(".tar").rpartition("/")[2]
         prefix = f"{stem}/" if self.shard_in_keys else ""
         known = self.seen.those_known([prefix + each.key for each in entries])
@@ -142,20 +142,28 @@ class Index:
         self.digest.update(index)
         storage.write_atomically(storage.join(self.root, shard.index_name), index)
         self.filters.save(self.root, f"{stem}.filtered")
-        of_this = Aside(0, 1.0)
+        of_this = Aside(sys.maxsize, 1.0)
         of_this.rows = self.aside.rows[first:]
         of_this.save(self.root, stem)
         return shard
 
-    def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
-        """Check the cap on what there was, write the manifest, and say what became of each sample."""
-        aside, processed = Counter(summary(self.aside.rows)), sum(shard.samples for shard in shards)
-        if len(self.aside.rows) > self.aside.max_fraction * self.listed or not processed:
+    def refuse_past_the_cap(self, whole: float = 1.0) -> None:
+        """Stop where more is set aside than may be of all samples: `whole` times those that were listed so far."""
+        listed, aside = round(self.listed * whole), len(self.aside.rows)
+        if aside > self.max_fraction * listed:
             raise DataError(
-                f"{len(self.aside.rows)} of {self.listed} samples can't be used and {self.filters.counts.total()} are "
-                f"filtered ({worded(aside + self.filters.counts, 3)}): mend the tars, change filters=, or raise "
-                f"max_aside_fraction={self.aside.max_fraction}."
+                f"{aside} of {'about ' if whole > 1 else ''}{listed} samples can't be used "
+                f"({worded(summary(self.aside.rows), 3)}): mend the tars, or raise "
+                f"max_aside_fraction={self.max_fraction}."
             )
+
+    def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
+        """Write the manifest, and say what became of each sample."""
+        self.refuse_past_the_cap()
+        aside, processed = summary(self.aside.rows), sum(shard.samples for shard in shards)
+        if not processed:
+            why = worded(aside + self.filters.counts, 3) or "the tars are empty"
+            raise UserError(f"not one of {self.listed} samples is left ({why}): check input= and filters=.")
         info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered otherwise, are another data set
         info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
         Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
@@ -193,14 +201,16 @@ class KnownKeys:
             hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys
         )
         numbers = np.frombuffer(digests, np.uint64)
-        unique, firsts = np.unique(numbers, return_index=True)
+        firsts = np.unique(numbers, return_index=True)[1]
         known = np.ones(len(numbers), bool)
         known[firsts] = False
         for run in self.runs:
-            known |= np.isin(numbers, run)
+            known |= run[np.searchsorted(run, numbers).clip(max=len(run) - 1)] == numbers
+        unique = np.unique(numbers[~known])
         while self.runs and len(self.runs[-1]) <= len(unique):
             unique = np.union1d(unique, self.runs.pop())
-        self.runs.append(unique)
+        if len(unique):
+            self.runs.append(unique)
         return known
 
 

@@ -125,12 +125,14 @@ class Tars:
     def _item(path: str, stem: str, number: int, entry: IndexEntry, data: bytes | mmap.mmap) -> SourceItem:
         key = f"{stem}_{number:06d}"
         picture = next((name for name in entry.members if name in codec.IMAGES), None)
+        facts, caption, absent = {}, None, ""
         try:
             facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n in ("txt", "json")}
-            absent = without_picture(entry, facts).reason if picture is None else ""
             caption = readable(codec.caption_in(facts)) or None
+            if picture is None and (without := without_picture(entry, facts)).absent:
+                absent = without.reason
         except DataError:
-            facts, caption, absent = {}, None, "" if picture else "missing picture"
+            pass  # without a caption it is set aside
         meta = (facts.get("json") or {}) | {"original_key": entry.key}
         place = entry.members[picture] if picture else Member(0, 0)
         load, sides = functools.partial(square_in, path, place), functools.partial(sides_in, path, place)
