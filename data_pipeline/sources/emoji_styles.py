@@ -52,10 +52,12 @@ class Style:
         return next((name for name in known if name in self.icons), None)
 
     def svg(self, icon: str) -> str:
-        """A drawing as a file of its own."""
+        """A drawing as a file of its own, in the middle of a square."""
         facts = self.icons[icon]
         width, height = facts.get("width", self.sides[0]), facts.get("height", self.sides[1])
-        box = f'viewBox="{facts.get("left", 0)} {facts.get("top", 0)} {width} {height}"'
+        side = max(width, height)
+        left, top = facts.get("left", 0) - (side - width) / 2, facts.get("top", 0) - (side - height) / 2
+        box = f'viewBox="{left:g} {top:g} {side} {side}"'
         body = facts["body"]
         if facts.get("hFlip"):
             body = f'<g transform="translate({width} 0) scale(-1 1)">{body}</g>'
