@@ -66,7 +66,9 @@ class EpochPlan:
             raise UserError(
                 f"batch_size={global_batch_size} is not a multiple of data.streams={streams}: change one of them."
             )
+        self.arguments = (self.sizes, seed, global_batch_size, streams, window_shards, shuffle, overlap)
         self.per_step = global_batch_size // streams
+        self.windows_made = 0
         self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
         # A stream only goes forward, so one window and one epoch's borders of each are all that is worth keeping.
         self._current: dict[int, Window] = {}
@@ -127,6 +129,7 @@ class EpochPlan:
         held = self._current.get(stream)
         if held is None or held[:2] != (epoch, number):
             held = self._current[stream] = self._make_window(stream, epoch, number)
+            self.windows_made += 1
         return held
 
     def _rng(self, *position: int) -> np.random.Generator:

@@ -28,8 +28,8 @@ class DataCursor:
 class Batch:
     """One micro-batch of a rank: whole streams, one after another, `len(keys) // len(streams)` samples each.
 
-    tensors: field name -> (B, ...), float32 or int64; for latents `moments` (B, 2C, h, w) and what to condition on, as
-    `text` (B, T, D); for image-text `image` (B, 3, H, W) in [-1, 1].
+    tensors: field name -> (B, ...), as they are stored until `to` makes them float32 or int64; for latents `moments`
+    (B, 2C, h, w) and what to condition on, as `text` (B, T, D); for image-text `image` (B, 3, H, W) in [-1, 1].
     """
 
     keys: tuple[str, ...]
@@ -44,8 +44,15 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device` (asynchronously where they are pinned)."""
-        return replace(self, tensors={k: v.to(device, non_blocking=True) for k, v in self.tensors.items()})
+        """The same batch in float32 and int64 on `device`: copied there (asynchronously where pinned) as it is stored,
+        which is half as much, and widened there, which changes no value."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors.items()}
+        return replace(self, tensors={name: widened(value) for name, value in moved.items()})
+
+
+def widened(value: Tensor) -> Tensor:
+    """Numbers of any width as float32 or int64."""
+    return value.float() if value.is_floating_point() else value.long()
 
 
 @dataclass(frozen=True, slots=True)

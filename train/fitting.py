@@ -96,7 +96,9 @@ class Recipe:
     def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:
         """From an entry's configuration by hydra's instantiate; what doesn't fit together is refused."""
         data = build(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed)
-        order = {name: cfg.data[name] for name in ("streams", "window_shards", "shuffle") if name in cfg.data}
+        order = {
+            name: cfg.data[name] for name in ("streams", "window_shards", "shuffle", "overlap") if name in cfg.data
+        }
         recipe = cls(build(cfg.training).over(ranks.world_size), build(cfg.optimizer), build(cfg.engine), data, order)
         recipe.check(ranks)
         return recipe

@@ -1,0 +1,64 @@
+"""A batch's arrays, copied once: from where they lie in their shards to where the batch has them, in the same dtype."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.shard_writer import IndexEntry
+
+BFLOAT16 = np.dtype("V2")  # how a .npy holds it, as numpy has none
+COPIED = {*map(np.dtype, ("f2", "f4", "f8", "u1", "i1", "i2", "i4", "i8")), BFLOAT16}
+
+
+class Layout(NamedTuple):
+    """What all arrays of a field have in common: the bytes before their values, dtype and shape."""
+
+    header: bytes
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, data: bytes) -> Layout | None:
+        """Of a .npy that can be decoded; None for values that a tensor can't hold as they are written."""
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+        plain = dtype in COPIED and dtype.isnative and (not fortran_order or len(shape) < 2)
+        return cls(data[: file.tell()], dtype, shape) if plain else None
+
+
+def stacked(member: str, layout: Layout, found: Sequence[tuple[np.ndarray, IndexEntry]], pinned: bool) -> Tensor | None:
+    """(B, *shape) of a member of B samples, each the bytes of its shard and its entry; None where one of them is not
+    written as `layout` says."""
+    values, tensor = empty((len(found), *layout.shape), layout.dtype, pinned)
+    begin = len(layout.header)
+    row_bytes = math.prod(layout.shape) * layout.dtype.itemsize
+    rows = values.reshape(-1).view(np.uint8).reshape(len(found), row_bytes)
+    for row, (data, entry) in zip(rows, found, strict=True):
+        offset, size = entry.members.get(member, (0, 0))
+        if size != begin + row_bytes or data[offset : offset + begin].tobytes() != layout.header:
+            return None
+        row[:] = data[offset + begin : offset + size]
+    return tensor
+
+
+def empty(shape: Sequence[int], dtype: np.dtype, pinned: bool) -> tuple[np.ndarray, Tensor]:
+    """The same memory as array and as tensor. numpy asks for huge pages, which torch does not on a CPU: a new batch of
+    tens of MB would else cost a page fault each 4 KiB, ten times the copying."""
+    wide = np.dtype("i2") if dtype == BFLOAT16 else dtype
+    if pinned:
+        kind = torch.from_numpy(np.empty(0, wide)).dtype
+        tensor = torch.empty(tuple(shape), dtype=kind, pin_memory=True)
+        values = tensor.numpy()
+    else:
+        values = np.empty(tuple(shape), wide)
+        tensor = torch.from_numpy(values)
+    return values, tensor.view(torch.bfloat16) if dtype == BFLOAT16 else tensor
