@@ -1,0 +1,88 @@
+"""What an epoch plan of 10^5 shards and 10^8 samples costs: to start, to seek, to go on; and its manifest.
+
+    python benchmarks/plan.py output=/tmp/plan_benchmark repetitions=7
+
+Memory is what the process grew by, at its peak. Each repetition has a plan of its own and seeks to random steps.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.epoch_plan import EpochPlan
+from data_pipeline.manifest import Manifest, Shard
+
+SHARDS, PER_SHARD = 100_000, 1000
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed(make: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what it gives."""
+    began = time.perf_counter()
+    made = make()
+    return time.perf_counter() - began, made
+
+
+def line(what: str, seconds: list[float]) -> None:
+    low, middle, high = (1000 * f(seconds) for f in (min, statistics.median, max))
+    print(f"{what:52s} {middle:9.2f} ms ({low:.2f} - {high:.2f})")
+
+
+def plans(streams: int, own: range, repetitions: int) -> None:
+    """Of a rank that has the streams `own` of all, 8 samples a step each."""
+    sizes, random = [PER_SHARD] * SHARDS, np.random.default_rng(0)
+    before, far = peak_mb(), 10 * SHARDS * PER_SHARD // (8 * streams)
+    starts, seeks, steps = [], [], []
+    for _ in range(repetitions):
+        start, plan = timed(lambda: EpochPlan(sizes, 1, 8 * streams, streams))
+        first, _ = timed(lambda plan=plan: plan.step(0, own))
+        starts.append(start + first)
+        for step in random.integers(0, far, 3).tolist():
+            seeks.append(timed(lambda plan=plan, step=step: plan.step(step, own))[0])
+            steps.append(timed(lambda plan=plan, step=step: plan.step(step + 1, own))[0])
+    print(f"\n{streams} streams, {len(own)} of them here; memory grew by {peak_mb() - before:.0f} MB")
+    line("start, and the first step", starts)
+    line("seek to a random step of ten epochs", seeks)
+    line("the step after it", steps)
+
+
+def manifests(root: Path, repetitions: int) -> None:
+    """Writing, reading, and a look at each file (of no bytes here)."""
+    shards = tuple(Shard(f"shards/{i:06d}.tar", PER_SHARD, 0, f"{i:064x}") for i in range(SHARDS))
+    Manifest("latents", shards, {"moments.npy": {}, "json": {}}).save(root)
+    (root / "shards").mkdir(exist_ok=True)
+    for shard in shards:
+        (root / shard.name).touch()
+    before = peak_mb()
+    loads, checks = [], []
+    for _ in range(repetitions):
+        seconds, manifest = timed(lambda: Manifest.load(root))
+        loads.append(seconds)
+        checks.append(timed(lambda manifest=manifest: manifest.check_shards(root))[0])
+    size = (root / "manifest.json").stat().st_size / 2**20
+    print(f"\nmanifest.json of {size:.0f} MB; memory grew by {peak_mb() - before:.0f} MB")
+    line("load", loads)
+    line("look at each shard's size", checks)
+
+
+def main(output: str, repetitions: str = "7") -> None:
+    print(f"{SHARDS} shards of {PER_SHARD} samples; median (least - most) of {repetitions} repetitions")
+    plans(64, range(8), int(repetitions))
+    plans(1024, range(8), int(repetitions))
+    plans(1024, range(1024), int(repetitions))
+    manifests(Path(output), int(repetitions))
+
+
+if __name__ == "__main__":
+    main(**dict(argument.split("=", 1) for argument in sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""The ids of every global batch over three epochs, at 1 to 8 ranks and 0 to 3 workers; few shards, and none."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline import loader
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.loader import Loader
+from data_pipeline.manifest import Manifest
+from data_pipeline.samples import Batch
+from data_pipeline.shard_writer import ShardWriter
+
+SIZES = [9, 0, 17, 4, 11, 30, 1, 25, 8, 13, 2, 7, 19]  # an odd number of shards, one of them empty: 146 samples
+BATCH, STREAMS = 24, 24
+STEPS = 19  # 456 samples, three epochs and a little
+REAL = [(1, 0, 1), (2, 1, 3), (8, 7, 3)]  # ranks, rank, workers
+
+
+def write_latents(root: Path, sizes: list[int]) -> str:
+    shards, number = [], 0
+    for i, size in enumerate(sizes):
+        writer = ShardWriter()
+        for _ in range(size):
+            moments = np.full((8, 2, 2), number, np.float16)
+            writer.add(f"{number:04d}", {"moments.npy": moments, "json": {"caption": f"picture {number}"}})
+            number += 1
+        shards.append(writer.publish(root, f"shards/{i:06d}.tar"))
+    Manifest("latents", tuple(shards), {"moments.npy": {}, "json": {}}).save(root)
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_latents(tmp_path_factory.mktemp("set"), SIZES)
+
+
+def batches(root: str, ranks: int, rank: int, workers: int, steps: int = STEPS, **how: Any) -> list[Batch]:
+    how = {"window_shards": 2} | how
+    return list(itertools.islice(Loader(root, BATCH, STREAMS, 5, rank, ranks, num_workers=workers, **how), steps))
+
+
+def ids(parts: list[Batch]) -> list[list[str]]:
+    return [[f"{key} {caption}" for key, caption in zip(part.keys, part.captions, strict=True)] for part in parts]
+
+
+@pytest.fixture(scope="module")
+def alone(latents: str) -> list[list[str]]:
+    return ids(batches(latents, 1, 0, 0))
+
+
+class WorkersHere:
+    """Workers' shares of the streams, made in turns in this process."""
+
+    def __init__(self, make: Any, count: int, ahead: int) -> None:
+        self.made = [make(worker, count) for worker in range(count)]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return zip(*self.made, strict=True)
+
+
+def test_each_id_once_an_epoch(latents: str) -> None:
+    """The epochs' ends are the streams' own: counted there, each id comes exactly once."""
+    plan = Loader(latents, BATCH, STREAMS, 5, window_shards=2).plan
+    keys = [part.keys for part in batches(latents, 1, 0, 0)]
+    for epoch in range(3):
+        came: Counter[str] = Counter()
+        for stream in range(STREAMS):
+            positions = range(plan.stream_start(stream, epoch), plan.stream_start(stream, epoch + 1))
+            came.update(keys[position][stream] for position in positions)
+        assert set(came.values()) == {1}
+        assert len(came) == sum(SIZES)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_ranks_and_workers_change_no_global_batch(
+    latents: str, alone: list[list[str]], ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "Workers", WorkersHere)
+    of_ranks = [ids(batches(latents, ranks, rank, workers)) for rank in range(ranks)]
+    assert [list(itertools.chain(*step)) for step in zip(*of_ranks, strict=True)] == alone
+
+
+@pytest.mark.parametrize(("ranks", "rank", "workers"), REAL)
+def test_so_do_worker_processes(latents: str, alone: list[list[str]], ranks: int, rank: int, workers: int) -> None:
+    own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    parts = batches(latents, ranks, rank, workers)
+    assert ids(parts) == [step[own] for step in alone]
+    for part in parts:
+        assert part.tensors["moments"][:, 0, 0, 0].tolist() == [float(key) for key in part.keys]
+
+
+@pytest.mark.timeout(60)
+def test_one_shard_for_eight_ranks(tmp_path: Path) -> None:
+    root = write_latents(tmp_path, [50])
+    whole = ids(batches(root, 1, 0, 0, 10))
+    of_ranks = [ids(batches(root, 8, rank, 0, 10)) for rank in range(8)]
+    assert [list(itertools.chain(*step)) for step in zip(*of_ranks, strict=True)] == whole
+    assert len(set(itertools.chain(*whole))) == 50
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0]])
+def test_a_set_without_samples_is_refused(tmp_path: Path, sizes: list[int]) -> None:
+    with pytest.raises(DataError, match="holds no samples"):
+        Loader(write_latents(tmp_path, sizes), 8, 8, world_size=8)
+
+
+@pytest.mark.timeout(60)
+def test_fewer_samples_than_streams_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"5 samples can't fill 8 streams: set data\.streams=5"):
+        Loader(write_latents(tmp_path, [5, 0]), 8, 8, world_size=8)
