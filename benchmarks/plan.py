@@ -7,6 +7,7 @@ Memory is what the process grew by, at its peak. Each repetition has a plan of i
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import statistics
 import sys
@@ -57,13 +58,17 @@ def plans(streams: int, own: range, repetitions: int) -> None:
     line("the step after it", steps)
 
 
-def manifests(root: Path, repetitions: int) -> None:
-    """Writing, reading, and a look at each file (of no bytes here)."""
+def write_manifest(root: Path) -> None:
+    """And its shards, which are empty files."""
     shards = tuple(Shard(f"shards/{i:06d}.tar", PER_SHARD, 0, f"{i:064x}") for i in range(SHARDS))
     Manifest("latents", shards, {"moments.npy": {}, "json": {}}).save(root)
     (root / "shards").mkdir(exist_ok=True)
     for shard in shards:
         (root / shard.name).touch()
+
+
+def manifests(root: Path, repetitions: int) -> None:
+    """Reading it, and comparing its shards' sizes with those of the files."""
     before = peak_mb()
     loads, checks = [], []
     for _ in range(repetitions):
@@ -76,12 +81,20 @@ def manifests(root: Path, repetitions: int) -> None:
     line("look at each shard's size", checks)
 
 
+def alone(function: Callable[..., None], *arguments: Any) -> None:
+    """In a process of its own, whose peak of memory is its own."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+
+
 def main(output: str, repetitions: str = "7") -> None:
-    print(f"{SHARDS} shards of {PER_SHARD} samples; median (least - most) of {repetitions} repetitions")
-    plans(64, range(8), int(repetitions))
-    plans(1024, range(8), int(repetitions))
-    plans(1024, range(1024), int(repetitions))
-    manifests(Path(output), int(repetitions))
+    print(f"{SHARDS} shards of {PER_SHARD} samples; median (least - most) of {repetitions} repetitions", flush=True)
+    alone(plans, 64, range(8), int(repetitions))
+    alone(plans, 1024, range(8), int(repetitions))
+    alone(plans, 1024, range(1024), int(repetitions))
+    alone(write_manifest, Path(output))
+    alone(manifests, Path(output), int(repetitions))
 
 
 if __name__ == "__main__":

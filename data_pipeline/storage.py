@@ -84,6 +84,16 @@ def files(path: str | Path, ending: str) -> list[str]:
     return sorted(name for name in names if name.endswith(ending))
 
 
+def sizes(path: str | Path) -> dict[str, int]:
+    """Bytes of each file directly below, by name, from one listing; none if `path` does not exist."""
+    if is_s3(path):
+        listed = _s3().ls(str(path), detail=True, refresh=True) if exists(path) else []
+        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed if entry["type"] == "file"}
+    if not os.path.isdir(path):
+        return {}
+    return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """All of it under its name, or nothing: temporary file, fsync, rename. An S3 put is atomic by itself."""
     if is_s3(path):
