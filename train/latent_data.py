@@ -40,20 +40,31 @@ class LatentFacts:
         shapes = {
             name.removesuffix(".npy"): field["shape"] for name, field in manifest.fields.items() if "shape" in field
         }
-        latents = manifest.info["latents"]
-        if scaling_factor is not None:
-            channels = len(latents["mean"])
-            latents = {"mean": [0.0] * channels, "std": [1.0 / scaling_factor] * channels}
-        facts = cls(
+        return cls.checked(
             shapes,
-            latents["mean"],
-            latents["std"],
+            manifest.info["latents"],
             fold,
+            scaling_factor,
             dict(manifest.fingerprints),
             manifest.info.get("conditions", {}),
             load(storage.read_bytes(storage.join(root, "null.safetensors"))),
             codebook_of(root),
         )
+
+    @classmethod
+    def checked(
+        cls,
+        shapes: Mapping[str, Sequence[int]],
+        latents: Mapping[str, Any],  # "mean" and "std" as measured
+        fold: int,
+        scaling_factor: float | None,
+        *more: Any,
+    ) -> LatentFacts:
+        """With the one factor in place of what was measured, if it is given; a fold that does not fit is refused."""
+        if scaling_factor is not None:
+            channels = len(latents["mean"])
+            latents = {"mean": [0.0] * channels, "std": [1.0 / scaling_factor] * channels}
+        facts = cls(shapes, latents["mean"], latents["std"], fold, *more)
         _, h, w = facts.latent_shape
         if h % fold or w % fold:
             raise UserError(f"fold={fold} does not divide latents of {h}x{w}: choose one that does.")

@@ -1,4 +1,4 @@
-"""Train the cross-attention U-Net on latent shards through DeepSpeed: compose, build, fit."""
+"""Train the cross-attention U-Net on latent or image-text shards through DeepSpeed: compose, build, fit."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from train.latent_data import LatentFacts
 from train.models.attention import attention_backend
 from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
+from train.online_latents import OnlineLatents, first_batches
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
@@ -56,10 +57,17 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     refuse_unfit(process, make_objective.keywords["parameterization"])
     sampler = instantiate(cfg.sampler)
     sampler.times(process, sampler.steps)  # refuses steps that there can't be
-    latents = Manifest.load(f"{cfg.input}/train", "latents")
-    recipe = Recipe.of(cfg, instantiate, ranks)
-    autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
-    facts = scaled_as_known(cfg, LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold, cfg.scaling_factor))
+    data = Manifest.load(f"{cfg.input}/train")
+    recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
+    if data.kind == "latents":
+        autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
+        facts = LatentFacts.of(f"{cfg.input}/train", data, cfg.fold, cfg.scaling_factor)
+    else:
+        online = OnlineLatents.of(config, instantiate, ranks.device)
+        pictures = first_batches(recipe.make_loader, cfg.training.batch_size, cfg.measured_on, data.samples)
+        autoencoder, facts = online.image, online.facts(pictures, cfg.fold, cfg.scaling_factor)
+        recipe, read = dataclasses.replace(recipe, make_loader=online.loader(recipe.make_loader)), online.read(read)
+    facts = scaled_as_known(cfg, facts)
     refuse_other_encoders(facts, config, autoencoder)
     torch.manual_seed(cfg.seed)
     network = build_network(config, facts, instantiate)
@@ -70,7 +78,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     if ranks.is_main:
         print(f"attention: {attention_used(network.unet, DTYPES[cfg.engine.dtype], ranks)}", flush=True)
     averaged = copy.deepcopy(network).to(ranks.device, DTYPES[cfg.engine.dtype]).eval().requires_grad_(False)
-    heldout = instantiate(cfg.read, root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
+    heldout = read(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
         if ranks.is_main:  # only now is it certain that this run may go on in this folder
@@ -84,7 +92,9 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
             return action
 
         validation = HeldoutLoss(objective, averaged, heldout, ranks, reporter)
-        preview = Preview(cfg, objective, averaged, autoencoder, facts, run, reporter) if autoencoder else None
+        preview = (
+            Preview(cfg, objective, averaged, autoencoder, facts, run, reporter, read) if cfg.preview_every else None
+        )
         return [
             Action(cfg.validate_every, with_averaged_weights(validation.measure)),
             Action(cfg.preview_every, with_averaged_weights(preview.draw) if preview else lambda state: None),
@@ -96,7 +106,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         "network.",
         recipe,
         run,
-        identity(config, latents),
+        identity(config, data, facts),
         actions,
     )
     if ranks.is_main:
@@ -151,13 +161,14 @@ def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
     return dataclasses.replace(facts, mean=known.mean, std=known.std)
 
 
-def identity(config: dict[str, Any], latents: Manifest) -> dict[str, Any]:
-    """What a resumed run must have in common with its checkpoint."""
+def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict[str, Any]:
+    """What a resumed run must have in common with its checkpoint; latents' encoders are part of their fingerprint."""
     same = {
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
-    return {"data": latents.fingerprint, "streams": config["data"]["streams"], **same}
+    encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
+    return {"data": data.fingerprint, **encoders, "streams": config["data"]["streams"], **same}
 
 
 def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:
@@ -178,6 +189,7 @@ class Preview:
         facts: LatentFacts,
         run: RunFolder,
         reporter: Reporter,
+        read: Callable[..., list[dict[str, Any]]],
     ) -> None:
         self.run, self.reporter, self.seed = run, reporter, cfg.seed
         self.guidance, self.sampler = instantiate(cfg.guidance, _convert_="all"), instantiate(cfg.sampler)
@@ -192,7 +204,7 @@ class Preview:
             device,
         )
         count = cfg.preview_samples
-        samples = instantiate(cfg.read, root=f"{cfg.input}/train", limit=count * 8)[::8][:count]
+        samples = read(root=f"{cfg.input}/train", limit=count * 8)[::8][:count]
         self.asked = Asked(collated(samples), [sample["caption"] for sample in samples])
 
     def draw(self, state: TrainState) -> None:
