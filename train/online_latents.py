@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class OnlineLatents:
         wanted = {k: v for name in config["conditioning"] for k, v in CONDITIONS[name].items()}
         needed = ["autoencoder", *(["clip"] if wanted else [])]
         for name in needed:
-            if config[name].get("path", "") in (None, "none"):
+            if "path" in config[name] and Path(config[name]["path"] or "none").name == "none":
                 raise UserError(f"input= holds pictures, which must be encoded: add {name}.path=....")
         image, text = (
             frozen(build(config[name]), device) if name in needed else None for name in ("autoencoder", "clip")

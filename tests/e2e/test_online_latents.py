@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from synthetic import metric_rows, run
 
+from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_writer import ShardWriter
 from train.models.autoencoder import AutoencoderKL
 from train.models.clip import CLIP
+from train.online_latents import OnlineLatents
 from train.weights.saved import save_model
 
 FIRST_STAGE = {
@@ -94,16 +97,15 @@ def test_a_run_on_pictures_is_drawn_from_as_any_other(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("more", "sentence"),
+    ("changed", "sentence"),
     [
-        (["conditioning=[label]"], "can't be made of image-text shards while training"),
-        (["clip.path=none"], r"add clip.path="),
-        (["autoencoder.path=none"], r"add autoencoder.path="),
+        ({"conditioning": {"text": {}, "label": {}}}, r"conditioning=\[label\] can't be made of image-text shards"),
+        ({"clip": {"path": "/somewhere/none"}}, r"add clip\.path="),
+        ({"clip": {"path": None}}, r"add clip\.path="),
+        ({"autoencoder": {"path": "none"}}, r"add autoencoder\.path="),
     ],
 )
-def test_mistakes(folder: Path, tmp_path: Path, more: list[str], sentence: str) -> None:
-    encoders = [f"autoencoder.path={folder}/autoencoder", f"clip.path={folder}/clip"]
-    arguments = [f"input={folder}/shards", f"output={tmp_path}/run", *encoders, *SETTINGS, *more]
-    done = run("train/train_ldm.py", *arguments, check=False)
-    assert done.returncode == 2
-    assert sentence in done.stderr
+def test_what_can_not_be_encoded_online_is_refused(changed: dict[str, Any], sentence: str) -> None:
+    config = {"conditioning": {"text": {}}, "autoencoder": {"path": "a"}, "clip": {"path": "b"}} | changed
+    with pytest.raises(UserError, match=sentence):
+        OnlineLatents.of(config, lambda *_, **__: pytest.fail("nothing is built"), torch.device("cpu"))
