@@ -164,9 +164,7 @@ def test_what_is_no_layout_or_hole_is_said(asked):
 
 def test_an_unknown_class_gets_the_nearest_names():
     label = Label(classes=[f"thing {i}" for i in range(30)] + ["grinning face"])
-    with pytest.raises(
-        UserError, match=r"class grining face is unknown here: take one of grinning.*another of 31"
-    ):
+    with pytest.raises(UserError, match=r"class grining face is unknown here: take one of grinning.*another of 31"):
         label.numbers(["grining face"])
 
 
