@@ -105,10 +105,19 @@ def claim(root: str, made_of: dict[str, str]) -> None:
         storage.write_atomically(path, json.dumps(made_of, indent=1).encode())
 
 
+def refuse_other_layout(places: Places) -> None:
+    """An output that holds a set for each bucket, where one set is wanted, or the other way round."""
+    other = places._replace(bucketed=not places.bucketed)
+    if storage.exists(storage.join(other.notes, "precompute.json")):
+        how = "buckets" if other.bucketed else "one size"
+        raise UserError(f"{places.output} was begun with {how}: give those sizes, or choose another output=.")
+
+
 def encode_split(split: Split, worker: Worker = Worker(), stop: Callable[[], bool] = lambda: False) -> None:  # noqa: B008
     """Encode the shards that are missing, then write constants and manifests. Stopped: asked to, before all is done."""
     source, places = split.source, split.places
     made_of = identity(source, split.encoders, split.reader.sizes, split.reader.base)
+    refuse_other_layout(places)
     claim(places.notes, made_of)
     if storage.exists(places.last):
         print(f"{split.title}: {places.notes} is finished already")
