@@ -60,19 +60,24 @@ def work(images: str, output: str, number: int, workers: int, ready: Event, go: 
     encode_split(split, Worker(number, workers), lambda: stop.asked)
 
 
-def started(images: str, output: object, number: int = 0, workers: int = 1, go: Event | None = None) -> BaseProcess:
-    """A process that is about to encode, or waits for `go` with all else done."""
+def started(images: str, output: object, number: int = 0, workers: int = 1) -> BaseProcess:
+    """A process that is encoding."""
+    process, go = prepared(images, output, number, workers)
+    go.set()
+    return process
+
+
+def prepared(images: str, output: object, number: int, workers: int) -> tuple[BaseProcess, Event]:
+    """A process that has all that it needs, and encodes when its event is set. No two share one: a killed process
+    can take the event's lock with it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "data_pipeline.encode_split", "train.models.autoencoder"])
-    ready = context.Event()
-    if go is None:
-        go = context.Event()
-        go.set()
+    ready, go = context.Event(), context.Event()
     process = context.Process(target=work, args=(images, str(output), number, workers, ready, go), daemon=True)
     process.start()
     if not ready.wait(60):
         raise AssertionError("the process did not come up")
-    return process
+    return process, go
 
 
 def finished(process: BaseProcess, code: int = 0) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +87,18 @@ def test_killed_at_random_moments_and_started_again(
     assert hits == KILLS
 
 
+def at_once(images: str, output: Path, count: int) -> list[BaseProcess]:
+    """Workers that begin at the same time."""
+    workers = [precompute_process.prepared(images, output, i, count) for i in range(count)]
+    for _, go in workers:
+        go.set()
+    return [worker for worker, _ in workers]
+
+
 def test_four_workers_make_what_one_makes(
     images: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
-    go = multiprocessing.get_context("forkserver").Event()
-    workers = [precompute_process.started(images, tmp_path / "four", i, 4, go) for i in range(4)]
-    go.set()
+    workers = at_once(images, tmp_path / "four", 4)
     for worker in workers:
         precompute_process.finished(worker)
     assert contents(tmp_path / "four") == undisturbed[0]
@@ -101,9 +107,7 @@ def test_four_workers_make_what_one_makes(
 def test_the_share_of_a_killed_worker_is_made_by_the_others(
     images: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
-    go = multiprocessing.get_context("forkserver").Event()
-    workers = [precompute_process.started(images, tmp_path / "three", i, 3, go) for i in range(3)]
-    go.set()
+    workers = at_once(images, tmp_path / "three", 3)
     workers[1].kill()
     for worker in (workers[0], workers[2]):
         precompute_process.finished(worker)
