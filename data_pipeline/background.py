@@ -28,7 +28,9 @@ class Ahead(Generic[T]):
         try:
             for item in items:
                 if not self._put((item, None)):
-                    return
+                    break
+            if hasattr(items, "close"):
+                items.close()  # here: a generator's own threads end with it
             self._put((END, None))
         except BaseException as error:  # also what is no Exception must not leave the taker waiting
             self._put((END, error))

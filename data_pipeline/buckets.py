@@ -76,16 +76,16 @@ def parsed(name: str) -> Sides:
 
 
 def automatic(size: int, step: int, widest: float = 2.0) -> tuple[Sides, ...]:
-    """All sizes of sides that are multiples of `step`, of the largest area up to size^2, no side over `widest` times
-    the other."""
+    """For each short side the longest other one, in multiples of `step`: of no more area than size^2, but of more than
+    half of it, and at most `widest` times the short side."""
     if size < step:
         raise UserError(f"size={size} is less than bucket_step={step}: raise one or lower the other.")
-    found = set()
+    found = {(size // step * step,) * 2}
     for short in range(step, size + 1, step):
-        long = size * size // short // step * step
-        if short <= long <= widest * short:
+        long = int(min(size * size / short, widest * short)) // step * step
+        if long >= short and 2 * short * long > size * size:
             found |= {(short, long), (long, short)}
-    return tuple(sorted(found | {(size // step * step,) * 2}))
+    return tuple(sorted(found))
 
 
 def fitted(pixels: np.ndarray, sides: Sides) -> Fitted:
