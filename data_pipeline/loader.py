@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import mmap
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -134,6 +137,7 @@ class Loader:
         parts = _StreamParts(self)
         if not self.num_workers:
             return (batch for part in parts for batch in self._micro_batches([part]))
+        _kill_workers_at_exit()
         loader = DataLoader(
             parts,
             batch_size=None,
@@ -180,6 +184,12 @@ def _ignore_requests_to_stop(worker: int) -> None:
     """A signal to the process group reaches workers, too: they must go on, for the run to save and to end them."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@functools.cache
+def _kill_workers_at_exit() -> None:
+    """Python asks its children by a TERM, which they ignore, and would wait for them without end."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
 
 
 class _StreamParts(IterableDataset):

@@ -70,10 +70,10 @@ requeue() {
     if ((restarts >= limit)); then
         complain "stopped after $restarts restarts (MAX_RESTARTS=$limit):" \
             "submit the same line again to go on."
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "job $SLURM_JOB_ID: back into the queue (restart $((restarts + 1)) of at most $limit)"
-        exit 0
     else
+        # Said first: Slurm may end this shell before the next line.
+        echo "job $SLURM_JOB_ID: back into the queue (restart $((restarts + 1)) of at most $limit)"
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
         complain "Slurm did not take the job back: submit the same line again to go on."
     fi
     exit "$START_ME_AGAIN"

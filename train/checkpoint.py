@@ -1,91 +1,159 @@
-"""Checkpoints that can't be torn: written under a temporary name by all ranks, checksummed, read back, then renamed.
+"""Checkpoints that can't be torn, that any number of ranks can load, and that training does not wait for.
 
 <run>/checkpoints/step-00001000/
-    engine/                   DeepSpeed's partitions: weights, moments
-    ema-rank-00000.safetensors  each rank's part of the EMA
+    part-00000.safetensors    each rank's pieces of the parameters: weights, moments, EMA (fragments.py)
     ema.safetensors           the EMA gathered, by the module's own names: what sampling and export read
     state.json                step, samples seen, and what the run is made of
     manifest.json             bytes and sha256 of each file above
 <run>/checkpoints/latest      the name of the newest complete one
+<run>/ema_snapshots/step-00001000.safetensors    the power-function averages, where there are any
+
+Training stops for a copy into memory. A thread of each rank writes it under a temporary name and reads it back; rank
+0's waits for all parts, and then publishes by one rename.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.errors import UserError
 from data_pipeline.storage import sync_folder, write_atomically
+from train.checkpoint_files import complete_checkpoints, newest_intact, published, sync_and_digest
 from train.ema import Ema
 from train.engine import Engine
+from train.fragments import copied_pieces, fill, gathered
 from train.ranks import Ranks, barrier, broadcast_object
+from train.tensor_files import save_tensors
 from train.train_state import TrainState
 
 log = logging.getLogger(__name__)
 RESUME = ("auto", "must", "never")
+PATIENCE_S = 1800.0  # for the slowest rank's part
 
 
 class Checkpoints:
     """All checkpoints of a run. Every method is called by all ranks.
 
-    identity: what may not change between a checkpoint and the run that goes on from it, by name.
+    identity: what may not change between a checkpoint and the run that goes on from it, by name, but for `may_change`.
+    keep: how many of the newest; keep_every: besides those, each whose step is a multiple of it.
     """
 
     def __init__(
-        self, folder: Path, ranks: Ranks, identity: dict[str, Any], weights_prefix: str, keep: int = 2
+        self,
+        folder: Path,
+        ranks: Ranks,
+        identity: dict[str, Any],
+        weights_prefix: str,
+        keep: int = 2,
+        keep_every: int | None = None,
+        asynchronous: bool = True,
+        may_change: tuple[str, ...] = (),
     ) -> None:
         self.folder, self.ranks, self.identity = folder, ranks, identity
-        self.weights_prefix, self.keep = weights_prefix, keep
+        self.weights_prefix, self.keep, self.keep_every = weights_prefix, keep, keep_every
+        self.asynchronous, self.may_change = asynchronous, may_change
         self.at: int | None = None  # the step last saved or resumed from
+        self.writing: _Writing | None = None
 
     def save(self, engine: Engine, ema: Ema, state: TrainState) -> None:
-        """Publish the present state as step-<step>; the one before stays until this one is whole."""
+        """Take the present state as step-<step>; the one before stays until this one is whole."""
         if state.step == self.at:
             return
-        final = self.folder / f"step-{state.step:08d}"
-        writing = self.folder / f"{final.name}.tmp"
-        if self.ranks.is_main:
-            shutil.rmtree(writing, ignore_errors=True)  # what a killed run left
-            writing.mkdir(parents=True)
-        barrier()
-        engine.save(writing)
-        save_file(ema.tensors(), writing / _ema_part(self.ranks.rank))
-        weights = engine.full_state_dict(ema.shards, prefix=self.weights_prefix)
-        if self.ranks.is_main:
-            save_file(weights, writing / "ema.safetensors")
-            saved = {"state": state.state_dict(), "identity": self.identity, "layout": self._layout(engine)}
-            write_atomically(writing / "state.json", json.dumps(saved, indent=1).encode())
-        barrier()  # every rank has written its part
-        if self.ranks.is_main:
-            self._publish(writing, final)
-        barrier()
-        self.at = state.step
+        self.finish()  # the one before, whose memory this one takes
+        tensors = {**engine.tensors(), **ema.tensors()}
+        pieces = copied_pieces(engine.fragments_to_save(), tensors)
+        about = {
+            "state": state.state_dict(),
+            "identity": self.identity,
+            "layout": self._layout(engine),
+            "engine": engine.scalars(),
+            "ema": ema.scalars(),
+            "kinds": list(tensors),
+            "shapes": engine.shapes,
+        }
+        name, self.at = f"step-{state.step:08d}", state.step
+        self.writing = _Writing(lambda: self._write(name, pieces, about))
+        if not self.asynchronous:
+            self.finish()
 
-    def _publish(self, writing: Path, final: Path) -> None:
-        self._refuse_missing_parts(writing)
-        files = {str(p.relative_to(writing)): _sync_and_digest(p) for p in sorted(writing.rglob("*")) if p.is_file()}
+    def finish(self) -> None:
+        """Wait for what this rank has to do for the last save. What went wrong with it is raised here."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.join()
+            writing.raise_if_failed()
+
+    def raise_if_failed(self) -> None:
+        """At once, rather than at the next save."""
+        if self.writing is not None:
+            self.writing.raise_if_failed()
+
+    def _write(self, name: str, pieces: dict[str, Tensor], about: dict[str, Any]) -> None:
+        writing = self.folder / f"{name}.tmp"
+        writing.mkdir(parents=True, exist_ok=True)
+        part = writing / _part(self.ranks.rank)
+        save_tensors(pieces, part)
+        write_atomically(_note(part), json.dumps(sync_and_digest(part)).encode())
+        if not self.ranks.is_main:
+            return
+        parts = [writing / _part(rank) for rank in range(self.ranks.world_size)]
+        self._wait_for(parts)
+        shapes = {name: shape for name, shape in about["shapes"].items() if name.startswith(self.weights_prefix)}
+        weights = gathered("ema", shapes, parts)
+        save_tensors({n.removeprefix(self.weights_prefix): w for n, w in weights.items()}, writing / "ema.safetensors")
+        write_atomically(writing / "state.json", json.dumps(about, indent=1).encode())
+        if kinds := [kind for kind in about["kinds"] if kind.startswith("ema_")]:
+            self._keep_snapshot(name, kinds, about["ema"], shapes, parts)
+        self._publish(writing, self.folder / name, parts)
+
+    def _keep_snapshot(
+        self, name: str, kinds: list[str], scalars: dict[str, int], shapes: dict[str, list[int]], parts: list[Path]
+    ) -> None:
+        """Of the power-function averages, for good: posthoc_ema.py rebuilds others of them."""
+        tensors = {
+            f"{kind}/{n.removeprefix(self.weights_prefix)}": weights
+            for kind in kinds
+            for n, weights in gathered(kind, shapes, parts).items()
+        }
+        facts = {"kinds": ",".join(kinds), **{key: str(value) for key, value in scalars.items()}}
+        path = self.folder.parent / "ema_snapshots" / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_tensors(tensors, path, facts)
+
+    def _wait_for(self, parts: list[Path]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        for rank, part in enumerate(parts):
+            while not _note(part).exists():
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{part.parent} lacks the part of rank {rank}: output= must be on a file system that all "
+                        "nodes share, and that rank alive."
+                    )
+                time.sleep(0.01)
+
+    def _publish(self, writing: Path, final: Path, parts: list[Path]) -> None:
+        files = {part.name: json.loads(_note(part).read_text()) for part in parts}
+        for path in (writing / "ema.safetensors", writing / "state.json"):
+            files[path.name] = sync_and_digest(path)
         write_atomically(writing / "manifest.json", json.dumps(files, indent=1).encode())
-        for inner in (p for p in writing.rglob("*") if p.is_dir()):
-            sync_folder(inner)
+        for part in parts:
+            _note(part).unlink()
+        sync_folder(writing)
         os.rename(writing, final)
         write_atomically(self.folder / "latest", final.name.encode())  # syncs the folder, and so the rename
         for old in complete_checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
-
-    def _refuse_missing_parts(self, writing: Path) -> None:
-        missing = [r for r in range(self.ranks.world_size) if not (writing / _ema_part(r)).exists()]
-        if missing:
-            raise UserError(
-                f"{writing} lacks the part of rank {missing[0]}: output= must be on a file system that all nodes share."
-            )
+            if not (self.keep_every and _step_of(old) % self.keep_every == 0):
+                shutil.rmtree(old)
 
     def resume(self, how: str, engine: Engine, ema: Ema, state: TrainState) -> bool:
         """Go on from the newest intact checkpoint, as `how` asks; true if there was one."""
@@ -101,42 +169,83 @@ class Checkpoints:
             raise UserError(
                 f"resume=must, but {self.folder} has no intact checkpoint: check output=, or use resume=auto."
             )
-        if not found:
-            return False
-        path = Path(found)
-        saved = json.loads((path / "state.json").read_text())
-        self._refuse_what_differs(saved, engine)
-        engine.load(path)
-        ema.load_tensors(load_file(path / _ema_part(self.ranks.rank)))
+        if found:
+            saved = json.loads((Path(found) / "state.json").read_text())
+            self._refuse_what_differs(saved)
+            self.load(Path(found), saved, engine, ema, state)
+        if self.ranks.is_main:
+            self._remove_newer(found)
+        barrier()  # nobody writes before that
+        return bool(found)
+
+    def load(self, path: Path, saved: dict[str, Any], engine: Engine, ema: Ema, state: TrainState) -> None:
+        """Weights, moments, EMA and state, wherever the ranks that saved them had them."""
+        if saved["layout"] != self._layout(engine) and self.ranks.is_main:
+            log.warning("%s was saved with %s: its parts are dealt anew", path, _spelled(saved["layout"]))
+        parts = [path / _part(rank) for rank in range(saved["layout"]["ranks"])]
+        own = self.ranks.rank % len(parts)  # the same layout finds all that it needs there
+        tensors = {**engine.tensors(), **ema.tensors()}
+        fill(engine.fragments(), tensors, [parts[own], *parts[:own], *parts[own + 1 :]])
+        engine.after_loading(saved["engine"])
+        ema.load_scalars(saved["ema"])
         state.load_state_dict(saved["state"])
         barrier()  # every rank has what it needs
-        if self.ranks.is_main:
-            self._remove_newer(path)
         self.at = state.step
-        return True
 
     def _look(self) -> tuple[str, bool]:
         """The newest intact checkpoint ("": none), and whether there is any, be it damaged."""
         return str(newest_intact(self.folder) or ""), bool(published(self.folder))
 
-    def _remove_newer(self, than: Path) -> None:
+    def _remove_newer(self, than: str) -> None:
         """Damaged ones and what killed saves left: this run comes to their steps again."""
-        write_atomically(self.folder / "latest", than.name.encode())
-        for newer in [p for p in self.folder.glob("step-*") if p.name > than.name]:
-            log.warning("removing %s: the run goes on from %s", newer, than.name)
+        name = Path(than).name if than else ""
+        if name:
+            write_atomically(self.folder / "latest", name.encode())
+        for newer in [p for p in self.folder.glob("step-*") if p.name > name]:
+            log.warning("removing %s: the run goes on from %s", newer, name or "the start")
             shutil.rmtree(newer)
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
-        config = engine.config
-        return {"ranks": self.ranks.world_size, "zero_stage": config.zero_stage, "dtype": config.dtype}
+        return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}
 
-    def _refuse_what_differs(self, saved: dict[str, Any], engine: Engine) -> None:
-        now = _flat({**self.identity, **self._layout(engine)})
-        before = _flat({**saved["identity"], **saved["layout"]})
-        differing = [name for name in sorted(now | before) if now.get(name) != before.get(name)]
-        if differing:
-            what = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in differing)
-            raise UserError(f"can't resume from {self.folder}: {what}. Restore that, or start in another output=.")
+    def _refuse_what_differs(self, saved: dict[str, Any]) -> None:
+        now, before = _flat(self.identity), _flat(saved["identity"])
+        differing = {
+            name: f"{name} was {before.get(name)} and is {now.get(name)}"
+            for name in sorted(now | before)
+            if now.get(name) != before.get(name)
+        }
+        refused = [what for name, what in differing.items() if name not in self.may_change]
+        if refused:
+            raise UserError(
+                f"can't resume from {self.folder}: {'; '.join(refused)}. Restore that, start in another output=, or "
+                f"name what may change: training.may_change=[{','.join(n for n in differing)}]."
+            )
+        if differing and self.ranks.is_main:
+            log.warning("going on although %s (training.may_change)", "; ".join(differing.values()))
+
+
+class _Writing(threading.Thread):
+    """A save on its way. A daemon: a process that fails does not wait for it."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        super().__init__(daemon=True, name="checkpoint")
+        self.write, self.error = write, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.write()
+        except BaseException as error:  # raised by raise_if_failed
+            self.error = error
+        finally:
+            del self.write  # and the copy that it holds
+
+    def raise_if_failed(self) -> None:
+        if isinstance(self.error, OSError):
+            raise UserError(f"the checkpoint can't be written ({self.error}): make room, and start again to go on.")
+        if self.error is not None:
+            raise self.error
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,69 +256,18 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def published(folder: Path) -> list[Path]:
-    """All that was ever renamed to its final name, whatever became of it since; oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
+def _spelled(layout: dict[str, Any]) -> str:
+    return f"{layout['ranks']} rank(s) and ZeRO stage {layout['zero_stage']}"
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return [p for p in published(folder) if (p / "manifest.json").exists()]
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
-def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file is as its manifest says; damaged ones are named in the log."""
-    for path in reversed(complete_checkpoints(folder)):
-        damage = damaged_files(path)
-        if not damage:
-            return path
-        log.warning("checkpoint %s is damaged (%s); trying the one before", path, ", ".join(damage))
-    return None
+def _part(rank: int) -> str:
+    return f"part-{rank:05d}.safetensors"
 
 
-def damaged_files(path: Path, only: Sequence[str] | None = None) -> list[str]:
-    """Files of a checkpoint (`only` these) that are missing or not what was written."""
-    try:
-        expected = json.loads((path / "manifest.json").read_text())
-    except ValueError:
-        return ["manifest.json"]
-    names = expected if only is None else only
-    return [name for name in names if not _is_as_written(path / name, expected[name])]
-
-
-def _is_as_written(path: Path, facts: dict[str, Any]) -> bool:
-    return path.exists() and path.stat().st_size == facts["bytes"] and _digest(path) == facts["sha256"]
-
-
-def ema_weights_path(run: Path, step: str | int = "latest") -> Path:
-    """The gathered EMA of a run at `step`, for sampling: errors say what there is."""
-    folder = Path(run) / "checkpoints"
-    there = complete_checkpoints(folder)
-    if not there:
-        raise UserError(f"{run} holds no checkpoint: give the output= of a train_ldm.py run that has saved one.")
-    if step == "latest":
-        chosen = there[-1]
-    else:
-        chosen = folder / f"step-{step:0>8}"
-        if chosen not in there:
-            steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in there)
-            raise UserError(f"{run} has no checkpoint of step {step}: there are {steps}.")
-    damage = damaged_files(chosen, ("ema.safetensors",))
-    if damage:
-        raise DataError(f"{chosen / damage[0]} is damaged: take another step= of this run, or train it again.")
-    return chosen / "ema.safetensors"
-
-
-def _ema_part(rank: int) -> str:
-    return f"ema-rank-{rank:05d}.safetensors"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_and_digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+def _note(part: Path) -> Path:
+    """Written when the part is, with its digest."""
+    return part.with_suffix(".json")

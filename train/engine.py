@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
+from train.fragments import Fragment
 from train.optim import AdamW, set_lr
 from train.ranks import Ranks
 
@@ -159,7 +160,7 @@ class Engine:
             shards = getattr(self.zero, name, None)  # stage 3; stages 1 and 2; stage 1 in bf16
             if shards:
                 return list(shards)
-        return [p for p in self.module.parameters() if p.requires_grad]
+        return [p for _, p in self._trained()]
 
     @torch.no_grad()
     def full_state_dict(self, shards: Sequence[Tensor] | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -192,18 +193,74 @@ class Engine:
             for master, original in zip(masters, kept, strict=True):
                 master.data.copy_(original)
 
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's own state below `folder`; every rank writes its part. Publishing it is checkpoint.py's."""
-        self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the trained parameters, whole, by name."""
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._trained()}
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote, at the same world size and ZeRO stage."""
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine")
-        if path is None:
-            raise UserError(f"{folder} holds no engine state: remove this checkpoint to use the one before.")
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank's master shards are pieces of, padding left out."""
+        if self.config.zero_stage == 0:
+            return [Fragment(name, 0, p.numel(), i, 0) for i, (name, p) in enumerate(self._trained())]
+        if self.config.zero_stage == 3:
+            return [f for name, p in self._trained() if (f := self._fragment_at_stage_3(name, p)).length > 0]
+        found = []
+        for name, parameter in self._trained():
+            if (mapping := parameter._hp_mapping) is not None:  # None: all of it is other ranks'
+                whole, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+                found.append(Fragment(name, whole.start, whole.numel, mapping.param_group_index, flat.start))
+        return found
+
+    def _fragment_at_stage_3(self, name: str, parameter: nn.Parameter) -> Fragment:
+        """Each parameter is cut evenly over the ranks, the last part padded."""
+        shard, offset, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        start = self.ranks.rank * length
+        return Fragment(name, start, min(length, parameter.ds_numel - start), shard, offset)
+
+    def fragments_to_save(self) -> list[Fragment]:
+        """Those that no other rank saves. Without ZeRO all ranks hold all, and take turns."""
+        if self.config.zero_stage:
+            return self.fragments()
+        return [f for i, f in enumerate(self.fragments()) if i % self.ranks.world_size == self.ranks.rank]
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Master weights and Adam's moments of this rank, by kind, cut alike."""
+        masters = self.master_shards()
+        states = [self._adam_state(master) for master in masters]
+        return {"weight": masters, **{kind: [state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq")}}
+
+    def _adam_state(self, master: Tensor) -> dict[str, Tensor]:
+        """As torch makes it at the first step, which may not have been."""
+        state = getattr(self.zero, "optimizer", self.zero).state[master]
+        if "exp_avg" not in state:
+            step = torch.zeros((), device=master.device)
+            state.update(step=step, exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
+        return state
+
+    def scalars(self) -> dict[str, float]:
+        """What is saved beside `tensors`, the same on all ranks."""
+        return {"adam_step": max(float(self._adam_state(master)["step"]) for master in self.master_shards())}
+
+    @torch.no_grad()
+    def after_loading(self, scalars: dict[str, float]) -> None:
+        """`tensors` have been filled: set the rest, and the weights that the module computes with. Collective."""
+        for master in self.master_shards():
+            self._adam_state(master)["step"].fill_(scalars["adam_step"])
+        if self.config.zero_stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.config.zero_stage == 3:
+            self.zero._partition_all_parameters()
+            for group in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            if persistent := self.zero.persistent_parameters:
+                persistent[0].all_gather(persistent)
 
 
 def _quieten() -> None:
     """DeepSpeed's warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")  # its calls
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

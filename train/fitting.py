@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,14 @@ class Training:
     batch_size: int
     accumulation: int = 1
     ema_decay: float = 0.999
+    power_ema: Sequence[float] = ()  # sigma_rel of each power-function average
     log_every: int = 50
     save_every: int | None = 1000
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    asynchronous_save: bool = True
     resume: str = "auto"
+    may_change: Sequence[str] = ()
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
@@ -99,7 +103,8 @@ class Recipe:
         training, optimizer = self.training, self.optimizer
         moments = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
         batch = {"batch_size": training.batch_size, "accumulation": training.accumulation}
-        return {**batch, **self.data_order, "optimizer": moments}
+        averages = {"ema_decay": training.ema_decay, "power_ema": list(training.power_ema)}
+        return {**batch, **self.data_order, **averages, "optimizer": moments, "dtype": self.engine.dtype}
 
 
 def fit(
@@ -114,10 +119,13 @@ def fit(
     """Train to the end, from a checkpoint where there is one. Returns the EMA weights, whole, on every rank."""
     ranks, training = run.ranks, recipe.training
     engine = Engine(objective, recipe.optimizer, recipe.engine, ranks, training.batch_size, training.accumulation)
-    ema = Ema(engine.master_shards(), training.ema_decay)
+    ema = Ema(engine.master_shards(), training.ema_decay, training.power_ema)
     state = TrainState(training.steps, run_id=run.run_id)
     identity = {**recipe.identity, **identity}
-    checkpoints = Checkpoints(run.checkpoints, ranks, identity, weights_prefix, training.keep_checkpoints)
+    checkpoints = Checkpoints(
+        run.checkpoints, ranks, identity, weights_prefix, training.keep_checkpoints, training.keep_every,
+        training.asynchronous_save, tuple(training.may_change),
+    )  # fmt: skip
     if checkpoints.resume(training.resume, engine, ema, state) and ranks.is_main:
         print(f"{what}: resumed from step {state.step} of {training.steps}", flush=True)
     reporter = run.reporters(state.step, training.wandb_project)

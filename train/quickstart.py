@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -30,6 +31,14 @@ class Stage:
     @property
     def name(self) -> str:
         return Path(self.script).stem
+
+    @property
+    def command(self) -> list[str]:
+        return [self.script, *self.arguments]
+
+    def note(self, output: Path) -> Path:
+        """Written when it has finished."""
+        return output / "finished" / f"{self.name}.json"
 
 
 def stages(output: str, extra: DictConfig) -> list[Stage]:
@@ -56,30 +65,38 @@ def main(cfg: DictConfig) -> None:
     names = [stage.name for stage in chain]
     if cfg.only is not None and cfg.only not in names:
         raise UserError(f"only={cfg.only} is no stage: take one of {', '.join(names)}.")
-    seconds, anew = {}, False
+    notes = run_chain(chain, Path(cfg.output), cfg.only)
+    if cfg.only is None:
+        summarise(Path(cfg.output), notes)
+
+
+def run_chain(chain: Sequence[Stage], output: Path, only: str | None = None) -> dict[str, dict[str, Any]]:
+    """Each stage's note, in order, up to `only`; those that have finished before are skipped."""
+    notes = {}
     for number, stage in enumerate(chain, 1):
-        place = f"[{number}/{len(chain)}]"
-        before = None if anew else finished_before(stage, Path(cfg.output))
-        anew = before is None  # what comes after it works on what it makes
-        if before is not None:
+        note, place = finished_before(stage, output), f"[{number}/{len(chain)}]"
+        if note is None:
+            for later in chain[number - 1 :]:  # they work on what it makes
+                later.note(output).unlink(missing_ok=True)
+            note = run_stage(stage, output, place)
+        else:
             print(f"{place} {stage.name}: finished before", flush=True)
-        seconds[stage.name] = run_stage(stage, Path(cfg.output), place) if before is None else before
-        if stage.name == cfg.only:
-            return
-    summarise(Path(cfg.output), seconds)
+        notes[stage.name] = note
+        if stage.name == only:
+            break
+    return notes
 
 
-def finished_before(stage: Stage, output: Path) -> float | None:
-    """The seconds that the same command took, if it has finished."""
-    note = output / "finished" / f"{stage.name}.json"
-    before = json.loads(note.read_text()) if note.exists() else {}
-    return before["seconds"] if before.get("command") == [stage.script, *stage.arguments] else None
+def finished_before(stage: Stage, output: Path) -> dict[str, Any] | None:
+    """What was noted when the same command finished: its seconds, and the peak of its memory."""
+    path = stage.note(output)
+    note = json.loads(path.read_text()) if path.exists() else {}
+    return note if note.get("command") == stage.command else None
 
 
-def run_stage(stage: Stage, output: Path, place: str) -> float:
-    """Run it, and note that it has finished; returns the seconds it takes."""
-    note = output / "finished" / f"{stage.name}.json"
-    command = [stage.script, *stage.arguments]
+def run_stage(stage: Stage, output: Path, place: str) -> dict[str, Any]:
+    """Run it, and note that it has finished."""
+    command = stage.command
     typed = " ".join(part if all(c not in part for c in " '[]") else f'"{part}"' for part in command)
     print(f"\n{place} python {typed}", flush=True)
     started = time.monotonic()
@@ -87,12 +104,13 @@ def run_stage(stage: Stage, output: Path, place: str) -> float:
     if code:
         print(f"quickstart: {stage.name} ended with code {code}; mend it and start again to go on", file=sys.stderr)
         sys.exit(code)
-    seconds = time.monotonic() - started
-    write_atomically(note, json.dumps({"command": command, "seconds": seconds}).encode())
-    return seconds
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of this stage, or of one before it
+    note = {"command": command, "seconds": time.monotonic() - started, "peak_memory_gb": peak}
+    write_atomically(stage.note(output), json.dumps(note).encode())
+    return note
 
 
-def summarise(output: Path, seconds: dict[str, float]) -> None:
+def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:
     """The demo's figures in one place: <output>/summary.json, and on the terminal."""
     autoencoder = json.loads((output / "autoencoder/config.json").read_text())
     clip = json.loads((output / "clip/config.json").read_text())
@@ -108,9 +126,9 @@ def summarise(output: Path, seconds: dict[str, float]) -> None:
         "clip_train_retrieval_top1": clip["train_retrieval_top1"],
         "clip_heldout_retrieval_top5": clip["heldout_retrieval_top5"],
         "heldout_loss": heldout[-1],
-        "minutes": {name: round(value / 60, 2) for name, value in seconds.items()},
-        "minutes_in_all": round(sum(seconds.values()) / 60, 1),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+        "minutes": {name: round(note["seconds"] / 60, 2) for name, note in notes.items()},
+        "minutes_in_all": round(sum(note["seconds"] for note in notes.values()) / 60, 1),
+        "peak_memory_gb": round(max(note["peak_memory_gb"] for note in notes.values()), 2),
     }
     write_atomically(output / "summary.json", json.dumps(summary, indent=1).encode())
     print(f"\nquickstart: done, {summary['minutes_in_all']} minutes in all, peak memory {summary['peak_memory_gb']} GB")

@@ -110,13 +110,25 @@ def refuse_other_encoders(facts: LatentFacts, config: dict[str, Any], autoencode
         encoder = facts.fingerprints["text_encoder"]
         raise UserError(f"clip.path must be given: {encoder} made what is conditioned on; add clip.path=....")
     mark = autoencoder.fingerprint if autoencoder else saved_fingerprint(config["autoencoder"].get("path"))
-    facts.refuse_other_encoders(mark, saved_fingerprint(path) if needed else None)
+    facts.refuse_other_encoders(mark, text_fingerprint(config["clip"]) if needed else None)
+
+
+def text_fingerprint(clip: dict[str, Any]) -> str | None:
+    """Of the text encoder at clip.path, which is loaded where its folder does not tell; None for clip.path=none."""
+    path = clip["path"]
+    if Path(path).name == "none":
+        return None
+    if not Path(path).exists():
+        raise UserError(f"clip.path={path} is not there: give the text encoder, or clip.path=none to train without it.")
+    return saved_fingerprint(path) or instantiate(clip).fingerprint
 
 
 def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
     """A U-Net to start from knows latents at one scale: its own run's, or the one factor of a published model."""
     if cfg.start_from is None:
         return facts
+    if not Path(cfg.start_from).exists():
+        raise UserError(f"start_from={cfg.start_from} is not there: give a run, a diffusers folder, or a single file.")
     if not storage.exists(storage.join(cfg.start_from, "latents.json")):
         if cfg.scaling_factor is None:
             raise UserError(

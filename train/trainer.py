@@ -19,7 +19,7 @@ from train.checkpoint import Checkpoints
 from train.ema import Ema
 from train.engine import Engine, StepResult
 from train.preemption import Preempted, Preemption
-from train.ranks import mean_over_ranks
+from train.ranks import barrier, mean_over_ranks
 from train.reporters import Reporter
 from train.train_state import TrainState, due
 
@@ -97,10 +97,13 @@ class Trainer:
             if due(state.step, action.every, state.total_steps):
                 action.run(state)
                 self.meter.restart_clock()
-        if state.finished or due(state.step, self.cadence.save_every):
+        self.checkpoints.raise_if_failed()
+        if state.finished:
+            self._save_and_wait()
+        elif due(state.step, self.cadence.save_every):
             self._save()
         if not state.finished and self.preemption.agreed(state.step, self.engine.ranks.device):
-            self._save()
+            self._save_and_wait()
             bar.note(f"stopped by a signal after step {state.step}; the checkpoint is saved, start again to go on")
             self.reporter.close()
             raise Preempted
@@ -108,6 +111,12 @@ class Trainer:
     def _save(self) -> None:
         self.checkpoints.save(self.engine, self.ema, self.state)
         self.meter.restart_clock()
+
+    def _save_and_wait(self) -> None:
+        """Until it is published: then any rank may leave."""
+        self._save()
+        self.checkpoints.finish()
+        barrier()
 
 
 class Meter:

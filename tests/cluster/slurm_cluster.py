@@ -157,10 +157,9 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process' own, without a Slurm it may itself run under."""
-        outer = {
-            k: v for k, v in os.environ.items() if not re.match(r"(SLURM|SBATCH|SRUN|RANK$|WORLD_SIZE$|MASTER_)", k)
-        }
+        """This process' own, without a Slurm it may itself run under and what the launch decides."""
+        decided = r"(SLURM|SBATCH|SRUN|RANK$|WORLD_SIZE$|MASTER_|OMP_NUM_THREADS)"
+        outer = {k: v for k, v in os.environ.items() if not re.match(decided, k)}
         return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __enter__(self) -> Cluster:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
 from synthetic import (
     NO_ENCODERS,
     ROOT,
@@ -73,11 +76,68 @@ def test_killed_after_step_30_of_60_and_resumed(latents: Path, undisturbed: Path
     assert (output / last).read_bytes() == (undisturbed / last).read_bytes()
 
 
+def test_random_ranks_killed_at_random_moments(latents: Path, tmp_path: Path) -> None:
+    """Each time one rank of two, wherever it is: loading, training, saving. KILLS=20 for as many of them."""
+    settings = [*SETTINGS, "training.steps=200", "training.save_every=10", f"input={latents}"]
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
+    run("train/train_ldm.py", *settings, f"output={undisturbed}", ranks=2)
+    moments = random.Random(7)
+    for _ in range(int(os.environ.get("KILLS", "4"))):
+        process = subprocess.Popen(
+            command("train/train_ldm.py", *settings, f"output={output}", ranks=2), cwd=ROOT, env=environment(),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(moments.uniform(1, 14))
+        ranks = [p for p in psutil.Process(process.pid).children() if "train_ldm.py" in p.cmdline()[1]]
+        if ranks:
+            moments.choice(ranks).kill()
+            process.wait(60)  # torchrun takes the other down
+        kill_with_children(process) if process.poll() is None else None
+    run("train/train_ldm.py", *settings, f"output={output}", ranks=2)
+    assert losses(output) == losses(undisturbed)
+    last = "checkpoints/step-00000200"
+    for name in ("ema.safetensors", "part-00000.safetensors", "part-00001.safetensors"):
+        assert (output / last / name).read_bytes() == (undisturbed / last / name).read_bytes()
+
+
+def test_gone_on_with_at_other_ranks_and_stages(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Each part of the run at another world size or ZeRO stage: the same samples and noise, weights to rounding."""
+    output = tmp_path / "run"
+    arguments = [f"input={latents}", f"output={output}", *SETTINGS]
+    for ranks, stage, steps in ((1, 0, 15), (2, 2, 30), (4, 3, 45), (2, 2, 60)):
+        done = run(
+            "train/train_ldm.py", *arguments, f"engine=zero{stage}", f"training.steps={steps}", ranks=ranks
+        )  # fmt: skip
+        assert steps == 15 or f"resumed from step {steps - 15} of {steps}" in done.stdout
+    assert "was saved with 4 rank(s) and ZeRO stage 3: its parts are dealt anew" in done.stderr
+    expected = [float.fromhex(loss) for _, loss in sorted(losses(undisturbed).items())]
+    got = [float.fromhex(loss) for _, loss in sorted(losses(output).items())]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    last = "checkpoints/step-00000060/ema.safetensors"
+    weights, reference = load_file(output / last), load_file(undisturbed / last)
+    for name, value in reference.items():
+        np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_in_bf16_every_bit_of_weights_and_moments_is_restored(latents: Path, tmp_path: Path, stage: int) -> None:
+    settings = [
+        *SETTINGS, f"input={latents}", f"engine=zero{stage}", "engine.dtype=bf16", "training.save_every=6",
+    ]  # fmt: skip
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run("train/train_ldm.py", *settings, f"output={straight}", "training.steps=12")
+    run("train/train_ldm.py", *settings, f"output={stopped}", "training.steps=6")
+    run("train/train_ldm.py", *settings, f"output={stopped}", "training.steps=12")
+    assert losses(stopped) == losses(straight)
+    part = "checkpoints/step-00000012/part-00000.safetensors"
+    assert (stopped / part).read_bytes() == (straight / part).read_bytes()
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(latents: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = [f"input={latents}", f"output={output}", *SETTINGS, "training.save_every=4"]
     run("train/train_ldm.py", *arguments, "training.steps=8")
-    with (output / "checkpoints/step-00000008/ema-rank-00000.safetensors").open("r+b") as file:
+    with (output / "checkpoints/step-00000008/part-00000.safetensors").open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\xff\xff\xff\xff")
     done = run("train/train_ldm.py", *arguments, "training.steps=10")
@@ -91,7 +151,7 @@ def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: P
     kept = (undisturbed / "config.yaml").read_bytes()
     cases = [
         ([f"output={undisturbed}", "seed=1"], "seed was 0 and is 1"),
-        ([f"output={undisturbed}"], "ranks was 2 and is 1"),
+        ([f"output={undisturbed}", "engine.dtype=bf16"], "dtype was fp32 and is bf16"),
         ([f"output={undisturbed}", "unet.norm_groups=2"], "unet.norm_groups was 4 and is 2"),
         ([f"output={undisturbed}", "training.resume=never"], "resume=never"),
         ([f"output={tmp_path / 'new'}", "training.resume=must"], "no intact checkpoint"),

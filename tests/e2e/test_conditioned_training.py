@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 from synthetic import metric_rows, run
 
 SMALL = ["unet.channels=[16,32]", "unet.heads=2", "unet.norm_groups=8", "training.steps=3", "training.batch_size=8",
@@ -121,6 +122,18 @@ def test_a_training_starts_from_another_run(folder: Path) -> None:
     losses = [[row["heldout_loss"] for row in metric_rows(run) if "heldout_loss" in row][-1] for run in (first, again)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     published = run("train/train_ldm.py", f"input={folder}/latents", f"output={folder}/never", *encoders(folder),
-                    "experiment=unconditional", f"start_from={folder}/nowhere", check=False)  # fmt: skip
+                    "experiment=unconditional", f"start_from={folder}/clip", check=False)  # fmt: skip
     assert "scaling_factor=0.18215" in published.stderr
     assert not (folder / "never").exists()
+
+
+def test_a_text_encoder_trained_jointly_learns_the_same_at_stage_3(folder: Path) -> None:
+    """Its states leave a module that DeepSpeed partitions: hooks must find them, or gradients would be lost."""
+    found = {}
+    for engine in ("zero0", "zero3"):
+        options = [f"output={folder}/by_{engine}", f"engine={engine}", "unet.context_dim=32", "preview_every=null"]
+        trained = train(folder, "joint_text", *options).parent / f"by_{engine}"
+        found[engine] = load_file(trained / "checkpoints/step-00000003/ema.safetensors")
+    assert any(name.startswith("conditioner.") for name in found["zero0"])
+    for name, expected in found["zero0"].items():
+        np.testing.assert_allclose(found["zero3"][name], expected, atol=2e-5, err_msg=name)

@@ -14,7 +14,7 @@ from torch import nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import collated
-from train.checkpoint import ema_weights_path
+from train.checkpoint_files import ema_weights_path
 from train.evaluation.generate import Asked, Generator
 from train.latent_data import LatentFacts
 from train.models.conditioning import ConditionedUNet

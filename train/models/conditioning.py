@@ -7,7 +7,6 @@ concatenated to x_t. Several at once are `Conditioners`. Letters: B batch, T tok
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -27,9 +26,8 @@ class Parts(NamedTuple):
     concat: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    """What is given, and the null of each part, of a batch of 1 or B.
+class Conditioning(NamedTuple):
+    """What is given, and the null of each part, of a batch of 1 or B. A tuple, as DeepSpeed's hooks look into no other.
 
     A null is what a dropped condition is replaced by in training and what guidance steers away from in sampling (Ho &
     Salimans 2022, alg. 1): for text, the encoder's own states of the empty prompt.
@@ -44,7 +42,7 @@ class Conditioning:
         def replaced(value: Tensor | None, null: Tensor | None) -> Tensor | None:
             return None if value is None else torch.where(drop.view(-1, *[1] * (value.dim() - 1)), null, value)
 
-        return replace(self, given=Parts(*map(replaced, self.given, self.null)))
+        return self._replace(given=Parts(*map(replaced, self.given, self.null)))
 
     def for_guidance(self) -> Conditioning:
         """Twice the batch: the condition, then its null."""
@@ -52,11 +50,11 @@ class Conditioning:
         def doubled(value: Tensor | None, null: Tensor | None) -> Tensor | None:
             return None if value is None else torch.cat([value, null.expand_as(value)])
 
-        return replace(self, given=Parts(*map(doubled, self.given, self.null)))
+        return self._replace(given=Parts(*map(doubled, self.given, self.null)))
 
     def against(self, negative: Conditioning) -> Conditioning:
         """The same, with what `negative` gives in the place of the null: a negative prompt."""
-        return replace(self, null=negative.given)
+        return self._replace(null=negative.given)
 
 
 class DataFacts(Protocol):

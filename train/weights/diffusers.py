@@ -220,7 +220,9 @@ def component(path: str | Path, names: Sequence[str], classes: Sequence[str]) ->
             config = read_json(folder / "config.json")
             if config.get("_class_name") in classes:
                 return folder, config
-            raise UserError(f"{folder} holds a {config.get('_class_name')}, not one of {', '.join(classes)}.")
+            if "fingerprint" in config:
+                raise UserError(f"{folder} was trained here, it is no diffusers folder: add autoencoder=trained.")
+            raise UserError(f"{folder} holds {config.get('_class_name')}, not one of {', '.join(classes)}.")
     raise UserError(f"{path} holds no {names[0]}/config.json: give a folder that diffusers saved.")
 
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import DataError, UserError
+from train.tensor_files import save_tensors
 
 NAMED_AT_MOST = 20
 
@@ -179,6 +179,4 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """As diffusers and transformers write safetensors: the same tensors give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f"{path.name}.tmp")
-    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, writing, {"format": "pt"})
-    writing.replace(path)
+    save_tensors({name: value.detach().cpu().contiguous() for name, value in state.items()}, path, {"format": "pt"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,17 @@ class Pipeline:
         return cls(unet, autoencoder, text, scheduler, factor, facts, drawn)
 
     def refuse_unfit(self, single_file: bool) -> None:
-        """UserError for what diffusers, or a single file, can't hold: before anything is written."""
-        diffusers.unet_config(unet_options(self.unet))
+        """One UserError of all that diffusers, or a single file, can't hold: before anything is written."""
+        checks = [lambda: diffusers.unet_config(unet_options(self.unet))]
         if single_file:
-            stable_diffusion.unet_map(self.unet)
+            checks.append(lambda: stable_diffusion.unet_map(self.unet))
         if self.autoencoder is not None:
-            diffusers.autoencoder_config(autoencoder_options(self.autoencoder))
+            checks.append(lambda: diffusers.autoencoder_config(autoencoder_options(self.autoencoder)))
             if single_file:
-                stable_diffusion.autoencoder_map(self.autoencoder)
+                checks.append(lambda: stable_diffusion.autoencoder_map(self.autoencoder))
+        reasons = [reason for check in checks if (reason := _reason_against(check))]
+        if reasons:
+            raise UserError("; ".join(dict.fromkeys(reasons)))
 
     @property
     def text_in_single_file(self) -> bool:
@@ -86,6 +89,14 @@ class Pipeline:
         """The U-Net, the first stage and, where its heads are as wide as readers take for granted, the text encoder."""
         more = open_clip.single_file_state(self.text) if self.text_in_single_file else {}
         stable_diffusion.save_single_file(path, self.unet, self.autoencoder, more)
+
+
+def _reason_against(check: Callable[[], Any]) -> str | None:
+    try:
+        check()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 _MODEL_INDEX = {

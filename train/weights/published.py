@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from train.checkpoint_files import ema_weights_path
 from train.models.unet import UNet
 from train.weights import diffusers, open_clip, stable_diffusion
 from train.weights.foreign import load_exactly
@@ -33,8 +34,6 @@ def load_unet_weights(unet: UNet, path: str) -> None:
 
 
 def _of_run(unet: UNet, run: Path) -> dict[str, Tensor]:
-    from train.checkpoint import ema_weights_path  # brings DeepSpeed: seconds that loading an encoder need not take
-
     options = dict(yaml.safe_load((run / "config.yaml").read_text()).get("unet", {}))
     if isinstance(options.get("heads"), int):
         options["heads"] = [options["heads"]] * len(options["channels"])

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.storage import write_atomically
+from train.tensor_files import save_tensors
 
 # Class -> the module it lives in; by what makes them.
 _FIRST_STAGES = {"AutoencoderKL": "train.models.autoencoder", "VQModel": "train.models.autoencoder"}
@@ -38,8 +39,7 @@ def save_model(folder: Path, kind: str, config: dict[str, Any], state: dict[str,
     """
     mark = fingerprint(config, state)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "weights.safetensors.tmp")
-    (folder / "weights.safetensors.tmp").replace(folder / "weights.safetensors")
+    save_tensors(state, folder / "weights.safetensors")
     about = {"class": kind, "config": config, "fingerprint": mark, **facts}
     write_atomically(folder / "config.json", json.dumps(about, indent=1).encode())
     return mark

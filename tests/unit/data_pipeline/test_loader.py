@@ -5,6 +5,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -162,6 +164,19 @@ def test_each_shard_is_opened_once_an_epoch_and_few_are_held(tmp_path, make_imag
     assert set(opened) == set(range(24))
     assert len(opened) <= 25  # the one that the cut between the streams may go through comes twice
     assert max(held) <= 6  # two windows, and what a step adds before it lets go
+
+
+def test_a_process_that_leaves_takes_its_workers_with_it(images, tmp_path):
+    """Workers ignore TERM, by which Python would end them before it waits for them."""
+    script = tmp_path / "leaves.py"
+    script.write_text(
+        "from data_pipeline.loader import Loader\n"
+        "if __name__ == '__main__':\n"
+        f"    batches = iter(Loader({str(images)!r}, 8, 4, num_workers=2))\n"
+        "    next(batches)\n"
+        "    raise SystemExit(7)\n"
+    )
+    assert subprocess.run([sys.executable, str(script)], timeout=60).returncode == 7
 
 
 def test_checks_before_the_first_batch(images, tmp_path):

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from data_pipeline.errors import DataError, UserError
-from train.checkpoint import complete_checkpoints, damaged_files, ema_weights_path, newest_intact
+from train.checkpoint_files import complete_checkpoints, damaged_files, ema_weights_path, newest_intact
 
 
 @pytest.fixture

@@ -1,59 +1,79 @@
-"""Saving and resuming over damage and kills, by a stand-in for the engine that keeps one file."""
+"""Saving and resuming over damage and kills, by a stand-in for the engine that has one weight."""
 
+import itertools
+import os
 import shutil
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data_pipeline.errors import UserError
-from train.checkpoint import Checkpoints, damaged_files, newest_intact, published
+from train import checkpoint
+from train.checkpoint import Checkpoints
+from train.checkpoint_files import damaged_files, newest_intact, published
 from train.ema import Ema
 from train.engine import EngineConfig
 from train.fitting import Recipe, Training
+from train.fragments import Fragment
 from train.optim import AdamW, Schedule
 from train.ranks import Ranks
 from train.train_state import TrainState
 
 
-class OneFile:
+class OneWeight:
     """An engine with a single weight."""
 
-    config = EngineConfig()
+    config, shapes = EngineConfig(), {"weight": [3]}
 
     def __init__(self):
-        self.weight = torch.zeros(3)
+        self.weight, self.loaded = torch.zeros(3), None
 
-    def save(self, folder):
-        (folder / "engine").mkdir()
-        torch.save(self.weight, folder / "engine" / "weight.pt")
+    def fragments(self):
+        return [Fragment("weight", 0, 3, 0, 0)]
 
-    def load(self, folder):
-        self.weight = torch.load(folder / "engine" / "weight.pt")
+    fragments_to_save = fragments
 
-    def full_state_dict(self, shards, prefix):
-        return {"weight": self.weight}
+    def tensors(self):
+        return {"weight": [self.weight]}
+
+    def scalars(self):
+        return {"adam_step": 7.0}
+
+    def after_loading(self, scalars):
+        self.loaded = scalars
 
 
 @pytest.fixture
 def start(tmp_path):
     """start(keep=2): as a process that is started in the same run folder; save(step) and resume(how) as it would."""
 
-    def make(keep=2, world_size=1):
+    def make(keep=2, world_size=1, seed=0, **options):
         ranks = Ranks(0, world_size, 0, torch.device("cpu"))
-        checkpoints = Checkpoints(tmp_path / "checkpoints", ranks, {"seed": 0}, "", keep)
-        engine, state = OneFile(), TrainState(1000)
+        checkpoints = Checkpoints(tmp_path / "checkpoints", ranks, {"seed": seed}, "", keep, **options)
+        engine, state = OneWeight(), TrainState(1000)
         ema = Ema([engine.weight], 0.9)
 
         def save(*steps):
             for state.step in steps:
-                engine.weight = torch.full((3,), float(state.step))
+                engine.weight.fill_(float(state.step))
                 checkpoints.save(engine, ema, state)
+            checkpoints.finish()
 
         def resume(how="auto"):
             return state.step if checkpoints.resume(how, engine, ema, state) else None
 
-        return SimpleNamespace(save=save, resume=resume, engine=engine)
+        def save_without_waiting(step):
+            state.step = step
+            engine.weight.fill_(float(step))
+            checkpoints.save(engine, ema, state)
+
+        folder = tmp_path / "checkpoints"
+        return SimpleNamespace(
+            save=save, save_without_waiting=save_without_waiting, resume=resume, engine=engine, folder=folder
+        )
 
     return make
 
@@ -68,7 +88,7 @@ def steps(tmp_path):
 def damage(tmp_path):
     def spoil(*steps):
         for step in steps:
-            (tmp_path / f"checkpoints/step-{step:08d}/engine/weight.pt").write_bytes(b"")
+            (tmp_path / f"checkpoints/step-{step:08d}/part-00000.safetensors").write_bytes(b"")
 
     return spoil
 
@@ -104,9 +124,15 @@ def test_what_a_killed_save_left_is_removed_once_resumed(start, steps, tmp_path)
 def test_nothing_is_removed_where_the_run_may_not_go_on(start, steps, damage, tmp_path):
     start().save(10, 20)
     damage(20)
-    with pytest.raises(UserError, match="ranks was 1 and is 2"):
-        start(world_size=2).resume()
+    with pytest.raises(UserError, match=r"seed was 0 and is 1\. .*training\.may_change=\[seed\]"):
+        start(seed=1).resume()
     assert steps() == [10, 20]
+
+
+def test_what_was_named_may_change_and_is_logged(start, caplog):
+    start().save(10)
+    assert start(seed=1, may_change=("seed",)).resume() == 10
+    assert "going on although seed was 0 and is 1" in caplog.text
 
 
 def test_the_step_resumed_from_is_not_saved_again(start, tmp_path):
@@ -117,6 +143,107 @@ def test_the_step_resumed_from_is_not_saved_again(start, tmp_path):
     again.save(10)
     assert (tmp_path / "checkpoints/step-00000010").stat().st_ino == stamp
     assert again.engine.weight.tolist() == [10.0] * 3
+    assert again.engine.loaded == {"adam_step": 7.0}
+
+
+def test_each_of_some_multiple_is_kept(start, steps):
+    start(keep=1, keep_every=20).save(10, 20, 30, 40, 50)
+    assert steps() == [20, 40, 50]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(start, steps, monkeypatch):
+    """What is saved is what was there when it was asked for, and the next save waits for it."""
+    held, go_on = threading.Event(), threading.Event()
+    save_tensors = checkpoint.save_tensors
+
+    def slow(tensors, path):
+        held.set()
+        assert go_on.wait(30)
+        save_tensors(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    run = start()
+    run.save_without_waiting(10)
+    assert held.wait(30)
+    run.engine.weight.fill_(99.0)  # training goes on
+    assert steps() == []
+    go_on.set()
+    run.save(20)
+    assert steps() == [10, 20]
+    shutil.rmtree(published(run.folder)[1])
+    again = start()
+    assert again.resume() == 10
+    assert again.engine.weight.tolist() == [10.0] * 3
+
+
+def test_a_full_disk_is_said_at_the_next_step(start, steps, monkeypatch):
+    run = start()
+    run.save(10)
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    with pytest.raises(UserError, match=r"can't be written .*No space left on device.*: make room"):
+        run.save(20)
+    assert steps() == [10]
+    monkeypatch.undo()
+    assert start().resume() == 10
+
+
+class Killed(BaseException):
+    """In place of a SIGKILL: nothing after it runs."""
+
+
+CALLS = [(os, "fsync"), (os, "rename"), (Path, "replace"), (Path, "unlink"), (checkpoint, "save_tensors"),
+         (shutil, "rmtree"), (checkpoint, "write_atomically"), (Path, "mkdir")]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_killed_at_any_write_sync_or_rename(start, steps, monkeypatch, after):
+    """Whatever is there afterwards, the run goes on from a whole checkpoint: the one before, or the new one."""
+    start(keep=1).save(10)
+    found = []
+    for number in itertools.count():
+        calls = itertools.count()
+        with monkeypatch.context() as patched:
+            for owner, name in CALLS:
+                patched.setattr(owner, name, dying(getattr(owner, name), calls, number, after))
+            again = start(keep=1)
+            assert again.resume() is not None  # clears what the last kill left; it may die in this, too
+            try:
+                again.save(20)
+            except Killed:
+                pass
+            else:
+                break
+        resumed = start(keep=1)
+        found.append(resumed.resume())
+        assert resumed.engine.weight.tolist() == [float(found[-1])] * 3
+        shutil.rmtree(resumed.folder)
+        start(keep=1).save(10)
+    assert set(found) == {10, 20}
+    assert found == sorted(found)
+    assert len(found) > 10
+
+
+def dying(function, calls, number, after):
+    def instead(*arguments, **options):
+        if threading.current_thread() is threading.main_thread() or next(calls) != number:
+            return function(*arguments, **options)
+        if after:
+            function(*arguments, **options)
+        raise Killed
+
+    return instead
+
+
+def test_swapped_parts_are_damage(start, tmp_path, damage):
+    start().save(10)
+    folder = tmp_path / "checkpoints/step-00000010"
+    shutil.copy(folder / "ema.safetensors", folder / "part-00000.safetensors")
+    with pytest.raises(UserError, match="is damaged"):
+        start().resume()
 
 
 @pytest.mark.parametrize("how", ["auto", "must", "never"])
@@ -135,7 +262,8 @@ def test_where_there_is_none(start):
         start().resume("must")
 
 
-def test_a_checkpoint_that_lacks_a_ranks_part_is_not_published(start, steps, tmp_path):
+def test_a_checkpoint_that_lacks_a_ranks_part_is_not_published(start, steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PATIENCE_S", 0.0)
     with pytest.raises(
         UserError, match="lacks the part of rank 1: output= must be on a file system that all nodes share"
     ):
@@ -161,14 +289,25 @@ def test_what_training_can_not_be(options, sentence):
 def test_identity_holds_what_may_not_change_on_resume():
     def identity(streams=8, **optimizer):
         order = {"streams": streams, "window_shards": 4}
-        return Recipe(
-            Training(10, 8), AdamW(**{"lr": 0.1, "schedule": Schedule(), **optimizer}), None, None, order
-        ).identity
+        adamw = AdamW(**{"lr": 0.1, "schedule": Schedule(), **optimizer})
+        return Recipe(Training(10, 8), adamw, EngineConfig(), None, order).identity
 
     assert identity() == {
-        "batch_size": 8, "accumulation": 1, "streams": 8, "window_shards": 4,
+        "batch_size": 8, "accumulation": 1, "streams": 8, "window_shards": 4, "dtype": "fp32", "ema_decay": 0.999,
+        "power_ema": [],
         "optimizer": {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01},
     }  # fmt: skip
     assert identity(lr=0.2, schedule=Schedule("cosine")) == identity()
     for changed in ({"streams": 4}, {"betas": (0.9, 0.99)}, {"eps": 1e-6}, {"weight_decay": 0.0}):
         assert identity(**changed) != identity()
+
+
+def test_files_are_for_all_whom_the_umask_lets(start):
+    run = start()
+    umask = os.umask(0o022)
+    try:
+        run.save(10)
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (run.folder / "step-00000010").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o644)

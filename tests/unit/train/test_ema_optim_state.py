@@ -6,12 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import DataCursor
-from train.ema import Ema
+from train.ema import Ema, gamma_of
 from train.optim import AdamW, Schedule, set_lr
 from train.train_state import TrainState, due
 
@@ -52,19 +51,38 @@ def test_ema_of_constant_weights_is_those_and_is_a_copy():
     torch.testing.assert_close(ema.shards[0], torch.full((3,), 5.0))
 
 
-def test_ema_goes_on_from_a_file_bit_for_bit(tmp_path):
-    through, first = Ema(weights_at(0), 0.99), Ema(weights_at(0), 0.99)
+def test_ema_goes_on_from_what_was_saved_bit_for_bit():
+    through, first, second = (Ema(weights_at(n), 0.99, [0.1]) for n in (0, 0, 5))
     for n in range(1, 201):
         through.update(weights_at(n))
         if n <= 80:
             first.update(weights_at(n))
-    save_file(first.tensors(), tmp_path / "ema.safetensors")
-    second = Ema(weights_at(5), 0.99)
-    second.load_tensors(load_file(tmp_path / "ema.safetensors"))
+    for kind, shards in first.tensors().items():
+        for saved, shard in zip(shards, second.tensors()[kind], strict=True):
+            shard.copy_(saved)
+    second.load_scalars(first.scalars())
     for n in range(81, 201):
         second.update(weights_at(n))
     assert second.updates == through.updates == 200
-    assert all(torch.equal(a, b) for a, b in zip(second.shards, through.shards, strict=True))
+    for kind, shards in second.tensors().items():
+        assert all(torch.equal(a, b) for a, b in zip(shards, through.tensors()[kind], strict=True))
+
+
+def test_power_function_average_is_its_definition():
+    """Weights of t^gamma over the past (Karras et al. 2024, eq. 1), and a relative width as asked for (eq. 126)."""
+    for sigma_rel in (0.05, 0.1, 0.2):
+        gamma = gamma_of(sigma_rel)
+        assert sigma_rel == pytest.approx((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
+        ema = Ema([torch.full((1,), 99.0)], 0.9, [sigma_rel])
+        steps = 2000
+        for n in range(1, steps + 1):
+            ema.update([torch.tensor([n / steps], dtype=torch.float64).float()])
+        times = np.arange(1, steps + 1) / steps
+        mean = float((times * times**gamma).sum() / (times**gamma).sum())
+        assert float(ema.powers[f"ema_{sigma_rel:g}"][0]) == pytest.approx(mean, rel=2e-3)
+    for wrong in (0.0, 0.3, -1.0):
+        with pytest.raises(UserError, match="is no width of an average"):
+            gamma_of(wrong)
 
 
 @pytest.mark.parametrize(

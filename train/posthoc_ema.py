@@ -1,0 +1,79 @@
+"""An average of any length, rebuilt after training from snapshots of power-function averages (Karras et al. 2024).
+
+An average over t updates of exponent gamma weighs the weights after update s by (gamma + 1) s^gamma / t^(gamma + 1).
+The snapshots' weighting functions span a space; the wanted one's least-squares projection gives their coefficients
+(section 3.2, algorithm 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from data_pipeline.errors import UserError
+from train.ema import gamma_of
+
+
+class Profile(NamedTuple):
+    """An average's weighting function: over how many updates, and its exponent."""
+
+    updates: float
+    gamma: float
+
+
+class Snapshot(NamedTuple):
+    """One saved average: the file that holds it, its kind within, its weighting function."""
+
+    path: Path
+    kind: str
+    profile: Profile
+
+
+def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
+    """(len(a), len(b)): integrals of the products of weighting functions, with time in updates of the last one."""
+    (ta, ga), (tb, gb) = (np.array(profiles, np.float64).T for profiles in (a, b))
+    ta, ga, tb, gb = ta[:, None], ga[:, None], tb[None], gb[None]
+    scale = max(ta.max(), tb.max())
+    ta, tb = ta / scale, tb / scale
+    logs = (ga + gb + 1) * np.log(np.minimum(ta, tb)) - (ga + 1) * np.log(ta) - (gb + 1) * np.log(tb)
+    return (ga + 1) * (gb + 1) / (ga + gb + 1) * np.exp(logs)
+
+
+def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
+    """(len(snapshots),): how much of each makes the nearest to the wanted average."""
+    gram = inner_products(snapshots, snapshots)
+    return np.linalg.lstsq(gram, inner_products(snapshots, [wanted])[:, 0], rcond=1e-12)[0]
+
+
+def find_snapshots(run: Path) -> list[Snapshot]:
+    """All of a run; none is a UserError."""
+    found = []
+    for path in sorted((run / "ema_snapshots").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            facts = file.metadata()
+        for kind in facts["kinds"].split(","):
+            profile = Profile(float(facts["updates"]), gamma_of(float(kind.removeprefix("ema_"))))
+            found.append(Snapshot(path, kind, profile))
+    if not found:
+        raise UserError(f"{run} has no snapshots of power-function averages: train with training.power_ema=[0.05,0.1].")
+    return found
+
+
+def rebuilt(snapshots: Sequence[Snapshot], wanted: Profile) -> dict[str, Tensor]:
+    """The wanted average's weights by name; a parameter at a time, in float64."""
+    shares = coefficients([snapshot.profile for snapshot in snapshots], wanted)
+    total: dict[str, Tensor] = {}
+    for snapshot, share in zip(snapshots, shares, strict=True):
+        prefix = snapshot.kind + "/"
+        with safe_open(snapshot.path, "pt") as file:
+            for key in (key for key in file.keys() if key.startswith(prefix)):  # noqa: SIM118  (no mapping)
+                term = file.get_tensor(key).double() * float(share)
+                name = key.removeprefix(prefix)
+                total[name] = total[name] + term if name in total else term
+    return {name: value.to(torch.float32) for name, value in total.items()}
