@@ -82,6 +82,8 @@ def identity(
         made_of["text_encoder"] = encoders.text.fingerprint
     if sizes and sizes.sides and (sizes.split or sizes.sides[0] != (source.info.get("size"),) * 2):
         made_of["sizes"] = sizes.described
+    if encoders.text is not None and encoders.text.keep:
+        made_of["captions"] = "encoded one by one"
     if base is not None:
         made_of["base"] = base.fingerprint
     return made_of | ({"flips": "encoded"} if encoders.flips else {})
@@ -214,7 +216,8 @@ class Maker:
         self.bar.advance(len(part.items) + len(part.rejected), aside=str(len(self.aside.rows)))
 
     def add(self, build: Build, part: Part, stored: dict[str, Any]) -> None:
-        self.set_aside(build.add(part.items, stored))
+        if build.shard.name not in self.done:  # else another was quicker, and its note counts
+            self.set_aside(build.add(part.items, stored))
 
     def publish(self, build: Build) -> None:
         self.done[build.shard.name] = build.publish(self.places.root, self.places.note(build.shard))
