@@ -45,6 +45,9 @@ class ShardWriter:
         self.tar = wds.TarWriter(self.buffer, user="", group="", mode=0o644, mtime=0, encoder=False)
         self.count = 0
 
+    def __del__(self) -> None:
+        self.tar.close()  # of a shard that is given up, before its buffer goes: tarfile would complain
+
     def add(self, key: str, members: Mapping[str, Any]) -> None:
         """One sample; members by extension, encoded by codec.encode."""
         encoded = {name: codec.encode(name, value) for name, value in members.items()}

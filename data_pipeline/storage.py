@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 from pathlib import Path
 from typing import IO, Any
 
 from data_pipeline.errors import UserError
+
+HOST = platform.node()  # in temporary names: processes of two machines may have the same number
 
 
 def is_s3(path: str | Path) -> bool:
@@ -91,7 +94,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp.{HOST}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

@@ -8,15 +8,10 @@
 source slurm/forward.sh
 readonly START_ME_AGAIN=75 # what a process leaves with when it was told to stop and has saved; train/preemption.py
 
-# launch [--alone] <script.py> [overrides...]: never returns. --alone: one process, however much was asked for.
+# launch <script.py> [overrides...]: never returns.
 launch() {
     local nodes=$SLURM_JOB_NUM_NODES tasks cpus code
-    if [[ $1 == --alone ]]; then
-        shift
-        nodes=1 tasks=1
-    else
-        tasks=$(tasks_per_node) || exit 2
-    fi
+    tasks=$(tasks_per_node) || exit 2
     cpus=$(cpus_per_task "$tasks") || exit 2
     export PYTHON=${PYTHON:-$(default_python)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
