@@ -18,6 +18,7 @@ from train.bad_numbers import Watch
 from train.checkpoint import Checkpoints
 from train.ema import Ema
 from train.engine import Engine, StepResult
+from train.heartbeat import Heart
 from train.preemption import Preempted, Preemption
 from train.ranks import barrier, mean_over_ranks
 from train.reporters import Reporter
@@ -57,7 +58,9 @@ class Trainer:
         actions: list[Action],
         batch_size: int,
         what: str,
+        heart: Heart | None = None,
     ) -> None:
+        self.heart = heart or Heart()
         self.engine, self.ema, self.batches, self.state = engine, ema, batches, state
         self.checkpoints, self.reporter, self.cadence, self.actions = checkpoints, reporter, cadence, actions
         self.watch = watch
@@ -71,7 +74,7 @@ class Trainer:
         NumbersWentBad is raised by all ranks at once.
         """
         state, main = self.state, self.engine.ranks.is_main
-        batches = self.meter.timed(iter(self.batches))
+        batches = self.heart.watched(self.meter.timed(iter(self.batches)), state, self.batches)
         with Progress(self.what, state.total_steps, "steps", initial=state.step, shown=main) as bar:
             while not state.finished:
                 result = self.engine.train_step(batches, state.applied_steps, state.total_steps)
@@ -95,6 +98,7 @@ class Trainer:
             self.watch.after_log(state.step, values["loss"])
         for action in self.actions:
             if due(state.step, action.every, state.total_steps):
+                self.heart.beat("actions", state.step)
                 action.run(state)
                 self.meter.restart_clock()
         self.checkpoints.raise_if_failed()
@@ -109,6 +113,7 @@ class Trainer:
             raise Preempted
 
     def _save(self) -> None:
+        self.heart.beat("save", self.state.step)
         self.checkpoints.save(self.engine, self.ema, self.state)
         self.meter.restart_clock()
 
