@@ -68,7 +68,7 @@ class Heart:
 
 
 class Heartbeat(Heart):
-    """`with Heartbeat(folder, ranks, 300) as heart:`; hang_timeout_s is for a step or a batch, 6 times that for SLOW."""
+    """`with Heartbeat(folder, ranks, 300) as heart:`; hang_timeout_s: for a step or a batch, 6 times that for SLOW."""
 
     def __init__(self, folder: Path, ranks: Ranks, hang_timeout_s: float) -> None:
         self.folder, self.ranks, self.timeout = folder, ranks, hang_timeout_s
