@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import queue
+import threading
+import time
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from data_pipeline.storage import write_atomically
 
@@ -52,39 +58,107 @@ class JsonLines:
 
 class WeightsAndBiases:
     """W&B in the run folder; offline where no account is set up, or it can't be reached (`wandb sync <folder>` uploads
-    it later)."""
+    it later). Never waited for: a thread feeds it from a queue, and where that is full, values are dropped and counted.
 
-    def __init__(self, folder: Path, run_id: str, config: dict[str, Any], project: str) -> None:
-        import wandb
+    from_step: what W&B has of this run already, up to there; it is not told twice. patience_s: for its end; None: any.
+    """
 
-        self.wandb = wandb
-        about = {"project": project, "dir": str(folder), "id": run_id, "name": folder.name, "config": config}
+    def __init__(
+        self,
+        folder: Path,
+        run_id: str,
+        config: dict[str, Any],
+        project: str,
+        from_step: int = 0,
+        name: str | None = None,
+        queue_size: int = 1000,
+        patience_s: float | None = 20.0,
+    ) -> None:
+        about = {"project": project, "dir": str(folder), "id": run_id, "name": name or folder.name, "config": config}
+        self.from_step, self.last, self.patience_s, self.dropped = from_step, 0, patience_s, 0
+        self.queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(queue_size)
+        self.thread = threading.Thread(target=self._feed, args=(about,), daemon=True, name="wandb")
+        self.thread.start()
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if step <= self.from_step or step < self.last:
+            return
+        self.last = step
         try:
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-            self.run = self._begin(mode, about)
-        except wandb.errors.Error as error:
-            log.warning("W&B can't be reached (%s): the run is kept offline; `wandb sync` uploads it later", error)
-            self.run = self._begin("offline", about)
+            self.queue.put_nowait((step, values))
+        except queue.Full:
+            self.dropped += 1
+            if self.dropped == 1:
+                log.warning("W&B does not keep up: values are dropped (metrics.jsonl has them; train/replay_metrics.py)")
 
-    def _begin(self, mode: str, about: dict[str, Any]) -> Any:
-        return self.wandb.init(
-            **about,
-            mode=mode,
-            resume="allow" if mode == "online" else None,
-            settings=self.wandb.Settings(console="off", silent=True, x_disable_stats=mode == "offline"),
-        )
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
+    def image(self, step: int, name: str, path: Path) -> None:
+        self.log(step, {name: path})
 
     def rewind(self, step: int) -> None:
         """W&B knows no way back: it goes on when the run has come to its last step again."""
 
-    def image(self, step: int, name: str, path: Path) -> None:
-        self.run.log({name: self.wandb.Image(str(path))}, step=step)
-
     def close(self) -> None:
-        self.run.finish()
+        """Wait until all is told, but not longer than patience_s."""
+        deadline = None if self.patience_s is None else time.monotonic() + self.patience_s
+        try:
+            self.queue.put(None, timeout=self.patience_s)
+        except queue.Full:
+            self.dropped += self.queue.qsize()
+        self.thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        if self.thread.is_alive():
+            _kill_service()
+        if self.dropped or self.thread.is_alive():
+            log.warning(
+                "W&B lacks some of the run (%d entries were dropped%s): train/replay_metrics.py tells it all of "
+                "metrics.jsonl", self.dropped, ", and it did not end in time" * self.thread.is_alive(),
+            )  # fmt: skip
+
+    def _feed(self, about: dict[str, Any]) -> None:
+        """In the thread: begin, tell all, end. What goes wrong there is W&B's trouble, and not training's."""
+        try:
+            run = _begin_run(about, self.patience_s)
+            while (entry := self.queue.get()) is not None:
+                step, values = entry
+                run.log({name: _for_wandb(value) for name, value in values.items()}, step=step)
+            run.finish()
+        except Exception as error:
+            log.warning("W&B is not told any more (%s: %s)", type(error).__name__, error)
+
+
+def _kill_service() -> None:
+    """W&B's own process, which Python would wait for at its end, for a minute and a half."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "wandb-core" in child.name():
+                child.kill()
+
+
+def _begin_run(about: dict[str, Any], patience_s: float | None) -> Any:
+    import wandb
+
+    try:
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        return _init(about, mode, patience_s)
+    except wandb.errors.Error as error:
+        log.warning("W&B can't be reached (%s): the run is kept offline; `wandb sync` uploads it later", error)
+        return _init(about, "offline", patience_s)
+
+
+def _init(about: dict[str, Any], mode: str, patience_s: float | None) -> Any:
+    import wandb
+
+    settings = wandb.Settings(
+        console="off", silent=True, x_disable_stats=mode == "offline", finish_timeout=patience_s or 0.0
+    )
+    return wandb.init(**about, mode=mode, resume="allow" if mode == "online" else None, settings=settings)
+
+
+def _for_wandb(value: Any) -> Any:
+    if not isinstance(value, Path):
+        return value
+    import wandb
+
+    return wandb.Image(str(value))
 
 
 class Reporters:

@@ -1,0 +1,60 @@
+"""Tell W&B all that a run's metrics.jsonl holds, in a W&B run of its own: what the run itself lacks there is made up."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+
+from data_pipeline.entry import entry
+from data_pipeline.errors import UserError
+from data_pipeline.progress import Progress
+from train.reporters import WeightsAndBiases, read_metrics
+
+
+@entry("replay_metrics")
+def main(cfg: DictConfig) -> None:
+    run = Path(cfg.input)
+    for name in ("metrics.jsonl", "run_id", "config.yaml"):
+        if not (run / name).exists():
+            raise UserError(f"input={run} is not a run's folder: {name} is missing; give the output= of a training.")
+    rows = list(merged(read_metrics(run / "metrics.jsonl")))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    project = cfg.project or config["training"].get("wandb_project")
+    if not project:
+        raise UserError("the run has no training.wandb_project: add project=....")
+    run_id = cfg.run_id or f"{(run / 'run_id').read_text().split()[1]}-replayed"
+    folder = Path(cfg.output or run)
+    folder.mkdir(parents=True, exist_ok=True)
+    wandb = WeightsAndBiases(folder, run_id, config, project, name=run_id, queue_size=0, patience_s=None)
+    with Progress("replay", len(rows), "steps") as bar:
+        for row in rows:
+            wandb.log(row.pop("step"), {name: with_path(run, value) for name, value in row.items()})
+            bar.advance(1)
+        wandb.close()
+    print(f"replay: {len(rows)} steps told to W&B as run {run_id} of {project}; in {folder}/wandb", flush=True)
+
+
+def merged(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One row a step: the losses, what was validated, and the samples of it."""
+    for step, of_step in itertools.groupby(rows, itemgetter("step")):
+        row = {"step": step}
+        for part in of_step:
+            row |= {name: value for name, value in part.items() if value is not None}
+        yield row
+
+
+def with_path(run: Path, value: Any) -> Any:
+    """A grid is named in the row, and lies in samples/; one that is gone stays a name."""
+    if isinstance(value, str) and (run / "samples" / value).is_file():
+        return run / "samples" / value
+    return value
+
+
+if __name__ == "__main__":
+    main()
