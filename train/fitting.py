@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How long, in what batches, and how it is followed. batch_size is global: over all ranks and accumulation."""
+    """How long, in what batches, and how it is followed. batch_size is global: over all ranks and accumulation.
+
+    micro_batch: what a rank takes at once; accumulation then follows from the number of ranks.
+    """
 
     steps: int
     batch_size: int
     accumulation: int = 1
+    micro_batch: int | None = None
     ema_decay: float = 0.999
     power_ema: Sequence[float] = ()  # sigma_rel of each power-function average
     log_every: int = 50
@@ -52,6 +56,19 @@ class Training:
                 raise UserError(f"training.{name}={getattr(self, name)} can't be: take 1 or more.")
         if self.resume not in RESUME:
             raise UserError(f"training.resume={self.resume} is unknown: take one of {', '.join(RESUME)}.")
+
+    def over(self, world_size: int) -> Training:
+        """With accumulation as the micro-batch asks for; a global batch that the ranks can't share is refused."""
+        if self.micro_batch is None:
+            self.check(world_size)
+            return self
+        at_once = world_size * self.micro_batch
+        if self.micro_batch < 1 or self.batch_size % at_once:
+            raise UserError(
+                f"batch_size={self.batch_size} is no multiple of {world_size} ranks x training.micro_batch="
+                f"{self.micro_batch}: change one of them."
+            )
+        return replace(self, accumulation=self.batch_size // at_once, micro_batch=None)
 
     def check(self, world_size: int) -> None:
         """A global batch that the ranks can't share is refused before anything is loaded."""
@@ -82,7 +99,7 @@ class Recipe:
         """From an entry's configuration by hydra's instantiate; what doesn't fit together is refused."""
         data = build(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed)
         order = {name: cfg.data[name] for name in ("streams", "window_shards", "shuffle") if name in cfg.data}
-        recipe = cls(build(cfg.training), build(cfg.optimizer), build(cfg.engine), data, order)
+        recipe = cls(build(cfg.training).over(ranks.world_size), build(cfg.optimizer), build(cfg.engine), data, order)
         recipe.check(ranks)
         return recipe
 
@@ -97,8 +114,7 @@ class Recipe:
         )
 
     def check(self, ranks: Ranks) -> None:
-        """Refuse what doesn't fit together, and damaged shards, before the run's folder is made."""
-        self.training.check(ranks.world_size)
+        """Refuse damaged shards, and streams that can't be shared, before the run's folder is made."""
         self.loader(ranks, DataCursor())
 
     @property
@@ -106,7 +122,7 @@ class Recipe:
         """What a resumed run must have in common with its checkpoint. The learning rate and its schedule may change."""
         training, optimizer = self.training, self.optimizer
         moments = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
-        batch = {"batch_size": training.batch_size, "accumulation": training.accumulation}
+        batch = {"batch_size": training.batch_size}
         averages = {"ema_decay": training.ema_decay, "power_ema": list(training.power_ema)}
         return {**batch, **self.data_order, **averages, "optimizer": moments, "dtype": self.engine.dtype}
 

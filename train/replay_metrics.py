@@ -37,6 +37,8 @@ def main(cfg: DictConfig) -> None:
             wandb.log(row.pop("step"), {name: with_path(run, value) for name, value in row.items()})
             bar.advance(1)
         wandb.close()
+    if wandb.error is not None:
+        raise UserError(f"W&B was not told all of it ({wandb.error}): mend that, and start again.")
     print(f"replay: {len(rows)} steps told to W&B as run {run_id} of {project}; in {folder}/wandb", flush=True)
 
 

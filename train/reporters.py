@@ -76,6 +76,7 @@ class WeightsAndBiases:
     ) -> None:
         about = {"project": project, "dir": str(folder), "id": run_id, "name": name or folder.name, "config": config}
         self.from_step, self.last, self.patience_s, self.dropped = from_step, 0, patience_s, 0
+        self.error: Exception | None = None
         self.queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(queue_size)
         self.thread = threading.Thread(target=self._feed, args=(about,), daemon=True, name="wandb")
         self.thread.start()
@@ -89,7 +90,9 @@ class WeightsAndBiases:
         except queue.Full:
             self.dropped += 1
             if self.dropped == 1:
-                log.warning("W&B does not keep up: values are dropped (metrics.jsonl has them; train/replay_metrics.py)")
+                log.warning(
+                    "W&B does not keep up: values are dropped (metrics.jsonl has them; train/replay_metrics.py)"
+                )
 
     def image(self, step: int, name: str, path: Path) -> None:
         self.log(step, {name: path})
@@ -122,6 +125,7 @@ class WeightsAndBiases:
                 run.log({name: _for_wandb(value) for name, value in values.items()}, step=step)
             run.finish()
         except Exception as error:
+            self.error = error
             log.warning("W&B is not told any more (%s: %s)", type(error).__name__, error)
 
 

@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from train.bad_numbers import Watch
 from train.checkpoint import Checkpoints
 from train.ema import Ema
 from train.engine import Engine, StepResult
+from train.flops import counted, peak
 from train.heartbeat import Heart
 from train.preemption import Preempted, Preemption
 from train.ranks import barrier, mean_over_ranks
@@ -77,7 +79,7 @@ class Trainer:
         batches = self.heart.watched(self.meter.timed(iter(self.batches)), state, self.batches)
         with Progress(self.what, state.total_steps, "steps", initial=state.step, shown=main) as bar:
             while not state.finished:
-                result = self.engine.train_step(batches, state.applied_steps, state.total_steps)
+                result = self._step(batches)
                 if result.applied:
                     self.ema.update(self.engine.master_shards())
                 state.advance(result.cursor, self.batch_size, result.applied)
@@ -85,6 +87,13 @@ class Trainer:
                 self.watch.after_step(state, result)
                 bar.advance(1, **self.meter.shown)
                 self.act_when_due(bar)
+
+    def _step(self, batches: Iterator[Batch]) -> StepResult:
+        step = partial(self.engine.train_step, batches, self.state.applied_steps, self.state.total_steps)
+        if self.meter.flops is not None:
+            return step()
+        result, self.meter.flops = counted(step)
+        return result
 
     def act_when_due(self, bar: Progress) -> None:
         """Log, then the entry's own actions (validate, preview), then save; stop where asked to.
@@ -130,6 +139,7 @@ class Meter:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.shown: dict[str, str] = {}
+        self.flops: int | None = None  # of a step, on this rank; not counted yet
         self._reset()
 
     def _reset(self) -> None:
@@ -173,12 +183,21 @@ class Meter:
             "lr": self.lr,
             "gradient_norm": engine.gradient_norm(),
             "samples_per_s": self.steps * self.batch_size / seconds,
+            **self._utilisation(engine, seconds),
             "data_wait": self.waited / seconds,
             "skipped_steps": self.skipped,
             "peak_memory_gb": peak_memory_gb(),
         }
         self._reset()
         return row
+
+    def _utilisation(self, engine: Engine, seconds: float) -> dict[str, float]:
+        """Model FLOPs a second on this rank and, where a data sheet says what it could do, their share of that."""
+        if not self.flops:
+            return {}
+        achieved = self.flops * self.steps / seconds
+        most = peak(engine.ranks.device, engine.dtype)
+        return {"tflops_per_s": achieved / 1e12, **({"mfu": achieved / most} if most else {})}
 
 
 def peak_memory_gb() -> float:
