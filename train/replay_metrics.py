@@ -1,4 +1,4 @@
-"""Tell W&B all that a run's metrics.jsonl holds, in a W&B run of its own: what the run itself lacks there is made up."""
+"""Tell W&B all that a run's metrics.jsonl holds, in a W&B run of its own: for when it lacks some of it."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from slurm_cluster import Cluster, Job
 from synthetic import TINY_LATENTS, write_latents
@@ -40,6 +42,8 @@ def jobs(cluster: Cluster, folder: Path) -> dict[str, Job]:
     return {
         "signalled": submit(*given, f"output={folder / 'signalled'}"),
         "straight": submit(*given, f"output={folder / 'straight'}"),
+        "killed": submit(*given, f"output={folder / 'killed'}", "training.save_every=10"),
+        "node fails": submit(*given, f"output={folder / 'node-fails'}", "training.save_every=10"),
         "refused": submit(*given, f"output={folder / 'refused'}", "training.batch_size=7"),
         "nothing": submit(),
     }
@@ -61,6 +65,43 @@ def test_a_warning_saves_requeues_and_finishes(cluster: Cluster, jobs: dict[str,
     facts = job.wait(60)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert "back into the queue (restart 1 of at most 20)" in job.output()
+    assert "resumed from step" in job.output()
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+
+
+def rank_of(job: Job, number: int) -> psutil.Process:
+    """The Python process of a job's rank; processes may end while they are looked at."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            mine = environment.get("SLURM_JOB_ID") == str(job.number) and environment.get("RANK") == str(number)
+            if mine and "train/train_ldm.py" in process.cmdline() and "bash" not in process.cmdline():
+                return process
+    raise AssertionError(f"no rank {number}\n{job.output()}")
+
+
+def test_a_killed_rank_is_started_again(jobs: dict[str, Job], folder: Path) -> None:
+    job, run = jobs["killed"], folder / "killed"
+    job.wait_for(lambda facts: len(rows(run)) >= 12, 60)
+    rank_of(job, 1).kill()
+    facts = job.wait(90)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert "a rank failed; back into the queue (restart 1 of at most 20)" in job.output()
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+
+
+def test_a_failed_node_is_survived(cluster: Cluster, jobs: dict[str, Job], folder: Path) -> None:
+    """Slurm takes all jobs of the node along: by now the others are through."""
+    job, run = jobs["node fails"], folder / "node-fails"
+    job.wait_for(lambda facts: len(rows(run)) >= 12, 90)
+    for other in jobs.values():
+        if other is not job:
+            other.wait(90)
+    cluster.client("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    job.wait_for(lambda facts: facts["JobState"] != "RUNNING", 20)
+    cluster.client("scontrol", "update", "nodename=node2", "state=resume")
+    facts = job.wait(90)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert "resumed from step" in job.output()
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
 
