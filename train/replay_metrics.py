@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import yaml
 from omegaconf import DictConfig
@@ -14,7 +10,7 @@ from omegaconf import DictConfig
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
-from train.reporters import WeightsAndBiases, read_metrics
+from train.reporters import WeightsAndBiases, read_metrics, rows_by_step
 
 
 @entry("replay_metrics")
@@ -23,7 +19,7 @@ def main(cfg: DictConfig) -> None:
     for name in ("metrics.jsonl", "run_id", "config.yaml"):
         if not (run / name).exists():
             raise UserError(f"input={run} is not a run's folder: {name} is missing; give the output= of a training.")
-    rows = list(merged(read_metrics(run / "metrics.jsonl")))
+    rows = list(rows_by_step(read_metrics(run / "metrics.jsonl"), run / "samples"))
     config = yaml.safe_load((run / "config.yaml").read_text())
     project = cfg.project or config["training"].get("wandb_project")
     if not project:
@@ -34,28 +30,12 @@ def main(cfg: DictConfig) -> None:
     wandb = WeightsAndBiases(folder, run_id, config, project, name=run_id, queue_size=0, patience_s=None)
     with Progress("replay", len(rows), "steps") as bar:
         for row in rows:
-            wandb.log(row.pop("step"), {name: with_path(run, value) for name, value in row.items()})
+            wandb.log(row["step"], row)
             bar.advance(1)
         wandb.close()
     if wandb.error is not None:
         raise UserError(f"W&B was not told all of it ({wandb.error}): mend that, and start again.")
     print(f"replay: {len(rows)} steps told to W&B as run {run_id} of {project}; in {folder}/wandb", flush=True)
-
-
-def merged(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row a step: the losses, what was validated, and the samples of it."""
-    for step, of_step in itertools.groupby(rows, itemgetter("step")):
-        row = {"step": step}
-        for part in of_step:
-            row |= {name: value for name, value in part.items() if value is not None}
-        yield row
-
-
-def with_path(run: Path, value: Any) -> Any:
-    """A grid is named in the row, and lies in samples/; one that is gone stays a name."""
-    if isinstance(value, str) and (run / "samples" / value).is_file():
-        return run / "samples" / value
-    return value
 
 
 if __name__ == "__main__":

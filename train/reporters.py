@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
 import queue
+import re
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +66,8 @@ class WeightsAndBiases:
     """W&B in the run folder; offline where no account is set up, or it can't be reached (`wandb sync <folder>` uploads
     it later). Never waited for: a thread feeds it from a queue, and where that is full, values are dropped and counted.
 
-    from_step: what W&B has of this run already, up to there; it is not told twice. patience_s: for its end; None: any.
+    rows: of metrics.jsonl, from before this start; W&B is told those that it lacks, as a kill may have come between.
+    No step is told twice. patience_s: for its end; None: any.
     """
 
     def __init__(
@@ -69,20 +76,20 @@ class WeightsAndBiases:
         run_id: str,
         config: dict[str, Any],
         project: str,
-        from_step: int = 0,
+        rows: Sequence[dict[str, Any]] = (),
         name: str | None = None,
         queue_size: int = 1000,
-        patience_s: float | None = 20.0,
+        patience_s: float | None = 10.0,
     ) -> None:
         about = {"project": project, "dir": str(folder), "id": run_id, "name": name or folder.name, "config": config}
-        self.from_step, self.last, self.patience_s, self.dropped = from_step, 0, patience_s, 0
+        self.folder, self.run_id, self.last, self.patience_s, self.dropped = folder, run_id, 0, patience_s, 0
         self.error: Exception | None = None
         self.queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(queue_size)
-        self.thread = threading.Thread(target=self._feed, args=(about,), daemon=True, name="wandb")
+        self.thread = threading.Thread(target=self._feed, args=(about, rows), daemon=True, name="wandb")
         self.thread.start()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        if step <= self.from_step or step < self.last:
+        if step < self.last:
             return
         self.last = step
         try:
@@ -116,13 +123,16 @@ class WeightsAndBiases:
                 "metrics.jsonl", self.dropped, ", and it did not end in time" * self.thread.is_alive(),
             )  # fmt: skip
 
-    def _feed(self, about: dict[str, Any]) -> None:
+    def _feed(self, about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
         """In the thread: begin, tell all, end. What goes wrong there is W&B's trouble, and not training's."""
         try:
             run = _begin_run(about, self.patience_s)
-            while (entry := self.queue.get()) is not None:
-                step, values = entry
-                run.log({name: _for_wandb(value) for name, value in values.items()}, step=step)
+            has = _last_step_told(run, self.folder, self.run_id)
+            before = ((row["step"], row) for row in rows_by_step(rows, self.folder / "samples"))
+            for step, values in itertools.chain(before, iter(self.queue.get, None)):
+                if step > has:
+                    told = {name: _for_wandb(value) for name, value in values.items() if name != "step"}
+                    run.log(told, step=step)
             run.finish()
         except Exception as error:
             self.error = error
@@ -135,6 +145,14 @@ def _kill_service() -> None:
         with contextlib.suppress(psutil.Error):
             if "wandb-core" in child.name():
                 child.kill()
+    with contextlib.suppress(Exception, SystemExit):  # now, or Python's end does it, and shows what it suffers
+        _teardown()
+
+
+def _teardown() -> None:
+    import wandb
+
+    wandb.teardown()
 
 
 def _begin_run(about: dict[str, Any], patience_s: float | None) -> Any:
@@ -155,6 +173,28 @@ def _init(about: dict[str, Any], mode: str, patience_s: float | None) -> Any:
         console="off", silent=True, x_disable_stats=mode == "offline", finish_timeout=patience_s or 0.0
     )
     return wandb.init(**about, mode=mode, resume="allow" if mode == "online" else None, settings=settings)
+
+
+def _last_step_told(run: Any, folder: Path, run_id: str) -> int:
+    """Which W&B has of this run from earlier starts: as its server says, or its offline files. 0: none."""
+    last = run.step - 1 if run.resumed else 0
+    for path in folder.glob(f"wandb/offline-run-*-{run_id}/run-*.wandb"):
+        line = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60).stdout
+            last = max([last, *map(int, re.findall(r'"_step":(\d+)', said))])
+    return last
+
+
+def rows_by_step(rows: Sequence[dict[str, Any]], samples: Path) -> Iterator[dict[str, Any]]:
+    """One row a step: the losses, what was validated, and the grids of it, by path where they still lie there."""
+    for step, of_step in itertools.groupby(rows, itemgetter("step")):
+        row = {"step": step}
+        for name, value in itertools.chain.from_iterable(part.items() for part in of_step):
+            if value is not None:
+                grid = isinstance(value, str) and (samples / value).is_file()
+                row[name] = samples / value if grid else value
+        yield row
 
 
 def _for_wandb(value: Any) -> Any:

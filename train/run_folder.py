@@ -70,11 +70,11 @@ class RunFolder:
             return Reporters()
         write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
         metrics = self.path / "metrics.jsonl"
-        told = max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.exists() else 0
         lines = JsonLines(metrics, from_step)
         if not wandb_project:
             return Reporters(lines)
-        return Reporters(lines, WeightsAndBiases(self.path, self.run_id, self.config, wandb_project, told))
+        wandb = WeightsAndBiases(self.path, self.run_id, self.config, wandb_project, read_metrics(metrics))
+        return Reporters(lines, wandb)
 
 
 def secret_names(config: Mapping[str, Any], prefix: str = "") -> list[str]:

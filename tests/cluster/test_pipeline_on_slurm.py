@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("make_shards", "train_autoencoder", "train_clip", "precompute_latents", "train_ldm", "evaluate_ldm")
 SHORT = ["training.log_every=1", "training.wandb_project=null"]
 TINY = {
-    "make_shards": ["source=folder", "size=32", "shard_size=8"],
+    "make_shards": ["source=folder", "size=64", "shard_size=8"],
     "train_autoencoder": [*SHORT, "training.steps=4", "training.batch_size=8", "objective.crop_until=2"],
     "train_clip": [*SHORT, "training.steps=2", "training.batch_size=8", "validation_pairs=8"],
     "precompute_latents": [],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +12,7 @@ import wandb
 
 from train import reporters
 from train.ranks import Ranks
-from train.replay_metrics import merged, with_path
-from train.reporters import WeightsAndBiases
+from train.reporters import WeightsAndBiases, rows_by_step
 from train.run_folder import RunFolder
 
 
@@ -28,7 +26,8 @@ def told(monkeypatch):
         assert told.go.wait(30)
         told.rows.append((step, values))
 
-    run = SimpleNamespace(log=log, finish=lambda: told.finished.append(True))
+    run = SimpleNamespace(log=log, finish=lambda: told.finished.append(True), resumed=False, step=0)
+    told.run = run
     monkeypatch.setattr(reporters, "_begin_run", lambda about, patience_s: run)
     return told
 
@@ -42,15 +41,18 @@ def test_all_is_told_in_order_and_ended(told, tmp_path):
     assert told.finished == [True]
 
 
-def test_what_it_has_already_is_not_told_again(told, tmp_path):
-    reporter = WeightsAndBiases(tmp_path, "abc", {}, "project", from_step=3)
-    for step in (2, 3, 4, 5):
-        reporter.log(step, {"loss": 1.0})
+def test_what_it_has_already_is_not_told_again_and_what_it_lacks_is(told, tmp_path):
+    """W&B has up to step 2; of step 3 a kill came between; then the run goes on, and back to step 4 once."""
+    told.run.resumed, told.run.step = True, 3
+    rows = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+    reporter = WeightsAndBiases(tmp_path, "abc", {}, "project", rows)
+    for step in (4, 5):
+        reporter.log(step, {"loss": float(step)})
     reporter.log(5, {"heldout_loss": 2.0})  # of the same step: not an older one
     reporter.rewind(4)
     reporter.log(4, {"loss": 1.0})
     reporter.close()
-    assert [step for step, _ in told.rows] == [4, 5, 5]
+    assert told.rows == [(3, {"loss": 3.0}), (4, {"loss": 4.0}), (5, {"loss": 5.0}), (5, {"heldout_loss": 2.0})]
 
 
 def test_a_full_queue_drops_counts_and_says_so_once(told, tmp_path, caplog):
@@ -95,26 +97,21 @@ def test_trouble_with_wandb_is_not_trainings(tmp_path, monkeypatch, caplog):
     assert isinstance(reporter.error, wandb.errors.UsageError)
 
 
-def test_a_resumed_run_goes_on_where_it_had_told_before(tmp_path, monkeypatch):
-    """Not where it resumes from: steps 4 and 5 were told, and come again."""
+def test_a_resumed_run_tells_what_it_resumes_from(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run", "train_ldm", {}, Ranks(0, 1, 0, torch.device("cpu")))
     (run.path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 6)))
     given = []
     monkeypatch.setattr("train.run_folder.WeightsAndBiases", lambda *arguments: given.append(arguments))
-    run.reporters(3, "project")
-    assert given == [(run.path, run.run_id, {}, "project", 5)]
-    assert (run.path / "metrics.jsonl").read_text().count("\n") == 3
+    run.reporters(2, "project")
+    assert given == [(run.path, run.run_id, {}, "project", [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}])]
 
 
-def test_rows_of_a_step_are_merged_for_the_replay(tmp_path):
+def test_rows_of_a_step_are_one(tmp_path):
     rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None, "lr": 0.1}, {"step": 2, "heldout_loss": 3.0}]
-    assert list(merged(rows)) == [{"step": 1, "loss": 1.0}, {"step": 2, "lr": 0.1, "heldout_loss": 3.0}]
+    assert list(rows_by_step(rows, tmp_path)) == [{"step": 1, "loss": 1.0}, {"step": 2, "lr": 0.1, "heldout_loss": 3.0}]
 
 
-def test_a_grid_is_replayed_where_it_still_lies(tmp_path):
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples/a.png").touch()
-    assert with_path(tmp_path, "a.png") == tmp_path / "samples/a.png"
-    assert with_path(tmp_path, "b.png") == "b.png"
-    assert with_path(tmp_path, 1.0) == 1.0
-    assert isinstance(with_path(tmp_path, "a.png"), Path)
+def test_a_grid_is_told_where_it_still_lies(tmp_path):
+    (tmp_path / "a.png").touch()
+    rows = [{"step": 1, "samples": "a.png"}, {"step": 2, "samples": "b.png"}]
+    assert list(rows_by_step(rows, tmp_path)) == [{"step": 1, "samples": tmp_path / "a.png"}, rows[1]]
