@@ -59,6 +59,11 @@ class EpochPlan:
         self._current: dict[int, tuple[int, int, np.ndarray, np.ndarray]] = {}
 
     @property
+    def arguments(self) -> tuple:
+        """What makes the same plan again."""
+        return self.sizes, self.seed, self.batch, self.streams, self.window_shards, self.shuffle
+
+    @property
     def steps_per_epoch(self) -> float:
         return self.samples / self.batch
 

@@ -154,6 +154,11 @@ class Loader:
         )
         return self._merged(iter(loader))
 
+    def shards_of(self, step: int) -> list[str]:
+        """The shards that this rank's samples of a step are in. From another thread, too: by a plan of its own."""
+        plan = EpochPlan(*self.plan.arguments)
+        return sorted({self.manifest.shards[place.shard].name for place in plan.step(step, self.streams)})
+
     def _merged(self, parts: Iterator[tuple]) -> Iterator[Batch]:
         """Workers take turns, one part of a step each; parts are put together in the order of streams."""
         while True:
@@ -205,11 +210,7 @@ class _StreamParts(IterableDataset):
         self.streams, self.first_step, self.cache_mb = loader.streams, loader.start.step, loader.cache_mb
 
     def __getstate__(self) -> dict[str, Any]:
-        plan = self.plan
-        state = self.__dict__ | {
-            "plan": (plan.sizes, plan.seed, plan.batch, plan.streams, plan.window_shards, plan.shuffle)
-        }
-        return state
+        return self.__dict__ | {"plan": self.plan.arguments}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"plan": EpochPlan(*state["plan"])})

@@ -20,6 +20,7 @@ from train.checkpoint import Checkpoints
 from train.ema import Ema
 from train.engine import Engine, StepResult
 from train.flops import peak
+from train.heartbeat import Heart
 from train.preemption import Preempted, Preemption
 from train.ranks import barrier, mean_over_ranks
 from train.reporters import Reporter
@@ -59,7 +60,9 @@ class Trainer:
         actions: list[Action],
         batch_size: int,
         what: str,
+        heart: Heart | None = None,
     ) -> None:
+        self.heart = heart or Heart()
         self.engine, self.ema, self.batches, self.state = engine, ema, batches, state
         self.checkpoints, self.reporter, self.cadence, self.actions = checkpoints, reporter, cadence, actions
         self.watch = watch
@@ -73,7 +76,7 @@ class Trainer:
         NumbersWentBad is raised by all ranks at once.
         """
         state, main = self.state, self.engine.ranks.is_main
-        batches = self.meter.timed(iter(self.batches))
+        batches = self.heart.watched(self.meter.timed(iter(self.batches)), state, self.batches)
         first = next(batches)
         self.meter.flops = self.engine.flops(first)
         batches = chain([first], batches)
@@ -100,6 +103,7 @@ class Trainer:
             self.watch.after_log(state.step, values["loss"])
         for action in self.actions:
             if due(state.step, action.every, state.total_steps):
+                self.heart.beat("actions", state.step)
                 action.run(state)
                 self.meter.restart_clock()
         self.checkpoints.raise_if_failed()
@@ -114,6 +118,7 @@ class Trainer:
             raise Preempted
 
     def _save(self) -> None:
+        self.heart.beat("save", self.state.step)
         self.checkpoints.save(self.engine, self.ema, self.state)
         self.meter.restart_clock()
 
