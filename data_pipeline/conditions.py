@@ -6,6 +6,7 @@ asked in the way in which it was trained. A sample is {"key", "caption", "meta",
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -113,6 +114,8 @@ class Text(PlainCondition):
 class Classes(PlainCondition):
     """A condition on named classes. They are those of the training split, in alphabetical order, unless given."""
 
+    none_named = "conditions=[label]: no sample names a class: check conditions.label.key, or give classes."
+
     def __init__(self, classes: Sequence[str] | None = None) -> None:
         self.classes = None if classes is None else [str(name) for name in classes]
 
@@ -124,7 +127,7 @@ class Classes(PlainCondition):
         if self.classes is None:
             self.classes = sorted({name for sample in samples for name in self.named_in(sample)})
             if not self.classes:
-                raise UserError(f"no sample names a class for {type(self).__name__}: check its key, or give classes.")
+                raise UserError(self.none_named)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "classes": self.classes}
@@ -135,7 +138,8 @@ class Classes(PlainCondition):
             return [self.classes.index(name) for name in names]
         except ValueError:
             unknown = next(name for name in names if name not in self.classes)
-            known = ", ".join(self.classes[:12]) + (", ..." if len(self.classes) > 12 else "")
+            near = difflib.get_close_matches(str(unknown), self.classes, 4, 0.3) or self.classes
+            known = ", ".join(near[:12]) + (f", or another of {len(self.classes)}" if len(self.classes) > 12 else "")
             raise UserError(f"class {unknown} is unknown here: take one of {known}.") from None
 
 
@@ -175,6 +179,10 @@ class Layout(Classes):
     """
 
     asked, fields = ("layouts",), ("boxes", "box_label")
+    none_named = (
+        "conditions=[layout]: no sample has boxes in its json: make_shards.py source=openmoji_pairs makes such, or "
+        "give each sample's as boxes: [[class, x0, y0, x1, y1], ...]."
+    )
 
     def __init__(self, max_boxes: int = 8, classes: Sequence[str] | None = None) -> None:
         super().__init__(classes)
@@ -184,11 +192,12 @@ class Layout(Classes):
         return {**super().config(), "max_boxes": self.max_boxes}
 
     def named_in(self, sample: Sample) -> list[str]:
-        return [str(box[0]) for box in sample["meta"].get("boxes") or [] if well_formed(box)]
+        boxes = sample["meta"].get("boxes")
+        return [str(box[0]) for box in boxes if well_formed(box)] if isinstance(boxes, list) else []
 
     def reason_against(self, sample: Sample) -> str | None:
         boxes = sample["meta"].get("boxes")
-        if not boxes:
+        if not boxes or not isinstance(boxes, list):
             return "no boxes in its json"
         if len(boxes) > self.max_boxes:
             return f"more than max_boxes={self.max_boxes} boxes"
@@ -206,6 +215,8 @@ class Layout(Classes):
         return {"boxes": boxes, "box_label": labels}
 
     def as_sample(self, layouts: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        if not isinstance(layouts, list | tuple) or not all(isinstance(box, list | tuple) for box in layouts):
+            raise UserError(f"layouts: {layouts} is no list of boxes: give layouts='[[[class,x0,y0,x1,y1]]]'.")
         sample = {"meta": {"boxes": [list(box) for box in layouts]}}
         self.numbers(self.named_in(sample))
         if reason := self.reason_against(sample):
@@ -240,6 +251,10 @@ class ImageEmbedding(OfPicture):
     uses_clip, fields = True, ("image_embedding",)
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        if not hasattr(tools.text, "encode_image"):
+            raise UserError(
+                "conditions=[image_embedding] needs a CLIP with its image tower: take clip=trained, of train_clip.py."
+            )
         return {"image_embedding": tools.text.encode_image(images)}
 
 
@@ -291,9 +306,7 @@ class Hole(PlainCondition):
         hole = torch.zeros(len(samples), 1, height, width, device=images.device)
         for i, sample in enumerate(samples):
             x0, y0, x1, y1 = sample["meta"].get("hole") or self.drawn(sample["key"])
-            rows = slice(round(y0 * height), max(round(y1 * height), round(y0 * height) + 1))
-            columns = slice(round(x0 * width), max(round(x1 * width), round(x0 * width) + 1))
-            hole[i, 0, rows, columns] = 1
+            hole[i, 0, cells(y0, y1, height), cells(x0, x1, width)] = 1
         seen = images * (1 - hole.repeat_interleave(factor, 2).repeat_interleave(factor, 3))
         mean, _ = tools.image.posterior_of(tools.image.encode_stored(seen))
         return {"hole": hole, "masked_latents": mean}
@@ -306,7 +319,12 @@ class Hole(PlainCondition):
         return x0, y0, x0 + sides[0], y0 + sides[1]
 
     def as_sample(self, images: np.ndarray, holes: Sequence[float]) -> dict[str, Any]:
-        box = list(holes)
-        if not well_formed(["hole", *box]):
-            raise UserError(f"holes: {box} is not [x0, y0, x1, y1] in fractions of the picture.")
-        return {"image": images, "meta": {"hole": box}}
+        if not isinstance(holes, list | tuple) or not well_formed(["hole", *holes]):
+            raise UserError(f"holes: {holes} is not [x0, y0, x1, y1] in fractions of the picture.")
+        return {"image": images, "meta": {"hole": list(holes)}}
+
+
+def cells(start: float, end: float, count: int) -> slice:
+    """Of `count` cells, those that a stretch in fractions covers: one at least."""
+    first = min(round(start * count), count - 1)
+    return slice(first, max(round(end * count), first + 1))

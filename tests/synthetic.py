@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,13 +27,24 @@ TINY_UNET = [
 NO_ENCODERS = ["autoencoder.path=none", "clip.path=none", "preview_every=null", "training.wandb_project=null"]
 
 
-def write_latents(root: Path, samples: int, shapes: dict[str, tuple[int, ...]], shard_size: int = 16) -> None:
-    """<root> as a latent data set of standard normal numbers, a function of `samples` and `shapes` alone."""
+def write_latents(
+    root: Path,
+    samples: int,
+    shapes: dict[str, tuple[int, ...]],
+    shard_size: int = 16,
+    spoilt: Mapping[int, float] = MappingProxyType({}),
+) -> None:
+    """<root> as a latent data set of standard normal numbers, a function of `samples` and `shapes` alone.
+
+    spoilt: number of a sample -> the value of all its moments' means.
+    """
     random, shards = np.random.default_rng(samples), []
     for first in range(0, samples, shard_size):
         writer = ShardWriter()
         for i in range(first, min(first + shard_size, samples)):
             arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+            if i in spoilt:
+                arrays["moments.npy"][: shapes["moments.npy"][0] // 2] = spoilt[i]
             writer.add(f"{i:06d}", {**arrays, "json": {"caption": f"thing {i}"}})
         shards.append(writer.publish(root, f"shards/{len(shards):06d}.tar"))
     null = {"text": torch.zeros(shapes["text.npy"]), "pooled": torch.zeros(shapes["pooled.npy"])}

@@ -14,6 +14,7 @@ Training stops for a copy into memory. A thread of each rank writes it under a t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import sync_folder, write_atomically
-from train.checkpoint_files import complete_checkpoints, newest_intact, published, sync_and_digest
+from train.checkpoint_files import complete_checkpoints, newest_intact, published, step_of, sync_and_digest
 from train.ema import Ema
 from train.engine import Engine
 from train.fragments import copied_pieces, fill, gathered
@@ -152,7 +153,7 @@ class Checkpoints:
         os.rename(writing, final)
         write_atomically(self.folder / "latest", final.name.encode())  # syncs the folder, and so the rename
         for old in complete_checkpoints(self.folder)[: -self.keep]:
-            if not (self.keep_every and _step_of(old) % self.keep_every == 0):
+            if not (self.keep_every and step_of(old) % self.keep_every == 0):
                 shutil.rmtree(old)
 
     def resume(self, how: str, engine: Engine, ema: Ema, state: TrainState) -> bool:
@@ -177,6 +178,20 @@ class Checkpoints:
             self._remove_newer(found)
         barrier()  # nobody writes before that
         return bool(found)
+
+    def roll_back(self, engine: Engine, ema: Ema, state: TrainState, before: int) -> bool:
+        """Load the newest intact one of a step up to `before`, and remove those after it; false if there is none."""
+        with contextlib.suppress(UserError):  # of what went bad, whether it could be written does not matter
+            self.finish()
+        barrier()
+        found = broadcast_object(str(newest_intact(self.folder, before) or "") if self.ranks.is_main else None)
+        if not found:
+            return False
+        self.load(Path(found), json.loads((Path(found) / "state.json").read_text()), engine, ema, state)
+        if self.ranks.is_main:
+            self._remove_newer(found)
+        barrier()
+        return True
 
     def load(self, path: Path, saved: dict[str, Any], engine: Engine, ema: Ema, state: TrainState) -> None:
         """Weights, moments, EMA and state, wherever the ranks that saved them had them."""
@@ -258,10 +273,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _spelled(layout: dict[str, Any]) -> str:
     return f"{layout['ranks']} rank(s) and ZeRO stage {layout['zero_stage']}"
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def _part(rank: int) -> str:

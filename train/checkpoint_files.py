@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [p for p in published(folder) if (p / "manifest.json").exists()]
 
 
-def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file is as its manifest says; damaged ones are named in the log."""
-    for path in reversed(complete_checkpoints(folder)):
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def newest_intact(folder: Path, up_to: float = math.inf) -> Path | None:
+    """The newest checkpoint (of a step up to `up_to`) whose every file is as its manifest says; damaged ones are named
+    in the log."""
+    for path in reversed([path for path in complete_checkpoints(folder) if step_of(path) <= up_to]):
         damage = damaged_files(path)
         if not damage:
             return path

@@ -26,7 +26,8 @@ from train.fragments import Fragment
 from train.optim import AdamW, set_lr
 from train.ranks import Ranks
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OFFLOAD = ("none", "optimizer", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,32 @@ class EngineConfig:
     reduce_bucket_size: int = 50_000_000  # values
     allgather_bucket_size: int = 50_000_000
     overlap_comm: bool = False
+    offload: str = "none"
+    compile: bool = False
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"engine.dtype={self.dtype} is unknown: take one of {', '.join(DTYPES)}.")
         if self.zero_stage not in (0, 1, 2, 3):
             raise UserError(f"engine.zero_stage={self.zero_stage} is unknown: take 0, 1, 2 or 3.")
-        if self.zero_stage == 0 and self.dtype == "bf16":
+        if self.zero_stage == 0 and self.dtype != "fp32":
             raise UserError(
-                "engine: DeepSpeed keeps no fp32 master weights for bf16 at ZeRO stage 0; take engine=zero1."
+                f"engine: DeepSpeed keeps no fp32 master weights for {self.dtype} at ZeRO stage 0; take engine=zero1."
             )
+        if self.dtype == "fp16" and not torch.cuda.is_available():
+            raise UserError("engine.dtype=fp16 needs a GPU: take engine.dtype=bf16.")
+        self._check_offload()
+        if self.compile and self.zero_stage == 3:
+            raise UserError("engine.compile=true does not go with ZeRO stage 3: take engine=zero2.")
+
+    def _check_offload(self) -> None:
+        if self.offload not in OFFLOAD:
+            raise UserError(f"engine.offload={self.offload} is unknown: take one of {', '.join(OFFLOAD)}.")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise UserError("engine.offload=optimizer needs ZeRO: take engine=zero1, zero2 or zero3.")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise UserError("engine.offload=all, the weights too, needs ZeRO stage 3: take engine=zero3.")
 
     def _accumulates_in_fp32(self, accumulation: int) -> bool:
         """Not where there is nothing to accumulate: at stage 1 in bf16 it would cost a second, slower optimizer."""
@@ -56,12 +73,16 @@ class EngineConfig:
 
     def for_deepspeed(self, micro_batch: int, accumulation: int, world_size: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
+        to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        offloads = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
         return {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "train_batch_size": micro_batch * accumulation * world_size,
             "gradient_clipping": self.gradient_clipping if self.zero_stage else 0.0,  # stage 0: by Engine
             "bf16": {"enabled": self.dtype == "bf16"},
+            # Dynamic loss scale: from 2^16, halved at overflow, doubled after 1000 steps without.
+            "fp16": {"enabled": self.dtype == "fp16", "loss_scale": 0, "initial_scale_power": 16},
             "data_types": {"grad_accum_dtype": "fp32" if self._accumulates_in_fp32(accumulation) else "bf16"},
             "communication_data_type": "fp32",
             "zero_optimization": {
@@ -73,8 +94,10 @@ class EngineConfig:
                 "round_robin_gradients": False,
                 # Stage 3: small parameters stay whole on each rank; gathering them costs more than it saves.
                 "stage3_param_persistence_threshold": 10_000,
+                **dict.fromkeys(offloads[self.offload], to_cpu),
             },
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the CPU, too, and needs no compiler
             "steps_per_print": 2**31,
             "wall_clock_breakdown": False,
         }
@@ -108,6 +131,7 @@ class Engine:
         micro_batch = batch_size // (ranks.world_size * accumulation)
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # over the group that ranks.py has made
         module.to(ranks.device)
+        _tune(module, config)
         self.deepspeed, self.zero, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer.build(module, ranks.device),
@@ -194,6 +218,11 @@ class Engine:
                 master.data.copy_(original)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the module computes in."""
+        return DTYPES[self.config.dtype]
+
+    @property
     def shapes(self) -> dict[str, list[int]]:
         """Of the trained parameters, whole, by name."""
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._trained()}
@@ -242,13 +271,18 @@ class Engine:
 
     def scalars(self) -> dict[str, float]:
         """What is saved beside `tensors`, the same on all ranks."""
-        return {"adam_step": max(float(self._adam_state(master)["step"]) for master in self.master_shards())}
+        step = max(float(self._adam_state(master)["step"]) for master in self.master_shards())
+        if self.config.dtype != "fp16":
+            return {"adam_step": step}
+        return {"adam_step": step, "loss_scale": float(self.zero.loss_scaler.cur_scale)}
 
     @torch.no_grad()
     def after_loading(self, scalars: dict[str, float]) -> None:
         """`tensors` have been filled: set the rest, and the weights that the module computes with. Collective."""
         for master in self.master_shards():
             self._adam_state(master)["step"].fill_(scalars["adam_step"])
+        if "loss_scale" in scalars and self.config.dtype == "fp16":
+            self.zero.loss_scaler.cur_scale = scalars["loss_scale"]
         if self.config.zero_stage in (1, 2):
             self.zero.update_lp_params()
         elif self.config.zero_stage == 3:
@@ -257,6 +291,15 @@ class Engine:
                 self.zero._reassign_or_swap_out_partitioned_parameters(group)
             if persistent := self.zero.persistent_parameters:
                 persistent[0].all_gather(persistent)
+
+
+def _tune(module: nn.Module, config: EngineConfig) -> None:
+    """Hand on what concerns the network alone; asked for in vain, it is refused."""
+    networks = [part for part in module.modules() if hasattr(part, "tune")]
+    for network in networks:
+        network.tune(config.compile, config.checkpoint_activations)
+    if not networks and (config.compile or config.checkpoint_activations):
+        raise UserError("engine.compile and engine.checkpoint_activations are for the U-Net: leave them out here.")
 
 
 def _quieten() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
+from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.checkpoint import RESUME, Checkpoints
 from train.ema import Ema
 from train.engine import Engine, EngineConfig
@@ -26,11 +27,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How long, in what batches, and how it is followed. batch_size is global: over all ranks and accumulation."""
+    """How long, in what batches, and how it is followed. batch_size is global: over all ranks and accumulation.
+
+    micro_batch: what a rank takes at once; accumulation then follows from the number of ranks.
+    """
 
     steps: int
     batch_size: int
     accumulation: int = 1
+    micro_batch: int | None = None
     ema_decay: float = 0.999
     power_ema: Sequence[float] = ()  # sigma_rel of each power-function average
     log_every: int = 50
@@ -40,6 +45,7 @@ class Training:
     asynchronous_save: bool = True
     resume: str = "auto"
     may_change: Sequence[str] = ()
+    bad_numbers: BadNumbers = field(default_factory=BadNumbers)
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
@@ -48,6 +54,19 @@ class Training:
                 raise UserError(f"training.{name}={getattr(self, name)} can't be: take 1 or more.")
         if self.resume not in RESUME:
             raise UserError(f"training.resume={self.resume} is unknown: take one of {', '.join(RESUME)}.")
+
+    def over(self, world_size: int) -> Training:
+        """With accumulation as the micro-batch asks for; a global batch that the ranks can't share is refused."""
+        if self.micro_batch is None:
+            self.check(world_size)
+            return self
+        at_once = world_size * self.micro_batch
+        if self.micro_batch < 1 or self.batch_size % at_once:
+            raise UserError(
+                f"batch_size={self.batch_size} is no multiple of {world_size} ranks x training.micro_batch="
+                f"{self.micro_batch}: change one of them."
+            )
+        return replace(self, accumulation=self.batch_size // at_once, micro_batch=None)
 
     def check(self, world_size: int) -> None:
         """A global batch that the ranks can't share is refused before anything is loaded."""
@@ -78,7 +97,7 @@ class Recipe:
         """From an entry's configuration by hydra's instantiate; what doesn't fit together is refused."""
         data = build(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed)
         order = {name: cfg.data[name] for name in ("streams", "window_shards", "shuffle") if name in cfg.data}
-        recipe = cls(build(cfg.training), build(cfg.optimizer), build(cfg.engine), data, order)
+        recipe = cls(build(cfg.training).over(ranks.world_size), build(cfg.optimizer), build(cfg.engine), data, order)
         recipe.check(ranks)
         return recipe
 
@@ -93,8 +112,7 @@ class Recipe:
         )
 
     def check(self, ranks: Ranks) -> None:
-        """Refuse what doesn't fit together, and damaged shards, before the run's folder is made."""
-        self.training.check(ranks.world_size)
+        """Refuse damaged shards, and streams that can't be shared, before the run's folder is made."""
         self.loader(ranks, DataCursor())
 
     @property
@@ -102,7 +120,7 @@ class Recipe:
         """What a resumed run must have in common with its checkpoint. The learning rate and its schedule may change."""
         training, optimizer = self.training, self.optimizer
         moments = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
-        batch = {"batch_size": training.batch_size, "accumulation": training.accumulation}
+        batch = {"batch_size": training.batch_size}
         averages = {"ema_decay": training.ema_decay, "power_ema": list(training.power_ema)}
         return {**batch, **self.data_order, **averages, "optimizer": moments, "dtype": self.engine.dtype}
 
@@ -132,9 +150,35 @@ def fit(
     actions = make_actions(engine, ema, reporter)
     cadence = Cadence(training.log_every, training.save_every)
     _say_what_runs(what, engine, training, ranks)
-    batches = recipe.loader(ranks, state.cursor)
-    Trainer(engine, ema, batches, state, checkpoints, reporter, cadence, actions, training.batch_size, what).fit()
+    watch = Watch(training.bad_numbers, ranks, run.path / "skipped.jsonl", good_step=state.step)
+    while not state.finished:
+        batches = recipe.loader(ranks, state.cursor)
+        trainer = Trainer(
+            engine, ema, batches, state, checkpoints, watch, reporter, cadence, actions, training.batch_size, what
+        )
+        try:
+            trainer.fit()
+        except NumbersWentBad as bad:
+            go_back(what, bad, watch, checkpoints, engine, ema, state)
+            reporter.rewind(state.step)
+    reporter.close()
     return engine.full_state_dict(ema.shards, prefix=weights_prefix)
+
+
+def go_back(
+    what: str, bad: NumbersWentBad, watch: Watch, checkpoints: Checkpoints, engine: Engine, ema: Ema, state: TrainState
+) -> None:
+    """To the last checkpoint before it, past the data in between; what can't be mended so is a UserError."""
+    gone_bad, rollbacks, passed_over = state.step, state.rollbacks, state.passed_over
+    remedy = "lower optimizer.lr, or look for broken values in the data (skipped.jsonl names the samples)."
+    if rollbacks >= watch.limits.max_rollbacks:
+        raise UserError(f"{bad.why}, after {rollbacks} rollbacks: {remedy}")
+    if not checkpoints.roll_back(engine, ema, state, bad.good_step):
+        raise UserError(f"{bad.why}, and no checkpoint lies before it: {remedy}")
+    state.passed_over, state.rollbacks, watch.skipped = passed_over + gone_bad - state.step, rollbacks + 1, 0
+    watch.note({"step": gone_bad, "rolled_back_to": state.step, "why": bad.why})
+    if watch.ranks.is_main:
+        print(f"{what}: {bad.why}: back to step {state.step}, past the data up to there", flush=True)
 
 
 def _say_what_runs(what: str, engine: Engine, training: Training, ranks: Ranks) -> None:

@@ -11,17 +11,20 @@ from torch import nn
 
 from data_pipeline.errors import UserError
 
-SCHEDULES = ("constant", "cosine", "linear_tail")
+SCHEDULES = ("constant", "cosine", "linear", "linear_tail", "inverse_sqrt")
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Factor of the base rate: linear warm-up, then flat ("constant"), a half cosine to 0 ("cosine"), or flat and then
-    linear to 0 over the last `tail` of the run ("linear_tail"; warmup-stable-decay, Hu et al. 2024)."""
+    """Factor of the base rate: linear warm-up, then flat ("constant"), a half cosine to 0 ("cosine"), linear to 0
+    ("linear"), flat and then linear to 0 over the last `tail` of the run ("linear_tail"; warmup-stable-decay, Hu et al.
+    2024), or sqrt(start / step) from step `start` on ("inverse_sqrt", as in Karras et al. 2024, eq. 67).
+    """
 
     kind: str = "constant"
     warmup: int = 0
     tail: float = 0.5
+    start: int = 10_000
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
@@ -33,6 +36,10 @@ class Schedule:
             return (step + 1) / self.warmup
         if self.kind == "cosine":
             return 0.5 * (1 + cos(pi * (step - self.warmup) / max(total - self.warmup, 1)))
+        if self.kind == "linear":
+            return (total - step) / max(total - self.warmup, 1)
+        if self.kind == "inverse_sqrt":
+            return (max(step, self.start) / self.start) ** -0.5
         if self.kind == "linear_tail":
             return min(1.0, (total - step) / max(self.tail * total, 1))
         return 1.0

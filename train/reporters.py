@@ -19,6 +19,7 @@ class Reporter(Protocol):
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def image(self, step: int, name: str, path: Path) -> None: ...
+    def rewind(self, step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -28,11 +29,16 @@ class JsonLines:
     def __init__(self, path: Path, from_step: int = 0) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= from_step] if path.exists() else []
         write_atomically(path, "".join(map(_line, kept)).encode())
-        self.file = path.open("a")
+        self.path, self.file = path, path.open("a")
 
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(_line(row))
         self.file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Drop what comes after `step`: the run has gone back to it."""
+        self.file.close()
+        self.__init__(self.path, step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._write({"step": step, **values})
@@ -71,6 +77,9 @@ class WeightsAndBiases:
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
+    def rewind(self, step: int) -> None:
+        """W&B knows no way back: it goes on when the run has come to its last step again."""
+
     def image(self, step: int, name: str, path: Path) -> None:
         self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
@@ -87,6 +96,10 @@ class Reporters:
     def log(self, step: int, values: dict[str, float]) -> None:
         for reporter in self.reporters:
             reporter.log(step, values)
+
+    def rewind(self, step: int) -> None:
+        for reporter in self.reporters:
+            reporter.rewind(step)
 
     def image(self, step: int, name: str, path: Path) -> None:
         for reporter in self.reporters:

@@ -9,13 +9,18 @@ from data_pipeline.samples import DataCursor
 
 @dataclass(slots=True)
 class TrainState:
-    """step: optimizer steps asked for, applied_steps: those not skipped for non-finite gradients."""
+    """step: optimizer steps asked for, applied_steps: those not skipped for non-finite gradients.
+
+    passed_over: steps' worth of data that a rollback left out; rollbacks: how many there were.
+    """
 
     total_steps: int
     step: int = 0
     applied_steps: int = 0
     samples_seen: int = 0
     run_id: str = ""
+    passed_over: int = 0
+    rollbacks: int = 0
 
     @property
     def finished(self) -> bool:
@@ -23,12 +28,12 @@ class TrainState:
 
     @property
     def cursor(self) -> DataCursor:
-        """Where the data goes on: the step number fixes the samples (epoch_plan.py)."""
-        return DataCursor(self.step)
+        """Where the data goes on: its number fixes the samples (epoch_plan.py)."""
+        return DataCursor(self.step + self.passed_over)
 
     def advance(self, cursor: DataCursor, samples: int, applied: bool) -> None:
         """Count one global step of `samples` pictures."""
-        self.step = cursor.step
+        self.step = cursor.step - self.passed_over
         self.applied_steps += applied
         self.samples_seen += samples
 
@@ -37,7 +42,7 @@ class TrainState:
 
     def load_state_dict(self, saved: dict[str, int | str]) -> None:
         """Go on from `saved`, to this run's own total."""
-        for name in ("step", "applied_steps", "samples_seen", "run_id"):
+        for name in ("step", "applied_steps", "samples_seen", "run_id", "passed_over", "rollbacks"):
             setattr(self, name, saved[name])
 
 

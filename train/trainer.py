@@ -7,24 +7,25 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
 from data_pipeline.samples import Batch
+from train.bad_numbers import Watch
 from train.checkpoint import Checkpoints
 from train.ema import Ema
 from train.engine import Engine, StepResult
+from train.flops import counted, peak
 from train.preemption import Preempted, Preemption
 from train.ranks import barrier, mean_over_ranks
 from train.reporters import Reporter
 from train.train_state import TrainState, due
 
 log = logging.getLogger(__name__)
-MAX_SKIPPED = 100  # steps in a row
 
 
 class Action(NamedTuple):
@@ -52,6 +53,7 @@ class Trainer:
         batches: Iterable[Batch],
         state: TrainState,
         checkpoints: Checkpoints,
+        watch: Watch,
         reporter: Reporter,
         cadence: Cadence,
         actions: list[Action],
@@ -60,30 +62,35 @@ class Trainer:
     ) -> None:
         self.engine, self.ema, self.batches, self.state = engine, ema, batches, state
         self.checkpoints, self.reporter, self.cadence, self.actions = checkpoints, reporter, cadence, actions
+        self.watch = watch
         self.batch_size, self.what = batch_size, what
         self.preemption = Preemption()
         self.meter = Meter(batch_size)
 
     def fit(self) -> None:
-        """Train to the end, or to a signal: then save, and leave with preemption.EXIT_CODE."""
-        state, main, skipped_in_a_row = self.state, self.engine.ranks.is_main, 0
+        """Train to the end, or to a signal: then save, and leave with preemption.EXIT_CODE.
+
+        NumbersWentBad is raised by all ranks at once.
+        """
+        state, main = self.state, self.engine.ranks.is_main
         batches = self.meter.timed(iter(self.batches))
         with Progress(self.what, state.total_steps, "steps", initial=state.step, shown=main) as bar:
             while not state.finished:
-                result = self.engine.train_step(batches, state.applied_steps, state.total_steps)
+                result = self._step(batches)
                 if result.applied:
                     self.ema.update(self.engine.master_shards())
                 state.advance(result.cursor, self.batch_size, result.applied)
                 self.meter.add(result)
-                skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
-                if skipped_in_a_row >= MAX_SKIPPED:
-                    raise UserError(
-                        f"the gradients of {MAX_SKIPPED} steps in a row, up to step {state.step}, were not finite: "
-                        "lower optimizer.lr, or look for broken values in the data."
-                    )
+                self.watch.after_step(state, result)
                 bar.advance(1, **self.meter.shown)
                 self.act_when_due(bar)
-        self.reporter.close()
+
+    def _step(self, batches: Iterator[Batch]) -> StepResult:
+        step = partial(self.engine.train_step, batches, self.state.applied_steps, self.state.total_steps)
+        if self.meter.flops is not None:
+            return step()
+        result, self.meter.flops = counted(step)
+        return result
 
     def act_when_due(self, bar: Progress) -> None:
         """Log, then the entry's own actions (validate, preview), then save; stop where asked to.
@@ -92,7 +99,9 @@ class Trainer:
         """
         state = self.state
         if due(state.step, self.cadence.log_every, state.total_steps):
-            self.reporter.log(state.step, self.meter.summary(self.engine))
+            values = self.meter.summary(self.engine)
+            self.reporter.log(state.step, values)
+            self.watch.after_log(state.step, values["loss"])
         for action in self.actions:
             if due(state.step, action.every, state.total_steps):
                 action.run(state)
@@ -125,6 +134,7 @@ class Meter:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.shown: dict[str, str] = {}
+        self.flops: int | None = None  # of a step, on this rank; not counted yet
         self._reset()
 
     def _reset(self) -> None:
@@ -168,12 +178,21 @@ class Meter:
             "lr": self.lr,
             "gradient_norm": engine.gradient_norm(),
             "samples_per_s": self.steps * self.batch_size / seconds,
+            **self._utilisation(engine, seconds),
             "data_wait": self.waited / seconds,
             "skipped_steps": self.skipped,
             "peak_memory_gb": peak_memory_gb(),
         }
         self._reset()
         return row
+
+    def _utilisation(self, engine: Engine, seconds: float) -> dict[str, float]:
+        """Model FLOPs a second on this rank and, where a data sheet says what it could do, their share of that."""
+        if not self.flops:
+            return {}
+        achieved = self.flops * self.steps / seconds
+        most = peak(engine.ranks.device, engine.dtype)
+        return {"tflops_per_s": achieved / 1e12, **({"mfu": achieved / most} if most else {})}
 
 
 def peak_memory_gb() -> float:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.errors import UserError
 from train.models.attention import PixelAttention, SpatialTransformer
@@ -117,7 +119,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor | None) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+            x = resnet(torch.cat([x, skips[-1 - i]], dim=1), emb)
             if self.has_attention:
                 x = self.attentions[i](x, context)
         return x if self.upsamplers is None else self.upsamplers[0](x)
@@ -152,7 +154,7 @@ class UNet(nn.Module):
         _check_levels(channels, attention_levels, self_attention_levels, heads, norm_groups)
         _check_pixel_attention(transformer_depth, context_dim, self_attention_levels)
         self.in_channels, self.context_dim, self.vector_dim = in_channels, context_dim, vector_dim
-        self.base_channels, self.heads = channels[0], heads
+        self.base_channels, self.heads, self.checkpoint_activations = channels[0], heads, False
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
         def attention(level: int, always: bool = False) -> MakeAttention | None:
@@ -218,14 +220,25 @@ class UNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x, new_skips = block(x, emb, context)
+            x, new_skips = self._through(block, x, emb, context)
             skips += new_skips
-        x = self.mid_block(x, emb, context)
+        x = self._through(self.mid_block, x, emb, context)
         for block in self.up_blocks:
             count = len(block.resnets)
-            x = block(x, skips[-count:], emb, context)
+            x = self._through(block, x, skips[-count:], emb, context)
             del skips[-count:]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def tune(self, compiled: bool, checkpoint_activations: bool) -> None:
+        """How it is trained. Checkpointing keeps only what goes into a block, and computes each a second time."""
+        self.checkpoint_activations = checkpoint_activations
+        if compiled:
+            self.compile()
+
+    def _through(self, block: nn.Module, *arguments: Any) -> Any:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
 
 def _check_levels(

@@ -278,12 +278,18 @@ def test_a_checkpoint_that_lacks_a_ranks_part_is_not_published(start, steps, tmp
         ({"keep_checkpoints": 0}, "training.keep_checkpoints=0"),
         ({"accumulation": 0}, "training.accumulation=0"),
         ({"accumulation": -2}, "training.accumulation=-2"),
+        ({"micro_batch": 3}, "batch_size=8 is no multiple of 2 ranks x training.micro_batch=3"),
+        ({"batch_size": 7}, "batch_size=7 can't be shared by 2 ranks"),
         ({"resume": "perhaps"}, "training.resume=perhaps is unknown: take one of auto, must, never"),
     ],
 )
 def test_what_training_can_not_be(options, sentence):
     with pytest.raises(UserError, match=sentence):
-        Training(10, 8, **options)
+        Training(**{"steps": 10, "batch_size": 8, **options}).over(2)
+
+
+def test_accumulation_follows_from_the_micro_batch():
+    assert [Training(10, 16, micro_batch=2).over(ranks).accumulation for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
 
 
 def test_identity_holds_what_may_not_change_on_resume():
@@ -293,7 +299,7 @@ def test_identity_holds_what_may_not_change_on_resume():
         return Recipe(Training(10, 8), adamw, EngineConfig(), None, order).identity
 
     assert identity() == {
-        "batch_size": 8, "accumulation": 1, "streams": 8, "window_shards": 4, "dtype": "fp32", "ema_decay": 0.999,
+        "batch_size": 8, "streams": 8, "window_shards": 4, "dtype": "fp32", "ema_decay": 0.999,
         "power_ema": [],
         "optimizer": {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01},
     }  # fmt: skip

@@ -11,7 +11,7 @@ from torch import nn
 from data_pipeline.errors import UserError
 from data_pipeline.samples import DataCursor
 from train.ema import Ema, gamma_of
-from train.optim import AdamW, Schedule, set_lr
+from train.optim import SCHEDULES, AdamW, Schedule, set_lr
 from train.train_state import TrainState, due
 
 
@@ -91,6 +91,8 @@ def test_power_function_average_is_its_definition():
         (Schedule("constant"), {0: 1, 999: 1}),
         (Schedule("constant", warmup=10), {0: 0.1, 4: 0.5, 9: 1, 10: 1, 999: 1}),
         (Schedule("cosine", warmup=100), {0: 0.01, 99: 1, 100: 1, 550: 0.5, 325: 0.5 + 0.5**1.5, 1000: 0}),
+        (Schedule("linear", warmup=100), {0: 0.01, 100: 1, 550: 0.5, 1000: 0}),
+        (Schedule("inverse_sqrt", warmup=10, start=100), {9: 1, 100: 1, 400: 0.5, 900: 1 / 3}),
         (Schedule("linear_tail", warmup=4, tail=0.25), {0: 0.25, 4: 1, 750: 1, 875: 0.5, 999: 0.004}),
     ],
 )
@@ -100,7 +102,7 @@ def test_schedules_at_their_key_points(schedule, points):
         assert optimizer.lr_at(step, 1000) == pytest.approx(2e-4 * factor, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["constant", "cosine", "linear_tail"])
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_schedules_never_jump_up_after_the_warm_up_nor_fall_below_0(kind):
     factors = [Schedule(kind, warmup=20).factor(step, 300) for step in range(300)]
     assert all(a < b for a, b in pairwise(factors[:20]))
@@ -110,7 +112,7 @@ def test_schedules_never_jump_up_after_the_warm_up_nor_fall_below_0(kind):
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(UserError, match="kind=triangle is unknown: take one of constant, cosine, linear_tail"):
+    with pytest.raises(UserError, match="kind=triangle is unknown: take one of constant, cosine, linear, linear_tail"):
         Schedule("triangle")
 
 

@@ -1,12 +1,17 @@
 """One step of real DeepSpeed in this process, at every ZeRO stage, against plain torch."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
 from train.engine import Engine, EngineConfig
+from train.flops import counted, peak
+from train.models.unet import UNet
 from train.objectives.terms import LossTerms
 from train.optim import AdamW, Schedule
 from train.ranks import find_ranks
@@ -84,3 +89,106 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_changes_nothing(alone, sta
     assert [norms[i] for i in (0, 2, 4)] == pytest.approx(expected, rel=close["rtol"])
     for name, value in engine.full_state_dict().items():
         torch.testing.assert_close(value, weights[name], **close)
+
+
+class Denoiser(nn.Module):
+    """A U-Net in the place of the objective, as the engine finds it there."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = UNet(4, 4, [8], 1, 6, None, [True], heads=2, norm_groups=4)
+
+    def forward(self, batch):
+        x = batch.tensors["x"].to(self.unet.conv_in.weight.dtype)
+        error = self.unet(x, torch.full((len(x),), 500.0), x[:, :3, 0, :6]).float().square()
+        return LossTerms(error.mean(), {"loss": error.mean().detach()}, error.detach())
+
+
+def pictures():
+    generator = torch.Generator().manual_seed(1)
+    for step in range(100):
+        x = torch.randn(BATCH, 4, 8, 8, generator=generator)
+        yield Batch(("k",) * BATCH, ("",) * BATCH, {"x": x}, (0,), step, DataCursor(step + 1))
+
+
+def trained(ranks, stage, steps=3, **options):
+    torch.manual_seed(0)
+    engine = Engine(Denoiser(), AdamW(0.01, Schedule(), eps=1e-3), EngineConfig(stage, **options), ranks, BATCH, 1)
+    steps_taken = pictures()
+    losses = [float(engine.train_step(steps_taken, step, steps).parts["loss"]) for step in range(steps)]
+    return losses, engine.full_state_dict()
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        (0, {"checkpoint_activations": True}),
+        (3, {"checkpoint_activations": True}),
+        (1, {"offload": "optimizer"}),
+        (2, {"offload": "optimizer"}),
+        (3, {"offload": "all"}),
+        pytest.param(
+            1,
+            {"compile": True},
+            marks=pytest.mark.skipif(
+                not (torch.cuda.is_available() or os.environ.get("TEST_COMPILE")),
+                reason="torch.compile takes one to two minutes on a CPU: set TEST_COMPILE=1",
+            ),
+        ),
+    ],
+)
+def test_how_it_is_computed_does_not_change_what(alone, stage, options):
+    expected_losses, expected = trained(alone, 0)
+    losses, weights = trained(alone, stage, **options)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_activation_checkpointing_keeps_less(alone):
+    """What is held between the passes: all of it, or what goes into each block."""
+    kept = {}
+    for checkpointed in (False, True):
+        network = Denoiser()
+        network.unet.tune(compiled=False, checkpoint_activations=checkpointed)
+        held = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, h=held: h.setdefault(x.data_ptr(), x), lambda x: x):
+            network(next(pictures()))
+        kept[checkpointed] = sum(x.numel() for x in held.values())
+    assert kept[True] < 0.5 * kept[False]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"offload": "disk"}, "take one of none, optimizer, all"),
+        ({"zero_stage": 0, "offload": "optimizer"}, "offload=optimizer needs ZeRO"),
+        ({"zero_stage": 2, "offload": "all"}, "needs ZeRO stage 3"),
+        ({"zero_stage": 3, "compile": True}, "take engine=zero2"),
+        ({"zero_stage": 0, "dtype": "bf16"}, "take engine=zero1"),
+    ],
+)
+def test_what_an_engine_can_not_be(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        EngineConfig(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for GPUs")
+def test_fp16_is_refused_without_a_gpu():
+    with pytest.raises(UserError, match=r"fp16 needs a GPU: take engine\.dtype=bf16"):
+        EngineConfig(dtype="fp16")
+
+
+def test_a_network_that_can_not_be_compiled_is_said(alone):
+    with pytest.raises(UserError, match="are for the U-Net"):
+        Engine(Regression(), AdamW(0.1, Schedule()), EngineConfig(compile=True), alone, BATCH, 1)
+
+
+def test_a_steps_flops_are_those_of_its_products(alone):
+    """y = x W^T: 2 B n m forward; as many again for W's gradient, and none for x's."""
+    engine = made(alone, 2)
+    stream = batches(1)
+    result, flops = counted(lambda: engine.train_step(stream, 0, 10))
+    assert result.applied
+    assert flops == 2 * (2 * BATCH * 3 * 2)
+    assert peak(torch.device("cpu"), torch.float32) is None

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_pipeline.errors import UserError
 from data_pipeline.samples import DataCursor
 from train import trainer
+from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.engine import StepResult
 from train.ranks import Ranks
 from train.reporters import JsonLines, read_metrics
@@ -28,7 +28,13 @@ class Steps:
 
     def train_step(self, batches, applied_steps, total_steps):
         step = next(batches)
-        return StepResult({"loss": torch.tensor(float(step))}, DataCursor(step), (), 0.1, step not in self.skipped)
+        return StepResult(
+            {"loss": torch.tensor(float(step))},
+            DataCursor(step),
+            (f"sample of step {step}",),
+            0.1,
+            step not in self.skipped,
+        )
 
     def master_shards(self):
         return []
@@ -52,6 +58,12 @@ class Saves:
             raise Killed
         self.steps.append(state.step)
 
+    def raise_if_failed(self):
+        pass
+
+    def finish(self):
+        pass
+
 
 @pytest.fixture
 def make_trainer(tmp_path, monkeypatch):
@@ -67,7 +79,8 @@ def make_trainer(tmp_path, monkeypatch):
         ]
         saves = saves or Saves()
         batches = range(start + 1, total + 1)
-        return Trainer(Steps(skipped), ema, batches, state, saves, reporter, cadence, listed, 8, "test"), saves
+        watch = Watch(BadNumbers(), ALONE, tmp_path / "skipped.jsonl", good_step=start)
+        return Trainer(Steps(skipped), ema, batches, state, saves, watch, reporter, cadence, listed, 8, "test"), saves
 
     return make
 
@@ -109,9 +122,12 @@ def test_no_bare_nan_is_written(make_trainer, tmp_path):
 
 def test_100_skipped_steps_in_a_row_end_it(make_trainer):
     loop, _ = make_trainer(total=250, skipped=[*range(1, 100), *range(101, 201)], save_every=None)
-    with pytest.raises(UserError, match=r"100 steps in a row, up to step 200, .*optimizer\.lr, .* in the data"):
+    with pytest.raises(NumbersWentBad, match="gradients of 100 steps in a row, up to step 200, were not") as bad:
         loop.fit()
-    assert (loop.state.step, loop.state.applied_steps) == (200, 1)
+    assert (loop.state.step, loop.state.applied_steps, bad.value.good_step) == (200, 1, 100)
+    noted = [json.loads(line) for line in loop.watch.notes.read_text().splitlines()]
+    assert [row["step"] for row in noted] == [*range(1, 100), *range(101, 201)]
+    assert noted[0]["keys"] == ["sample of step 1"]
 
 
 def test_the_rate_leaves_out_actions_and_saves(make_trainer, monkeypatch):
