@@ -19,6 +19,7 @@ OWNERS = {
     "open_clip": {"train/models/clip.py", "train/weights/open_clip.py"},
     "fsspec": {"data_pipeline/storage.py"},
     "s3fs": {"data_pipeline/storage.py"},
+    "pyarrow": {"data_pipeline/sources/table.py"},
     "diffusers": set(),
     "transformers": set(),
 }
