@@ -21,10 +21,10 @@ MAX_PIXELS = 64 * 1024 * 1024
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 MAX_TEXT_BYTES = 1024 * 1024  # of a caption, or of the JSON beside it
 IMAGES = ("png", "jpg", "jpeg", "webp")
-BFLOAT16 = np.dtype("V2")  # numpy has none: in a .npy it is two bytes without a type, as JAX and ml_dtypes write it
 # What a file may really be, whatever its name says. Pillow knows more: one of them, EPS, starts a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow raises before it decodes; below, to_rgb does
+BFLOAT16 = np.dtype("V2")  # numpy has none: in a .npy it is two bytes without a type, as JAX and ml_dtypes write it
 # What Pillow, numpy and json raise on bytes that are not what they claim to be.
 UNDECODABLE = (
     ValueError,

@@ -178,11 +178,11 @@ class Layout(Classes):
     From meta["boxes"]: a list of [class, x0, y0, x1, y1].
     """
 
-    asked, fields = ("layouts",), ("boxes", "box_label")
     none_named = (
         "conditions=[layout]: no sample has boxes in its json: make_shards.py source=openmoji_pairs makes such, or "
         "give each sample's as boxes: [[class, x0, y0, x1, y1], ...]."
     )
+    asked, fields = ("layouts",), ("boxes", "box_label")
 
     def __init__(self, max_boxes: int = 8, classes: Sequence[str] | None = None) -> None:
         super().__init__(classes)
