@@ -8,7 +8,9 @@ import math
 import struct
 import tokenize
 import zlib
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,7 +19,12 @@ from data_pipeline.errors import DataError
 
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
+MAX_TEXT_BYTES = 1024 * 1024  # of a caption, or of the JSON beside it
 IMAGES = ("png", "jpg", "jpeg", "webp")
+# What a file may really be, whatever its name says. Pillow knows more: one of them, EPS, starts a program.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow raises before it decodes; below, to_rgb does
+BFLOAT16 = np.dtype("V2")  # numpy has none: in a .npy it is two bytes without a type, as JAX and ml_dtypes write it
 # What Pillow, numpy and json raise on bytes that are not what they claim to be.
 UNDECODABLE = (
     ValueError,
@@ -54,8 +61,9 @@ def decode(name: str, data: bytes) -> Any:
     """The inverse of `encode`; jpg and webp too. Raises DataError for what isn't what its name says."""
     kind = name.rsplit(".", 1)[-1].lower()
     try:
-        if len(data) > MAX_MEMBER_BYTES:
-            raise ValueError(f"{len(data)} bytes are more than the {MAX_MEMBER_BYTES} allowed")
+        allowed = MAX_TEXT_BYTES if kind in ("txt", "json") else MAX_MEMBER_BYTES
+        if len(data) > allowed:
+            raise ValueError(f"{len(data)} bytes are more than the {allowed} allowed")
         if kind in IMAGES:
             return decode_image(data)
         if kind == "npy":
@@ -71,9 +79,15 @@ def decode(name: str, data: bytes) -> Any:
     return None  # a member that nobody here asked for
 
 
+def caption_in(members: Mapping[str, Any]) -> str:
+    """Of decoded members: the .txt, else the json's "caption"; "" where there is none, or it is no text."""
+    caption = members["txt"] if "txt" in members else (members.get("json") or {}).get("caption")
+    return caption if isinstance(caption, str) else ""
+
+
 def decode_object(data: bytes) -> dict[str, Any]:
-    """A JSON object."""
-    value = json.loads(data)
+    """A JSON object. NaN and Infinity, which JSON has not and tables write for a missing number, become None."""
+    value = json.loads(data, parse_constant=lambda _: None)
     if not isinstance(value, dict):
         raise ValueError(f"no object, but {type(value).__name__}")
     return value
@@ -90,12 +104,23 @@ def decode_array(data: bytes) -> np.ndarray:
         raise ValueError("objects are not read")
     if math.prod(shape) * dtype.itemsize != len(body):
         raise ValueError(f"{len(body)} bytes can't be {dtype} of shape {shape}")
-    return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran_order else "C")
+    array = np.frombuffer(body, dtype).reshape(shape, order="F" if fortran_order else "C")
+    return widened(array) if dtype == BFLOAT16 else array
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """bfloat16, the upper half of a float32, as float32."""
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def decode_image(data: bytes) -> np.ndarray:
     """PNG, JPEG or WebP bytes -> (H, W, 3) uint8; transparency becomes white."""
-    return to_rgb(Image.open(io.BytesIO(data)))
+    return to_rgb(open_image(io.BytesIO(data)))
+
+
+def open_image(file: str | Path | IO[bytes]) -> Image.Image:
+    """A picture of one of FORMATS, told by its content; only its header is read."""
+    return Image.open(file, formats=FORMATS)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

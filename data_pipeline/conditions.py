@@ -6,6 +6,7 @@ asked in the way in which it was trained. A sample is {"key", "caption", "meta",
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from data_pipeline.encoders import ImageEncoder, TextEncoder
 from data_pipeline.errors import UserError
+from data_pipeline.samples import TextStates
 
 Sample = Mapping[str, Any]
 
@@ -29,10 +31,16 @@ class Tools(Protocol):
 
 
 class Condition(Protocol):
-    """asked: the options of sample_images.py that it is given by; uses_clip: whether it needs the CLIP."""
+    """asked: the options of sample_images.py that it is given by; uses_clip, uses_first_stage: whether it needs them.
+
+    fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that decide what.
+    """
 
     asked: tuple[str, ...]
     uses_clip: bool
+    uses_first_stage: bool
+    fields: tuple[str, ...]
+    made_from: tuple[str, ...]
 
     def learn(self, samples: Iterable[Sample]) -> None:
         """Take what must be known of the whole training split (class names), where it is not configured."""
@@ -57,7 +65,9 @@ class PlainCondition:
     """A condition that learns nothing, takes every sample and has no null of an encoder's."""
 
     asked: tuple[str, ...] = ()
-    uses_clip = False
+    uses_clip = uses_first_stage = False
+    fields: tuple[str, ...] = ()
+    made_from: tuple[str, ...] = ("meta",)
 
     def learn(self, samples: Iterable[Sample]) -> None:
         pass
@@ -73,19 +83,29 @@ class PlainCondition:
 
 
 class Text(PlainCondition):
-    """text (B, T, D), a state a token, and pooled (B, P), by the CLIP; each different caption is encoded once."""
+    """text (B, T, D), a state a token, and pooled (B, P) if wanted; each different caption is encoded once."""
 
-    asked, uses_clip = ("prompts",), True
+    asked, uses_clip, made_from = ("prompts",), True, ("caption",)
+
+    def __init__(self, pooled: bool = True) -> None:
+        self.fields = ("text", "pooled") if pooled else ("text",)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | ({} if "pooled" in self.fields else {"pooled": False})
+
+    def chosen(self, states: TextStates, rows: Tensor | int) -> dict[str, Tensor]:
+        """The fields of some of the captions."""
+        both = {"text": states.tokens, "pooled": states.pooled}
+        return {name: both[name][rows] for name in self.fields}
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
         captions = list(dict.fromkeys(sample["caption"] for sample in samples))
         states = tools.text.encode_text(captions)
         rows = torch.tensor([captions.index(sample["caption"]) for sample in samples], device=states.tokens.device)
-        return {"text": states.tokens[rows], "pooled": states.pooled[rows]}
+        return self.chosen(states, rows)
 
     def null(self, tools: Tools) -> dict[str, Tensor]:
-        states = tools.text.encode_text([""])
-        return {"text": states.tokens[0], "pooled": states.pooled[0]}
+        return self.chosen(tools.text.encode_text([""]), 0)
 
     def as_sample(self, prompts: str) -> dict[str, Any]:
         return {"caption": prompts}
@@ -93,6 +113,8 @@ class Text(PlainCondition):
 
 class Classes(PlainCondition):
     """A condition on named classes. They are those of the training split, in alphabetical order, unless given."""
+
+    none_named = "conditions=[label]: no sample names a class: check conditions.label.key, or give classes."
 
     def __init__(self, classes: Sequence[str] | None = None) -> None:
         self.classes = None if classes is None else [str(name) for name in classes]
@@ -105,7 +127,7 @@ class Classes(PlainCondition):
         if self.classes is None:
             self.classes = sorted({name for sample in samples for name in self.named_in(sample)})
             if not self.classes:
-                raise UserError(f"no sample names a class for {type(self).__name__}: check its key, or give classes.")
+                raise UserError(self.none_named)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "classes": self.classes}
@@ -116,14 +138,15 @@ class Classes(PlainCondition):
             return [self.classes.index(name) for name in names]
         except ValueError:
             unknown = next(name for name in names if name not in self.classes)
-            known = ", ".join(self.classes[:12]) + (", ..." if len(self.classes) > 12 else "")
+            near = difflib.get_close_matches(str(unknown), self.classes, 4, 0.3) or self.classes
+            known = ", ".join(near[:12]) + (f", or another of {len(self.classes)}" if len(self.classes) > 12 else "")
             raise UserError(f"class {unknown} is unknown here: take one of {known}.") from None
 
 
 class Label(Classes):
     """label (B,): the number of the class that meta[key] names."""
 
-    asked = ("labels",)
+    asked, fields = ("labels",), ("label",)
 
     def __init__(self, key: str = "group", classes: Sequence[str] | None = None) -> None:
         super().__init__(classes)
@@ -155,7 +178,11 @@ class Layout(Classes):
     From meta["boxes"]: a list of [class, x0, y0, x1, y1].
     """
 
-    asked = ("layouts",)
+    none_named = (
+        "conditions=[layout]: no sample has boxes in its json: make_shards.py source=openmoji_pairs makes such, or "
+        "give each sample's as boxes: [[class, x0, y0, x1, y1], ...]."
+    )
+    asked, fields = ("layouts",), ("boxes", "box_label")
 
     def __init__(self, max_boxes: int = 8, classes: Sequence[str] | None = None) -> None:
         super().__init__(classes)
@@ -165,11 +192,12 @@ class Layout(Classes):
         return {**super().config(), "max_boxes": self.max_boxes}
 
     def named_in(self, sample: Sample) -> list[str]:
-        return [str(box[0]) for box in sample["meta"].get("boxes") or [] if well_formed(box)]
+        boxes = sample["meta"].get("boxes")
+        return [str(box[0]) for box in boxes if well_formed(box)] if isinstance(boxes, list) else []
 
     def reason_against(self, sample: Sample) -> str | None:
         boxes = sample["meta"].get("boxes")
-        if not boxes:
+        if not boxes or not isinstance(boxes, list):
             return "no boxes in its json"
         if len(boxes) > self.max_boxes:
             return f"more than max_boxes={self.max_boxes} boxes"
@@ -187,6 +215,8 @@ class Layout(Classes):
         return {"boxes": boxes, "box_label": labels}
 
     def as_sample(self, layouts: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        if not isinstance(layouts, list | tuple) or not all(isinstance(box, list | tuple) for box in layouts):
+            raise UserError(f"layouts: {layouts} is no list of boxes: give layouts='[[[class,x0,y0,x1,y1]]]'.")
         sample = {"meta": {"boxes": [list(box) for box in layouts]}}
         self.numbers(self.named_in(sample))
         if reason := self.reason_against(sample):
@@ -209,7 +239,7 @@ def well_formed(box: Any) -> bool:
 class OfPicture(PlainCondition):
     """A condition that is made of the picture itself."""
 
-    asked = ("images",)
+    asked, made_from = ("images",), ("picture",)
 
     def as_sample(self, images: np.ndarray) -> dict[str, Any]:
         return {"image": images}
@@ -218,14 +248,20 @@ class OfPicture(PlainCondition):
 class ImageEmbedding(OfPicture):
     """image_embedding (B, E): the CLIP's of the picture, at unit variance."""
 
-    uses_clip = True
+    uses_clip, fields = True, ("image_embedding",)
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        if not hasattr(tools.text, "encode_image"):
+            raise UserError(
+                "conditions=[image_embedding] needs a CLIP with its image tower: take clip=trained, of train_clip.py."
+            )
         return {"image_embedding": tools.text.encode_image(images)}
 
 
 class LowResolution(OfPicture):
     """low_resolution (B, 3, H/factor, W/factor) in [-1, 1], box-averaged: what super-resolution starts from."""
+
+    fields = ("low_resolution",)
 
     def __init__(self, factor: int = 4) -> None:
         self.factor = factor
@@ -245,7 +281,8 @@ class Hole(PlainCondition):
     its sides between `smallest` and `largest` of the picture's.
     """
 
-    asked = ("images", "holes")
+    asked, made_from = ("images", "holes"), ("picture", "meta")
+    uses_first_stage, fields = True, ("hole", "masked_latents")
 
     def __init__(self, smallest: float = 0.25, largest: float = 0.75) -> None:
         if not 0 < smallest <= largest <= 1:
@@ -269,9 +306,7 @@ class Hole(PlainCondition):
         hole = torch.zeros(len(samples), 1, height, width, device=images.device)
         for i, sample in enumerate(samples):
             x0, y0, x1, y1 = sample["meta"].get("hole") or self.drawn(sample["key"])
-            rows = slice(round(y0 * height), max(round(y1 * height), round(y0 * height) + 1))
-            columns = slice(round(x0 * width), max(round(x1 * width), round(x0 * width) + 1))
-            hole[i, 0, rows, columns] = 1
+            hole[i, 0, cells(y0, y1, height), cells(x0, x1, width)] = 1
         seen = images * (1 - hole.repeat_interleave(factor, 2).repeat_interleave(factor, 3))
         mean, _ = tools.image.posterior_of(tools.image.encode_stored(seen))
         return {"hole": hole, "masked_latents": mean}
@@ -284,7 +319,12 @@ class Hole(PlainCondition):
         return x0, y0, x0 + sides[0], y0 + sides[1]
 
     def as_sample(self, images: np.ndarray, holes: Sequence[float]) -> dict[str, Any]:
-        box = list(holes)
-        if not well_formed(["hole", *box]):
-            raise UserError(f"holes: {box} is not [x0, y0, x1, y1] in fractions of the picture.")
-        return {"image": images, "meta": {"hole": box}}
+        if not isinstance(holes, list | tuple) or not well_formed(["hole", *holes]):
+            raise UserError(f"holes: {holes} is not [x0, y0, x1, y1] in fractions of the picture.")
+        return {"image": images, "meta": {"hole": list(holes)}}
+
+
+def cells(start: float, end: float, count: int) -> slice:
+    """Of `count` cells, those that a stretch in fractions covers: one at least."""
+    first = min(round(start * count), count - 1)
+    return slice(first, max(round(end * count), first + 1))

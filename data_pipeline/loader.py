@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data_pipeline import codec, storage
 from data_pipeline.epoch_plan import EpochPlan, Place
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.image_transforms import square_of
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor, collated
 from data_pipeline.shard_writer import read_index, read_shard, read_whole, refuse_other_bytes
@@ -50,7 +51,7 @@ class SampleReader:
         except DataError as error:
             shard = self.manifest.shards[place.shard].name
             raise DataError(f"sample {entry.key} of shard {storage.join(self.root, shard)}: {error}") from error
-        sample = as_sample(entry.key, members)
+        sample = as_sample(entry.key, members, size_of(self.manifest))
         cost = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
         if cost <= self.room:
             self.cache[place] = sample
@@ -81,16 +82,20 @@ class SampleReader:
                 data.close()
 
 
-def as_sample(key: str, members: dict[str, Any]) -> dict[str, Any]:
-    """Members by extension -> a sample by field name."""
-    meta = members.get("json") or {}
-    sample = {"key": key, "caption": members.get("txt", meta.get("caption", "")), "meta": meta}
+def as_sample(key: str, members: dict[str, Any], size: int | None = None) -> dict[str, Any]:
+    """Members by extension -> a sample by field name; a picture as its centre square of `size`, where that is given."""
+    sample = {"key": key, "caption": codec.caption_in(members), "meta": members.get("json") or {}}
     for member, value in members.items():
         if member in codec.IMAGES:
-            sample["image"] = value
+            sample["image"] = square_of(value, size) if size else value
         elif member.endswith(".npy"):
             sample[member.removesuffix(".npy")] = value
     return sample
+
+
+def size_of(manifest: Manifest) -> int | None:
+    """Pixels a side that pictures are cut to when they are read: shards that others wrote hold any."""
+    return manifest.info.get("size") if manifest.kind == "image-text" else None
 
 
 def fields_of(manifest: Manifest) -> tuple[str, ...]:
@@ -241,5 +246,5 @@ def read_dataset(root: str, limit: int | None = None) -> list[dict[str, Any]]:
         if limit is not None and len(samples) >= limit:
             break
         for members in read_shard(root, shard, fields_of(manifest)):
-            samples.append(as_sample(members.pop("__key__"), members))
+            samples.append(as_sample(members.pop("__key__"), members, size_of(manifest)))
     return samples[:limit]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from array import array
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,10 +21,11 @@ from data_pipeline.aside import Aside
 from data_pipeline.codec import UNDECODABLE
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
+from data_pipeline.filters import Candidate, Filters, accounting, summary
 from data_pipeline.manifest import Manifest, Shard, find_splits
 from data_pipeline.progress import Progress
 from data_pipeline.shard_writer import ShardWriter
-from data_pipeline.sources.source import SourceItem
+from data_pipeline.sources.source import Source, SourceItem
 
 
 @entry("make_shards")
@@ -27,40 +34,80 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"shard_size={cfg.shard_size} can't be: take 1 or more.")
     if cfg.heldout_every and cfg.heldout_every < 2:
         raise UserError(f"heldout_every={cfg.heldout_every} leaves none to train on: take 2 or more, or null for none.")
-    items = instantiate(cfg.source, _convert_="all").items()
-    mark = mark_of(cfg, items)
+    source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
+    mark, listed, heldout = look_through(cfg, source)
     if finished(cfg.output, mark):
         print(f"make_shards: {cfg.output} is finished already")
         return
-    keys = [item.key for item in items]
-    if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"two pictures have the key {twice}: rename one of them.")
-    aside = Aside(len(items), cfg.max_aside_fraction)
-    every = cfg.heldout_every
-    heldout = [item for i, item in enumerate(items) if every and i % every == every - 1]
-    kept = [item for i, item in enumerate(items) if not (every and i % every == every - 1)]
-    with Progress("make_shards", len(items), "pictures") as bar:
-        manifests = {
-            split: write_split(part, storage.join(cfg.output, split), cfg.size, cfg.shard_size, aside, bar)
-            for split, part in (("train", kept), ("heldout", heldout))
-            if part
-        }
+    aside = Aside(listed, cfg.max_aside_fraction)
+    splits = {"train": Split(storage.join(cfg.output, "train"), cfg.shard_size)}
+    if heldout:
+        splits["heldout"] = Split(storage.join(cfg.output, "heldout"), cfg.shard_size)
+    with Progress("make_shards", listed, "pictures") as bar:
+        for number, item in enumerate(source.items()):
+            sample = taken(item, cfg.size, filters, aside)
+            if sample is not None:
+                splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"].add(item.key, sample)
+            bar.advance()
+    for split in splits.values():
+        split.close()
     aside.save(cfg.output, "make_shards")
-    for split, (shards, fields) in reversed(manifests.items()):  # train's makes the whole complete
-        info = {"made_from": mark, "size": cfg.size}
-        Manifest("image-text", tuple(shards), fields, info).save(storage.join(cfg.output, split))
-    counts = ", ".join(f"{sum(s.samples for s in shards)} {split}" for split, (shards, _) in manifests.items())
-    print(f"make_shards: {counts}, {len(aside.rows)} set aside, of {len(items)} listed; in {cfg.output}")
-    for reason, count in aside.by_reason().items():
-        print(f"make_shards: set aside {count} x {reason}")
+    filters.save(cfg.output, "filtered")
+    reasons, processed = summary(aside.rows), sum(split.samples for split in splits.values())
+    info = {"made_from": mark, "size": cfg.size}
+    info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
+    fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
+    for split in reversed(splits.values()):  # train's makes the whole complete
+        Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
+    report(cfg.output, splits, filters.counts, aside.by_reason(), listed)
 
 
-def mark_of(cfg: DictConfig, items: Sequence[SourceItem]) -> str:
-    """What a finished output is recognised by: the configuration, what the source lists, and its files' stamps."""
+def report(output: str, splits: Mapping[str, Split], filtered: Counter[str], aside: Counter[str], listed: int) -> None:
+    """What became of each picture that was listed."""
+    counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
+    left_out = f"{filtered.total()} filtered, {aside.total()} set aside"
+    print(f"make_shards: {counts}, {left_out}, of {listed} listed; in {output}")
+    for what, reasons in (("filtered", filtered), ("set aside", aside)):
+        for reason, count in reasons.items():
+            print(f"make_shards: {what} {count} x {reason}")
+
+
+def look_through(cfg: DictConfig, source: Source) -> tuple[str, int, int]:
+    """Mark, count, and count of held-out items: a pass over the source before anything is decoded.
+
+    The mark is what a finished output is recognised by: the configuration, what is listed, and its files' stamps. A
+    key that comes twice is refused. It holds 8 bytes a key: 10^7 items are a few hundred MB while they are sorted.
+    """
     config = OmegaConf.to_container(cfg, resolve=True) | {"output": None}
-    listed = [(item.key, item.caption, *getattr(item, "stamp", ())) for item in items]
-    return hashlib.sha256(json.dumps([config, listed], sort_keys=True).encode()).hexdigest()[:16]
+    if not config["filters"]:
+        del config["filters"]
+    mark = hashlib.sha256(f"[{json.dumps(config, sort_keys=True)}, [".encode())
+    keys, heldout, number = array("Q"), 0, -1
+    for number, item in enumerate(source.items()):
+        looked_at = (item.meta,) if cfg.filters else ()
+        row = json.dumps((item.key, item.caption, *getattr(item, "stamp", ()), *looked_at), sort_keys=True)
+        mark.update(f"{', ' if number else ''}{row}".encode())
+        keys.append(digest_of(item.key))
+        heldout += is_heldout(item, number, cfg.heldout_every)
+    mark.update(b"]]")
+    ordered = np.sort(np.frombuffer(keys, np.uint64))
+    again = ordered[1:][ordered[1:] == ordered[:-1]].tolist()
+    if again:
+        twice = next(item.key for item in source.items() if digest_of(item.key) == again[0])
+        raise UserError(f"two pictures have the key {twice}: rename one of them.")
+    return mark.hexdigest()[:16], number + 1, heldout
+
+
+def digest_of(key: str) -> int:
+    """64 bits that stand for a key."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "little")
+
+
+def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
+    """As the source says; else every tenth thing (`every`; None: nothing at all)."""
+    if not every:
+        return False
+    return number % every == every - 1 if item.heldout is None else item.heldout
 
 
 def finished(output: str, mark: str) -> bool:
@@ -77,33 +124,36 @@ def finished(output: str, mark: str) -> bool:
     return "train" in splits
 
 
-def write_split(
-    items: Sequence[SourceItem], root: str | Path, size: int, shard_size: int, aside: Aside, bar: Progress
-) -> tuple[list[Shard], dict[str, dict]]:
-    """All items of a split as shards of `shard_size`; returns them and what their fields are."""
-    shards: list[Shard] = []
-    writer = ShardWriter()
+class Split:
+    """One split while it is written: a shard of samples in memory, the rest published."""
 
-    def publish() -> None:
-        nonlocal writer
-        shards.append(writer.publish(root, f"shards/{len(shards):06d}.tar"))
-        writer = ShardWriter()
+    def __init__(self, root: str, shard_size: int) -> None:
+        self.root, self.shard_size = root, shard_size
+        self.shards: list[Shard] = []
+        self.writer = ShardWriter()
 
-    for item in items:
-        sample, reason = load_sample(item, size)
-        if sample is None:
-            aside.add(item.key, reason)
-        else:
-            writer.add(item.key, sample)
-        if writer.count == shard_size:
-            publish()
-        bar.advance()
-    if writer.count:
-        publish()
-    remove_leftovers(root, len(shards))
-    if not shards:
-        raise UserError("not one picture of a split can be used: check the source, or set heldout_every=null.")
-    return shards, {"png": {"dtype": "uint8", "shape": [size, size, 3]}, "txt": {}, "json": {}}
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def add(self, key: str, sample: dict[str, Any]) -> None:
+        self.writer.add(key, sample)
+        if self.writer.count == self.shard_size:
+            self._publish()
+
+    def close(self) -> None:
+        """Publish the rest; shards that an earlier run left behind are removed."""
+        if self.writer.count:
+            self._publish()
+        remove_leftovers(self.root, len(self.shards))
+        if not self.shards:
+            raise UserError(
+                "not one picture of a split can be used: check the source and filters=, or set heldout_every=null."
+            )
+
+    def _publish(self) -> None:
+        self.shards.append(self.writer.publish(self.root, f"shards/{len(self.shards):06d}.tar"))
+        self.writer = ShardWriter()
 
 
 def remove_leftovers(root: str | Path, number: int) -> None:
@@ -114,15 +164,23 @@ def remove_leftovers(root: str | Path, number: int) -> None:
         number += 1
 
 
-def load_sample(item: SourceItem, size: int) -> tuple[dict | None, str]:
-    """The members of an item, or None and why not."""
+def taken(item: SourceItem, size: int, filters: Filters, aside: Aside) -> dict[str, Any] | None:
+    """The members of an item; None where it is filtered or set aside, which is noted under its reason."""
+    if item.absent:
+        filters.add(item.key, item.absent)
+        return None
     if item.caption is None:
-        return None, "missing caption"
+        aside.add(item.key, "missing caption")
+        return None
+    load = functools.cache(functools.partial(item.load, size))
     try:
-        image = item.load(size)
+        reason = filters.reason_against(Candidate(item.caption, item.meta, item.sides or (lambda: None), load))
+        if reason is None:
+            return {"png": load(), "txt": item.caption, "json": item.meta}
+        filters.add(item.key, reason)
     except UNDECODABLE as error:
-        return None, f"undecodable picture ({type(error).__name__})"
-    return {"png": image, "txt": item.caption, "json": item.meta}, ""
+        aside.add(item.key, f"undecodable picture ({type(error).__name__})")
+    return None
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of the data itself: the same shards in the same order."""
-        content = json.dumps([self.kind, [(s.name, s.sha256) for s in self.shards]])
+        """16 hex digits of the data itself: the same shards in the same order, and what an index takes of them."""
+        taken = [self.info["index"]] if "index" in self.info else []
+        content = json.dumps([self.kind, [(s.name, s.sha256) for s in self.shards], *taken])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @classmethod

@@ -7,13 +7,15 @@ import io
 import json
 import mmap
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline import codec, storage
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Shard, check_size
+
+END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # bytes, all zero
 
 
 class Member(NamedTuple):
@@ -43,6 +45,9 @@ class ShardWriter:
         self.tar = wds.TarWriter(self.buffer, user="", group="", mode=0o644, mtime=0, encoder=False)
         self.count = 0
 
+    def __del__(self) -> None:
+        self.tar.close()  # of a shard that is given up, before its buffer goes: tarfile would complain
+
     def add(self, key: str, members: Mapping[str, Any]) -> None:
         """One sample; members by extension, encoded by codec.encode."""
         encoded = {name: codec.encode(name, value) for name, value in members.items()}
@@ -60,24 +65,52 @@ class ShardWriter:
         return shard
 
 
-def scan(data: bytes, name: str) -> list[IndexEntry]:
-    """The samples of a tar in memory, in order. A tar that was cut anywhere is a DataError."""
-    samples: dict[str, dict[str, Member]] = {}
+def scan(data: bytes | mmap.mmap, name: str) -> list[IndexEntry]:
+    """The samples of a tar in memory or mapped, in order; a key that comes twice in full gives two of them.
+
+    Extensions in small letters; what has none is no sample. Links and devices are never followed: they are no members.
+    """
+    samples: list[IndexEntry] = []
+    current: dict[str, IndexEntry] = {}
+    for path, place in members_of(data, name):
+        folder, slash, base = path.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not stem or not dot:
+            continue
+        key, extension = folder + slash + stem, extension.lower()
+        entry = current.get(key)
+        if entry is None or extension in entry.members:
+            entry = current[key] = IndexEntry(key, {})
+            samples.append(entry)
+        if place is not None:
+            entry.members[extension] = place
+    return samples
+
+
+def members_of(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[str, Member | None]]:
+    """(name, place) of each file of a tar, None for the place of a link or device. One that was cut anywhere is a
+    DataError: unlike tarfile, this wants the two empty blocks that end an archive, and nothing behind them."""
+    if data[:2] == b"\x1f\x8b":
+        raise DataError(f"shard {name} is compressed: unpack it by gunzip, as samples are read by their place.")
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data) if isinstance(data, bytes) else data, mode="r:") as tar:
+            at = -1
             for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension] = Member(
-                    member.offset_data, member.size
-                )
-                if member.offset_data + member.size > len(data):
+                if member.offset <= at or member.size < 0:
+                    raise tarfile.ReadError("a size below zero")  # tarfile would go round in circles
+                if member.isreg() and member.offset_data + member.size > len(data):
                     raise tarfile.ReadError("unexpected end of data")
-    except tarfile.TarError as error:
+                at = member.offset
+                if not member.isdir():
+                    plain = member.isreg() and not member.issparse()
+                    yield member.name, Member(member.offset_data, member.size) if plain else None
+            rest = bytes(data[tar.offset :])
+        if len(rest) < END_OF_ARCHIVE:
+            raise tarfile.ReadError("it ends before its end is marked: it was cut")
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"no member begins at byte {tar.offset}, where one should")
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"shard {name} is damaged ({error}): make or copy it again.") from error
-    return [IndexEntry(key, members) for key, members in samples.items()]
 
 
 def read_index(root: str | Path, shard: Shard) -> list[IndexEntry]:

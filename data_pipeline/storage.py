@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 from pathlib import Path
 from typing import IO, Any
 
 from data_pipeline.errors import UserError
+
+HOST = platform.node()  # in temporary names: processes of two machines may have the same number
 
 
 def is_s3(path: str | Path) -> bool:
@@ -74,6 +77,16 @@ def subfolders(path: str | Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
 
 
+def files(path: str | Path, ending: str) -> list[str]:
+    """Names of the files directly below that end so, sorted; none if `path` does not exist."""
+    if is_s3(path):
+        listed = _s3().ls(str(path), detail=True) if exists(path) else []
+        names = [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
+    else:
+        names = [entry.name for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []
+    return sorted(name for name in names if name.endswith(ending))
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """All of it under its name, or nothing: temporary file, fsync, rename. An S3 put is atomic by itself."""
     if is_s3(path):
@@ -81,7 +94,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp.{HOST}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

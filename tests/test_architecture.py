@@ -19,10 +19,11 @@ OWNERS = {
     "open_clip": {"train/models/clip.py", "train/weights/open_clip.py"},
     "fsspec": {"data_pipeline/storage.py"},
     "s3fs": {"data_pipeline/storage.py"},
+    "pyarrow": {"data_pipeline/sources/table.py"},
     "diffusers": set(),
     "transformers": set(),
 }
-FROM_DATA_PIPELINE = {"samples", "manifest", "storage", "errors", "progress", "entry"}
+FROM_DATA_PIPELINE = {"samples", "manifest", "storage", "errors", "progress", "entry", "codec"}
 ENTRIES = {p for p in FILES if 'if __name__ == "__main__"' in p.read_text()}
 
 

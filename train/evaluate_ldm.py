@@ -28,6 +28,12 @@ def main(cfg: DictConfig) -> None:
     if not train or train[0]["image"].shape[0] % RECALL_PIXELS:
         raise UserError(f"shards={cfg.shards}: pictures must be a multiple of {RECALL_PIXELS} pixels a side.")
     run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
+    listed = len(train) + len(heldout)
+    train, heldout = usable(run, train), usable(run, heldout)
+    if not train:
+        raise UserError(f"shards={cfg.shards}: no picture has what this run is conditioned on; give those it is of.")
+    if left_out := listed - len(train) - len(heldout):
+        print(f"evaluate_ldm: {left_out} of {listed} pictures lack what this run is conditioned on, and are left out")
     output = Path(cfg.output or f"{cfg.input}/evaluation")
     right = np.linspace(0, len(train), min(cfg.captions, len(train)), endpoint=False).astype(int)
     chosen = [train[i] for i in right]
@@ -40,6 +46,11 @@ def main(cfg: DictConfig) -> None:
     write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
     save_grids(output, chosen, drawn, heldout, unseen)
     say(figures, output)
+
+
+def usable(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that precompute would not have set aside."""
+    return [s for s in samples if not any(condition.reason_against(s) for condition in run.conditions.values())]
 
 
 def draw(run: TrainedRun, cfg: DictConfig, samples: list[dict[str, Any]], bar: Progress) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -10,6 +11,7 @@ from torch import nn
 
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
+from data_pipeline.storage import write_atomically
 from train.evaluation.trained_run import TrainedRun, open_run
 from train.weights.open_clip import HEAD_WIDTH
 from train.weights.pipeline import Pipeline, reads_back, scheduler_config
@@ -26,9 +28,11 @@ def main(cfg: DictConfig) -> None:
     pipeline = pipeline_of(run)
     pipeline.refuse_unfit(single_file=file is not None)
     pipeline.save_folder(output)
+    about = {"mean": run.facts.mean, "std": run.facts.std, "fold": run.facts.fold}
+    write_atomically(output / "x0.json", json.dumps(about, indent=1).encode())
     reads_back(pipeline, output, shape_of(run))
     print(f"export_diffusers: {run.weights} -> {output}; read back, each part gives the same output")
-    print(what_it_is_for(pipeline, output))
+    print(what_it_is_for(pipeline, run, output))
     if file is not None:
         pipeline.save_single_file(file)
         reads_back(pipeline, file, shape_of(run))
@@ -61,7 +65,7 @@ def shape_of(run: TrainedRun) -> tuple[int, int, int]:
     return run.generator.network.unet.in_channels, *run.facts.unet_shape[1:]
 
 
-def what_it_is_for(pipeline: Pipeline, output: Path) -> str:
+def what_it_is_for(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
     """How to load it, and what a reader must know."""
     if pipeline.drawn_by_theirs:
         return f'to draw: diffusers.StableDiffusionPipeline.from_pretrained("{output}")("a red heart").images[0]'
@@ -71,6 +75,10 @@ def what_it_is_for(pipeline: Pipeline, output: Path) -> str:
         lines.append(
             "x0 = (z - latents_mean) / latents_std, as vae/config.json has them: diffusers does not apply them"
         )
+    if pipeline.autoencoder is None:
+        lines.append("x0 = (pixels - mean) / std, then folded (pixel_unshuffle by fold): x0.json has the numbers")
+    elif run.facts.fold > 1:
+        lines.append(f"x0 is folded: pixel_unshuffle of the scaled latents by {run.facts.fold}, as in x0.json")
     return "\n".join(lines)
 
 

@@ -99,19 +99,27 @@ class LatentFacts:
     def refuse_other_shapes(self, unet: Mapping[str, Any], conditioner: Conditioners) -> None:
         """A U-Net, by its configuration, that these latents and what conditions it don't fit into."""
         channels, planes = self.unet_shape[0], conditioner.concat_channels
-        for name, has, needs in (
+        needed = [
             ("unet.in_channels", unet["in_channels"], channels + planes),
             ("unet.out_channels", unet["out_channels"], channels),
             *(("unet.context_dim", unet["context_dim"], width) for width in conditioner.context_dims.values()),
             ("unet.context_dim", unet["context_dim"], conditioner.context_dim),
             *([("unet.vector_dim", unet["vector_dim"], conditioner.vector_dim)] if unet["vector_dim"] else []),
-        ):
-            if has != needs:
-                needed = "null" if needs is None else needs
-                raise UserError(
-                    f"{name}={has} does not fit this data set (fold={self.fold}) and its conditioning: "
-                    f"set {name}={needed}."
-                )
+        ]
+        misfits = {name: (has, needs) for name, has, needs in needed if has != needs}
+        if misfits:
+            has = ", ".join(f"{name}={value}" for name, (value, _) in misfits.items())
+            set_these = " ".join(f"{name}={'null' if value is None else value}" for name, (_, value) in misfits.items())
+            raise UserError(
+                f"{has} does not fit these latents ({self.latent_shape[0]} channels, fold={self.fold}) and their "
+                f"conditioning: set {set_these}, or give latents, a fold and encoders that fit the U-Net."
+            )
+        halvings, (h, w) = len(unet["channels"]) - 1, self.unet_shape[1:]
+        if h % 2**halvings or w % 2**halvings:
+            raise UserError(
+                f"latents of {h}x{w} (fold={self.fold}) can't be halved {halvings} times: give unet.channels of fewer "
+                "levels, or another fold or size."
+            )
 
     def save(self, run: Path) -> None:
         """<run>/latents.json, null.safetensors and, for codes, codebook.safetensors."""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from data_pipeline.codec import UNDECODABLE, to_rgb
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
@@ -35,6 +36,10 @@ def main(cfg: DictConfig) -> None:
     asked = run.asked([as_sample(run, row) for row in rows])
     negative = None
     if cfg.negative_prompt is not None:
+        if "prompts" not in rows[0]:
+            raise UserError("this run is not conditioned on prompts: leave negative_prompt= out.")
+        if not isinstance(cfg.negative_prompt, str):
+            raise UserError("negative_prompt is one for all pictures: give one text.")
         negative = run.asked([as_sample(run, row | {"prompts": str(cfg.negative_prompt)}) for row in rows])
     output = Path(cfg.output or f"{cfg.input}/drawn")
     with Progress("sample_images", len(rows), "pictures") as bar:
@@ -90,10 +95,10 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> B
                 "one on this run's latents and process."
             )
     classes = about["class_names"]
-    unknown = [row["labels"] for row in rows if row["labels"] not in classes]
+    unknown = [row["labels"] for row in rows if str(row["labels"]) not in classes]
     if unknown:
         raise UserError(f"class {unknown[0]} is unknown to the classifier: take one of {', '.join(classes[:12])}.")
-    labels = torch.tensor([classes.index(row["labels"]) for row in rows])
+    labels = torch.tensor([classes.index(str(row["labels"])) for row in rows])
     return ByClassifier(classifier.to(run.generator.device), labels, number("classifier.scale", cfg.classifier.scale))
 
 
@@ -129,19 +134,19 @@ def as_sample(run: TrainedRun, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 on white, at the size that the run draws.
+    """The middle of it, (H, W, 3) uint8 on white, at the size that the run draws: as the shards it learnt from.
 
     A smaller one is enlarged pixel by pixel, so that what super-resolution shrinks again is that small picture.
     """
     try:
-        image = Image.open(path).convert("RGBA")
-    except (OSError, UnidentifiedImageError) as error:
+        image = Image.fromarray(to_rgb(Image.open(path)))
+    except UNDECODABLE as error:
         raise UserError(
             f"images: {path} can't be read ({type(error).__name__}): give PNG, JPEG or WebP files."
         ) from None
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     smaller = image.height <= size[0] and image.width <= size[1]
-    return np.array(image.resize(size[::-1], Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS))
+    method = Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS
+    return np.array(ImageOps.fit(image, size[::-1], method))
 
 
 def title(row: Mapping[str, Any]) -> str:

@@ -48,6 +48,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     images = Manifest.load(f"{cfg.input}/train", "image-text")
     recipe = Recipe.of(cfg, instantiate, ranks)
     heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
+    refuse_sizes(heldout.shape[1:3], config["objective"].get("crop", 0), autoencoder.factor)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
 
@@ -79,6 +80,16 @@ def refuse_what_cannot_train(config: dict[str, Any]) -> None:
     if config["objective"].get("adversary") and config["engine"]["zero_stage"] == 3:
         raise UserError(
             "objective.adversary needs whole parameters, and ZeRO stage 3 partitions them: take engine=zero2."
+        )
+
+
+def refuse_sizes(size: Sequence[int], crop: int, factor: int) -> None:
+    """Pictures, or crops of them, that the first stage can't shrink by its factor."""
+    if any(side % factor for side in size):
+        raise UserError(f"pictures of {size[0]}x{size[1]} can't be shrunk {factor} times: make shards of another size.")
+    if crop % factor or crop > min(size):
+        raise UserError(
+            f"objective.crop={crop} is no multiple of {factor} up to {min(size)}: change it, or set 0 for none."
         )
 
 

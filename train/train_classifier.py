@@ -41,7 +41,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     config = OmegaConf.to_container(cfg, resolve=True)
     latents = Manifest.load(f"{cfg.input}/train", "latents")
     recipe = Recipe.of(cfg, instantiate, ranks)
-    facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold)
+    facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold, cfg.scaling_factor)
     if "label" not in facts.shapes:
         raise UserError(f"{cfg.input} holds no labels: run precompute_latents.py with conditions=[label].")
     sizes = {"in_channels": facts.unet_shape[0], "classes": len(facts.classes("label"))}
@@ -61,7 +61,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
         return [Action(cfg.validate_every, validate)]
 
-    same = {name: config[name] for name in ("seed", "fold", "classifier", "process", "time_sampling")}
+    same = {name: config[name] for name in ("seed", "fold", "scaling_factor", "classifier", "process", "time_sampling")}
     weights = fit("classifier", objective, "classifier.", recipe, run, {"data": latents.fingerprint, **same}, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)

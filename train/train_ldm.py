@@ -34,7 +34,7 @@ from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
 from train.train_state import TrainState
 from train.trainer import Action
-from train.weights.published import load_unet_weights
+from train.weights.published import load_weights
 from train.weights.saved import saved_fingerprint
 
 
@@ -64,7 +64,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     torch.manual_seed(cfg.seed)
     network = build_network(config, facts, instantiate)
     if cfg.start_from is not None:
-        load_unet_weights(network.unet, cfg.start_from)
+        load_weights(network, cfg.start_from)
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
     run = RunFolder(cfg.output, "train_ldm", config, ranks)
     if ranks.is_main:
@@ -143,6 +143,11 @@ def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
     ):
         if was != now:
             raise UserError(f"start_from={cfg.start_from} was trained with {name} {was}, these latents with {now}.")
+    if cfg.scaling_factor is not None and (facts.mean, facts.std) != (known.mean, known.std):
+        raise UserError(
+            f"start_from={cfg.start_from} knows latents scaled otherwise than by scaling_factor={cfg.scaling_factor}: "
+            "leave scaling_factor= out."
+        )
     return dataclasses.replace(facts, mean=known.mean, std=known.std)
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-import json
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from data_pipeline.codec import IMAGES, MAX_PIXELS
-from data_pipeline.errors import UserError
-from data_pipeline.image_transforms import centre_square
+from data_pipeline import codec
+from data_pipeline.codec import IMAGES, open_image
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.image_transforms import centre_square, upright_sides
 from data_pipeline.sources.source import SourceItem
-
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond it Pillow raises before it decodes
+from data_pipeline.sources.tars import readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,36 +32,66 @@ class ImageFolder:
     def __init__(self, path: str, limit: int | None = None) -> None:
         self.path, self.limit = Path(path), limit
 
-    def items(self) -> list[SourceItem]:
+    def items(self) -> Iterator[SourceItem]:
         if not self.path.is_dir():
             raise UserError(f"input={self.path} is not a folder: give one that holds pictures with captions.")
-        files = sorted(p for p in self.path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGES)
-        if not files:
+        path = None
+        for path in itertools.islice(pictures_below(self.path), self.limit):
+            yield self._item(path)
+        if path is None:
             raise UserError(f"input={self.path} holds no pictures ({', '.join(IMAGES)}): check the path.")
-        return [self._item(path) for path in files[: self.limit]]
 
     def _item(self, path: Path) -> SourceItem:
         # A dot would end the key, in a tar's member name.
         key = str(path.relative_to(self.path).with_suffix("")).replace("/", "_").replace(".", "_")
         facts = path.stat()
         stamp = facts.st_size, facts.st_mtime_ns
-        return PictureFile(key, functools.partial(load, path), caption_of(path), {"file": path.name}, stamp)
+        look = functools.partial(sides, path)
+        return PictureFile(key, functools.partial(load, path), caption_of(path), about(path), look, stamp=stamp)
+
+
+def pictures_below(folder: Path) -> Iterator[Path]:
+    """All pictures below a folder, sorted by name in each; only one folder's names are held at a time."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            yield from pictures_below(path)
+        elif path.suffix.lower().lstrip(".") in IMAGES:
+            yield path
 
 
 def load(path: Path, size: int) -> np.ndarray:
     """The centre square of a picture at (size, size, 3) uint8."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return centre_square(image, size)
+
+
+def sides(path: Path) -> tuple[int, int]:
+    """Width and height of a picture, by its header."""
+    with open_image(path) as image:
+        return upright_sides(image)
 
 
 def caption_of(path: Path) -> str | None:
     """From the .txt or .json beside it; None where there is neither, or it is empty or unreadable."""
-    text, about = path.with_suffix(".txt"), path.with_suffix(".json")
+    text = path.with_suffix(".txt")
     try:
         if text.exists():
-            return text.read_text("utf-8").strip() or None
-        if about.exists():
-            return str(json.loads(about.read_text("utf-8"))["caption"] or "").strip() or None
-    except (ValueError, KeyError, TypeError):  # not UTF-8, not JSON, or no object with a caption
-        pass
-    return None
+            return codec.decode("txt", text.read_bytes()).strip() or None
+        return readable(str(beside(path).get("caption") or "")) or None
+    except DataError:  # not UTF-8, not JSON, or of no sensible length
+        return None
+
+
+def about(path: Path) -> dict[str, Any]:
+    """What the .json beside a picture says of it, but for the caption; and the file's name."""
+    try:
+        facts = beside(path)
+    except DataError:
+        facts = {}
+    return {name: value for name, value in facts.items() if name != "caption"} | {"file": path.name}
+
+
+def beside(path: Path) -> dict[str, Any]:
+    """The .json beside a picture; {} where there is none."""
+    file = path.with_suffix(".json")
+    return codec.decode("json", file.read_bytes()) if file.exists() else {}

@@ -51,11 +51,16 @@ class OpenMoji:
 
 
 def rasterise(code: str, size: int) -> np.ndarray:
-    """The drawing on white, drawn at twice the size and box-averaged: (size, size, 3) uint8."""
+    """The drawing on white: (size, size, 3) uint8."""
+    return drawn(_svg(code), size)
+
+
+def drawn(svg: str, size: int) -> np.ndarray:
+    """An SVG on white, drawn at twice the size and box-averaged: (size, size, 3) uint8."""
     import resvg_py
 
     large = size * OVERSAMPLING
-    png = resvg_py.svg_to_bytes(svg_string=_svg(code), width=large, height=large, background="white")
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=large, height=large, background="white")
     pixels = to_rgb(Image.open(io.BytesIO(bytes(png))))
     boxes = pixels.reshape(size, OVERSAMPLING, size, OVERSAMPLING, 3).astype(np.float32)
     return np.round(boxes.mean((1, 3))).astype(np.uint8)

@@ -1,8 +1,8 @@
-"""What make_shards reads from: a list of items, each of which can be loaded by itself."""
+"""What make_shards reads from: items one after another, each of which can be loaded by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,15 +11,22 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """load(size) -> (size, size, 3) uint8; caption None where there is none."""
+    """load(size) -> (size, size, 3) uint8; caption None where there is none.
+
+    sides() -> width and height of the picture as it was found; None: a drawing, of any size. heldout: None leaves it to
+    heldout_every. absent: why the source itself says that there is no picture.
+    """
 
     key: str
     load: Callable[[int], np.ndarray]
     caption: str | None
     meta: dict[str, Any] = field(default_factory=dict)
+    sides: Callable[[], tuple[int, int]] | None = None
+    heldout: bool | None = None
+    absent: str = ""
 
 
 class Source(Protocol):
-    """`items` lists everything, in a fixed order; nothing is decoded yet."""
+    """`items` gives everything, in a fixed order, each time it is called; nothing is decoded yet."""
 
-    def items(self) -> Sequence[SourceItem]: ...
+    def items(self) -> Iterable[SourceItem]: ...

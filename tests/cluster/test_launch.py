@@ -52,7 +52,9 @@ def jobs(cluster: Cluster, checkout: Path) -> dict[str, Job]:
         "further": submit("further", "--nodes=2", MAX_CRASHES="2"),
         "gpus": submit("nothing", "--nodes=2", *GPUS, "--ntasks-per-node=2", "--cpus-per-task=1", name="gpus"),
         "few cpus": submit("nothing", "--nodes=2", *GPUS, "--cpus-per-task=1", name="few-cpus"),
-        "alone": submit("nothing", *GPUS, "--cpus-per-task=2", name="alone", script="precompute_latents"),
+        "array": submit(
+            "nothing", *GPUS, "--ntasks-per-node=2", "--cpus-per-task=2", name="array", script="precompute_latents"
+        ),
     }
 
 
@@ -97,10 +99,12 @@ def test_too_few_cpus_for_the_gpus_get_a_sentence(jobs: dict[str, Job]) -> None:
     assert "add --ntasks-per-node=2 --cpus-per-task=" in jobs["few cpus"].output()
 
 
-def test_precompute_is_one_process(jobs: dict[str, Job], checkout: Path) -> None:
-    assert jobs["alone"].wait(30)["JobState"] == "COMPLETED", jobs["alone"].output()
-    ((rank, (said,)),) = starts(checkout / "alone").items()
-    assert (rank, said["WORLD_SIZE"], said["OMP_NUM_THREADS"]) == (0, "1", "2")
+def test_precompute_is_a_process_a_gpu(jobs: dict[str, Job], checkout: Path) -> None:
+    assert jobs["array"].wait(30)["JobState"] == "COMPLETED", jobs["array"].output()
+    ranks = {
+        rank: (said["WORLD_SIZE"], said["OMP_NUM_THREADS"]) for rank, (said,) in starts(checkout / "array").items()
+    }
+    assert ranks == {0: ("2", "2"), 1: ("2", "2")}
 
 
 def test_a_failed_rank_takes_the_others_down(jobs: dict[str, Job]) -> None:

@@ -69,6 +69,8 @@ def test_trained_and_drawn(folder: Path, name: str) -> None:
         assert 0 <= json.loads((trained / "evaluation/evaluation.json").read_text())["nearest_is_of_class"] <= 1
         wrong = run("train/sample_images.py", f"input={trained}", "prompts=red heart", check=False)
         assert "this run is conditioned on labels: add labels=" in wrong.stderr
+        wrong = run("train/sample_images.py", f"input={trained}", "labels=hearts", "negative_prompt=a", check=False)
+        assert "not conditioned on prompts: leave negative_prompt= out" in wrong.stderr
         wrong = run("train/sample_images.py", f"input={trained}", "labels=cars", check=False)
         assert "class cars is unknown here: take one of hearts, shapes" in wrong.stderr
 
@@ -115,9 +117,10 @@ def test_pixels_without_a_first_stage(folder: Path) -> None:
 
 
 def test_a_training_starts_from_another_run(folder: Path) -> None:
-    """The first loss of one that starts from another's weights, untrained further, is the other's held-out loss."""
-    first = train(folder, "unconditional", f"output={folder}/first", "training.steps=4").parent / "first"
-    again = train(folder, "unconditional", f"output={folder}/again", f"start_from={first}", "optimizer.lr=0",
+    """The first loss of one that starts from another's weights, conditioner included, is the other's held-out loss."""
+    width = "unet.context_dim=32"
+    first = train(folder, "class_label", f"output={folder}/first", "training.steps=4", width).parent / "first"
+    again = train(folder, "class_label", f"output={folder}/again", f"start_from={first}", "optimizer.lr=0", width,
                   "training.steps=1", "validate_every=1", "preview_every=null").parent / "again"  # fmt: skip
     losses = [[row["heldout_loss"] for row in metric_rows(run) if "heldout_loss" in row][-1] for run in (first, again)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -127,12 +130,13 @@ def test_a_training_starts_from_another_run(folder: Path) -> None:
     assert not (folder / "never").exists()
 
 
-def test_a_text_encoder_trained_jointly_learns_the_same_at_stage_3(folder: Path) -> None:
-    """Its states leave a module that DeepSpeed partitions: hooks must find them, or gradients would be lost."""
+@pytest.mark.parametrize("name", ["joint_text", "class_label"])
+def test_conditioners_trained_jointly_learn_the_same_at_stage_3(folder: Path, name: str) -> None:
+    """What they give leaves a module that DeepSpeed partitions: hooks must find it, or gradients would be lost."""
     found = {}
     for engine in ("zero0", "zero3"):
-        options = [f"output={folder}/by_{engine}", f"engine={engine}", "unet.context_dim=32", "preview_every=null"]
-        trained = train(folder, "joint_text", *options).parent / f"by_{engine}"
+        options = [f"output={folder}/{name}_{engine}", f"engine={engine}", "unet.context_dim=32", "preview_every=null"]
+        trained = train(folder, name, *options).parent / f"{name}_{engine}"
         found[engine] = load_file(trained / "checkpoints/step-00000003/ema.safetensors")
     assert any(name.startswith("conditioner.") for name in found["zero0"])
     for name, expected in found["zero0"].items():

@@ -14,8 +14,9 @@ from train.diffusion.process import DiffusionProcess
 class ClassifierFreeGuidance:
     """s x0(c) + (1 - s) x0(null) (Ho & Salimans 2022, eq. 6, s = 1 + w), the same for eps, v and flow.
 
-    One pass over both halves. At scale 1 the null is not evaluated: the result is the unguided one, bit for bit.
-    rescale phi: the result's standard deviation moved by phi towards the conditional's (Lin et al. 2024, eq. 15-16).
+    One pass over both halves. At scale 1, or where nothing is given, the null is not evaluated: the result is the
+    unguided one, bit for bit. rescale phi: the result's standard deviation moved by phi towards the conditional's. Lin
+    et al. 2024 (eq. 15-16) do so to the network's prediction, here it is done to x0: another picture at the same phi.
     interval: fractions of the process, from data to noise, in which guidance acts (Kynkäänniemi et al. 2024).
     """
 
@@ -32,7 +33,7 @@ class ClassifierFreeGuidance:
         self.interval, self.process = tuple(interval), process
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioned) -> Tensor:
-        if self.scale == 1.0 or not self._acts_at(t):
+        if self.scale == 1.0 or conditioning.is_empty or not self._acts_at(t):
             return self.denoise(x_t, t, conditioning)
         both = self.denoise(torch.cat([x_t, x_t]), t, conditioning.for_guidance())
         conditional, unconditional = both.chunk(2)

@@ -20,15 +20,10 @@ from train.diffusion.process import DiffusionProcess, largest_noise, time_at_noi
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]  # step -> fresh standard normal noise shaped as x
-OnStep = Callable[[int], None]
 Times = Callable[[DiffusionProcess, int], Tensor]
 
 
 MUCH_NOISE = 200.0  # sigma / alpha from which on steps in it are too unlike to be averaged over
-
-
-def _nothing(step: int) -> None:
-    pass
 
 
 class Level(NamedTuple):
@@ -97,7 +92,6 @@ def sample_ddim(
     times: Tensor,
     process: DiffusionProcess,
     noise: Noise,
-    on_step: OnStep = _nothing,
     eta: float = 0.0,
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12 and 16); eta 0 is deterministic, eta 1 ancestral."""
@@ -110,23 +104,18 @@ def sample_ddim(
         x = then.alpha * x0 + max(then.sigma**2 - fresh**2, 0.0) ** 0.5 * eps
         if fresh > 0:
             x = x + fresh * noise(i)
-        on_step(i)
     return x
 
 
-def sample_euler(
-    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
-) -> Tensor:
+def sample_euler(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise) -> Tensor:
     """Euler's method on the probability-flow ODE (Karras et al. 2022, alg. 1, no churn).
 
     In d(x/alpha) / d(sigma/alpha) = eps a step is DDIM's at eta 0, which has no pole at alpha 0.
     """
-    return sample_ddim(denoise, x, times, process, noise, on_step)
+    return sample_ddim(denoise, x, times, process, noise)
 
 
-def sample_heun(
-    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
-) -> Tensor:
+def sample_heun(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise) -> Tensor:
     """Heun's method (Karras et al. 2022, alg. 1, no churn): the mean of the slopes at both ends; 2 N - 1 evaluations.
 
     In d(x/alpha) / d(sigma/alpha) = eps. Where the process ends with hardly any signal that has a pole, and the mean is
@@ -148,20 +137,15 @@ def sample_heun(
                 ratio = then.alpha / now.alpha
                 ahead = ratio * x + (then.sigma - ratio * now.sigma) * mean_eps
         x = ahead
-        on_step(i)
     return x
 
 
-def sample_ddpm(
-    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
-) -> Tensor:
+def sample_ddpm(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise) -> Tensor:
     """Ancestral sampling from q(x_s | x_t, x0) (Ho et al. 2020, eq. 7, alg. 2), which is DDIM at eta 1."""
-    return sample_ddim(denoise, x, times, process, noise, on_step, eta=1.0)
+    return sample_ddim(denoise, x, times, process, noise, eta=1.0)
 
 
-def sample_dpmpp_2m(
-    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
-) -> Tensor:
+def sample_dpmpp_2m(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022b, alg. 2): x0 extrapolated in lambda from the step before.
 
     First order at the first step, at the last to the data, and behind a time without signal, where lambda is infinite.
@@ -176,7 +160,6 @@ def sample_dpmpp_2m(
             mean_x0 = x0 + h / (2 * h_before) * (x0 - x0_before)
         x = _exponential_step(x, mean_x0, now, then)
         x0_before = x0
-        on_step(i)
     return x
 
 
@@ -186,9 +169,7 @@ def _exponential_step(x: Tensor, x0: Tensor, now: Level, then: Level) -> Tensor:
     return ratio * x + (then.alpha - ratio * now.alpha) * x0
 
 
-def sample_unipc(
-    denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise, on_step: OnStep = _nothing
-) -> Tensor:
+def sample_unipc(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise) -> Tensor:
     """UniPC of order 2 with B(h) = e^h - 1, predicting x0 (Zhao et al. 2023, alg. 5-8): each x is corrected by the x0
     that is evaluated at it, without another evaluation."""
     levels = levels_at(process, times)
@@ -203,7 +184,6 @@ def sample_unipc(
         order = max(min(2, finite), 1) if levels[i + 1].sigma > 0 else 1
         x_before = x
         x = _unipc_step(x, known, levels[i + 1], order)
-        on_step(i)
     return x
 
 

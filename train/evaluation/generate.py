@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import UserError
 from train.diffusion.denoiser import Denoiser, NetworkDenoiser
 from train.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from train.diffusion.parameterization import Parameterization
@@ -37,6 +38,15 @@ class Guidance:
     scale: float = 1.0
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if len(self.interval) != 2 or not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise UserError(
+                f"guidance.interval={list(self.interval)} is no part of the process: give two fractions of it, from "
+                "data to noise, as guidance.interval=[0.1,0.8]."
+            )
+        if not 0 <= self.rescale <= 1:
+            raise UserError(f"guidance.rescale={self.rescale} is no share: give one from 0 to 1.")
 
     def of(self, denoise: Denoiser, process: DiffusionProcess) -> Denoiser:
         """The guided denoiser."""
@@ -108,7 +118,7 @@ class Generator:
             conditioning = self.network.condition(part.fields, part.captions)
             if negative is not None:
                 away = negative.part(first, batch_size, self.device)
-                conditioning = conditioning.against(self.network.condition(away.fields, away.captions))
+                conditioning = self.network.condition_against(conditioning, away.fields, away.captions)
             denoise = guidance.of(NetworkDenoiser(self.network, self.process, self.parameterization), self.process)
             if by_classifier is not None:
                 denoise = by_classifier.of(denoise, self.process, first, len(part))

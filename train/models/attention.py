@@ -24,7 +24,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return xformers.ops.memory_efficient_attention(q, k, v)
     dtype = q.dtype
     # On a CPU the bf16 kernel takes four to eight times as long as fp32's, backward above all.
-    working = torch.float32 if q.device.type == "cpu" else dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    working = torch.float32 if half and q.device.type == "cpu" else dtype
     q, k, v = (x.transpose(1, 2).to(working) for x in (q, k, v))  # (B, T, H, D) -> (B, H, T, D)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).to(dtype)
 

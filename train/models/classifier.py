@@ -26,12 +26,12 @@ class NoisyClassifier(nn.Module):
         norm_groups: int = 16,
     ) -> None:
         super().__init__()
-        time_dim, widest = 4 * channels[0], channels[-1]
+        time_dim, widest, levels = 4 * channels[0], channels[-1], len(channels)
         self.base_channels = channels[0]
         self.time_embedding = TimestepEmbedding(channels[0], time_dim)
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(channels[max(i - 1, 0)], width, time_dim, layers_per_block, norm_groups, None, width != widest)
+            DownBlock(channels[max(i - 1, 0)], width, time_dim, layers_per_block, norm_groups, None, i < levels - 1)
             for i, width in enumerate(channels)
         )
         attention = partial(PixelAttention, widest, norm_groups, heads, eps=1e-5)

@@ -36,6 +36,11 @@ class Conditioning(NamedTuple):
     given: Parts
     null: Parts
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is given at all."""
+        return all(part is None for part in self.given)
+
     def dropped(self, drop: Tensor) -> Conditioning:
         """The null in place of the condition where drop (B,) is true; all parts together."""
 
@@ -52,10 +57,6 @@ class Conditioning(NamedTuple):
 
         return self._replace(given=Parts(*map(doubled, self.given, self.null)))
 
-    def against(self, negative: Conditioning) -> Conditioning:
-        """The same, with what `negative` gives in the place of the null: a negative prompt."""
-        return self._replace(null=negative.given)
-
 
 class DataFacts(Protocol):
     """What conditioners must know of the data that they are trained on."""
@@ -69,8 +70,12 @@ class DataFacts(Protocol):
 
 
 class Conditioner(nn.Module):
-    """needs: stored fields that it reads; context_dim, vector_dim, concat_channels: what it gives the U-Net, if any."""
+    """needs: stored fields that it reads; context_dim, vector_dim, concat_channels: what it gives the U-Net, if any.
 
+    of_text: whether a negative prompt takes the place of its null.
+    """
+
+    of_text = False
     needs: tuple[str, ...] = ()
     context_dim: int | None = None
     vector_dim: int | None = None
@@ -81,18 +86,20 @@ class Conditioner(nn.Module):
 
 
 class StoredText(Conditioner):
-    """Text states as precompute stored them: tokens (B, T, D) and the pooled vector (B, P), with their null."""
+    """Text states as precompute stored them: tokens (B, T, D) and, if it did, the pooled vector (B, P); their null."""
 
-    needs = ("text", "pooled")
+    of_text = True
+    needs = ("text",)
 
     def __init__(self, facts: DataFacts) -> None:
         super().__init__()
-        self.context_dim, self.vector_dim = facts.shapes["text"][-1], facts.shapes["pooled"][-1]
+        self.context_dim = facts.shapes["text"][-1]
+        self.vector_dim = facts.shapes["pooled"][-1] if "pooled" in facts.shapes else None
         self.null = facts.null
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        text, pooled = fields["text"], fields["pooled"]
-        null = Parts(self.null["text"].to(text)[None], self.null["pooled"].to(pooled)[None])
+        text, pooled = fields["text"], fields.get("pooled")
+        null = Parts(self.null["text"].to(text)[None], None if pooled is None else self.null["pooled"].to(pooled)[None])
         return Conditioning(Parts(text, pooled), null)
 
 
@@ -107,8 +114,10 @@ class ClassLabel(Conditioner):
         self.embedding = nn.Embedding(len(facts.classes("label")) + 1, dim)
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        table = self.embedding.weight
-        return Conditioning(Parts(self.embedding(fields["label"])[:, None]), Parts(table[-1:, None]))
+        label = fields["label"]
+        none = label.new_full((1,), self.embedding.num_embeddings - 1)
+        rows = self.embedding(torch.cat([label, none]))[:, None]  # not its weight: ZeRO's stage 3 may have put it away
+        return Conditioning(Parts(rows[:-1]), Parts(rows[-1:]))
 
 
 class LayoutTokens(Conditioner):
@@ -231,6 +240,11 @@ class Conditioners(Conditioner):
         made = [part(fields, captions) for part in self.parts.values()]
         return Conditioning(joined([one.given for one in made]), joined([one.null for one in made]))
 
+    def against(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Parts:
+        """The null with the states of a negative prompt in the place of the empty one's; other parts keep theirs."""
+        made = [(part.of_text, part(fields, captions)) for part in self.parts.values()]
+        return joined([one.given if of_text else one.null for of_text, one in made])
+
 
 def joined(all_parts: Sequence[Parts]) -> Parts:
     """Along tokens, width of the vector, and channels. Nulls of a batch of 1 are spread where another has B."""
@@ -255,6 +269,12 @@ class ConditionedUNet(nn.Module):
     def condition(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
         """What a batch is conditioned on."""
         return self.conditioner(fields, captions)
+
+    def condition_against(
+        self, conditioning: Conditioning, fields: Mapping[str, Tensor], captions: Sequence[str]
+    ) -> Conditioning:
+        """The same, steering away from negative prompts."""
+        return conditioning._replace(null=self.conditioner.against(fields, captions))
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, C, h, w) at network times t (B,) -> (B, C, h, w)."""

@@ -18,6 +18,8 @@ class JointText(Conditioner):
     LDM's 1.45 B model has dim 1280, 32 layers and 77 tokens. The null is the empty caption through the same weights.
     """
 
+    of_text = True
+
     def __init__(
         self, facts: DataFacts, dim: int = 1280, layers: int = 32, heads: int = 8, context_length: int = 77
     ) -> None:

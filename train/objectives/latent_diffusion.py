@@ -84,7 +84,9 @@ class LatentDiffusion(nn.Module):
         """Standard normal, plus the offset where it is asked for."""
         noise = random.normal("noise", x0.shape[1:])
         if self.offset_noise:
-            noise = noise + self.offset_noise * random.normal("offset", (x0.shape[1], 1, 1))
+            cells = self.latents.scaling.fold**2  # of a channel, which the fold has put into channels of their own
+            shift = random.normal("offset", (x0.shape[1] // cells, 1, 1)).repeat_interleave(cells, 1)
+            noise = noise + self.offset_noise * shift
         return noise
 
     def times(self, batch: Batch, random: StreamRandom) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from train.checkpoint_files import ema_weights_path
+from train.models.conditioning import ConditionedUNet
 from train.models.unet import UNet
 from train.weights import diffusers, open_clip, stable_diffusion
 from train.weights.foreign import load_exactly
@@ -20,8 +21,18 @@ from train.weights.shapes import unet_options
 _UNSEEN = ("heads", "norm_groups")  # what changes a U-Net's function, but no shape of its weights
 
 
+def load_weights(network: ConditionedUNet, path: str) -> None:
+    """Start a U-Net from a diffusers folder, a CompVis single file, or the EMA weights of a run of train_ldm.py; from
+    a run its trained conditioners, too, where it has any."""
+    if (Path(path) / "config.yaml").exists():
+        weights = _below("conditioner.", load_file(ema_weights_path(Path(path))))
+        if weights:
+            load_exactly(network.conditioner, weights, path)
+    load_unet_weights(network.unet, path)
+
+
 def load_unet_weights(unet: UNet, path: str) -> None:
-    """Start `unet` from a diffusers folder, a CompVis single file, or the EMA weights of a run of train_ldm.py."""
+    """The U-Net alone."""
     if Path(path).is_file():
         state = stable_diffusion.unet_state(unet, stable_diffusion.read_unet(path), path)
     elif (Path(path) / "config.yaml").exists():
@@ -39,8 +50,11 @@ def _of_run(unet: UNet, run: Path) -> dict[str, Tensor]:
         options["heads"] = [options["heads"]] * len(options["channels"])
     _refuse_other_function(unet, options, run)
     weights = load_file(ema_weights_path(run))
-    inside = {name.removeprefix("unet."): value for name, value in weights.items() if name.startswith("unet.")}
-    return inside or weights  # runs once held the U-Net alone
+    return _below("unet.", weights) or weights  # runs once held the U-Net alone
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _refuse_other_function(unet: UNet, options: Mapping[str, Any], where: str | Path) -> None:

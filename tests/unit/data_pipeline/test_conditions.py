@@ -139,3 +139,38 @@ def test_drawn_holes_depend_on_the_key_alone_and_keep_their_bounds():
     assert boxes.min() >= 0
     assert boxes.max() <= 1
     assert boxes.std(0).min() > 0.05
+
+
+def test_a_hole_at_the_far_edge_covers_a_cell():
+    sample = {"key": "a", "caption": "", "meta": {"hole": [0.95, 0.95, 1, 1]}}
+    hole = Hole().encode([sample], torch.zeros(1, 3, 32, 32), Tools)["hole"]
+    assert hole[0, 0].nonzero().tolist() == [[7, 7]]
+
+
+@pytest.mark.parametrize("boxes", [3, "fox", {"a": 1}, [3], [["fox", 0, 0, 1]]])
+def test_boxes_that_are_none_are_set_aside(boxes):
+    layout = Layout(classes=["fox"])
+    assert layout.named_in({"meta": {"boxes": boxes}}) == []
+    assert layout.reason_against({"meta": {"boxes": boxes}})
+
+
+@pytest.mark.parametrize("asked", [["fox", 0, 0, 1, 1], "fox", 3])
+def test_what_is_no_layout_or_hole_is_said(asked):
+    with pytest.raises(UserError, match="is no list of boxes"):
+        Layout(classes=["fox"]).as_sample(layouts=asked)
+    with pytest.raises(UserError, match=r"holes: .* is not"):
+        Hole().as_sample(images=np.zeros((8, 8, 3), np.uint8), holes=asked if asked == 3 else [asked])
+
+
+def test_an_unknown_class_gets_the_nearest_names():
+    label = Label(classes=[f"thing {i}" for i in range(30)] + ["grinning face"])
+    with pytest.raises(UserError, match=r"class grining face is unknown here: take one of grinning.*another of 31"):
+        label.numbers(["grining face"])
+
+
+def test_a_text_encoder_alone_has_no_image_embedding():
+    class WithoutPictures:
+        image, text = Tools.image, object()
+
+    with pytest.raises(UserError, match="take clip=trained"):
+        ImageEmbedding().encode([], torch.zeros(1, 3, 8, 8), WithoutPictures)

@@ -35,7 +35,7 @@ GIVEN = {
 LISTS = ("conditioning", "conditions")
 # Groups whose options differ between roots: a first stage and a CLIP are built in one place and loaded in others.
 LOADED, BUILT = ("trained", "identity", "stable_diffusion"), {"autoencoder": "train_autoencoder", "clip": "train_clip"}
-# Millions of parameters of U-Nets and of first stages, as published where a paper or a model card says so.
+# Millions of parameters of U-Nets, as published where a paper or a model card says so.
 UNETS = {"sd15": 859.52, "sd21": 865.91, "ldm_imagenet": 400.92, "ldm_unconditional": 274.06, "ldm_text": 872.30,
          "demo": 16.12}  # fmt: skip
 

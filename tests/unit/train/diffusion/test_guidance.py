@@ -148,3 +148,14 @@ def test_classifier_guidance_where_there_is_no_signal_or_no_scale(data):
     for scale, t in ((1.0, 1.0), (0.0, 0.5)):
         guided = ClassifierGuidance(lambda x, t, c: denoise(x, t), unasked, scale, process)
         assert torch.equal(guided(x, torch.tensor(t), None), denoise(x, torch.tensor(t)))
+
+
+def test_where_nothing_is_given_nothing_is_evaluated_twice(network):
+    calls = []
+
+    def denoise(x, t, conditioning):
+        calls.append(len(x))
+        return x
+
+    ClassifierFreeGuidance(denoise, 5.0)(torch.randn(3, 2, 4, 4), torch.tensor(0.5), Conditioning(Parts(), Parts()))
+    assert calls == [3]

@@ -303,14 +303,6 @@ def test_time_is_found_by_its_noise(process):
     assert (log_snr(process, t).diff() < 0).all()
 
 
-@pytest.mark.parametrize("name", ODE)
-def test_each_step_is_told(name, data):
-    told, process = [], RectifiedFlow()
-    x = torch.randn(2, 1, 1, 1)
-    ODE[name](data.denoise(process), x, uniform_times(process, 5), process, never, told.append)
-    assert told == [0, 1, 2, 3, 4]
-
-
 @pytest.mark.parametrize("process", PROCESSES)
 def test_heun_is_better_than_euler_at_few_steps_on_every_process(process, data, quantiles):
     """Above all where hardly any signal is left at the end, as on the cosine table (sigma / alpha = 20,291)."""

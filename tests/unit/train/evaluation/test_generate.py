@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.errors import UserError
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow
 from train.diffusion.samplers import sample_ddim, sample_euler
@@ -79,3 +80,11 @@ def test_a_drawn_picture_is_the_sampler_written_out(generator, text, null):
         images = generator.decode(torch.pixel_shuffle(x, 2) * 2.0 + 0.1)
     expected = ((images + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(got - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"interval": [0.8, 0.2]}, {"interval": [0.5]}, {"interval": [100, 800]}, {"rescale": 7}]
+)
+def test_what_guidance_can_not_be(wrong):
+    with pytest.raises(UserError, match="guidance"):
+        Guidance(3.0, **wrong)

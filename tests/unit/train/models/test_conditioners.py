@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from data_pipeline.errors import UserError
+from train.models.classifier import NoisyClassifier
 from train.models.conditioning import (
     ClassLabel,
     ConditionedUNet,
@@ -157,11 +158,13 @@ def test_what_the_data_lacks_is_named(make_facts):
         ({"out_channels": 4}, "set unet.out_channels=16"),
         ({"context_dim": 768}, "set unet.context_dim=24"),
         ({"vector_dim": 7}, "set unet.vector_dim=12"),
+        ({"in_channels": 4, "out_channels": 4}, "set unet.in_channels=28 unet.out_channels=16, or give latents"),
+        ({"channels": [8] * 4}, "latents of 4x4 .fold=2. can't be halved 3 times"),
     ],
 )
 def test_a_unet_that_does_not_fit_gets_the_remedy(facts, changed, remedy):
     conditioner = made(facts, "text", "low_resolution")
-    fitting = {"in_channels": 28, "out_channels": 16, "context_dim": 24, "vector_dim": 12}
+    fitting = {"in_channels": 28, "out_channels": 16, "context_dim": 24, "vector_dim": 12, "channels": [8] * 3}
     facts.refuse_other_shapes(fitting, conditioner)
     with pytest.raises(UserError, match=remedy):
         facts.refuse_other_shapes({**fitting, **changed}, conditioner)
@@ -170,5 +173,26 @@ def test_a_unet_that_does_not_fit_gets_the_remedy(facts, changed, remedy):
 def test_an_unconditional_unet_has_no_context(facts):
     with pytest.raises(UserError, match=r"set unet\.context_dim=null"):
         facts.refuse_other_shapes(
-            {"in_channels": 16, "out_channels": 16, "context_dim": 24, "vector_dim": None}, made(facts)
+            {"in_channels": 16, "out_channels": 16, "context_dim": 24, "vector_dim": None, "channels": [8]},
+            made(facts),
         )
+
+
+def test_a_negative_prompt_takes_the_place_of_the_text_alone(facts, fields):
+    conditioner = made(facts, "text", "label", "low_resolution")
+    conditioning = conditioner(fields, CAPTIONS)
+    other = {**fields, "text": torch.randn(4, 5, 24), "pooled": torch.randn(4, 12), "label": torch.tensor([2, 2, 2, 2])}
+    null = conditioner.against(other, CAPTIONS)
+    torch.testing.assert_close(null.context[:, :5], other["text"])
+    torch.testing.assert_close(null.context[:, 5:], conditioning.null.context[:, 5:].expand(4, -1, -1))
+    torch.testing.assert_close(null.vector, other["pooled"])
+    torch.testing.assert_close(null.concat, conditioning.null.concat)
+
+
+@pytest.mark.parametrize("channels", [[16, 32, 32], [16, 16], [16]])
+def test_the_classifier_halves_between_all_its_levels(channels):
+    classifier = NoisyClassifier(4, 3, channels, heads=2, norm_groups=8)
+    assert [block.downsamplers is not None for block in classifier.down_blocks] == [True] * (len(channels) - 1) + [
+        False
+    ]
+    assert classifier(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 500.0])).shape == (2, 3)

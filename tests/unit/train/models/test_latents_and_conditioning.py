@@ -58,13 +58,6 @@ def test_for_guidance_is_the_condition_then_its_null(conditioning):
         assert torch.equal(doubled, torch.cat([given, away]))
 
 
-def test_a_negative_condition_takes_the_place_of_the_null(conditioning):
-    negative = Conditioning(Parts(*(torch.randn_like(part) for part in conditioning.given)), conditioning.null)
-    both = conditioning.against(negative).for_guidance()
-    assert all(torch.equal(d[:4], g) for d, g in zip(both.given, conditioning.given, strict=True))
-    assert all(torch.equal(d[4:], n) for d, n in zip(both.given, negative.given, strict=True))
-
-
 def test_parts_that_are_not_there(conditioning):
     text_only = Conditioning(Parts(conditioning.given.context), Parts(conditioning.null.context))
     assert text_only.dropped(torch.ones(4, dtype=torch.bool)).given[1:] == (None, None)

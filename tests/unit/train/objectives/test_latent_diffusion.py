@@ -140,3 +140,15 @@ def test_training_lowers_the_loss(unet, latent_objective, latent_batch, train_a_
     before = loss()
     train_a_little(objective, latent_batch, steps=12)
     assert loss() < 0.9 * before
+
+
+@pytest.mark.parametrize("fold", [1, 2, 4])
+def test_offset_noise_shifts_a_whole_channel(latent_objective, fold):
+    """Its standard deviation over channels is the offset's, and within an unfolded channel there is none of it."""
+    unet = UNet(4 * fold**2, 4 * fold**2, [8], 1, 24, None, [True], heads=2, norm_groups=4)
+    plain, shifted = (latent_objective(unet, fold=fold, offset_noise=strength, seed=3) for strength in (0.0, 2.0))
+    x0 = torch.zeros(800, 4 * fold**2, 8 // fold, 8 // fold)
+    random = [StreamRandom(3, 0, tuple(range(8)), 100, "cpu") for _ in range(2)]
+    shift = F.pixel_shuffle(shifted.noise(random[0], x0) - plain.noise(random[1], x0), fold)  # (800, 4, 8, 8)
+    assert float(shift.std((2, 3)).max()) < 1e-5
+    assert float(shift.mean((2, 3)).std()) == pytest.approx(2.0, rel=0.05)

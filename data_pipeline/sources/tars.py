@@ -1,0 +1,152 @@
+"""WebDataset tars that others wrote, as img2dataset does: <key>.jpg (.png, .webp), <key>.txt, <key>.json."""
+
+from __future__ import annotations
+
+import functools
+import io
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline import codec, storage
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.filters import Candidate
+from data_pipeline.image_transforms import centre_square, upright_sides
+from data_pipeline.shard_writer import IndexEntry, Member, scan
+from data_pipeline.sources.source import SourceItem
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+def tars_in(folder: str) -> list[str]:
+    """Names of the tars directly in a folder, sorted; others beside them (.parquet, _stats.json) are left alone."""
+    packed = [name for ending in COMPRESSED for name in storage.files(folder, ending)]
+    if packed:
+        raise UserError(f"input={folder} holds compressed tars ({packed[0]}): unpack them, samples are read by place.")
+    names = storage.files(folder, ".tar")
+    if not names:
+        raise UserError(f"input={folder} holds no .tar: give the folder that they lie in.")
+    return names
+
+
+def contents(path: str) -> bytes | mmap.mmap:
+    """A tar's bytes: mapped; of one in a bucket, read as a whole."""
+    if storage.is_s3(path):
+        return storage.read_bytes(path)
+    if not storage.size(path):
+        raise DataError(f"shard {path} is empty: copy it again.")
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+class Inspected(NamedTuple):
+    """A sample that can be used has a candidate; one that can't, a reason. absent: its json itself says that there is
+    no picture, as img2dataset does of what it could not fetch."""
+
+    entry: IndexEntry
+    candidate: Candidate | None = None
+    reason: str = ""
+    absent: bool = False
+
+
+def inspected(entry: IndexEntry, data: bytes | mmap.mmap) -> Inspected:
+    """Decode a sample, and keep those of its members that are read: one picture, .txt and .json."""
+    if not entry.key.isprintable() or entry.key.startswith("/") or ".." in entry.key.split("/"):
+        return Inspected(entry, reason="a name that leads elsewhere, or can't be printed")
+    picture = next((name for name in entry.members if name in codec.IMAGES), None)
+    entry = IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n in (picture, "txt", "json")})
+    try:
+        facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n != picture}
+        if picture is None:
+            return without_picture(entry, facts)
+        caption = readable(codec.caption_in(facts))
+        if not caption:
+            return Inspected(entry, reason="missing caption")
+        pixels = codec.decode(picture, _bytes(data, entry.members[picture]))
+    except DataError as error:
+        return Inspected(entry, reason=str(error))
+    sides = pixels.shape[1], pixels.shape[0]
+    return Inspected(entry, Candidate(caption, facts.get("json") or {}, lambda: sides, lambda: pixels))
+
+
+def without_picture(entry: IndexEntry, facts: dict[str, Any]) -> Inspected:
+    """Not fetched, by its own account; or lost."""
+    status = (facts.get("json") or {}).get("status", "success")
+    if status != "success":
+        return Inspected(entry, reason=f"not fetched: {status}", absent=True)
+    return Inspected(entry, reason="missing picture")
+
+
+def readable(caption: str) -> str:
+    """Without blanks around it; DataError for half a surrogate pair, which JSON can hold and no text file."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise DataError("caption is not text") from error
+    return caption.strip()
+
+
+def _bytes(data: bytes | mmap.mmap, member: Member) -> bytes:
+    return data[member.offset : member.offset + member.size]
+
+
+@dataclass(frozen=True, slots=True)
+class TarSample(SourceItem):
+    """stamp: its tar's size and its place there."""
+
+    stamp: tuple[int, ...] = ()
+
+
+class Tars:
+    """Samples of all tars of a folder, to be cut to squares and written anew (index_shards.py takes tars as they are).
+
+    One tar is held at a time. Keys: the tar's name and the sample's.
+    """
+
+    def __init__(self, path: str, limit: int | None = None) -> None:
+        self.path, self.limit = path, limit
+
+    def items(self) -> Iterator[SourceItem]:
+        count = 0
+        for name in tars_in(self.path):
+            path = storage.join(self.path, name)
+            data = contents(path)
+            for number, entry in enumerate(scan(data, path)):
+                if count == self.limit:
+                    return
+                count += 1
+                yield self._item(path, name.removesuffix(".tar"), number, entry, data)
+
+    @staticmethod
+    def _item(path: str, stem: str, number: int, entry: IndexEntry, data: bytes | mmap.mmap) -> SourceItem:
+        key = f"{stem}_{number:06d}"
+        picture = next((name for name in entry.members if name in codec.IMAGES), None)
+        facts, caption, absent = {}, None, ""
+        try:
+            facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n in ("txt", "json")}
+            caption = readable(codec.caption_in(facts)) or None
+            if picture is None and (without := without_picture(entry, facts)).absent:
+                absent = without.reason
+        except DataError:
+            pass  # without a caption it is set aside
+        meta = (facts.get("json") or {}) | {"original_key": entry.key}
+        place = entry.members[picture] if picture else Member(0, 0)
+        load, sides = functools.partial(square_in, path, place), functools.partial(sides_in, path, place)
+        return TarSample(key, load, caption, meta, sides, absent=absent, stamp=(len(data), place.offset))
+
+
+def square_in(path: str, place: Member, size: int) -> np.ndarray:
+    """The centre square of a picture in a tar."""
+    return centre_square(picture_in(path, place), size)
+
+
+def sides_in(path: str, place: Member) -> tuple[int, int]:
+    return upright_sides(picture_in(path, place))
+
+
+def picture_in(path: str, place: Member) -> Image.Image:
+    return codec.open_image(io.BytesIO(storage.read_bytes(path, *place)))
