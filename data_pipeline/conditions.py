@@ -169,6 +169,7 @@ class Label(Classes):
         return {"label": torch.tensor([self.numbers(self.named_in(sample))[0] for sample in samples])}
 
     def as_sample(self, labels: str) -> dict[str, Any]:
+        self.numbers([str(labels)])
         return {"meta": {self.key: labels}}
 
 
