@@ -138,8 +138,10 @@ class Classes(PlainCondition):
             return [self.classes.index(name) for name in names]
         except ValueError:
             unknown = next(name for name in names if name not in self.classes)
-            near = difflib.get_close_matches(str(unknown), self.classes, 4, 0.3) or self.classes
-            known = ", ".join(near[:12]) + (f", or another of {len(self.classes)}" if len(self.classes) > 12 else "")
+            known = ", ".join(self.classes)
+            if len(self.classes) > 12:
+                near = difflib.get_close_matches(str(unknown), self.classes, 4, 0.3) or self.classes[:12]
+                known = f"{', '.join(near)}, or another of {len(self.classes)}"
             raise UserError(f"class {unknown} is unknown here: take one of {known}.") from None
 
 
@@ -169,6 +171,7 @@ class Label(Classes):
         return {"label": torch.tensor([self.numbers(self.named_in(sample))[0] for sample in samples])}
 
     def as_sample(self, labels: str) -> dict[str, Any]:
+        self.numbers([str(labels)])
         return {"meta": {self.key: labels}}
 
 

@@ -49,7 +49,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     images = Manifest.load(f"{cfg.input}/train", "image-text")
     recipe = Recipe.of(cfg, instantiate, ranks)
     heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
-    refuse_sizes(heldout.shape[1:3], config["objective"].get("crop", 0), autoencoder.factor)
+    refuse_sizes(heldout.shape[1:3], objective.crop if objective.crop_until else 0, autoencoder.factor)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -57,6 +58,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     refuse_unfit(process, make_objective.keywords["parameterization"])
     sampler = instantiate(cfg.sampler)
     sampler.times(process, sampler.steps)  # refuses steps that there can't be
+    instantiate(cfg.guidance, _convert_="all")  # likewise
     latents = Manifest.load(f"{cfg.input}/train", "latents")
     recipe = Recipe.of(cfg, instantiate, ranks)
     autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
@@ -147,9 +149,22 @@ def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
     if cfg.scaling_factor is not None and (facts.mean, facts.std) != (known.mean, known.std):
         raise UserError(
             f"start_from={cfg.start_from} knows latents scaled otherwise than by scaling_factor={cfg.scaling_factor}: "
-            "leave scaling_factor= out."
+            "set scaling_factor=null."
         )
+    refuse_other_classes(cfg, known, facts)
     return dataclasses.replace(facts, mean=known.mean, std=known.std)
+
+
+def refuse_other_classes(cfg: DictConfig, known: LatentFacts, facts: LatentFacts) -> None:
+    """A run to start from has a vector for each of its classes, by number: others would be taken for them."""
+    theirs = yaml.safe_load((Path(cfg.start_from) / "config.yaml").read_text()).get("conditioning", {})
+    for name in sorted(set(theirs) & set(cfg.conditioning)):
+        was, now = (of.conditions.get(name, {}).get("classes") for of in (known, facts))
+        if was != now:
+            raise UserError(
+                f"start_from={cfg.start_from} knows other classes of {name} than these latents: run "
+                f"precompute_latents.py with conditions.{name}.classes= as in its latents.json."
+            )
 
 
 def identity(config: dict[str, Any], latents: Manifest) -> dict[str, Any]:

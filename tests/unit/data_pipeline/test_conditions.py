@@ -168,6 +168,13 @@ def test_an_unknown_class_gets_the_nearest_names():
         label.numbers(["grining face"])
 
 
+@pytest.mark.parametrize("asked", ["", None, "cars"])
+def test_an_asked_label_that_is_none_is_said(asked):
+    with pytest.raises(UserError, match="is unknown here: take one of 1, fox"):
+        Label(classes=["1", "fox"]).as_sample(labels=asked)
+    assert Label(classes=["1", "fox"]).as_sample(labels=1)["meta"]
+
+
 def test_a_text_encoder_alone_has_no_image_embedding():
     class WithoutPictures:
         image, text = Tools.image, object()
