@@ -72,9 +72,19 @@ class Manifest:
         return cls(shards=shards, **saved)
 
     def check_shards(self, root: str | Path) -> None:
-        """Every shard is there at its full size; it costs a look at each file, not a read."""
+        """Every shard is there at its full size; it costs a look at each file, not a read; in a bucket, a listing."""
+        if not storage.is_s3(root):
+            for shard in self.shards:
+                check_size(root, shard)
+            return
+        folders = {shard.name.rpartition("/")[0] for shard in self.shards}
+        sizes = {
+            f"{folder}/{name}".lstrip("/"): size
+            for folder in folders
+            for name, size in storage.sizes(storage.join(root, folder)).items()
+        }
         for shard in self.shards:
-            check_size(root, shard)
+            refuse_other_size(root, shard, sizes.get(shard.name))
 
     def save(self, root: str | Path) -> None:
         """Written last and atomically: a data set with a manifest is whole."""
@@ -84,10 +94,14 @@ class Manifest:
 
 def check_size(root: str | Path, shard: Shard) -> None:
     """A shard that is missing or cut is named, with what to do."""
+    refuse_other_size(root, shard, storage.size_if_there(storage.join(root, shard.name)))
+
+
+def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> None:
+    """A shard of `actual` bytes (None: missing) that should have others."""
     path = storage.join(root, shard.name)
-    if not storage.exists(path):
+    if actual is None:
         raise DataError(f"shard {path} is missing: copy it again, or make the data set again.")
-    actual = storage.size(path)
     if actual != shard.bytes:
         raise DataError(
             f"shard {path} has {actual} bytes, but its manifest says {shard.bytes}: it was cut or changed; "
