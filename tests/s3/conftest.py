@@ -49,6 +49,10 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """moto; or whatever listens on S3_TEST_PORT and knows the environment's keys, as under benchmarks/ceph.sh."""
+    if port := os.environ.get("S3_TEST_PORT"):
+        yield Server(int(port), os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
+        return
     log = tmp_path_factory.mktemp("moto") / "log.txt"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
