@@ -18,7 +18,15 @@ from typing import Any, NamedTuple, TypeVar
 from data_pipeline.errors import DataError, UserError
 
 T = TypeVar("T")
-ENDPOINT, REGION, DEADLINE, ATTEMPTS = "AWS_ENDPOINT_URL", "AWS_REGION", "STORE_DEADLINE_S", "STORE_ATTEMPTS"
+VARIABLES = {
+    "endpoint": "AWS_ENDPOINT_URL",
+    "region": "AWS_REGION",
+    "deadline_s": "STORE_DEADLINE_S",
+    "attempts": "STORE_ATTEMPTS",
+    "cache": "STORE_CACHE",
+    "cache_gb": "STORE_CACHE_GB",
+}
+ENDPOINT, REGION, DEADLINE, ATTEMPTS, CACHE, CACHE_GB = VARIABLES.values()
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between attempts: doubled each time, and a random part of that
 SLOWEST = 2**20  # bytes a second: what an attempt is given on top of the deadline
 PART = 32 * 2**20  # bytes of an object that one request reads or writes: what a broken connection costs
@@ -47,7 +55,7 @@ class Settings(NamedTuple):
             deadline = attempts = 0
         if deadline <= 0 or attempts < 1:
             raise UserError(f"{DEADLINE} must be seconds above 0, and {ATTEMPTS} a number from 1 on.")
-        endpoint = value("AWS_ENDPOINT_URL_S3") or value(ENDPOINT) or None
+        endpoint = value(ENDPOINT) or None
         if endpoint and (not endpoint.startswith(("http://", "https://")) or "@" in endpoint):
             raise UserError(f"{ENDPOINT} must be http(s)://host:port; keys go into AWS_ACCESS_KEY_ID and its secret.")
         return cls(endpoint, value(REGION) or value("AWS_DEFAULT_REGION") or None, deadline, attempts)
@@ -64,6 +72,20 @@ def read(path: str, start: int = 0, length: int | None = None) -> bytes:
     places = [(at, min(PART, start + length - at)) for at in range(start, start + length, PART)]
     calls = [(functools.partial(_get, path, *place), place[1]) for place in places]
     return b"".join(_all_tried(path, calls))
+
+
+def read_if_there(path: str) -> bytes | None:
+    """All bytes; None if there is no such object."""
+
+    async def get(client: Any) -> bytes | None:
+        try:
+            return await _get(path, 0, None, client)
+        except FileNotFoundError as error:
+            if code_of(error) == "NoSuchBucket":
+                raise
+            return None
+
+    return _tried(path, get, PART)
 
 
 async def _get(path: str, start: int, length: int | None, client: Any) -> bytes:
@@ -192,6 +214,7 @@ def _client(process: int, settings: Settings) -> Any:
         skip_instance_cache=True,
     )
     client.retries = 1
+    client.connect()  # here, where no deadline runs: botocore reads its tables for some tenths of a second
     return client
 
 

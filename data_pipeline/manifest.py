@@ -54,13 +54,14 @@ class Manifest:
     def load(cls, root: str | Path, kind: str | None = None) -> Manifest:
         """The manifest of the data set at `root`; refused if it is of another kind."""
         path = storage.join(root, "manifest.json")
-        if not storage.exists(path):
+        content = storage.read_if_there(path)
+        if content is None:
             raise UserError(
                 f"{root} is not a data set (no manifest.json there): give a folder that make_shards.py or "
                 "precompute_latents.py has finished."
             )
         try:
-            saved = json.loads(storage.read_bytes(path))
+            saved = json.loads(content)
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
         if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:

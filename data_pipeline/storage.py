@@ -16,6 +16,19 @@ from data_pipeline.errors import UserError
 HOST = platform.node()  # in temporary names: processes of two machines may have the same number
 
 
+def configure(**settings: str | float | None) -> None:
+    """Set endpoint, region, deadline_s, attempts, cache or cache_gb for this process and those that it starts.
+
+    None leaves the environment's. What can't be is a UserError.
+    """
+    for name, value in settings.items():
+        if value is not None:
+            os.environ[bucket.VARIABLES[name]] = str(value)
+    bucket.Settings.now()
+    if (settings.get("cache") is None) != (settings.get("cache_gb") is None):
+        raise UserError("store.cache (a folder) and store.cache_gb (what it may hold) go together: give both.")
+
+
 def is_s3(path: str | Path) -> bool:
     """Whether `path` lies in a bucket. Any other scheme (pipe: runs a shell) is refused."""
     text = str(path)
@@ -47,6 +60,16 @@ def read_bytes(path: str | Path, start: int = 0, length: int | None = None) -> b
     if length is not None and len(data) != length:
         raise OSError(f"{path}: {len(data)} of {length} bytes from {start}")
     return data
+
+
+def read_if_there(path: str | Path) -> bytes | None:
+    """All bytes; None if there is no such file."""
+    if is_s3(path):
+        return bucket.read_if_there(str(path))
+    try:
+        return read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def exists(path: str | Path) -> bool:

@@ -17,6 +17,8 @@ import boto3
 import pytest
 from fault_proxy import FaultProxy
 
+from data_pipeline import bucket as s3
+
 ANYTHING = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
 BUCKETS = itertools.count()
 NO_OTHERS = (
@@ -87,10 +89,26 @@ def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"moto does not listen:\n{log.read_text()}")
 
 
-@pytest.fixture
-def proxy(server: Server) -> Iterator[FaultProxy]:
+@pytest.fixture(scope="session")
+def lasting_proxy(server: Server) -> Iterator[FaultProxy]:
     with FaultProxy(server.port) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def proxy(lasting_proxy: FaultProxy) -> Iterator[FaultProxy]:
+    """One for all tests, as a client of it takes a second to make."""
+    lasting_proxy.clear()
+    yield lasting_proxy
+    lasting_proxy.clear()
+
+
+@pytest.fixture
+def new_client() -> Iterator[None]:
+    """For tests with keys of their own."""
+    s3._client.cache_clear()
+    yield
+    s3._client.cache_clear()
 
 
 @pytest.fixture

@@ -29,12 +29,12 @@ class FaultProxy:
 
     def __init__(self, target: int) -> None:
         self.target = target
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.requests: list[Request] = []
         self.faults: deque[str] = deque()
         self.always = ""
         self.only = ""  # methods that faults are for: all
-        self.requests: list[Request] = []
-        self.stop = threading.Event()
-        self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"proxy": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -48,6 +48,13 @@ class FaultProxy:
         self.stop.set()
         self.server.shutdown()
         self.server.server_close()
+
+    def clear(self) -> None:
+        """No faults, nothing counted; stalls that go on end."""
+        self.stop.set()
+        with self.lock:
+            self.stop = threading.Event()
+            self.requests, self.faults, self.always, self.only = [], deque(), "", ""
 
     def next_fault(self, method: str) -> str:
         with self.lock:

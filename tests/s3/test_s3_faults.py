@@ -14,7 +14,7 @@ DATA = hashlib.shake_128(b"data").digest(200_000)
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch):
-    monkeypatch.setenv("STORE_DEADLINE_S", "0.3")
+    monkeypatch.setenv("STORE_DEADLINE_S", "0.4")
     monkeypatch.setenv("STORE_ATTEMPTS", "3")
     monkeypatch.setattr(s3, "FIRST_PAUSE", 0.01)
 
@@ -52,8 +52,9 @@ def test_writes_heal(path, proxy, server, bucket, fault):
     assert server.client().get_object(Bucket=bucket, Key="set/file")["Body"].read() == DATA[::-1]
 
 
-@pytest.mark.parametrize("fault", ["slow down", "short"])
-@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize(
+    ("at", "fault"), [(0, "slow down"), (0, "short"), (2, "slow down"), (2, "short"), (4, "short")]
+)
 def test_an_upload_in_parts_heals(path, proxy, server, bucket, monkeypatch, at, fault):
     """Begin, three parts, complete: each is refused at first, or done while its answer is lost."""
     monkeypatch.setattr(s3, "PART", 5 * 2**20)
@@ -76,24 +77,25 @@ def test_what_does_not_heal_ends_in_a_sentence(path, proxy, fault, use):
         "list": storage.sizes,
         "write": lambda path: storage.write_atomically(path, DATA),
     }[use]
-    with pytest.raises(UserError, match=r"in 3 attempts of 0.3 s .*: check AWS_ENDPOINT_URL") as raised:
+    with pytest.raises(UserError, match=r"in 3 attempts of 0.4 s .*: check AWS_ENDPOINT_URL") as raised:
         do(path)
     assert "\n" not in str(raised.value)
     assert raised.value.__cause__ is None
 
 
-def test_a_refusal_is_not_repeated(path, proxy, monkeypatch):
+def test_a_refusal_is_not_repeated(path, proxy, monkeypatch, new_client):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    before = len(proxy.requests)
     with pytest.raises(UserError):
         storage.read_bytes(path)
-    assert len(proxy.requests) == 1
+    assert len(proxy.requests) == before + 1
 
 
 def test_only_the_broken_part_is_read_again(path, proxy, monkeypatch):
     monkeypatch.setattr(s3, "PART", 20_000)
     proxy.faults += ["short"]
     assert storage.read_bytes(path, 0, len(DATA)) == DATA
-    assert proxy.bytes_read() == len(DATA) + 10_000
+    assert proxy.bytes_read("/set/file") == len(DATA) + 10_000
 
 
 def test_a_failed_upload_leaves_nothing(path, bucket, server, proxy, monkeypatch):

@@ -78,7 +78,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("use", [storage.read_bytes, storage.size_if_there, storage.sizes])
-def test_mistakes_end_in_a_sentence_without_keys(bucket, server, monkeypatch, mistake, use):
+def test_mistakes_end_in_a_sentence_without_keys(bucket, server, monkeypatch, new_client, mistake, use):
     server.client().put_object(Bucket=bucket, Key="file", Body=b"data")
     settings, expected = MISTAKES[mistake]
     for name, value in settings.items():
