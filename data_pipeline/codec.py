@@ -24,6 +24,7 @@ IMAGES = ("png", "jpg", "jpeg", "webp")
 # What a file may really be, whatever its name says. Pillow knows more: one of them, EPS, starts a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow raises before it decodes; below, to_rgb does
+BFLOAT16 = np.dtype("V2")  # numpy has none: in a .npy it is two bytes without a type, as JAX and ml_dtypes write it
 # What Pillow, numpy and json raise on bytes that are not what they claim to be.
 UNDECODABLE = (
     ValueError,
@@ -103,7 +104,13 @@ def decode_array(data: bytes) -> np.ndarray:
         raise ValueError("objects are not read")
     if math.prod(shape) * dtype.itemsize != len(body):
         raise ValueError(f"{len(body)} bytes can't be {dtype} of shape {shape}")
-    return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran_order else "C")
+    array = np.frombuffer(body, dtype).reshape(shape, order="F" if fortran_order else "C")
+    return widened(array) if dtype == BFLOAT16 else array
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """bfloat16, the upper half of a float32, as float32."""
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def decode_image(data: bytes) -> np.ndarray:

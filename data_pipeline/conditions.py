@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from data_pipeline.encoders import ImageEncoder, TextEncoder
 from data_pipeline.errors import UserError
+from data_pipeline.samples import TextStates
 
 Sample = Mapping[str, Any]
 
@@ -30,10 +31,16 @@ class Tools(Protocol):
 
 
 class Condition(Protocol):
-    """asked: the options of sample_images.py that it is given by; uses_clip: whether it needs the CLIP."""
+    """asked: the options of sample_images.py that it is given by; uses_clip, uses_first_stage: whether it needs them.
+
+    fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that decide what.
+    """
 
     asked: tuple[str, ...]
     uses_clip: bool
+    uses_first_stage: bool
+    fields: tuple[str, ...]
+    made_from: tuple[str, ...]
 
     def learn(self, samples: Iterable[Sample]) -> None:
         """Take what must be known of the whole training split (class names), where it is not configured."""
@@ -58,7 +65,9 @@ class PlainCondition:
     """A condition that learns nothing, takes every sample and has no null of an encoder's."""
 
     asked: tuple[str, ...] = ()
-    uses_clip = False
+    uses_clip = uses_first_stage = False
+    fields: tuple[str, ...] = ()
+    made_from: tuple[str, ...] = ("meta",)
 
     def learn(self, samples: Iterable[Sample]) -> None:
         pass
@@ -74,19 +83,29 @@ class PlainCondition:
 
 
 class Text(PlainCondition):
-    """text (B, T, D), a state a token, and pooled (B, P), by the CLIP; each different caption is encoded once."""
+    """text (B, T, D), a state a token, and pooled (B, P) if wanted; each different caption is encoded once."""
 
-    asked, uses_clip = ("prompts",), True
+    asked, uses_clip, made_from = ("prompts",), True, ("caption",)
+
+    def __init__(self, pooled: bool = True) -> None:
+        self.fields = ("text", "pooled") if pooled else ("text",)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | ({} if "pooled" in self.fields else {"pooled": False})
+
+    def chosen(self, states: TextStates, rows: Tensor | int) -> dict[str, Tensor]:
+        """The fields of some of the captions."""
+        both = {"text": states.tokens, "pooled": states.pooled}
+        return {name: both[name][rows] for name in self.fields}
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
         captions = list(dict.fromkeys(sample["caption"] for sample in samples))
         states = tools.text.encode_text(captions)
         rows = torch.tensor([captions.index(sample["caption"]) for sample in samples], device=states.tokens.device)
-        return {"text": states.tokens[rows], "pooled": states.pooled[rows]}
+        return self.chosen(states, rows)
 
     def null(self, tools: Tools) -> dict[str, Tensor]:
-        states = tools.text.encode_text([""])
-        return {"text": states.tokens[0], "pooled": states.pooled[0]}
+        return self.chosen(tools.text.encode_text([""]), 0)
 
     def as_sample(self, prompts: str) -> dict[str, Any]:
         return {"caption": prompts}
@@ -119,15 +138,17 @@ class Classes(PlainCondition):
             return [self.classes.index(name) for name in names]
         except ValueError:
             unknown = next(name for name in names if name not in self.classes)
-            near = difflib.get_close_matches(str(unknown), self.classes, 4, 0.3) or self.classes
-            known = ", ".join(near[:12]) + (f", or another of {len(self.classes)}" if len(self.classes) > 12 else "")
+            known = ", ".join(self.classes)
+            if len(self.classes) > 12:
+                near = difflib.get_close_matches(str(unknown), self.classes, 4, 0.3) or self.classes[:12]
+                known = f"{', '.join(near)}, or another of {len(self.classes)}"
             raise UserError(f"class {unknown} is unknown here: take one of {known}.") from None
 
 
 class Label(Classes):
     """label (B,): the number of the class that meta[key] names."""
 
-    asked = ("labels",)
+    asked, fields = ("labels",), ("label",)
 
     def __init__(self, key: str = "group", classes: Sequence[str] | None = None) -> None:
         super().__init__(classes)
@@ -150,6 +171,7 @@ class Label(Classes):
         return {"label": torch.tensor([self.numbers(self.named_in(sample))[0] for sample in samples])}
 
     def as_sample(self, labels: str) -> dict[str, Any]:
+        self.numbers([str(labels)])
         return {"meta": {self.key: labels}}
 
 
@@ -159,11 +181,11 @@ class Layout(Classes):
     From meta["boxes"]: a list of [class, x0, y0, x1, y1].
     """
 
-    asked = ("layouts",)
     none_named = (
         "conditions=[layout]: no sample has boxes in its json: make_shards.py source=openmoji_pairs makes such, or "
         "give each sample's as boxes: [[class, x0, y0, x1, y1], ...]."
     )
+    asked, fields = ("layouts",), ("boxes", "box_label")
 
     def __init__(self, max_boxes: int = 8, classes: Sequence[str] | None = None) -> None:
         super().__init__(classes)
@@ -220,7 +242,7 @@ def well_formed(box: Any) -> bool:
 class OfPicture(PlainCondition):
     """A condition that is made of the picture itself."""
 
-    asked = ("images",)
+    asked, made_from = ("images",), ("picture",)
 
     def as_sample(self, images: np.ndarray) -> dict[str, Any]:
         return {"image": images}
@@ -229,7 +251,7 @@ class OfPicture(PlainCondition):
 class ImageEmbedding(OfPicture):
     """image_embedding (B, E): the CLIP's of the picture, at unit variance."""
 
-    uses_clip = True
+    uses_clip, fields = True, ("image_embedding",)
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
         if not hasattr(tools.text, "encode_image"):
@@ -241,6 +263,8 @@ class ImageEmbedding(OfPicture):
 
 class LowResolution(OfPicture):
     """low_resolution (B, 3, H/factor, W/factor) in [-1, 1], box-averaged: what super-resolution starts from."""
+
+    fields = ("low_resolution",)
 
     def __init__(self, factor: int = 4) -> None:
         self.factor = factor
@@ -260,7 +284,8 @@ class Hole(PlainCondition):
     its sides between `smallest` and `largest` of the picture's.
     """
 
-    asked = ("images", "holes")
+    asked, made_from = ("images", "holes"), ("picture", "meta")
+    uses_first_stage, fields = True, ("hole", "masked_latents")
 
     def __init__(self, smallest: float = 0.25, largest: float = 0.75) -> None:
         if not 0 < smallest <= largest <= 1:

@@ -13,6 +13,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipeline import storage
 from data_pipeline.errors import UserError
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
@@ -25,13 +26,17 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        begun: list[bool] = []
+
         @functools.wraps(main)
         def guarded(cfg: DictConfig) -> None:
+            begun.append(True)
             try:
                 missing = sorted(OmegaConf.missing_keys(cfg))
                 if missing:
                     example = " ".join(f"{key}=..." for key in missing)
                     raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
+                storage.configure(**cfg.get("store", {}))
                 main(cfg)
             except SystemExit as asked:
                 _leave_if_one_of_many(asked.code)
@@ -46,9 +51,24 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 os._exit(user_error.exit_code)
             _leave_if_one_of_many(0)
 
-        return hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)
+        return _with_codes(hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded), begun)
 
     return decorate
+
+
+def _with_codes(started: Callable[[], None], begun: list[bool]) -> Callable[[], None]:
+    """Hydra's own refusals (an option that there isn't) leave with 1: they are the user's, so with 2."""
+
+    @functools.wraps(started)
+    def run() -> None:
+        try:
+            started()
+        except SystemExit as asked:
+            code = UserError.exit_code if asked.code == 1 and not begun else asked.code
+            _leave_if_one_of_many(code)  # a crash, too: what it left open may wait for the other ranks
+            raise SystemExit(code) from None
+
+    return run
 
 
 def _leave_if_one_of_many(code: int | str | None) -> None:

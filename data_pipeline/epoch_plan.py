@@ -73,6 +73,7 @@ class EpochPlan:
         # A stream only goes forward, so one window and one epoch's borders of each are all that is worth keeping.
         self._current: dict[int, Window] = {}
         self._borders: dict[int, tuple[int, list[int], list[int]]] = {}
+        self._epoch_before: dict[int, int] = {}  # of the window before: a step may end in the next one
 
     @property
     def steps_per_epoch(self) -> float:
@@ -109,6 +110,20 @@ class EpochPlan:
         """The shards of the windows after those: what a reader may open ahead."""
         return {shard for window in self._current.values() for shard in window.shards_next}
 
+    def pieces(self, shard: int) -> list[tuple[int, int]]:
+        """What the streams that were last asked for hold of a shard, of each the first sample and one past the last: in
+        their epochs, not only in their windows, which overlap, as nothing is to be fetched twice."""
+        now = {(stream, window.epoch) for stream, window in self._current.items()}
+        own = [self._piece(shard, stream, epoch) for stream, epoch in sorted(now | set(self._epoch_before.items()))]
+        return [(first, end) for first, end in own if first < end]
+
+    def _piece(self, shard: int, stream: int, epoch: int) -> tuple[int, int]:
+        """The samples of a shard that a stream has in an epoch; none: the first is not before the end."""
+        order, starts = self._epoch(epoch)
+        start = int(starts[np.flatnonzero(order == shard)[0]])
+        begin, end = self._segment(stream, epoch)
+        return max(begin - start, 0), min(end - start, int(self.sizes[shard]))
+
     def _span(self, stream: int, position: int, count: int) -> list[Place]:
         """`count` samples of a stream from `position` on, through as many windows and epochs as they take."""
         places: list[Place] = []
@@ -128,6 +143,8 @@ class EpochPlan:
     def _window(self, stream: int, epoch: int, number: int) -> Window:
         held = self._current.get(stream)
         if held is None or held[:2] != (epoch, number):
+            if held is not None:
+                self._epoch_before[stream] = held.epoch
             held = self._current[stream] = self._make_window(stream, epoch, number)
             self.windows_made += 1
         return held

@@ -32,6 +32,14 @@ class Progress:
         elif self.shown and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self._print_line(values)
 
+    def skip(self, count: int) -> None:
+        """Count `count` units that others have done: they are done, but say nothing of the rate."""
+        self.done += count
+        self.initial += count
+        if self.bar is not None:
+            self.bar.initial += count
+            self.bar.update(count)
+
     def note(self, text: str) -> None:
         """Print a line without tearing the bar."""
         if self.bar is not None:

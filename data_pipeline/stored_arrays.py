@@ -5,16 +5,22 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.codec import BFLOAT16
 from data_pipeline.shard_writer import IndexEntry
 
-BFLOAT16 = np.dtype("V2")  # how a .npy holds it, as numpy has none
 COPIED = {*map(np.dtype, ("f2", "f4", "f8", "u1", "i1", "i2", "i4", "i8")), BFLOAT16}
+
+
+class Bytes(Protocol):
+    """A shard: mapped, or in a bucket."""
+
+    def __getitem__(self, place: slice) -> bytes | np.ndarray: ...
 
 
 class Layout(NamedTuple):
@@ -35,7 +41,7 @@ class Layout(NamedTuple):
         return cls(data[: file.tell()], dtype, shape) if plain else None
 
 
-def stacked(member: str, layout: Layout, found: Sequence[tuple[np.ndarray, IndexEntry]], pinned: bool) -> Tensor | None:
+def stacked(member: str, layout: Layout, found: Sequence[tuple[Bytes, IndexEntry]], pinned: bool) -> Tensor | None:
     """(B, *shape) of a member of B samples, each the bytes of its shard and its entry; None where one of them is not
     written as `layout` says."""
     values, tensor = empty((len(found), *layout.shape), layout.dtype, pinned)
@@ -44,9 +50,9 @@ def stacked(member: str, layout: Layout, found: Sequence[tuple[np.ndarray, Index
     rows = values.reshape(-1).view(np.uint8).reshape(len(found), row_bytes)
     for row, (data, entry) in zip(rows, found, strict=True):
         offset, size = entry.members.get(member, (0, 0))
-        if size != begin + row_bytes or data[offset : offset + begin].tobytes() != layout.header:
+        if size != begin + row_bytes or bytes(data[offset : offset + begin]) != layout.header:
             return None
-        row[:] = data[offset + begin : offset + size]
+        row[:] = np.frombuffer(data[offset + begin : offset + size], np.uint8)
     return tensor
 
 

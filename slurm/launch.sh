@@ -3,37 +3,52 @@
 #
 # From the environment of sbatch, where the defaults don't do:
 #   PYTHON         the interpreter; else .venv/bin/python of the folder submitted from, else python3
-#   MAX_RESTARTS   how often a job puts itself back into the queue (20)
+#   MAX_RESTARTS   how often a job puts itself back into the queue, whatever for (20)
+#   MAX_CRASHES    how often in a row it does so for a crash that no new checkpoint or finished shard came before (3)
 
 source slurm/forward.sh
-readonly START_ME_AGAIN=75 # what a process leaves with when it was told to stop and has saved; train/preemption.py
+source slurm/restarts.sh
+# What processes leave with (docs/operations.md): stopped as told and saved; a mistake of the user's; damaged data.
+readonly START_ME_AGAIN=75 USER_ERROR=2 DATA_ERROR=3
 
-# launch [--alone] <script.py> [overrides...]: never returns. --alone: one process, however much was asked for.
+# launch <script.py> [overrides...]: never returns.
 launch() {
     local nodes=$SLURM_JOB_NUM_NODES tasks cpus code
-    if [[ $1 == --alone ]]; then
-        shift
-        nodes=1 tasks=1
-    else
-        tasks=$(tasks_per_node) || exit 2
-    fi
+    tasks=$(tasks_per_node) || exit 2
     cpus=$(cpus_per_task "$tasks") || exit 2
     export PYTHON=${PYTHON:-$(default_python)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that systems hand out by themselves
     # Rank 0 runs on the first node of the list, as this shell does: they share its local disk.
-    AGAIN_NOTE=$(mktemp)
-    trap 'rm -f "$AGAIN_NOTE"' EXIT
-    export MASTER_ADDR MASTER_PORT AGAIN_NOTE START_ME_AGAIN
+    NOTE=$(mktemp)
+    trap 'rm -f "$NOTE"' EXIT
+    trap 'hopeless=yes interrupted=1' USR2 # by task.sh, from other nodes
+    export MASTER_ADDR MASTER_PORT NOTE START_ME_AGAIN USER_ERROR DATA_ERROR
     echo "job $SLURM_JOB_ID: $nodes node(s) x $tasks task(s) x $cpus cpu(s), rendezvous $MASTER_ADDR:$MASTER_PORT," \
         "restart ${SLURM_RESTART_COUNT:-0}: $PYTHON $*"
     forwarding "USR1:USR1" srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
         --cpus-per-task="$cpus" --distribution=block --kill-on-bad-exit=1 bash slurm/task.sh "$@"
     code=$?
-    if ((code == 0)) && [[ -s $AGAIN_NOTE ]]; then
-        requeue
-    elif ((code != 0)) && [[ ${USR1_came:-} ]]; then
-        requeue # warned while they were still starting, they died of it: the last checkpoint is there to go on from
+    finish "$code" "$@"
+}
+
+# finish <code of srun> <script.py> [overrides...]: done, or back into the queue, or the end; never returns.
+finish() {
+    local code=$1 said
+    shift
+    said=$(<"$NOTE")
+    ((code == 0)) || sleep 2 # a signal of task.sh may still be on its way
+    if ((code == 0)) && [[ $said == "$START_ME_AGAIN" ]]; then
+        requeue "asked to be started again"
+    elif ((code == 0)); then
+        rm -f "$(crash_note)"
+    elif [[ $said == "$USER_ERROR" || $said == "$DATA_ERROR" || ${hopeless:-} ]]; then
+        ((code == USER_ERROR)) || code=${said:-$DATA_ERROR}
+        complain "ended with code $code: the message is above, and starting it again would not mend it."
+    elif [[ ${USR1_came:-} ]]; then
+        requeue "warned while still starting" # they died of it: the last checkpoint is there to go on from
+    elif crashes_without_progress "$@"; then
+        requeue "a rank failed"
     fi
     exit "$code"
 }
@@ -62,21 +77,6 @@ cpus_per_task() {
     else
         echo "$cpus"
     fi
-}
-
-# Asked for by the processes, or after a warning. scancel does not end here: its TERM ends this shell.
-requeue() {
-    local restarts=${SLURM_RESTART_COUNT:-0} limit=${MAX_RESTARTS:-20}
-    if ((restarts >= limit)); then
-        complain "stopped after $restarts restarts (MAX_RESTARTS=$limit):" \
-            "submit the same line again to go on."
-    else
-        # Said first: Slurm may end this shell before the next line.
-        echo "job $SLURM_JOB_ID: back into the queue (restart $((restarts + 1)) of at most $limit)"
-        scontrol requeue "$SLURM_JOB_ID" && exit 0
-        complain "Slurm did not take the job back: submit the same line again to go on."
-    fi
-    exit "$START_ME_AGAIN"
 }
 
 complain() {

@@ -8,10 +8,16 @@ export PATH=${PYTHON%/*}:$PATH # tools beside the interpreter, ninja for one
 # The warning reaches the program, and it alone, as TERM: USR1 itself is ignored by it and by all that it starts.
 forwarding "USR1:TERM TERM:TERM" "$PYTHON" "$@"
 code=$?
-if ((code == START_ME_AGAIN)); then
-    # All ranks agreed to stop and have saved, so none is a failure that srun must stop the others for, while they
-    # still close their logs. Rank 0 says it for all, to the batch shell.
-    if ((RANK == 0)); then echo "$code" >"$AGAIN_NOTE"; fi
-    exit 0
+if ((code == START_ME_AGAIN || code == USER_ERROR || code == DATA_ERROR)); then
+    # The batch shell must know; srun will tell it the highest code of all ranks only, also of those it kills for this
+    # one. Rank 0 runs beside it, the others reach it through Slurm; the second is for the signal to arrive.
+    if ((RANK == 0)); then
+        echo "$code" >"$NOTE"
+    elif ((code != START_ME_AGAIN)); then
+        scancel --batch --signal=USR2 "$SLURM_JOB_ID" && sleep 1
+    fi
 fi
+# All ranks agreed to stop and have saved, so none is a failure that srun must stop the others for, while they still
+# close their logs.
+((code == START_ME_AGAIN)) && exit 0
 exit "$code"

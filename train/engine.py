@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
+from train.flops import of_training
 from train.fragments import Fragment
 from train.optim import AdamW, set_lr
 from train.ranks import Ranks
@@ -216,6 +217,11 @@ class Engine:
         finally:
             for master, original in zip(masters, kept, strict=True):
                 master.data.copy_(original)
+
+    def flops(self, batch: Batch) -> int:
+        """Of one step on this rank, of which `batch` is a micro-batch. Collective at stage 3."""
+        batch = batch.to(self.ranks.device)
+        return self.accumulation * of_training(lambda: self.module(batch))
 
     @property
     def dtype(self) -> torch.dtype:

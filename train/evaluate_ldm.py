@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
+from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
 from data_pipeline.storage import write_atomically
 from train.evaluation.distances import RECALL_PIXELS, nearest, psnr, training_recall
-from train.evaluation.report import grid, save_png
 from train.evaluation.trained_run import TrainedRun, open_run
 
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
@@ -25,7 +25,7 @@ DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{REC
 def main(cfg: DictConfig) -> None:
     train = instantiate(cfg.read, root=f"{cfg.shards}/train")
     heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
-    if not train or train[0]["image"].shape[0] % RECALL_PIXELS:
+    if not train or any(sample["image"].shape[0] % RECALL_PIXELS for sample in train[:1] if "image" in sample):
         raise UserError(f"shards={cfg.shards}: pictures must be a multiple of {RECALL_PIXELS} pixels a side.")
     run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
     listed = len(train) + len(heldout)
@@ -49,8 +49,9 @@ def main(cfg: DictConfig) -> None:
 
 
 def usable(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that precompute would not have set aside."""
-    return [s for s in samples if not any(condition.reason_against(s) for condition in run.conditions.values())]
+    """Those that precompute would not have set aside, as far as this run is conditioned on what they lack."""
+    whole = [sample for sample in samples if "image" in sample and sample["caption"]]
+    return [s for s in whole if not any(condition.reason_against(s) for condition in run.conditions.values())]
 
 
 def draw(run: TrainedRun, cfg: DictConfig, samples: list[dict[str, Any]], bar: Progress) -> np.ndarray:

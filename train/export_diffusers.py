@@ -76,7 +76,9 @@ def what_it_is_for(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
             "x0 = (z - latents_mean) / latents_std, as vae/config.json has them: diffusers does not apply them"
         )
     if pipeline.autoencoder is None:
-        lines.append("x0 = (pixels - mean) / std, then folded (pixel_unshuffle by fold): x0.json has the numbers")
+        mean, std = ([round(value, 4) for value in values] for values in (run.facts.mean, run.facts.std))
+        folded = f", then pixel_unshuffle by {run.facts.fold}" if run.facts.fold > 1 else ""
+        lines.append(f"x0 = (pixels - {mean}) / {std}{folded}: x0.json has the numbers in full")
     elif run.facts.fold > 1:
         lines.append(f"x0 is folded: pixel_unshuffle of the scaled latents by {run.facts.fold}, as in x0.json")
     return "\n".join(lines)

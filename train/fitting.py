@@ -15,6 +15,7 @@ from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.checkpoint import RESUME, Checkpoints
 from train.ema import Ema
 from train.engine import Engine, EngineConfig
+from train.heartbeat import Heart, Heartbeat
 from train.optim import AdamW
 from train.ranks import Ranks
 from train.reporters import Reporter
@@ -47,9 +48,10 @@ class Training:
     may_change: Sequence[str] = ()
     bad_numbers: BadNumbers = field(default_factory=BadNumbers)
     wandb_project: str | None = None
+    hang_timeout_s: float = 300.0  # for a step; six times that for a save or what else is slow
 
     def __post_init__(self) -> None:
-        for name in ("steps", "keep_checkpoints", "accumulation"):
+        for name in ("steps", "keep_checkpoints", "accumulation", "hang_timeout_s"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name}={getattr(self, name)} can't be: take 1 or more.")
         if self.resume not in RESUME:
@@ -137,6 +139,20 @@ def fit(
     make_actions: MakeActions,
 ) -> dict[str, Tensor]:
     """Train to the end, from a checkpoint where there is one. Returns the EMA weights, whole, on every rank."""
+    with Heartbeat(run.path / "heartbeats", run.ranks, recipe.training.hang_timeout_s) as heart:
+        return _fit(what, objective, weights_prefix, recipe, run, identity, make_actions, heart)
+
+
+def _fit(
+    what: str,
+    objective: nn.Module,
+    weights_prefix: str,
+    recipe: Recipe,
+    run: RunFolder,
+    identity: dict[str, Any],
+    make_actions: MakeActions,
+    heart: Heart,
+) -> dict[str, Tensor]:
     ranks, training = run.ranks, recipe.training
     engine = Engine(objective, recipe.optimizer, recipe.engine, ranks, training.batch_size, training.accumulation)
     ema = Ema(engine.master_shards(), training.ema_decay, training.power_ema)
@@ -156,13 +172,15 @@ def fit(
     while not state.finished:
         batches = recipe.loader(ranks, state.cursor)
         trainer = Trainer(
-            engine, ema, batches, state, checkpoints, watch, reporter, cadence, actions, training.batch_size, what
-        )
+            engine, ema, batches, state, checkpoints, watch, reporter, cadence, actions, training.batch_size, what,
+            heart,
+        )  # fmt: skip
         try:
             trainer.fit()
         except NumbersWentBad as bad:
             go_back(what, bad, watch, checkpoints, engine, ema, state)
             reporter.rewind(state.step)
+    heart.beat("finish", state.step)
     reporter.close()
     return engine.full_state_dict(ema.shards, prefix=weights_prefix)
 

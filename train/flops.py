@@ -18,14 +18,16 @@ PEAKS = {
 }
 
 
-def counted(step: Callable[[], Any]) -> tuple[Any, int]:
-    """What `step` returns, and the floating-point operations of its matrix products and convolutions, both passes.
+def of_training(forward: Callable[[], Any]) -> int:
+    """Floating-point operations of a step's matrix products and convolutions: three times the forward pass' own, as
+    backward takes two of the kind for each.
 
-    What torch can't see into is left out: xformers' attention, compiled code.
+    The pass is an extra one: counted, torch computes by other kernels, whose last bits differ. What torch can't see
+    into is left out: xformers' attention, compiled code.
     """
-    with FlopCounterMode(display=False) as counter:
-        result = step()
-    return result, counter.get_total_flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return 3 * counter.get_total_flops()
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import math
 import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from data_pipeline.storage import write_atomically
 
@@ -52,39 +64,145 @@ class JsonLines:
 
 class WeightsAndBiases:
     """W&B in the run folder; offline where no account is set up, or it can't be reached (`wandb sync <folder>` uploads
-    it later)."""
+    it later). Never waited for: a thread feeds it from a queue, and where that is full, values are dropped and counted.
 
-    def __init__(self, folder: Path, run_id: str, config: dict[str, Any], project: str) -> None:
-        import wandb
+    rows: of metrics.jsonl, from before this start; W&B is told those that it lacks, as a kill may have come between.
+    No step is told twice. patience_s: for its end; None: any.
+    """
 
-        self.wandb = wandb
-        about = {"project": project, "dir": str(folder), "id": run_id, "name": folder.name, "config": config}
+    def __init__(
+        self,
+        folder: Path,
+        run_id: str,
+        config: dict[str, Any],
+        project: str,
+        rows: Sequence[dict[str, Any]] = (),
+        name: str | None = None,
+        queue_size: int = 1000,
+        patience_s: float | None = 10.0,
+    ) -> None:
+        about = {"project": project, "dir": str(folder), "id": run_id, "name": name or folder.name, "config": config}
+        self.folder, self.run_id, self.last, self.patience_s, self.dropped = folder, run_id, 0, patience_s, 0
+        self.error: Exception | None = None
+        self.queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(queue_size)
+        self.thread = threading.Thread(target=self._feed, args=(about, rows), daemon=True, name="wandb")
+        self.thread.start()
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if step < self.last:
+            return
+        self.last = step
         try:
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-            self.run = self._begin(mode, about)
-        except wandb.errors.Error as error:
-            log.warning("W&B can't be reached (%s): the run is kept offline; `wandb sync` uploads it later", error)
-            self.run = self._begin("offline", about)
+            self.queue.put_nowait((step, values))
+        except queue.Full:
+            self.dropped += 1
+            if self.dropped == 1:
+                log.warning(
+                    "W&B does not keep up: values are dropped (metrics.jsonl has them; train/replay_metrics.py)"
+                )
 
-    def _begin(self, mode: str, about: dict[str, Any]) -> Any:
-        return self.wandb.init(
-            **about,
-            mode=mode,
-            resume="allow" if mode == "online" else None,
-            settings=self.wandb.Settings(console="off", silent=True, x_disable_stats=mode == "offline"),
-        )
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
+    def image(self, step: int, name: str, path: Path) -> None:
+        self.log(step, {name: path})
 
     def rewind(self, step: int) -> None:
         """W&B knows no way back: it goes on when the run has come to its last step again."""
 
-    def image(self, step: int, name: str, path: Path) -> None:
-        self.run.log({name: self.wandb.Image(str(path))}, step=step)
-
     def close(self) -> None:
-        self.run.finish()
+        """Wait until all is told, but not longer than patience_s."""
+        deadline = None if self.patience_s is None else time.monotonic() + self.patience_s
+        try:
+            self.queue.put(None, timeout=self.patience_s)
+        except queue.Full:
+            self.dropped += self.queue.qsize()
+        self.thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        if self.thread.is_alive():
+            _kill_service()
+        if self.dropped or self.thread.is_alive():
+            log.warning(
+                "W&B lacks some of the run (%d entries were dropped%s): train/replay_metrics.py tells it all of "
+                "metrics.jsonl", self.dropped, ", and it did not end in time" * self.thread.is_alive(),
+            )  # fmt: skip
+
+    def _feed(self, about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+        """In the thread: begin, tell all, end. What goes wrong there is W&B's trouble, and not training's."""
+        try:
+            run = _begin_run(about, self.patience_s)
+            has = _last_step_told(run, self.folder, self.run_id)
+            before = ((row["step"], row) for row in rows_by_step(rows, self.folder / "samples"))
+            for step, values in itertools.chain(before, iter(self.queue.get, None)):
+                if step > has:
+                    told = {name: _for_wandb(value) for name, value in values.items() if name != "step"}
+                    run.log(told, step=step)
+            run.finish()
+        except Exception as error:
+            self.error = error
+            log.warning("W&B is not told any more (%s: %s)", type(error).__name__, error)
+
+
+def _kill_service() -> None:
+    """W&B's own process, which Python would wait for at its end, for a minute and a half."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "wandb-core" in child.name():
+                child.kill()
+    with contextlib.suppress(Exception, SystemExit):  # now, or Python's end does it, and shows what it suffers
+        _teardown()
+
+
+def _teardown() -> None:
+    import wandb
+
+    wandb.teardown()
+
+
+def _begin_run(about: dict[str, Any], patience_s: float | None) -> Any:
+    import wandb
+
+    try:
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        return _init(about, mode, patience_s)
+    except wandb.errors.Error as error:
+        log.warning("W&B can't be reached (%s): the run is kept offline; `wandb sync` uploads it later", error)
+        return _init(about, "offline", patience_s)
+
+
+def _init(about: dict[str, Any], mode: str, patience_s: float | None) -> Any:
+    import wandb
+
+    settings = wandb.Settings(
+        console="off", silent=True, x_disable_stats=mode == "offline", finish_timeout=patience_s or 0.0
+    )
+    return wandb.init(**about, mode=mode, resume="allow" if mode == "online" else None, settings=settings)
+
+
+def _last_step_told(run: Any, folder: Path, run_id: str) -> int:
+    """Which W&B has of this run from earlier starts: as its server says, or its offline files. 0: none."""
+    last = run.step - 1 if run.resumed else 0
+    for path in folder.glob(f"wandb/offline-run-*-{run_id}/run-*.wandb"):
+        line = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60).stdout
+            last = max([last, *map(int, re.findall(r'"_step":(\d+)', said))])
+    return last
+
+
+def rows_by_step(rows: Sequence[dict[str, Any]], samples: Path) -> Iterator[dict[str, Any]]:
+    """One row a step: the losses, what was validated, and the grids of it, by path where they still lie there."""
+    for step, of_step in itertools.groupby(rows, itemgetter("step")):
+        row = {"step": step}
+        for name, value in itertools.chain.from_iterable(part.items() for part in of_step):
+            if value is not None:
+                grid = isinstance(value, str) and (samples / value).is_file()
+                row[name] = samples / value if grid else value
+        yield row
+
+
+def _for_wandb(value: Any) -> Any:
+    if not isinstance(value, Path):
+        return value
+    import wandb
+
+    return wandb.Image(str(value))
 
 
 class Reporters:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import yaml
 from data_pipeline.errors import UserError
 from data_pipeline.storage import is_s3, write_atomically
 from train.ranks import Ranks, broadcast_object
-from train.reporters import JsonLines, Reporters, WeightsAndBiases
+from train.reporters import JsonLines, Reporters, WeightsAndBiases, read_metrics
 
 log = logging.getLogger(__name__)
+_SECRET_NAME = re.compile(r"secret|passw(or)?d|credential|(^|_)token$|(api|access|private|auth)_?key")
+_URL_WITH_SECRET = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
 class RunFolder:
@@ -25,6 +29,11 @@ class RunFolder:
     def __init__(self, path: str | Path, what: str, config: dict[str, Any], ranks: Ranks) -> None:
         if is_s3(path):
             raise UserError(f"output={path}: a run's folder must be on a file system; choose a local path.")
+        if secrets_in_it := secret_names(config):
+            raise UserError(
+                f"{', '.join(secrets_in_it)} holds a secret, and a run's configuration is kept and shown: give it by "
+                "the environment (WANDB_API_KEY, AWS_SECRET_ACCESS_KEY), not by the configuration."
+            )
         self.path, self.what, self.config, self.ranks = Path(path), what, config, ranks
         self.run_id = str(broadcast_object(self._claim() if ranks.is_main else None))
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
@@ -60,7 +69,20 @@ class RunFolder:
         if not self.ranks.is_main:
             return Reporters()
         write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
-        lines = JsonLines(self.path / "metrics.jsonl", from_step)
+        metrics = self.path / "metrics.jsonl"
+        lines = JsonLines(metrics, from_step)
         if not wandb_project:
             return Reporters(lines)
-        return Reporters(lines, WeightsAndBiases(self.path, self.run_id, self.config, wandb_project))
+        wandb = WeightsAndBiases(self.path, self.run_id, self.config, wandb_project, read_metrics(metrics))
+        return Reporters(lines, wandb)
+
+
+def secret_names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where a configuration holds what looks like a secret: by its name, or a URL with a password in it."""
+    found = []
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found += secret_names(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value and (_SECRET_NAME.search(name.lower()) or _URL_WITH_SECRET.search(value)):
+            found.append(prefix + name)
+    return found

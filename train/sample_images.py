@@ -12,12 +12,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 
-from data_pipeline.codec import UNDECODABLE, to_rgb
+from data_pipeline.codec import UNDECODABLE, open_image, to_rgb
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
+from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
 from train.evaluation.generate import ByClassifier
-from train.evaluation.report import grid, save_png
 from train.evaluation.trained_run import TrainedRun, open_run
 
 ASKED = ("prompts", "labels", "layouts", "images", "holes")
@@ -33,14 +33,9 @@ def main(cfg: DictConfig) -> None:
     run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
     by_classifier = guided_by(cfg, run, rows)
     refuse_unasked(run, rows[0], also=("labels",) if by_classifier else ())
+    away = rows_away_from(cfg.negative_prompt, rows)
     asked = run.asked([as_sample(run, row) for row in rows])
-    negative = None
-    if cfg.negative_prompt is not None:
-        if "prompts" not in rows[0]:
-            raise UserError("this run is not conditioned on prompts: leave negative_prompt= out.")
-        if not isinstance(cfg.negative_prompt, str):
-            raise UserError("negative_prompt is one for all pictures: give one text.")
-        negative = run.asked([as_sample(run, row | {"prompts": str(cfg.negative_prompt)}) for row in rows])
+    negative = run.asked([as_sample(run, row) for row in away]) if away else None
     output = Path(cfg.output or f"{cfg.input}/drawn")
     with Progress("sample_images", len(rows), "pictures") as bar:
         drawn = run.generator.draw(
@@ -102,6 +97,17 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> B
     return ByClassifier(classifier.to(run.generator.device), labels, number("classifier.scale", cfg.classifier.scale))
 
 
+def rows_away_from(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows with the negative prompt as their prompt; none where there is none."""
+    if negative_prompt is None:
+        return []
+    if "prompts" not in rows[0]:
+        raise UserError("this run is not conditioned on prompts: leave negative_prompt= out.")
+    if OmegaConf.is_config(negative_prompt):
+        raise UserError("negative_prompt is one for all pictures: give one text.")
+    return [row | {"prompts": str(negative_prompt)} for row in rows]
+
+
 def refuse_unasked(run: TrainedRun, row: Mapping[str, Any], also: Sequence[str] = ()) -> None:
     """Options that this run is not conditioned on, apart from those that are needed `also`, and those that it needs."""
     wanted = list(dict.fromkeys(option for name in run.config["conditioning"] for option in asked_by(run, name)))
@@ -124,13 +130,13 @@ def as_sample(run: TrainedRun, row: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(row)
     if "images" in values:
         values["images"] = load_picture(str(values["images"]), run.picture_size)
-    sample: dict[str, Any] = {"key": title(row), "caption": str(values.get("prompts", "")), "meta": {}}
+    sample: dict[str, Any] = {"caption": str(values.get("prompts", "")), "meta": {}}
     for name, condition in run.conditions.items():
         if name in run.config["conditioning"]:
             parts = condition.as_sample(**{option: values[option] for option in condition.asked})
             sample["meta"] |= parts.pop("meta", {})
             sample |= parts
-    return sample
+    return {**sample, "key": title(row)}  # last: conditions have refused what is no layout
 
 
 def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
@@ -139,11 +145,10 @@ def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
     A smaller one is enlarged pixel by pixel, so that what super-resolution shrinks again is that small picture.
     """
     try:
-        image = Image.fromarray(to_rgb(Image.open(path)))
+        image = Image.fromarray(to_rgb(open_image(path)))
     except UNDECODABLE as error:
-        raise UserError(
-            f"images: {path} can't be read ({type(error).__name__}): give PNG, JPEG or WebP files."
-        ) from None
+        why = type(error).__name__ if isinstance(error, OSError | MemoryError) else error
+        raise UserError(f"images: {path} can't be read ({why}): give PNG, JPEG or WebP files.") from None
     smaller = image.height <= size[0] and image.width <= size[1]
     method = Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS
     return np.array(ImageOps.fit(image, size[::-1], method))

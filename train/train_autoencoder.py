@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
+from data_pipeline.picture_grid import grid, save_png
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.distances import psnr
-from train.evaluation.report import curve_line, grid, plot_curves, save_png, to_uint8
+from train.evaluation.report import curve_line, plot_curves, to_uint8
 from train.fitting import Recipe, fit
 from train.models.autoencoder import Autoencoder, DiagonalGaussian
 from train.models.quantizer import usage
@@ -48,7 +49,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     images = Manifest.load(f"{cfg.input}/train", "image-text")
     recipe = Recipe.of(cfg, instantiate, ranks)
     heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
-    refuse_sizes(heldout.shape[1:3], config["objective"].get("crop", 0), autoencoder.factor)
+    refuse_sizes(heldout.shape[1:3], objective.crop if objective.crop_until else 0, autoencoder.factor)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
 

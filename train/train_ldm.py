@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -17,11 +18,12 @@ from data_pipeline import storage
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
+from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.samples import collated
 from train.ema import Ema
 from train.engine import DTYPES, Engine
 from train.evaluation.generate import Asked, Generator
-from train.evaluation.report import curve_line, grid, plot_curves, save_png
+from train.evaluation.report import curve_line, plot_curves
 from train.evaluation.trained_run import build_network, used_conditions, uses_clip
 from train.evaluation.validation import HeldoutLoss
 from train.fitting import Recipe, fit
@@ -57,6 +59,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     refuse_unfit(process, make_objective.keywords["parameterization"])
     sampler = instantiate(cfg.sampler)
     sampler.times(process, sampler.steps)  # refuses steps that there can't be
+    instantiate(cfg.guidance, _convert_="all")  # likewise
     data = Manifest.load(f"{cfg.input}/train")
     recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
     if data.kind == "latents":
@@ -156,9 +159,22 @@ def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
     if cfg.scaling_factor is not None and (facts.mean, facts.std) != (known.mean, known.std):
         raise UserError(
             f"start_from={cfg.start_from} knows latents scaled otherwise than by scaling_factor={cfg.scaling_factor}: "
-            "leave scaling_factor= out."
+            "set scaling_factor=null."
         )
+    refuse_other_classes(cfg, known, facts)
     return dataclasses.replace(facts, mean=known.mean, std=known.std)
+
+
+def refuse_other_classes(cfg: DictConfig, known: LatentFacts, facts: LatentFacts) -> None:
+    """A run to start from has a vector for each of its classes, by number: others would be taken for them."""
+    theirs = yaml.safe_load((Path(cfg.start_from) / "config.yaml").read_text()).get("conditioning", {})
+    for name in sorted(set(theirs) & set(cfg.conditioning)):
+        was, now = (of.conditions.get(name, {}).get("classes") for of in (known, facts))
+        if was != now:
+            raise UserError(
+                f"start_from={cfg.start_from} knows other classes of {name} than these latents: run "
+                f"precompute_latents.py with conditions.{name}.classes= as in its latents.json."
+            )
 
 
 def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict[str, Any]:

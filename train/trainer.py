@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from train.bad_numbers import Watch
 from train.checkpoint import Checkpoints
 from train.ema import Ema
 from train.engine import Engine, StepResult
-from train.flops import counted, peak
+from train.flops import peak
+from train.heartbeat import Heart
 from train.preemption import Preempted, Preemption
 from train.ranks import barrier, mean_over_ranks
 from train.reporters import Reporter
@@ -59,7 +60,9 @@ class Trainer:
         actions: list[Action],
         batch_size: int,
         what: str,
+        heart: Heart | None = None,
     ) -> None:
+        self.heart = heart or Heart()
         self.engine, self.ema, self.batches, self.state = engine, ema, batches, state
         self.checkpoints, self.reporter, self.cadence, self.actions = checkpoints, reporter, cadence, actions
         self.watch = watch
@@ -73,10 +76,13 @@ class Trainer:
         NumbersWentBad is raised by all ranks at once.
         """
         state, main = self.state, self.engine.ranks.is_main
-        batches = self.meter.timed(iter(self.batches))
+        batches = self.heart.watched(self.meter.timed(iter(self.batches)), state, self.batches)
+        first = next(batches)
+        self.meter.flops = self.engine.flops(first)
+        batches = chain([first], batches)
         with Progress(self.what, state.total_steps, "steps", initial=state.step, shown=main) as bar:
             while not state.finished:
-                result = self._step(batches)
+                result = self.engine.train_step(batches, state.applied_steps, state.total_steps)
                 if result.applied:
                     self.ema.update(self.engine.master_shards())
                 state.advance(result.cursor, self.batch_size, result.applied)
@@ -84,13 +90,6 @@ class Trainer:
                 self.watch.after_step(state, result)
                 bar.advance(1, **self.meter.shown)
                 self.act_when_due(bar)
-
-    def _step(self, batches: Iterator[Batch]) -> StepResult:
-        step = partial(self.engine.train_step, batches, self.state.applied_steps, self.state.total_steps)
-        if self.meter.flops is not None:
-            return step()
-        result, self.meter.flops = counted(step)
-        return result
 
     def act_when_due(self, bar: Progress) -> None:
         """Log, then the entry's own actions (validate, preview), then save; stop where asked to.
@@ -104,6 +103,7 @@ class Trainer:
             self.watch.after_log(state.step, values["loss"])
         for action in self.actions:
             if due(state.step, action.every, state.total_steps):
+                self.heart.beat("actions", state.step)
                 action.run(state)
                 self.meter.restart_clock()
         self.checkpoints.raise_if_failed()
@@ -118,6 +118,7 @@ class Trainer:
             raise Preempted
 
     def _save(self) -> None:
+        self.heart.beat("save", self.state.step)
         self.checkpoints.save(self.engine, self.ema, self.state)
         self.meter.restart_clock()
 
@@ -134,7 +135,7 @@ class Meter:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.shown: dict[str, str] = {}
-        self.flops: int | None = None  # of a step, on this rank; not counted yet
+        self.flops = 0  # of a step, on this rank
         self._reset()
 
     def _reset(self) -> None:

@@ -56,7 +56,10 @@ KillWait=3
 MinJobAge=3600
 GresTypes=gpu
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 NODE = "NodeName={name} NodeAddr={address} CPUs=8 RealMemory=2000 Gres=gpu:2 State=UNKNOWN"
 
@@ -236,7 +239,7 @@ class Cluster:
 
     def _all_idle(self) -> bool:
         try:
-            states = self.client("sinfo", "--noheader", "--Node", "--format=%T").split()
+            states = self.client("sinfo", "--noheader", "--Node", "--partition=all", "--format=%T").split()
         except subprocess.CalledProcessError:
             return False
         return states == ["idle"] * self.node_count

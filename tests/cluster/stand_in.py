@@ -74,6 +74,35 @@ def sleep() -> int:
     return 0
 
 
-DO = {"meet": meet, "again": again, "fail": fail, "stop": stop, "sleep": sleep, "nothing": lambda: 0}
+def crash() -> int:
+    """Rank 1 crashes at each start, and rank 0 would wait for it for ever."""
+    if RANK == 0:
+        time.sleep(600)
+    return 1
+
+
+def crash_further_on() -> int:
+    """Rank 1 is killed at the first two starts, each time behind a new checkpoint."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if restarts == 2:
+        return 0
+    if RANK == 1:
+        (OUTPUT / "checkpoints").mkdir(exist_ok=True)
+        (OUTPUT / "checkpoints/latest").write_text(f"step-{restarts:08d}")
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+    return 0
+
+
+DO = {
+    "crash": crash,
+    "further": crash_further_on,
+    "meet": meet,
+    "again": again,
+    "fail": fail,
+    "stop": stop,
+    "sleep": sleep,
+    "nothing": lambda: 0,
+}
 say()
 sys.exit(DO[ARGUMENTS["do"]]())

@@ -48,9 +48,13 @@ def jobs(cluster: Cluster, checkout: Path) -> dict[str, Job]:
         "meet": submit("meet", "--nodes=2"),
         "fail": submit("fail", "--nodes=2"),
         "stop": submit("stop", "--nodes=2"),
+        "crash": submit("crash", "--nodes=2", MAX_CRASHES="2"),
+        "further": submit("further", "--nodes=2", MAX_CRASHES="2"),
         "gpus": submit("nothing", "--nodes=2", *GPUS, "--ntasks-per-node=2", "--cpus-per-task=1", name="gpus"),
         "few cpus": submit("nothing", "--nodes=2", *GPUS, "--cpus-per-task=1", name="few-cpus"),
-        "alone": submit("nothing", *GPUS, "--cpus-per-task=2", name="alone", script="precompute_latents"),
+        "array": submit(
+            "nothing", *GPUS, "--ntasks-per-node=2", "--cpus-per-task=2", name="array", script="precompute_latents"
+        ),
     }
 
 
@@ -95,16 +99,35 @@ def test_too_few_cpus_for_the_gpus_get_a_sentence(jobs: dict[str, Job]) -> None:
     assert "add --ntasks-per-node=2 --cpus-per-task=" in jobs["few cpus"].output()
 
 
-def test_precompute_is_one_process(jobs: dict[str, Job], checkout: Path) -> None:
-    assert jobs["alone"].wait(30)["JobState"] == "COMPLETED", jobs["alone"].output()
-    ((rank, (said,)),) = starts(checkout / "alone").items()
-    assert (rank, said["WORLD_SIZE"], said["OMP_NUM_THREADS"]) == (0, "1", "2")
+def test_precompute_is_a_process_a_gpu(jobs: dict[str, Job], checkout: Path) -> None:
+    assert jobs["array"].wait(30)["JobState"] == "COMPLETED", jobs["array"].output()
+    ranks = {
+        rank: (said["WORLD_SIZE"], said["OMP_NUM_THREADS"]) for rank, (said,) in starts(checkout / "array").items()
+    }
+    assert ranks == {0: ("2", "2"), 1: ("2", "2")}
 
 
 def test_a_failed_rank_takes_the_others_down(jobs: dict[str, Job]) -> None:
+    """And a data error is not tried again, though rank 0 is killed for it with a code of its own."""
     facts = jobs["fail"].wait(30)
-    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
-    assert "task 1: Exited with exit code 3" in jobs["fail"].output()
+    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("FAILED", "0", "3:0"), jobs["fail"].output()
+    assert "ended with code 3: the message is above" in jobs["fail"].output()
+
+
+def test_crashes_in_a_row_are_capped(jobs: dict[str, Job]) -> None:
+    job = jobs["crash"]
+    facts = job.wait(60)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1"), job.output()
+    assert "a rank failed; back into the queue" in job.output()
+    assert "crashed 2 times in a row without getting further than 0 finished shards (MAX_CRASHES=2)" in job.output()
+
+
+def test_a_killed_rank_is_started_again_while_it_gets_further(jobs: dict[str, Job], checkout: Path) -> None:
+    job = jobs["further"]
+    facts = job.wait(60)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), job.output()
+    assert job.output().count("a rank failed; back into the queue") == 2
+    assert not (checkout / f".slurm/crashes-{job.number}").exists()
 
 
 def test_requeues_are_capped(jobs: dict[str, Job], checkout: Path) -> None:
@@ -148,6 +171,40 @@ def test_from_elsewhere_gets_a_sentence(cluster: Cluster, tmp_path: Path) -> Non
     assert "submit it from the root of the repository" in job.output()
 
 
+def test_a_job_of_higher_priority_sends_it_back_into_the_queue(cluster: Cluster, jobs: dict[str, Job], checkout: Path):
+    """Slurm's TERM, and time to save: whoever has saved is requeued, and goes on afterwards."""
+    for job in jobs.values():
+        job.wait(60)
+    low, high = checkout / "low", checkout / "high"
+    low.mkdir()
+    high.mkdir()
+    line = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=8")
+    job = cluster.submit(checkout, *line, "slurm/train_ldm.sbatch", "output=low", "do=stop", PYTHON=sys.executable)
+    job.wait_for(lambda facts: len(list(low.glob("ready-*"))) == 2, 20)
+    urgent = ("--partition=urgent", "slurm/train_ldm.sbatch", "output=high", "do=nothing")
+    other = cluster.submit(checkout, *line, *urgent, PYTHON=sys.executable)
+    assert other.wait(40)["JobState"] == "COMPLETED", other.output()
+    facts = job.wait(40)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert list(low.glob("child-lives"))
+
+
+def test_on_a_node_that_fails_it_is_started_again(cluster: Cluster, jobs: dict[str, Job], checkout: Path) -> None:
+    for job in jobs.values():
+        job.wait(60)
+    output = checkout / "node-fails"
+    output.mkdir()
+    line = ("--nodes=2", "slurm/train_ldm.sbatch", "output=node-fails", "do=sleep")
+    job = cluster.submit(checkout, *line, PYTHON=sys.executable)
+    job.wait_for(lambda facts: len(starts(output)) == 2, 20)
+    cluster.client("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    job.wait_for(lambda facts: facts["JobState"] != "RUNNING", 20)
+    cluster.client("scontrol", "update", "nodename=node2", "state=resume")
+    facts = job.wait(40)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert "a rank failed" not in job.output()
+
+
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
 def test_a_task_passes_signals_on(checkout: Path, name: str) -> None:
     """Where Slurm tracks processes by cgroup, only the shell that it started gets the signal; the program gets TERM."""
@@ -155,7 +212,7 @@ def test_a_task_passes_signals_on(checkout: Path, name: str) -> None:
     output.mkdir()
     note = output / "note"
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
-    ours = {"PYTHON": sys.executable, "START_ME_AGAIN": "75", "AGAIN_NOTE": str(note)}
+    ours = {"PYTHON": sys.executable, "START_ME_AGAIN": "75", "USER_ERROR": "2", "DATA_ERROR": "3", "NOTE": str(note)}
     line = ["bash", "slurm/task.sh", "train/train_ldm.py", f"output={output}", "do=stop"]
     with subprocess.Popen(line, cwd=checkout, env={**os.environ, **slurm, **ours}, start_new_session=True) as task:
         for _ in range(100):

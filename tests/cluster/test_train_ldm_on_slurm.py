@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from slurm_cluster import Cluster, Job
 from synthetic import TINY_LATENTS, write_latents
@@ -19,6 +21,8 @@ TINY = (
     "training.wandb_project=null preview_every=null validate_every=null validation_samples=2 "
     "autoencoder.path=none clip.path=none engine=zero2"
 ).split()
+LONG_STEPS = 600
+LONG = (f"training.steps={LONG_STEPS}", "training.save_every=10")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,7 @@ def jobs(cluster: Cluster, folder: Path) -> dict[str, Job]:
     return {
         "signalled": submit(*given, f"output={folder / 'signalled'}"),
         "straight": submit(*given, f"output={folder / 'straight'}"),
+        "killed": submit(*given, f"output={folder / 'killed'}", *LONG),
         "refused": submit(*given, f"output={folder / 'refused'}", "training.batch_size=7"),
         "nothing": submit(),
     }
@@ -63,6 +68,44 @@ def test_a_warning_saves_requeues_and_finishes(cluster: Cluster, jobs: dict[str,
     assert "back into the queue (restart 1 of at most 20)" in job.output()
     assert "resumed from step" in job.output()
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
+
+
+def rank_of(job: Job, number: int) -> psutil.Process:
+    """The Python process of a job's rank; processes may end while they are looked at."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            mine = environment.get("SLURM_JOB_ID") == str(job.number) and environment.get("RANK") == str(number)
+            if mine and "train/train_ldm.py" in process.cmdline() and "bash" not in process.cmdline():
+                return process
+    raise AssertionError(f"no rank {number}\n{job.output()}")
+
+
+def test_a_killed_rank_is_started_again(jobs: dict[str, Job], folder: Path) -> None:
+    job, run = jobs["killed"], folder / "killed"
+    job.wait_for(lambda facts: len(rows(run)) >= 12, 60)
+    rank_of(job, 1).kill()
+    facts = job.wait(90)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert "a rank failed; back into the queue (restart 1 of at most 20)" in job.output()
+    assert sorted(losses(run)) == list(range(1, LONG_STEPS + 1))
+
+
+def test_a_failed_node_is_survived(cluster: Cluster, jobs: dict[str, Job], folder: Path) -> None:
+    """Slurm takes all jobs of the node along: the others must be through."""
+    for other in jobs.values():
+        other.wait(90)
+    run = folder / "node-fails"
+    given = (f"input={folder / 'latents'}", f"output={run}", *TINY, *LONG)
+    job = cluster.submit(ROOT, "--nodes=2", "slurm/train_ldm.sbatch", *given, PYTHON=sys.executable)
+    job.wait_for(lambda facts: len(rows(run)) >= 12, 90)
+    cluster.client("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    job.wait_for(lambda facts: facts["JobState"] != "RUNNING", 20)
+    cluster.client("scontrol", "update", "nodename=node2", "state=resume")
+    facts = job.wait(90)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert "resumed from step" in job.output()
+    assert sorted(losses(run)) == list(range(1, LONG_STEPS + 1))
 
 
 def test_two_nodes_train_as_one_run(jobs: dict[str, Job], folder: Path) -> None:

@@ -73,6 +73,26 @@ def test_trained_and_drawn(folder: Path, name: str) -> None:
         assert "not conditioned on prompts: leave negative_prompt= out" in wrong.stderr
         wrong = run("train/sample_images.py", f"input={trained}", "labels=cars", check=False)
         assert "class cars is unknown here: take one of hearts, shapes" in wrong.stderr
+    if name == "joint_text":
+        guidance_acts(trained)
+
+
+def guidance_acts(trained: Path) -> None:
+    """A negative prompt is another picture; guidance in an interval without a step is none; a bad one is a sentence."""
+    options = {
+        "unguided": ["guidance.scale=1"],
+        "guided": ["guidance.scale=400"],
+        "away": ["guidance.scale=400", "negative_prompt=a yellow flag"],
+        "never": ["guidance.scale=400", "guidance.interval=[0.1,0.2]"],
+    }
+    for name, chosen in options.items():
+        drawing = [f"input={trained}", f"output={trained}/{name}", "prompts=red heart", "sampler.steps=2"]
+        run("train/sample_images.py", *drawing, *chosen)
+    picture = {name: (trained / name / "0000-red-heart.png").read_bytes() for name in options}
+    assert picture["never"] == picture["unguided"]
+    assert len(set(picture.values())) == 3
+    wrong = run("train/sample_images.py", f"input={trained}", "prompts=a", "guidance.interval=[0.8,0.2]", check=False)
+    assert "error: guidance.interval=[0.8, 0.2] is no part of the process" in wrong.stderr
 
 
 def test_layouts_from_pairs_to_pictures(folder: Path) -> None:
@@ -85,11 +105,17 @@ def test_layouts_from_pairs_to_pictures(folder: Path) -> None:
     layout = "layouts=[[[brazil,0,0,0.5,0.5],[canada,0.5,0.5,1,1]]]"
     run("train/sample_images.py", f"input={folder}/layout", layout, "sampler.steps=2")
     assert (folder / "layout/drawn/0000-brazil-and-canada.png").exists()
+    wrong = run("train/sample_images.py", f"input={folder}/layout", "layouts=[brazil,0,0,1,1]", check=False)
+    assert "error: layouts: " in wrong.stderr
+    wrong = run("train/evaluate_ldm.py", f"input={folder}/layout", f"shards={folder}/shards", check=False)
+    assert "no picture has what this run is conditioned on" in wrong.stderr
 
 
 def test_a_classifier_guides_an_unconditional_run(folder: Path) -> None:
-    trained = train(folder, "unconditional", f"output={folder}/guided", "training.steps=2").parent / "guided"
-    few = ["training.steps=4", "training.batch_size=16", "validate_every=4", "training.log_every=2"]
+    """Both on latents scaled by one factor."""
+    factor = "scaling_factor=0.5"
+    trained = train(folder, "unconditional", f"output={folder}/guided", "training.steps=2", factor).parent / "guided"
+    few = ["training.steps=4", "training.batch_size=16", "validate_every=4", "training.log_every=2", factor]
     done = run("train/train_classifier.py", f"input={folder}/latents", f"output={folder}/classifier", *few,
                "classifier.channels=[16,32]")  # fmt: skip
     assert "right on" in done.stdout
@@ -114,6 +140,21 @@ def test_pixels_without_a_first_stage(folder: Path) -> None:
         f"clip.path={folder}/clip", *SMALL, "unet.context_dim=32")  # fmt: skip
     run("train/sample_images.py", f"input={folder}/pixel_run", "prompts=red heart", "sampler.steps=2")
     assert Image.open(folder / "pixel_run/drawn/0000-red-heart.png").size == (64, 64)
+
+
+def test_an_export_of_pixels_says_what_x0_is(folder: Path) -> None:
+    """There is no first stage in it that could."""
+    run("data_pipeline/precompute_latents.py", f"input={folder}/shards", f"output={folder}/only_pixels",
+        "autoencoder=identity", "conditions=[]")  # fmt: skip
+    run("train/train_ldm.py", f"input={folder}/only_pixels", f"output={folder}/exportable", "experiment=pixel_space",
+        "conditioning=[]", *SMALL, "unet.context_dim=null", "unet.vector_dim=null",
+        "unet.self_attention_levels=null", "preview_every=null")  # fmt: skip
+    said = run("train/export_diffusers.py", f"input={folder}/exportable", f"output={folder}/exported").stdout
+    about, facts = (json.loads((folder / path).read_text()) for path in ("exported/x0.json", "exportable/latents.json"))
+    assert about == {name: facts[name] for name in ("mean", "std", "fold")}
+    assert about["fold"] == 8
+    assert f"x0 = (pixels - [{about['mean'][0]:.4g}" in said
+    assert "then pixel_unshuffle by 8" in said
 
 
 def test_a_training_starts_from_another_run(folder: Path) -> None:

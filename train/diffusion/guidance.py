@@ -16,7 +16,8 @@ class ClassifierFreeGuidance:
 
     One pass over both halves. At scale 1, or where nothing is given, the null is not evaluated: the result is the
     unguided one, bit for bit. rescale phi: the result's standard deviation moved by phi towards the conditional's. Lin
-    et al. 2024 (eq. 15-16) do so to the network's prediction, here it is done to x0: another picture at the same phi.
+    et al. 2024 (eq. 15-16) do so to the network's prediction, here it is done to x0: the same for Sample only, and
+    another picture at the same phi for the others (docs/maths.md says by how much).
     interval: fractions of the process, from data to noise, in which guidance acts (Kynkäänniemi et al. 2024).
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,17 +41,24 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if len(self.interval) != 2 or not 0 <= self.interval[0] < self.interval[1] <= 1:
+        if not rises_within_1(self.interval):
             raise UserError(
-                f"guidance.interval={list(self.interval)} is no part of the process: give two fractions of it, from "
-                "data to noise, as guidance.interval=[0.1,0.8]."
+                f"guidance.interval={self.interval} is no part of the process: give two fractions of it, from data to "
+                "noise, as guidance.interval=[0.1,0.8]."
             )
-        if not 0 <= self.rescale <= 1:
+        if not isinstance(self.rescale, int | float) or not 0 <= self.rescale <= 1:
             raise UserError(f"guidance.rescale={self.rescale} is no share: give one from 0 to 1.")
 
     def of(self, denoise: Denoiser, process: DiffusionProcess) -> Denoiser:
         """The guided denoiser."""
         return ClassifierFreeGuidance(denoise, self.scale, self.rescale, self.interval, process)
+
+
+def rises_within_1(interval: Any) -> bool:
+    """Whether it is two numbers, 0 <= low < high <= 1."""
+    if not isinstance(interval, list | tuple) or not all(isinstance(value, int | float) for value in interval):
+        return False
+    return len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1
 
 
 @dataclass(frozen=True, slots=True)

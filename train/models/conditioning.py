@@ -86,19 +86,20 @@ class Conditioner(nn.Module):
 
 
 class StoredText(Conditioner):
-    """Text states as precompute stored them: tokens (B, T, D) and the pooled vector (B, P), with their null."""
+    """Text states as precompute stored them: tokens (B, T, D) and, if it did, the pooled vector (B, P); their null."""
 
     of_text = True
-    needs = ("text", "pooled")
+    needs = ("text",)
 
     def __init__(self, facts: DataFacts) -> None:
         super().__init__()
-        self.context_dim, self.vector_dim = facts.shapes["text"][-1], facts.shapes["pooled"][-1]
+        self.context_dim = facts.shapes["text"][-1]
+        self.vector_dim = facts.shapes["pooled"][-1] if "pooled" in facts.shapes else None
         self.null = facts.null
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        text, pooled = fields["text"], fields["pooled"]
-        null = Parts(self.null["text"].to(text)[None], self.null["pooled"].to(pooled)[None])
+        text, pooled = fields["text"], fields.get("pooled")
+        null = Parts(self.null["text"].to(text)[None], None if pooled is None else self.null["pooled"].to(pooled)[None])
         return Conditioning(Parts(text, pooled), null)
 
 

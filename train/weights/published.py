@@ -23,11 +23,12 @@ _UNSEEN = ("heads", "norm_groups")  # what changes a U-Net's function, but no sh
 
 def load_weights(network: ConditionedUNet, path: str) -> None:
     """Start a U-Net from a diffusers folder, a CompVis single file, or the EMA weights of a run of train_ldm.py; from
-    a run its trained conditioners, too, where it has any."""
+    a run its trained conditioners, too, where it has any. All that does not fit is one error."""
     if (Path(path) / "config.yaml").exists():
-        weights = _below("conditioner.", load_file(ema_weights_path(Path(path))))
-        if weights:
-            load_exactly(network.conditioner, weights, path)
+        weights = _of_run(network.unet, Path(path))
+        if any(name.startswith("conditioner.") for name in weights):
+            load_exactly(network, weights, path)
+            return
     load_unet_weights(network.unet, path)
 
 
@@ -36,7 +37,8 @@ def load_unet_weights(unet: UNet, path: str) -> None:
     if Path(path).is_file():
         state = stable_diffusion.unet_state(unet, stable_diffusion.read_unet(path), path)
     elif (Path(path) / "config.yaml").exists():
-        state = _of_run(unet, Path(path))
+        weights = _of_run(unet, Path(path))
+        state = _below("unet.", weights) or weights  # runs once held the U-Net alone
     else:
         folder, config = diffusers.component(path, ("unet",), diffusers.UNET_CLASSES)
         _refuse_other_function(unet, diffusers.unet_arguments(config, folder), path)
@@ -49,8 +51,7 @@ def _of_run(unet: UNet, run: Path) -> dict[str, Tensor]:
     if isinstance(options.get("heads"), int):
         options["heads"] = [options["heads"]] * len(options["channels"])
     _refuse_other_function(unet, options, run)
-    weights = load_file(ema_weights_path(run))
-    return _below("unet.", weights) or weights  # runs once held the U-Net alone
+    return load_file(ema_weights_path(run))
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

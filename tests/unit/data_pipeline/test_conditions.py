@@ -164,10 +164,15 @@ def test_what_is_no_layout_or_hole_is_said(asked):
 
 def test_an_unknown_class_gets_the_nearest_names():
     label = Label(classes=[f"thing {i}" for i in range(30)] + ["grinning face"])
-    with pytest.raises(
-        UserError, match=r"class grining face is unknown here: take one of grinning.*another of 31"
-    ):
+    with pytest.raises(UserError, match=r"class grining face is unknown here: take one of grinning.*another of 31"):
         label.numbers(["grining face"])
+
+
+@pytest.mark.parametrize("asked", ["", None, "cars"])
+def test_an_asked_label_that_is_none_is_said(asked):
+    with pytest.raises(UserError, match="is unknown here: take one of 1, fox"):
+        Label(classes=["1", "fox"]).as_sample(labels=asked)
+    assert Label(classes=["1", "fox"]).as_sample(labels=1)["meta"]
 
 
 def test_a_text_encoder_alone_has_no_image_embedding():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import loader, storage
+from data_pipeline import sample_reader, storage
 from data_pipeline.epoch_plan import EpochPlan
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.loader import Loader, SampleReader, read_dataset
@@ -121,7 +121,7 @@ def test_a_changed_shard_is_named_when_it_is_opened_and_checked_once(images, mon
         digests.append(shard.name)
         return refuse_other_bytes(data, path, shard)
 
-    monkeypatch.setattr(loader, "refuse_other_bytes", watched)
+    monkeypatch.setattr(sample_reader, "refuse_other_bytes", watched)
     take(Loader(images, 4, 4, window_shards=1, cache_mb=0), 40)
     assert sorted(digests) == [f"shards/{i:06d}.tar" for i in range(4)]
     spoil(images, "txt", b"thing 9", restamp=False)  # a caption that can be read as well as the one before

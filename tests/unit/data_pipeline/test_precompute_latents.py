@@ -11,11 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.aside import Aside
+from data_pipeline.buckets import sizes_of
 from data_pipeline.conditions import Text
+from data_pipeline.encode_batch import Encoders
+from data_pipeline.encode_shard import ShardReader
+from data_pipeline.encode_split import Places, Split, encode_split
+from data_pipeline.encoders import OnceEach
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
-from data_pipeline.precompute_latents import Encoders, chosen_device, claim, encode_split, identity
+from data_pipeline.precompute_latents import chosen_device
 from data_pipeline.samples import TextStates
 from data_pipeline.shard_writer import read_index
 
@@ -52,16 +57,17 @@ class Letters:
         return TextStates(codes[:, :, None].expand(-1, -1, 4) / 8, codes[:, :5])
 
 
-def encoders(image=None, text=None, dtype=np.float16, **how):
+def encoders(image=None, text=None, dtype="float16", keep=0, **how):
     conditions = how.pop("conditions", {"text": Text()})
     batch_size = how.pop("batch_size", 4)
-    return Encoders(image or Halves(), text or Letters(), conditions, torch.device("cpu"), batch_size, dtype, **how)
+    text = OnceEach(text or Letters(), batch_size, keep)
+    return Encoders(image or Halves(), text, conditions, torch.device("cpu"), batch_size, dtype, **how)
 
 
 def precompute(images, root, using, max_aside_fraction=0.05):
     source = Manifest.load(images, "image-text")
-    claim(str(root), identity(source, using))
-    encode_split(images, source, str(root), using, max_aside_fraction, "train")
+    reader = ShardReader(images, using, sizes_of(source.info.get("size"), None, 64, using.image.factor))
+    encode_split(Split("", source, Places(str(root)), reader, max_aside_fraction))
     return Manifest.load(root, "latents")
 
 
@@ -101,7 +107,7 @@ def test_what_is_stored(images, tmp_path):
 
 
 def test_statistics_are_those_of_posterior_draws(images, tmp_path):
-    info = precompute(images, tmp_path / "latents", encoders(dtype=np.float32)).info
+    info = precompute(images, tmp_path / "latents", encoders(dtype="float32")).info
     moments = np.stack([s["moments"] for s in read_dataset(str(tmp_path / "latents"))]).astype(np.float64)
     mean, logvar = np.split(moments, 2, axis=1)
     draws = mean + np.exp(logvar / 2) * np.random.default_rng(0).standard_normal((500, *mean.shape))
@@ -155,7 +161,7 @@ def test_a_shard_that_was_cut_in_between_is_redone(images, tmp_path):
     [
         ({"image": Halves("another")}, "autoencoder was image and is another"),
         ({"text": Letters("another")}, "text_encoder was text and is another"),
-        ({"dtype": np.float32}, "dtype was float16 and is float32"),
+        ({"dtype": "float32"}, "dtype was float16 and is float32"),
         ({"flips": True}, "flips was None and is encoded"),
     ],
 )
@@ -230,7 +236,7 @@ def test_values_beyond_float16_stop_the_run(images, tmp_path):
         def encode_stored(self, images):
             return super().encode_stored(images) * 1e6
 
-    with pytest.raises(DataError, match="not finite in float16: use dtype=float32"):
+    with pytest.raises(DataError, match="moments is not finite in float16: use dtype=float32"):
         precompute(images, tmp_path / "latents", encoders(Large()))
 
 

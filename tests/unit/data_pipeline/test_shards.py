@@ -92,7 +92,7 @@ def test_manifest_says_what_is_wrong(tmp_path, make_images):
 
 @pytest.mark.parametrize("url", ["pipe:echo hello", "http://example.org/x.tar", "gs://bucket/x"])
 def test_other_schemes_are_refused(url):
-    for use in (storage.open_read, storage.read_bytes, storage.exists, storage.size):
+    for use in (storage.read_bytes, storage.exists, storage.size, storage.sizes):
         with pytest.raises(UserError, match="only local paths and s3://"):
             use(url)
 
@@ -108,7 +108,7 @@ def test_what_is_written_is_synced_and_then_its_name(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
     storage.write_atomically(tmp_path / "file", b"data")
-    assert synced == [str(tmp_path / f"file.tmp.{os.getpid()}"), str(tmp_path)]
+    assert synced == [str(tmp_path / f"file.tmp.{storage.HOST}.{os.getpid()}"), str(tmp_path)]
 
 
 def test_16_bits_of_grey_keep_their_shades():

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,27 @@ def test_a_run_is_on_a_file_system(tmp_path, monkeypatch, place):
     assert not list(tmp_path.iterdir())
 
 
+SECRETS = [
+    {"training": {"wandb_api_key": "0123"}},
+    {"read": {"storage": {"aws_secret_access_key": "0123"}}},
+    {"password": "x"},
+    {"hf_token": "x"},
+    {"input": "s3://key:secret@bucket/latents"},
+]
+HARMLESS = {"key": "group", "tokens": 4, "api_key": None, "token": "", "input": "s3://bucket/a:b", "context": "a@b"}
+
+
+@pytest.mark.parametrize("config", SECRETS, ids=lambda config: next(iter(config)))
+def test_a_secret_in_the_configuration_is_refused(tmp_path, config):
+    with pytest.raises(UserError, match=r"holds a secret, .*: give it by the environment"):
+        RunFolder(tmp_path / "run", "train_ldm", config, ALONE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_only_sounds_like_a_secret_is_not(tmp_path):
+    RunFolder(tmp_path / "run", "train_ldm", HARMLESS, ALONE)
+
+
 @pytest.fixture
 def no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID"):
@@ -72,7 +94,7 @@ SEVERAL = [
 
 @pytest.mark.parametrize("environment", SEVERAL)
 def test_several_ranks_need_a_place_to_meet(no_launcher, monkeypatch, environment):
-    monkeypatch.setattr(dist, "init_process_group", lambda backend: pytest.fail("it would wait for ever"))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: pytest.fail("it would wait for ever"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"start with torchrun, or slurm/\*\.sbatch"):
@@ -111,12 +133,13 @@ def test_wandb_out_of_reach_is_kept_offline(tmp_path, monkeypatch, caplog, fails
         tried.append((mode, about["resume"], about["id"]))
         if mode == "online":
             raise wandb.errors.CommError("unreachable")
+        return SimpleNamespace(finish=lambda: None)
 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", login)
     monkeypatch.setattr(wandb, "init", init)
     with caplog.at_level(logging.WARNING):
-        WeightsAndBiases(tmp_path, "abc", {}, "project")
+        WeightsAndBiases(tmp_path, "abc", {}, "project").close()
     assert tried[-1] == ("offline", None, "abc")
     assert "kept offline" in caplog.text
     assert os.environ.get("WANDB_MODE") is None

@@ -1,11 +1,13 @@
 """Classifier-free guidance: both of its written forms, at every parameterization, at the price of one pass."""
 
+import itertools
+
 import pytest
 import torch
 
 from train.diffusion.denoiser import NetworkDenoiser
 from train.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
-from train.diffusion.parameterization import Epsilon, Flow, Velocity
+from train.diffusion.parameterization import Epsilon, Flow, Sample, Velocity
 from train.diffusion.process import DiscreteVP, RectifiedFlow
 from train.models.conditioning import Conditioning, Parts
 
@@ -85,6 +87,49 @@ def test_rescale_moves_the_spread_to_the_conditionals(conditioning, network):
     torch.testing.assert_close(whole, plain * ratio)
     half = ClassifierFreeGuidance(denoiser, 5.0, rescale=0.25)(x, t, conditioning)
     torch.testing.assert_close(half, 0.25 * whole + 0.75 * plain)
+
+
+def gaussian_denoiser(process):
+    """Exact for pixels from N(concat, vector^2)."""
+
+    def denoise(x, t, conditioning):
+        mean, variance = conditioning.given.concat, conditioning.given.vector.view(-1, 1, 1, 1) ** 2
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        return mean + variance * alpha / (alpha**2 * variance + sigma**2) * (x - alpha * mean)
+
+    return denoise
+
+
+@pytest.mark.parametrize(
+    ("process", "parameterization", "least", "most"),
+    [
+        (DiscreteVP(), Sample(), 0.0, 0.0),
+        (DiscreteVP(), Epsilon(), 0.20, 0.57),
+        (DiscreteVP(), Velocity(), 0.03, 0.46),
+        (RectifiedFlow(), Flow(), 0.01, 0.41),
+    ],
+    ids=["sample", "epsilon", "velocity", "flow"],
+)
+def test_how_far_rescaling_x0_is_from_rescaling_the_prediction(process, parameterization, least, most):
+    """Lin et al. 2024, eq. 15-16, written out on the prediction; the figures are those of docs/maths.md."""
+    means, gaps = torch.randn(8, 4, 16, 16) * 0.75**0.5, []
+    given = Parts(vector=torch.full((8, 1), 0.5), concat=means)
+    conditioning = Conditioning(given, Parts(vector=torch.ones(1, 1), concat=torch.zeros(1, 4, 16, 16)))
+    denoise, phi = gaussian_denoiser(process), 0.7
+    for scale, fraction in itertools.product((3.0, 7.5), (0.1, 0.3, 0.5, 0.7, 0.9)):
+        t = process.at(torch.tensor(fraction))
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        x = alpha * (means + 0.5 * torch.randn_like(means)) + sigma * torch.randn_like(means)
+        ours = ClassifierFreeGuidance(denoise, scale, rescale=phi)(x, t, conditioning)
+        conditional, guided = (
+            parameterization.target(x0, (x - alpha * x0) / sigma, alpha, sigma)
+            for x0 in (ClassifierFreeGuidance(denoise, s)(x, t, conditioning) for s in (1.0, scale))
+        )
+        matched = guided * (conditional.std((1, 2, 3)) / guided.std((1, 2, 3))).view(-1, 1, 1, 1)
+        theirs = parameterization.x0(x, phi * matched + (1 - phi) * guided, alpha, sigma)
+        gaps.append(float((ours - theirs).norm() / theirs.norm()))
+    assert min(gaps) == pytest.approx(least, abs=0.01)
+    assert max(gaps) == pytest.approx(most, abs=0.02)
 
 
 @pytest.mark.parametrize("process", [DiscreteVP(), RectifiedFlow()])

@@ -83,7 +83,11 @@ def test_a_drawn_picture_is_the_sampler_written_out(generator, text, null):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"interval": [0.8, 0.2]}, {"interval": [0.5]}, {"interval": [100, 800]}, {"rescale": 7}]
+    "wrong",
+    [
+        *({"interval": interval} for interval in ([0.8, 0.2], [0.5], [100, 800], 0.5, "ab", ["a", "b"])),
+        *({"rescale": rescale} for rescale in (7, "half")),
+    ],
 )
 def test_what_guidance_can_not_be(wrong):
     with pytest.raises(UserError, match="guidance"):

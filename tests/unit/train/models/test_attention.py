@@ -31,6 +31,13 @@ def test_bf16_on_a_cpu_keeps_its_dtype():
     torch.testing.assert_close(got.float(), attention(q.float(), k.float(), v.float()), rtol=1e-2, atol=1e-3)
 
 
+def test_doubles_on_a_cpu_stay_double():
+    q, k, v = (torch.randn(2, n, 2, 40, dtype=torch.float64) for n in (16, 77, 77))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 40**0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+    torch.testing.assert_close(attention(q, k, v), expected, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attention_on_cuda_is_the_formula(dtype):

@@ -14,6 +14,7 @@ from train.objectives.adversary import Adversary
 from train.objectives.autoencoder import AutoencoderObjective, gradient_l1
 from train.objectives.contrastive import Contrastive
 from train.randomness import StreamRandom
+from train.train_autoencoder import refuse_sizes
 
 
 @pytest.fixture
@@ -259,3 +260,19 @@ def test_shifted_pictures_keep_their_pixels_over_white(clip):
         assert len(y) == (16 - abs(int(dy[0]))) * (16 - abs(int(dx[0])))
         places.add((int(dy[0]), int(dx[0])))
     assert places == {(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "sentence"),
+    [
+        ((30, 30), 0, "pictures of 30x30 can't be shrunk 4 times"),
+        ((64, 30), 0, "pictures of 64x30"),
+        ((64, 64), 30, r"objective\.crop=30 is no multiple of 4 up to 64"),
+        ((32, 64), 64, r"objective\.crop=64 is no multiple of 4 up to 32"),
+    ],
+)
+def test_sizes_that_a_first_stage_can_not_shrink(size, crop, sentence):
+    with pytest.raises(UserError, match=sentence):
+        refuse_sizes(size, crop, 4)
+    refuse_sizes((64, 32), 32, 4)
+    refuse_sizes((64, 32), 0, 4)

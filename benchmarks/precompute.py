@@ -1,0 +1,135 @@
+"""What decoding and writing beside encoding gains: precompute with its three threads, and all in one, in turns.
+
+    python benchmarks/precompute.py output=/tmp/precompute_benchmark repetitions=7
+
+Two encoders: a small autoencoder on this CPU (one thread), and one that only waits `wait_ms` a picture and copies, as
+this process does while a GPU encodes. Pictures of 256 x 256, lossless PNG, page cache warm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_pipeline import encode_shard, encode_split
+from data_pipeline.background import Ahead, Behind
+from data_pipeline.buckets import sizes_of
+from data_pipeline.encode_batch import Encoders
+from data_pipeline.manifest import Manifest
+from data_pipeline.shard_writer import ShardWriter
+from train.models.autoencoder import AutoencoderKL
+
+PICTURES, SHARD, SIZE = 192, 32, 256
+
+
+class AheadInline:
+    """`Ahead` without a thread."""
+
+    def __init__(self, items: Iterable[Any], depth: int) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def __enter__(self) -> AheadInline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class BehindInline(AheadInline):
+    """`Behind` without a thread."""
+
+    def __init__(self, depth: int) -> None:
+        pass
+
+    def do(self, function: Callable[..., Any], *arguments: Any) -> None:
+        function(*arguments)
+
+
+class Waiting:
+    """Moments by averaging pixels, after a time that the CPU is free in."""
+
+    stored_as, factor, fingerprint = "moments", 8, "waiting"
+
+    def __init__(self, wait_ms: float) -> None:
+        self.wait = wait_ms / 1000
+
+    def encode_stored(self, images: Tensor) -> Tensor:
+        time.sleep(self.wait * len(images))
+        return torch.nn.functional.avg_pool2d(images, 8).repeat(1, 2, 1, 1)
+
+    def posterior_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(stored.chunk(2, 1))
+
+
+def write_pictures(root: Path) -> None:
+    """Smooth noise, which PNG makes as small as drawings."""
+    random, shards = np.random.default_rng(0), []
+    for first in range(0, PICTURES, SHARD):
+        writer = ShardWriter()
+        for i in range(first, first + SHARD):
+            small = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            writer.add(f"{i:06d}", {"png": np.array(small.resize((SIZE, SIZE))), "txt": "noise", "json": {}})
+        shards.append(writer.publish(root, f"shards/{len(shards):06d}.tar"))
+    Manifest("image-text", tuple(shards), {}, {"size": SIZE}).save(root)
+
+
+def images_per_second(root: Path, image: Any, threads: bool) -> float:
+    """One run into an empty folder."""
+    output = root / "latents"
+    shutil.rmtree(output, ignore_errors=True)
+    encode_shard.Ahead = encode_split.Ahead = Ahead if threads else AheadInline
+    encode_split.Behind = Behind if threads else BehindInline
+    encoders = Encoders(image, None, {}, torch.device("cpu"), 16)
+    reader = encode_shard.ShardReader(str(root / "pictures"), encoders, sizes_of(SIZE, None, 64, 8))
+    if not threads:
+        encode_shard.in_order = lambda pool, function, items, ahead: map(function, items)
+    else:
+        encode_shard.in_order = IN_ORDER
+    split = encode_split.Split("", Manifest.load(root / "pictures"), encode_split.Places(str(output)), reader)
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        encode_split.encode_split(split)
+    return PICTURES / (time.perf_counter() - began)
+
+
+IN_ORDER = encode_shard.in_order
+
+
+def main(output: str, repetitions: str = "7", wait_ms: str = "4") -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    root = Path(output)
+    if not (root / "pictures/manifest.json").exists():
+        write_pictures(root / "pictures")
+    model = AutoencoderKL(channels=[16, 16], layers_per_block=1, norm_groups=8, mid_attention=False, patch=4).eval()
+    print(f"{'encoder':32s} {'threads':8s} median images/s (least - most) of {repetitions}, in turns")
+    for name, image in (
+        (f"waits {wait_ms} ms a picture", Waiting(float(wait_ms))),
+        ("small autoencoder, this CPU", model),
+    ):
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(int(repetitions)):
+            for threads in rates:
+                rates[threads].append(images_per_second(root, image, threads))
+        for threads, each in rates.items():
+            spread = f"({min(each):.0f} - {max(each):.0f})"
+            print(f"{name:32s} {'three' if threads else 'one':8s} {statistics.median(each):.0f} {spread}")
+
+
+if __name__ == "__main__":
+    main(**dict(argument.split("=", 1) for argument in sys.argv[1:]))

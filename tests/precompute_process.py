@@ -1,0 +1,87 @@
+"""Precompute as processes that tests start, stop and kill: forked from one that has imported all, so in no time."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+
+import torch
+
+from data_pipeline.buckets import sizes_of
+from data_pipeline.conditions import LowResolution, Text
+from data_pipeline.encode_batch import Encoders
+from data_pipeline.encode_shard import ShardReader
+from data_pipeline.encode_split import Places, Split, encode_split
+from data_pipeline.encoders import OnceEach
+from data_pipeline.manifest import Manifest
+from data_pipeline.samples import TextStates
+from data_pipeline.work_share import StopRequest, Worker
+from train.models.autoencoder import AutoencoderKL
+
+SMALL = {"latent_channels": 4, "channels": [8, 16], "layers_per_block": 1, "norm_groups": 4, "mid_attention": True}
+
+
+class Table:
+    """A row a letter, and a mix of them by a matrix product, whose last bits depend on what it is done with."""
+
+    fingerprint = "table"
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows, self.mix = torch.randn(128, 24, generator=generator), torch.randn(24, 24, generator=generator)
+
+    def encode_text(self, captions) -> TextStates:
+        letters = torch.tensor([[ord(letter) % 128 for letter in caption.ljust(8)[:8]] for caption in captions])
+        tokens = torch.tanh(self.rows[letters] @ self.mix)
+        return TextStates(tokens, tokens.mean(1))
+
+
+def encoders(dtype: str = "float32", batch_size: int = 4) -> Encoders:
+    """A small random autoencoder and a table, the same in every process."""
+    torch.manual_seed(0)
+    image = AutoencoderKL(**SMALL).eval()
+    image.fingerprint = "random"
+    conditions = {"text": Text(), "low_resolution": LowResolution(2)}
+    return Encoders(image, OnceEach(Table(), batch_size), conditions, torch.device("cpu"), batch_size, dtype, True)
+
+
+def split_of(images: str, output: str) -> Split:
+    source, using = Manifest.load(images, "image-text"), encoders()
+    return Split("", source, Places(output), ShardReader(images, using, sizes_of(None, None, 64, 2), threads=2))
+
+
+def work(images: str, output: str, number: int, workers: int, ready: Event, go: Event) -> None:
+    """What each process does, from when `go` is set."""
+    torch.set_num_threads(1)
+    split, stop = split_of(images, output), StopRequest()
+    ready.set()
+    go.wait()
+    encode_split(split, Worker(number, workers), lambda: stop.asked)
+
+
+def started(images: str, output: object, number: int = 0, workers: int = 1) -> BaseProcess:
+    """A process that is encoding."""
+    process, go = prepared(images, output, number, workers)
+    go.set()
+    return process
+
+
+def prepared(images: str, output: object, number: int, workers: int) -> tuple[BaseProcess, Event]:
+    """A process that has all that it needs, and encodes when its event is set. No two share one: a killed process
+    can take the event's lock with it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "data_pipeline.encode_split", "train.models.autoencoder"])
+    ready, go = context.Event(), context.Event()
+    process = context.Process(target=work, args=(images, str(output), number, workers, ready, go), daemon=True)
+    process.start()
+    if not ready.wait(60):
+        raise AssertionError("the process did not come up")
+    return process, go
+
+
+def finished(process: BaseProcess, code: int = 0) -> None:
+    """Wait for the end of a process, with that exit code."""
+    process.join(60)
+    if process.exitcode != code:
+        raise AssertionError(f"exit code {process.exitcode}, not {code}")

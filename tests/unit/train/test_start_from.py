@@ -1,0 +1,107 @@
+"""What a training takes over from another run: U-Net, trained conditioners, the scale of latents, and its refusals."""
+
+import hashlib
+import json
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from data_pipeline.errors import UserError
+from train.models.conditioning import ClassLabel, ConditionedUNet, Conditioners, StoredText
+from train.models.unet import UNet
+from train.train_ldm import scaled_as_known
+from train.weights.published import load_weights
+
+UNET = {"in_channels": 4, "out_channels": 4, "channels": [8, 8], "layers_per_block": 1, "context_dim": 24,
+        "vector_dim": None, "attention_levels": [False, True], "heads": 2, "norm_groups": 4}  # fmt: skip
+PARTS = {"label": partial(ClassLabel, dim=24), "text": StoredText}
+
+
+@pytest.fixture
+def labelled(make_facts):
+    """labelled(classes=..., ...): facts of a data set with labels and text."""
+    return lambda classes=("a", "b"), **changed: make_facts(
+        shapes={"label": []}, conditions={"label": {"classes": list(classes)}}, **changed
+    )
+
+
+def network(facts, *parts):
+    return ConditionedUNet(UNet(**UNET), Conditioners(facts, {name: PARTS[name] for name in parts}))
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    """a_run(facts, *conditioning): a run's folder with random weights, and the network that they are of."""
+
+    def make(facts, *conditioning):
+        trained = network(facts, *conditioning)
+        step = tmp_path / "checkpoints/step-00000001"
+        step.mkdir(parents=True)
+        save_file(trained.state_dict(), step / "ema.safetensors")
+        data = (step / "ema.safetensors").read_bytes()
+        about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (step / "manifest.json").write_text(json.dumps({"ema.safetensors": about}))
+        config = {"unet": UNET, "conditioning": {name: {} for name in conditioning}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        facts.save(tmp_path)
+        return tmp_path, trained
+
+    return make
+
+
+def options(run, *conditioning, factor=None):
+    return OmegaConf.create(
+        {"start_from": str(run), "scaling_factor": factor, "conditioning": {name: {} for name in conditioning}}
+    )
+
+
+def test_u_net_and_conditioner_are_taken_over(a_run, labelled):
+    run, trained = a_run(labelled(), "label")
+    other = network(labelled(), "label")
+    load_weights(other, str(run))
+    for name, value in trained.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_a_run_without_trained_conditioners_gives_its_u_net(a_run, labelled):
+    run, trained = a_run(labelled(), "text")
+    other = network(labelled(), "label")
+    table = other.conditioner.parts["label"].embedding.weight.clone()
+    load_weights(other, str(run))
+    assert torch.equal(other.unet.conv_in.weight, trained.unet.conv_in.weight)
+    assert torch.equal(other.conditioner.parts["label"].embedding.weight, table)
+
+
+def test_a_class_table_of_another_length_is_one_error(a_run, labelled):
+    run, _ = a_run(labelled("abc"), "label")
+    with pytest.raises(UserError, match=r"conditioner\.parts\.label\.embedding\.weight"):
+        load_weights(network(labelled("ab"), "label"), str(run))
+
+
+@pytest.mark.parametrize("classes", ["ba", "ac", "abc"])
+def test_other_classes_of_the_same_numbers_are_refused(a_run, labelled, classes):
+    run, _ = a_run(labelled("ab"), "label")
+    scaled_as_known(options(run, "label"), labelled("ab"))
+    scaled_as_known(options(run, "text"), labelled(classes))  # not conditioned on here
+    with pytest.raises(UserError, match=r"knows other classes of label .* conditions\.label\.classes="):
+        scaled_as_known(options(run, "label"), labelled(classes))
+
+
+def test_the_scale_is_the_runs_own(a_run, labelled):
+    run, _ = a_run(labelled(mean=[0.0] * 4, std=[4.0] * 4), "label")
+    now = scaled_as_known(options(run, "label"), labelled())
+    assert (now.mean, now.std) == ([0.0] * 4, [4.0] * 4)
+    same = labelled(mean=[0.0] * 4, std=[1 / 0.25] * 4)  # as scaling_factor=0.25 makes them
+    assert scaled_as_known(options(run, "label", factor=0.25), same).std == [4.0] * 4
+    with pytest.raises(UserError, match=r"otherwise than by scaling_factor=0\.5: set scaling_factor=null"):
+        scaled_as_known(options(run, "label", factor=0.5), labelled(mean=[0.0] * 4, std=[2.0] * 4))
+
+
+def test_another_fold_is_refused(a_run, labelled):
+    run, _ = a_run(labelled(), "label")
+    with pytest.raises(UserError, match="fold 1, these latents with 2"):
+        scaled_as_known(options(run, "label"), labelled(fold=2))

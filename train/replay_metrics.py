@@ -1,0 +1,42 @@
+"""Tell W&B all that a run's metrics.jsonl holds, in a W&B run of its own: for when it lacks some of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig
+
+from data_pipeline.entry import entry
+from data_pipeline.errors import UserError
+from data_pipeline.progress import Progress
+from train.reporters import WeightsAndBiases, read_metrics, rows_by_step
+
+
+@entry("replay_metrics")
+def main(cfg: DictConfig) -> None:
+    run = Path(cfg.input)
+    for name in ("metrics.jsonl", "run_id", "config.yaml"):
+        if not (run / name).exists():
+            raise UserError(f"input={run} is not a run's folder: {name} is missing; give the output= of a training.")
+    rows = list(rows_by_step(read_metrics(run / "metrics.jsonl"), run / "samples"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    project = cfg.project or config["training"].get("wandb_project")
+    if not project:
+        raise UserError("the run has no training.wandb_project: add project=....")
+    run_id = cfg.run_id or f"{(run / 'run_id').read_text().split()[1]}-replayed"
+    folder = Path(cfg.output or run)
+    folder.mkdir(parents=True, exist_ok=True)
+    wandb = WeightsAndBiases(folder, run_id, config, project, name=run_id, queue_size=0, patience_s=None)
+    with Progress("replay", len(rows), "steps") as bar:
+        for row in rows:
+            wandb.log(row["step"], row)
+            bar.advance(1)
+        wandb.close()
+    if wandb.error is not None:
+        raise UserError(f"W&B was not told all of it ({wandb.error}): mend that, and start again.")
+    print(f"replay: {len(rows)} steps told to W&B as run {run_id} of {project}; in {folder}/wandb", flush=True)
+
+
+if __name__ == "__main__":
+    main()
