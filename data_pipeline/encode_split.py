@@ -149,12 +149,13 @@ def folders(split: Split) -> list[str]:
 def finished_record(places: Places, shard: Shard) -> dict[str, Any] | None:
     """What was noted when a shard was finished, if its tars are still there as they were written."""
     path = places.note(shard)
-    if not storage.exists(path):
+    note = storage.read_if_there(path)
+    if note is None:
         return None
-    record = json.loads(storage.read_bytes(path))
+    record = json.loads(note)
     for bucket, part in record.get("sets", {}).items():
         tar = storage.join(places.root(bucket), part["shard"]["name"])
-        if not (storage.exists(tar) and storage.size(tar) == part["shard"]["bytes"]):
+        if storage.size_if_there(tar) != part["shard"]["bytes"]:
             return None
     return record if "sets" in record else None  # a note of an earlier version: its shard is made anew
 

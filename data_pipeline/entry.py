@@ -13,6 +13,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipeline import storage
 from data_pipeline.errors import UserError
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
@@ -35,6 +36,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 if missing:
                     example = " ".join(f"{key}=..." for key in missing)
                     raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
+                storage.configure(**cfg.get("store", {}))
                 main(cfg)
             except SystemExit as asked:
                 _leave_if_one_of_many(asked.code)

@@ -57,6 +57,7 @@ class EpochPlan:
         self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
         # A stream only goes forward, so one window of each is all that is worth keeping.
         self._current: dict[int, tuple[int, int, np.ndarray, np.ndarray]] = {}
+        self._before: dict[int, tuple[int, int, np.ndarray, np.ndarray]] = {}  # a step may end in the next one
 
     @property
     def arguments(self) -> tuple:
@@ -101,9 +102,17 @@ class EpochPlan:
         """The shards of the windows that were last asked for: what a reader should go on holding."""
         return {shard for *_, shards, _ in self._current.values() for shard in np.unique(shards).tolist()}
 
+    def pieces(self, shard: int) -> list[tuple[int, int]]:
+        """What the windows that were last asked for hold of a shard: first sample and one past the last, of each."""
+        windows = (*self._current.values(), *self._before.values())
+        own = [samples[shards == shard] for *_, shards, samples in windows]
+        return [(int(samples.min()), int(samples.max()) + 1) for samples in own if samples.size]
+
     def _window(self, stream: int, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         held = self._current.get(stream)
         if held is None or held[:2] != (epoch, window):
+            if held is not None:
+                self._before[stream] = held
             held = self._current[stream] = (epoch, window, *self._make_window(stream, epoch, window))
         return held[2:]
 

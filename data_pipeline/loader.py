@@ -7,7 +7,7 @@ import functools
 import mmap
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from data_pipeline.errors import DataError, UserError
 from data_pipeline.image_transforms import square_of
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor, collated
-from data_pipeline.shard_writer import read_index, read_shard, read_whole, refuse_other_bytes
+from data_pipeline.shard_cache import open_shard
+from data_pipeline.shard_writer import read_index, read_shard, refuse_other_bytes
 
 PICTURES = (*codec.IMAGES, "txt", "json")
 
@@ -35,6 +36,7 @@ class SampleReader:
         self.checked: set[int] = set()
         self.cache: dict[Place, dict[str, Any]] = {}
         self.room = cache_mb * 2**20
+        self.pieces: Callable[[int], list[tuple[int, int]]] = lambda shard: []  # of a shard, what will be asked for
 
     def read(self, place: Place) -> dict[str, Any]:
         """{"key", "caption", "meta", and arrays by name: image, or moments, text and what else is stored}."""
@@ -64,7 +66,7 @@ class SampleReader:
             entries = read_index(self.root, shard)
             path = storage.join(self.root, shard.name)
             if storage.is_s3(path):
-                data = read_whole(self.root, shard)
+                data = open_shard(self.root, shard, entries, lambda: self.pieces(number))
             else:
                 with open(path, "rb") as file:
                     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -228,6 +230,7 @@ class _StreamParts(IterableDataset):
 
     def _steps(self, streams: Sequence[int], cache_mb: float) -> Iterator[tuple]:
         reader = SampleReader(self.root, self.manifest, cache_mb)
+        reader.pieces = self.plan.pieces
         step = self.first_step
         while True:
             places = self.plan.step(step, streams)

@@ -54,13 +54,14 @@ class Manifest:
     def load(cls, root: str | Path, kind: str | None = None) -> Manifest:
         """The manifest of the data set at `root`; refused if it is of another kind."""
         path = storage.join(root, "manifest.json")
-        if not storage.exists(path):
+        content = storage.read_if_there(path)
+        if content is None:
             raise UserError(
                 f"{root} is not a data set (no manifest.json there): give a folder that make_shards.py or "
                 "precompute_latents.py has finished."
             )
         try:
-            saved = json.loads(storage.read_bytes(path))
+            saved = json.loads(content)
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
         if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
@@ -72,9 +73,19 @@ class Manifest:
         return cls(shards=shards, **saved)
 
     def check_shards(self, root: str | Path) -> None:
-        """Every shard is there at its full size; it costs a look at each file, not a read."""
+        """Every shard is there at its full size; it costs a look at each file, not a read; in a bucket, a listing."""
+        if not storage.is_s3(root):
+            for shard in self.shards:
+                check_size(root, shard)
+            return
+        folders = {shard.name.rpartition("/")[0] for shard in self.shards}
+        sizes = {
+            f"{folder}/{name}".lstrip("/"): size
+            for folder in folders
+            for name, size in storage.sizes(storage.join(root, folder)).items()
+        }
         for shard in self.shards:
-            check_size(root, shard)
+            refuse_other_size(root, shard, sizes.get(shard.name))
 
     def save(self, root: str | Path) -> None:
         """Written last and atomically: a data set with a manifest is whole."""
@@ -84,10 +95,14 @@ class Manifest:
 
 def check_size(root: str | Path, shard: Shard) -> None:
     """A shard that is missing or cut is named, with what to do."""
+    refuse_other_size(root, shard, storage.size_if_there(storage.join(root, shard.name)))
+
+
+def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> None:
+    """A shard of `actual` bytes (None: missing) that should have others."""
     path = storage.join(root, shard.name)
-    if not storage.exists(path):
+    if actual is None:
         raise DataError(f"shard {path} is missing: copy it again, or make the data set again.")
-    actual = storage.size(path)
     if actual != shard.bytes:
         raise DataError(
             f"shard {path} has {actual} bytes, but its manifest says {shard.bytes}: it was cut or changed; "

@@ -117,8 +117,9 @@ def read_index(root: str | Path, shard: Shard) -> list[IndexEntry]:
     """Where each sample of a shard lies: from its .idx, else by one pass over the tar."""
     check_size(root, shard)
     path = storage.join(root, shard.index_name)
-    if storage.exists(path):
-        entries = parse_index(storage.read_bytes(path), path)
+    index = storage.read_if_there(path)
+    if index is not None:
+        entries = parse_index(index, path)
     else:
         entries = scan(storage.read_bytes(storage.join(root, shard.name)), shard.name)
     if len(entries) != shard.samples:
@@ -145,9 +146,14 @@ def read_whole(root: str | Path, shard: Shard) -> bytes:
     return data
 
 
+def digest_of(data: bytes | mmap.mmap) -> str:
+    """As manifests hold it."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def refuse_other_bytes(data: bytes | mmap.mmap, path: str, shard: Shard) -> None:
     """Bytes that changed since they were written are a DataError, also where each sample can still be decoded."""
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
+    if digest_of(data) != shard.sha256:
         raise DataError(
             f"shard {path} is damaged (its sha256 is not its manifest's): copy it again, or delete it together with "
             "the data set's manifest.json and run what made it."

@@ -1,20 +1,32 @@
-"""The one opener for local paths and s3:// (fsspec, s3fs); nothing else in the project opens a URL.
+"""The one opener for local paths and s3://; nothing else in the project opens a URL.
 
-The S3 endpoint comes from AWS_ENDPOINT_URL, keys from the environment only.
+Endpoint and region come from AWS_ENDPOINT_URL and AWS_REGION or `store.`, keys from the environment only (bucket.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import platform
 from pathlib import Path
-from typing import IO, Any
 
+from data_pipeline import bucket
 from data_pipeline.errors import UserError
 
 HOST = platform.node()  # in temporary names: processes of two machines may have the same number
+
+
+def configure(**settings: str | float | None) -> None:
+    """Set endpoint, region, deadline_s, attempts, cache or cache_gb for this process and those that it starts.
+
+    None leaves the environment's. What can't be is a UserError.
+    """
+    for name, value in settings.items():
+        if value is not None:
+            os.environ[bucket.VARIABLES[name]] = str(value)
+    bucket.Settings.now()
+    if (settings.get("cache") is None) != (settings.get("cache_gb") is None):
+        raise UserError("store.cache (a folder) and store.cache_gb (what it may hold) go together: give both.")
 
 
 def is_s3(path: str | Path) -> bool:
@@ -27,14 +39,6 @@ def is_s3(path: str | Path) -> bool:
     return False
 
 
-@functools.cache
-def _s3() -> Any:
-    """Made in the process that uses it: s3fs does not survive a fork."""
-    import s3fs
-
-    return s3fs.S3FileSystem(endpoint_url=os.environ.get("AWS_ENDPOINT_URL"))
-
-
 def join(root: str | Path, *parts: str) -> str:
     """Path parts under a root, local or s3."""
     return "/".join([str(root).rstrip("/"), *parts])
@@ -45,14 +49,12 @@ def absolute(path: str | Path) -> str:
     return str(path) if is_s3(path) else os.path.abspath(path)
 
 
-def open_read(path: str | Path) -> IO[bytes]:
-    """A binary file to read and seek in."""
-    return _s3().open(str(path), "rb") if is_s3(path) else open(path, "rb")
-
-
 def read_bytes(path: str | Path, start: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes from `start` (all: None). Fewer than asked for is an OSError: nothing is read short in silence."""
-    with open_read(path) as file:
+    """`length` bytes from `start` (all: None). Fewer than asked for is an OSError (of a bucket: a DataError):
+    nothing is read short in silence."""
+    if is_s3(path):
+        return bucket.read(str(path), start, length)
+    with open(path, "rb") as file:
         file.seek(start)
         data = file.read() if length is None else file.read(length)
     if length is not None and len(data) != length:
@@ -60,28 +62,59 @@ def read_bytes(path: str | Path, start: int = 0, length: int | None = None) -> b
     return data
 
 
+def read_if_there(path: str | Path) -> bytes | None:
+    """All bytes; None if there is no such file."""
+    if is_s3(path):
+        return bucket.read_if_there(str(path))
+    try:
+        return read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def exists(path: str | Path) -> bool:
-    return _s3().exists(str(path)) if is_s3(path) else os.path.exists(path)
+    """A local file or folder; an object of a bucket (which has no folders)."""
+    return bucket.size(str(path)) is not None if is_s3(path) else os.path.exists(path)
 
 
 def size(path: str | Path) -> int:
     """In bytes."""
-    return _s3().size(str(path)) if is_s3(path) else os.path.getsize(path)
+    found = size_if_there(path)
+    if found is None:
+        raise FileNotFoundError(path)
+    return found
+
+
+def size_if_there(path: str | Path) -> int | None:
+    """In bytes; None if there is no such file. One request, where exists() and size() are two."""
+    if is_s3(path):
+        return bucket.size(str(path))
+    try:
+        return os.path.getsize(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def sizes(path: str | Path) -> dict[str, int]:
+    """Bytes of each file directly below by its name; none if `path` does not exist. A thousand files a request."""
+    if is_s3(path):
+        return bucket.listed(str(path))[0]
+    if not os.path.isdir(path):
+        return {}
+    return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
 
 
 def subfolders(path: str | Path) -> list[str]:
     """Names of the folders directly below, sorted; none if `path` does not exist."""
     if is_s3(path):
-        listed = _s3().ls(str(path), detail=True) if exists(path) else []
-        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "directory")
+        return sorted(bucket.listed(str(path))[1])
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
 
 
 def files(path: str | Path, ending: str) -> list[str]:
     """Names of the files directly below that end so, sorted; none if `path` does not exist."""
     if is_s3(path):
-        listed = _s3().ls(str(path), detail=True) if exists(path) else []
-        names = [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
+        names = list(bucket.listed(str(path))[0])
     else:
         names = [entry.name for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []
     return sorted(name for name in names if name.endswith(ending))
@@ -90,7 +123,7 @@ def files(path: str | Path, ending: str) -> list[str]:
 def write_atomically(path: str | Path, data: bytes) -> None:
     """All of it under its name, or nothing: temporary file, fsync, rename. An S3 put is atomic by itself."""
     if is_s3(path):
-        _s3().pipe_file(str(path), data)
+        bucket.write(str(path), data)
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +149,6 @@ def sync_folder(path: Path) -> None:
 def remove(path: str | Path) -> None:
     """If it is there."""
     if is_s3(path):
-        if exists(path):
-            _s3().rm_file(str(path))
+        bucket.remove(str(path))
     else:
         Path(path).unlink(missing_ok=True)

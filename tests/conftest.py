@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ORDER = ("test_architecture.py", "unit", "golden", "distributed", "cluster", "e2e")
+ORDER = ("test_architecture.py", "unit", "golden", "s3", "distributed", "cluster", "e2e")
 TESTS = Path(__file__).parent
 
 

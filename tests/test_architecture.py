@@ -17,13 +17,13 @@ OWNERS = {
     "wandb": {"train/reporters.py"},
     "xformers": {"train/models/attention.py"},
     "open_clip": {"train/models/clip.py", "train/weights/open_clip.py"},
-    "fsspec": {"data_pipeline/storage.py"},
-    "s3fs": {"data_pipeline/storage.py"},
     "pyarrow": {"data_pipeline/sources/table.py"},
     "diffusers": set(),
     "transformers": set(),
 }
-FROM_DATA_PIPELINE = {"samples", "manifest", "storage", "errors", "progress", "entry", "codec"}
+OPENS_URLS = ("fsspec", "s3fs", "aiohttp", "botocore", "aiobotocore", "boto3", "urllib", "urllib3", "requests", "httpx")
+OWNERS |= {package: {"data_pipeline/bucket.py"} for package in (*OPENS_URLS, "http", "smart_open")}
+FROM_DATA_PIPELINE = {"samples", "manifest", "storage", "errors", "progress", "entry", "codec", "picture_grid"}
 ENTRIES = {p for p in FILES if 'if __name__ == "__main__"' in p.read_text()}
 
 

@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from data_pipeline.codec import UNDECODABLE, open_image, to_rgb
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
+from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
 from train.evaluation.generate import ByClassifier
-from train.evaluation.report import grid, save_png
 from train.evaluation.trained_run import TrainedRun, open_run
 
 ASKED = ("prompts", "labels", "layouts", "images", "holes")

@@ -92,7 +92,7 @@ def test_manifest_says_what_is_wrong(tmp_path, make_images):
 
 @pytest.mark.parametrize("url", ["pipe:echo hello", "http://example.org/x.tar", "gs://bucket/x"])
 def test_other_schemes_are_refused(url):
-    for use in (storage.open_read, storage.read_bytes, storage.exists, storage.size):
+    for use in (storage.read_bytes, storage.exists, storage.size, storage.sizes):
         with pytest.raises(UserError, match="only local paths and s3://"):
             use(url)
 
