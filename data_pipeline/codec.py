@@ -110,6 +110,8 @@ def array_header(data: bytes) -> ArrayHeader:
     header = ArrayHeader(*read_header(file), file.tell())
     if header.dtype.hasobject:
         raise ValueError("objects are not read")
+    if any(isinstance(side, bool) or side < 0 for side in header.shape):
+        raise ValueError(f"{header.shape} is no shape")
     length = len(data) - header.offset
     if math.prod(header.shape) * header.dtype.itemsize != length:
         raise ValueError(f"{length} bytes can't be {header.dtype} of shape {header.shape}")
