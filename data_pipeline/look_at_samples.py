@@ -154,7 +154,7 @@ class Originals:
 
 
 def refuse_others(root: str, psnr: float, own: float, alike: float, findings: Findings) -> None:
-    """Latents that decode to something else than the autoencoder's own reconstruction: it did not make them of these."""
+    """Latents that decode to something else than the autoencoder's own reconstructions: it did not make them."""
     if abs(psnr - own) > APART_DB or alike < ALIKE_DB:
         findings.add(
             "decoding",
