@@ -37,7 +37,7 @@ from data_pipeline.storage_plan import (
 def main(cfg: DictConfig) -> None:
     refuse_impossible(cfg)
     images, limit, rates = int(float(cfg.images)), int(cfg.shard_mb * MEGA), Rates(**cfg.training)
-    stages = encoders_of(cfg)
+    stages = encoders_of(cfg, HydraConfig.get().runtime.choices["autoencoder"])
     layouts = layouts_of(cfg, stages, images)
     rows = [Row(layout, images, limit, rates) for layout in layouts]
     parts = [Row(layout, images, limit, rates) for layout in parts_of(cfg, stages)]
@@ -67,12 +67,12 @@ def refuse_impossible(cfg: DictConfig) -> None:
             raise UserError(f"{name}={value} can't be: give a number above 0.")
 
 
-def encoders_of(cfg: DictConfig) -> dict[str, Encoders]:
-    """As precompute would have them, by the first stage's name: the configured one, then those beside it."""
+def encoders_of(cfg: DictConfig, chosen: str) -> dict[str, Encoders]:
+    """As precompute would have them, by the first stage's name: the `chosen` one, then those beside it."""
     conditions = instantiate(cfg.conditions, _convert_="all")
     text = text_encoder(cfg, conditions)
     found = {}
-    for name, config in first_stages(cfg).items():
+    for name, config in first_stages(cfg, chosen).items():
         image = weightless(config)
         if cfg.size % image.factor:
             raise UserError(f"size={cfg.size} is no multiple of {image.factor}, the f of {name}: give one that is.")
@@ -80,9 +80,9 @@ def encoders_of(cfg: DictConfig) -> dict[str, Encoders]:
     return found
 
 
-def first_stages(cfg: DictConfig) -> dict[str, DictConfig]:
-    """The configured first stage, and those that it is compared with, by name."""
-    found = {HydraConfig.get().runtime.choices["autoencoder"]: cfg.autoencoder}
+def first_stages(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
+    """The configured first stage, of the name `chosen`, and those that it is compared with."""
+    found = {chosen: cfg.autoencoder}
     for name in cfg.beside:
         path = f"{CONF}/autoencoder/{name}.yaml"
         if not storage.exists(path):
