@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,5 +81,5 @@ class OnceEach:
         self.states.move_to_end(caption)
         return self.states[caption]
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.encoder.encode_image(images)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)  # encode_image, where it has that

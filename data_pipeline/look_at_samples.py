@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from data_pipeline import codec, storage
 from data_pipeline.buckets import fitted
@@ -18,21 +17,22 @@ from data_pipeline.errors import DataError
 from data_pipeline.image_transforms import square_of
 from data_pipeline.loader import as_sample, fields_of, size_of
 from data_pipeline.manifest import Manifest, Shard
+from data_pipeline.picture_grid import grid
 from data_pipeline.samples import collated
 from data_pipeline.shard_checks import Findings
 from data_pipeline.shard_writer import IndexEntry, read_index
 
 APART_DB = 0.1  # so far the PSNR of what is stored may be from that of the autoencoder's own reconstruction
 BEST_DB = 45.0  # beyond, what is stored in few bits may differ by more, and nobody sees it
+SIDE = 128  # of a picture on the sheet, at least
 ALIKE_DB = 30.0  # PSNR between the two; float16 gives over 50
 
 
 class Drawing(NamedTuple):
-    """The autoencoder (posterior_of, decode, reconstruct) where there is one, and how pictures are put together."""
+    """The autoencoder (posterior_of, decode, reconstruct) where there is one, and how its pictures are measured."""
 
     image: Any
     device: torch.device
-    grid: Callable[..., Image.Image]
     to_uint8: Callable[[np.ndarray], np.ndarray]
     psnr: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -82,7 +82,7 @@ def look_at(
         try:
             sample = sample_at(root, manifest, shard, number)
             if manifest.kind == "image-text":
-                pictures.append(square_of(sample["image"], size_of(manifest) or min(sample["image"].shape[:2])))
+                pictures.append(square_of(sample["image"], size_of(manifest) or SIDE))
                 labels.append(sample["caption"])
                 continue
             picture = drawing.decoded(sample)
@@ -104,7 +104,7 @@ def look_at(
     if psnr:
         refuse_others(root, *(float(np.minimum(each, BEST_DB).mean()) for each in (psnr, own, alike)), findings)
     means = (float(np.mean(psnr)), float(np.mean(own))) if psnr else (None, None)
-    return Seen(sheet_of(pictures, labels, drawing), *means)
+    return Seen(sheet_of(pictures, labels), *means)
 
 
 def evenly(manifest: Manifest, count: int) -> list[tuple[Shard, int]]:
@@ -163,9 +163,9 @@ def refuse_others(root: str, psnr: float, own: float, alike: float, findings: Fi
         )
 
 
-def sheet_of(pictures: Sequence[np.ndarray], labels: Sequence[str], drawing: Drawing) -> bytes:
+def sheet_of(pictures: Sequence[np.ndarray], labels: Sequence[str]) -> bytes:
     """A PNG of up to eight pictures a row, small ones enlarged, captions below."""
     buffer = io.BytesIO()
-    scale = max(1, 128 // max(pictures[0].shape[:2]))
-    drawing.grid(pictures, labels, columns=min(8, len(pictures)), scale=scale).save(buffer, format="PNG")
+    scale = max(1, SIDE // max(pictures[0].shape[:2]))
+    grid(pictures, labels, columns=min(8, len(pictures)), scale=scale).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,9 +1,8 @@
-"""Check a data set of pictures or latents, and draw some of it for a person to look at. Ends with 0, or 1 if wrong."""
+"""Check a data set of pictures or latents, and draw some of it for a person to look at. Ends with 0, or 3 if wrong."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -174,7 +173,7 @@ def drawn(data: DataSet, cfg: DictConfig, drawing: Drawing) -> Seen | None:
 
 
 def report(sets: list[DataSet], seen: Mapping[str, Seen | None], cfg: DictConfig) -> None:
-    """<output>/report.json, the findings, a table; exit code 1 where anything is wrong."""
+    """<output>/report.json, the findings, a table; a DataError where anything is wrong."""
     about = {each.title: described(each, seen.get(each.name)) for each in sets}
     wrong = sum(each.findings.counts.total() for each in sets)
     content = {"input": cfg.input, "every": cfg.every, "wrong": wrong, "sets": about}
@@ -185,9 +184,9 @@ def report(sets: list[DataSet], seen: Mapping[str, Seen | None], cfg: DictConfig
             for sentence in [*sentences, *([f"and {more} more like these"] if more else [])]:
                 print(f"{each.title}, {check}: {sentence}")
     print(table(sets, seen))
-    print(f"verify_shards: {'all is well' if not wrong else f'{wrong} findings'}; report.json in {cfg.output}")
     if wrong:
-        sys.exit(1)
+        raise DataError(f"{wrong} faults in {cfg.input}: the list above and {cfg.output}/report.json say what to do.")
+    print(f"verify_shards: all is well; report.json in {cfg.output}")
 
 
 def described(data: DataSet, seen: Seen | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ OWNERS = {
     "diffusers": set(),
     "transformers": set(),
 }
-FROM_DATA_PIPELINE = {"samples", "manifest", "storage", "errors", "progress", "entry", "codec"}
+FROM_DATA_PIPELINE = {"samples", "manifest", "storage", "errors", "progress", "entry", "codec", "picture_grid"}
 ENTRIES = {p for p in FILES if 'if __name__ == "__main__"' in p.read_text()}
 
 

@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
+from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
 from data_pipeline.storage import write_atomically
 from train.evaluation.distances import RECALL_PIXELS, nearest, psnr, training_recall
-from train.evaluation.report import grid, save_png
 from train.evaluation.trained_run import TrainedRun, open_run
 
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"

@@ -12,12 +12,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 
-from data_pipeline.codec import UNDECODABLE, to_rgb
+from data_pipeline.codec import UNDECODABLE, open_image, to_rgb
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
+from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
 from train.evaluation.generate import ByClassifier
-from train.evaluation.report import grid, save_png
 from train.evaluation.trained_run import TrainedRun, open_run
 
 ASKED = ("prompts", "labels", "layouts", "images", "holes")
@@ -139,7 +139,7 @@ def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
     A smaller one is enlarged pixel by pixel, so that what super-resolution shrinks again is that small picture.
     """
     try:
-        image = Image.fromarray(to_rgb(Image.open(path)))
+        image = Image.fromarray(to_rgb(open_image(path)))
     except UNDECODABLE as error:
         raise UserError(
             f"images: {path} can't be read ({type(error).__name__}): give PNG, JPEG or WebP files."

@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
+from data_pipeline.picture_grid import grid, save_png
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.distances import psnr
-from train.evaluation.report import curve_line, grid, plot_curves, save_png, to_uint8
+from train.evaluation.report import curve_line, plot_curves, to_uint8
 from train.fitting import Recipe, fit
 from train.models.autoencoder import Autoencoder, DiagonalGaussian
 from train.models.quantizer import usage

@@ -17,11 +17,12 @@ from data_pipeline import storage
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
+from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.samples import collated
 from train.ema import Ema
 from train.engine import DTYPES, Engine
 from train.evaluation.generate import Asked, Generator
-from train.evaluation.report import curve_line, grid, plot_curves, save_png
+from train.evaluation.report import curve_line, plot_curves
 from train.evaluation.trained_run import build_network, used_conditions, uses_clip
 from train.evaluation.validation import HeldoutLoss
 from train.fitting import Recipe, fit

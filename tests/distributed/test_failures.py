@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from failing_loader import BAD_STEP
-from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, command, environment, losses, write_splits
+from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, command, environment, losses, run, write_splits
 
 HANG_TIMEOUT_S = 4
 SETTINGS = [
@@ -125,3 +125,10 @@ def test_a_rank_that_stands_still(runs: dict[str, Started]) -> None:
     )  # fmt: skip
     assert blame, started.said()
     assert int(blame[2]) >= stopped["step"] > 0
+
+
+def test_an_option_that_there_is_not_is_the_users_mistake() -> None:
+    """Hydra itself would leave with 1, as a crash does, and a job would be started again for it."""
+    done = run("train/train_ldm.py", "nosuch=1", check=False)
+    assert done.returncode == 2
+    assert "Could not override 'nosuch'" in done.stderr

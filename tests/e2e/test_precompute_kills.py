@@ -118,17 +118,22 @@ def test_the_share_of_a_killed_worker_is_made_by_the_others(
 def test_asked_to_stop_it_leaves_with_75_and_goes_on_later(
     images: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
-    process = precompute_process.started(images, tmp_path / "stopped")
-    while not list((tmp_path / "stopped").glob("shards/*.done.json")):
-        time.sleep(0.002)
-    process.terminate()
-    precompute_process.finished(process, 75)
-    made = stamps(tmp_path / "stopped")
+    for attempt in range(10):  # on a busy machine it may be done before it is asked
+        root = tmp_path / str(attempt)
+        process = precompute_process.started(images, root)
+        while not list(root.glob("shards/*.done.json")):
+            time.sleep(0.002)
+        process.terminate()
+        process.join(60)
+        if process.exitcode:
+            break
+    assert process.exitcode == 75
+    made = stamps(root)
     assert 0 < len(made) < SHARDS
-    assert not [name for name in contents(tmp_path / "stopped") if ".tmp." in name]
-    precompute_process.finished(precompute_process.started(images, tmp_path / "stopped"))
-    assert contents(tmp_path / "stopped") == undisturbed[0]
-    assert made.items() <= stamps(tmp_path / "stopped").items()
+    assert not [name for name in contents(root) if ".tmp." in name]
+    precompute_process.finished(precompute_process.started(images, root))
+    assert contents(root) == undisturbed[0]
+    assert made.items() <= stamps(root).items()
 
 
 def test_torchrun_and_buckets_by_the_command_line(images: str, tmp_path: Path) -> None:
@@ -136,7 +141,7 @@ def test_torchrun_and_buckets_by_the_command_line(images: str, tmp_path: Path) -
     arguments = [f"input={images}", "autoencoder=identity", "conditions=[low_resolution]", "buckets=[32x32,48x16]"]
     run("data_pipeline/precompute_latents.py", *arguments, f"output={tmp_path}/one")
     done = run("data_pipeline/precompute_latents.py", *arguments, f"output={tmp_path}/two", ranks=2)
-    assert "(worker 1 of 2)" in done.stderr
+    assert " of 2)" in done.stderr  # of one of them: the other may have come too late for any
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert json.loads((tmp_path / "one/work/buckets.json").read_text()) == {"32x32": USABLE}
     first = read_dataset(f"{tmp_path}/one/32x32", 1)[0]

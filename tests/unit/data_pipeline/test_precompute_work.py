@@ -12,13 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from PIL import Image
 from precompute_process import SMALL, Table
+from safetensors.torch import load_file
 
 from data_pipeline import codec, storage
 from data_pipeline.background import Ahead, Behind
 from data_pipeline.buckets import automatic, fitted, geometry, sizes_of
-from data_pipeline.conditions import Hole, Label, LowResolution, Text
+from data_pipeline.conditions import Hole, ImageEmbedding, Label, LowResolution, Text
 from data_pipeline.encode_batch import Encoders, FirstStage, Item, encode_batch, unusable
 from data_pipeline.encode_shard import ShardReader, in_order
 from data_pipeline.encode_split import Places, Split, encode_split
@@ -32,7 +34,9 @@ from data_pipeline.samples import TextStates, collated
 from data_pipeline.shard_writer import ShardWriter
 from data_pipeline.work_share import Worker, sweep, worker_of
 from train.evaluation.distances import psnr
+from train.latent_data import LatentFacts
 from train.models.autoencoder import AutoencoderKL
+from train.models.conditioning import StoredText
 
 
 class Counted:
@@ -272,6 +276,26 @@ def test_states_do_not_depend_on_what_was_encoded_before():
     first.begin(captions), second.begin(captions)
     second.encode_text(captions[7:9])
     assert torch.equal(first.encode_text(captions).tokens, second.encode_text(captions).tokens)
+
+
+def test_a_text_encoder_without_an_image_tower_is_not_taken_for_a_clip(picture):
+    items = [Item(0, {"key": "a", "image": picture(0), "caption": "a", "meta": {}})]
+    encoders = using(text=Table(), conditions={"image_embedding": ImageEmbedding()})
+    with pytest.raises(UserError, match="needs a CLIP with its image tower"):
+        encode_batch(items, torch.zeros(1, 3, 8, 8), encoders)
+
+
+def test_text_without_the_pooled_vector(tmp_path, picture):
+    precompute(write(tmp_path / "i", samples_of(picture, 6)), tmp_path / "out", using(conditions={"text": Text(False)}))
+    manifest = Manifest.load(tmp_path / "out")
+    assert set(manifest.fields) == {"moments.npy", "text.npy", "json"}
+    assert set(load_file(tmp_path / "out/null.safetensors")) == {"text"}
+    again = instantiate(manifest.info["conditions"]["text"])
+    assert again.fields == ("text",)
+    conditioner = StoredText(LatentFacts.of(str(tmp_path / "out"), manifest, 1))
+    assert (conditioner.context_dim, conditioner.vector_dim) == (1, None)
+    given = conditioner({"text": torch.ones(2, 9, 1)}, ["a", "b"]).given
+    assert (given.context.shape, given.vector) == ((2, 9, 1), None)
 
 
 # Values.

@@ -32,7 +32,7 @@ from data_pipeline.shard_checks import KEPT, Findings
 from data_pipeline.shard_writer import ShardWriter, read_index
 from data_pipeline.verify_shards import agree, check_encoders, check_set, opened
 from train.evaluation.distances import psnr
-from train.evaluation.report import grid, to_uint8
+from train.evaluation.report import to_uint8
 from train.models.autoencoder import AutoencoderKL
 from train.weights.saved import load_autoencoder, save_model
 
@@ -91,7 +91,7 @@ def copy(made, tmp_path):
 
 @pytest.fixture(scope="module")
 def drawing(made):
-    return Drawing(load_autoencoder(str(made / "autoencoder")), torch.device("cpu"), grid, to_uint8, psnr)
+    return Drawing(load_autoencoder(str(made / "autoencoder")), torch.device("cpu"), to_uint8, psnr)
 
 
 def found(root, shards=None, autoencoder=None, text=None, drawing=None):
@@ -150,11 +150,11 @@ def test_a_report_with_pictures_and_psnr(made, drawing, tmp_path):
     assert (sheet[8:136, 144:272] == originals[0].repeat(4, 0).repeat(4, 1)).all()
 
 
-def test_damage_ends_with_1_and_is_said(copy, tmp_path):
+def test_damage_ends_with_3_and_is_said(copy, tmp_path):
     path = copy / "images/train/shards/000001.tar"
     path.write_bytes(path.read_bytes()[:-512])
     done = run("data_pipeline/verify_shards.py", f"input={copy}/images", f"output={tmp_path}/r", check=False)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "train, sizes: shard" in done.stdout
     assert "copy it again" in done.stdout
     report = json.loads((tmp_path / "r/report.json").read_text())
@@ -246,7 +246,7 @@ def test_latents_that_the_autoencoder_did_not_make(copy, drawing):
 
 def test_an_autoencoder_of_other_channels(made):
     other = Drawing(AutoencoderKL(8, **{k: v for k, v in SMALL.items() if k != "latent_channels"}).eval(),
-                    torch.device("cpu"), grid, to_uint8, psnr)  # fmt: skip
+                    torch.device("cpu"), to_uint8, psnr)  # fmt: skip
     assert "don't fit this autoencoder" in found(made / "latents", drawing=other)["train"]["decoding"][0]
 
 

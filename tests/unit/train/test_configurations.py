@@ -31,6 +31,7 @@ GIVEN = {
     "evaluate_ldm": ["input=a", "shards=b"],
     "make_shards": ["output=b"],
     "quickstart": [],
+    "plan_storage": ["images=1e6"],
 }
 LISTS = ("conditioning", "conditions")
 # Groups whose options differ between roots: a first stage and a CLIP are built in one place and loaded in others.

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from data_pipeline.picture_grid import grid, save_png
 from train.evaluation.distances import psnr, shrunk, squared_distances, training_recall
-from train.evaluation.report import curve_line, grid, plot_curves, save_png, sparkline, to_uint8
+from train.evaluation.report import curve_line, plot_curves, sparkline, to_uint8
 
 
 def pictures(count, size=32, seed=0):

@@ -1,0 +1,44 @@
+"""Pictures in rows with their captions, for a person to look at."""
+
+from __future__ import annotations
+
+import importlib.resources
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# matplotlib brings a font that knows more than ASCII.
+FONT = str(importlib.resources.files("matplotlib") / "mpl-data/fonts/ttf/DejaVuSans.ttf")
+
+
+def grid(
+    images: Sequence[np.ndarray], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1, gap: int = 8
+) -> Image.Image:
+    """(H, W, 3) uint8 pictures in rows, each with its label under it in as many lines as it takes."""
+    height, width = (side * scale for side in images[0].shape[:2])
+    font = ImageFont.truetype(FONT, 10)
+    lines = [textwrap.wrap(label, max(width // 6, 8))[:4] for label in labels] if labels else [[]] * len(images)
+    text_height = 13 * max(map(len, lines), default=0)
+    rows = -(-len(images) // columns)
+    cell_w, cell_h = width + gap, height + text_height + gap
+    sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, lines, strict=True)):
+        x, y = gap + (i % columns) * cell_w, gap + (i // columns) * cell_h
+        picture = Image.fromarray(image)
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST) if scale > 1 else picture, (x, y))
+        for row, line in enumerate(text):
+            draw.text((x + width / 2, y + height + 1 + 13 * row), line, fill="black", font=font, anchor="ma")
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path) -> Path:
+    """Under a temporary name first, so that no half picture is ever seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, format="PNG", optimize=True)
+    temporary.replace(path)
+    return path
