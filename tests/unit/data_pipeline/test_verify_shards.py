@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 
+import boto3
 import numpy as np
 import pytest
 import torch
@@ -362,10 +363,8 @@ def bucket(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
-    storage._s3.cache_clear()
-    storage._s3().mkdir("s3://verify")
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="verify")
     yield "s3://verify"
-    storage._s3.cache_clear()
     server.stop()
 
 
