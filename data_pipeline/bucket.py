@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import functools
 import hashlib
 import os
@@ -157,7 +158,8 @@ def write(path: str, data: bytes) -> None:
         marks = [{"PartNumber": n, "ETag": answer["ETag"]} for n, answer in enumerate(_all_tried(path, calls), 1)]
         _tried(path, functools.partial(_complete, path, {**place, "UploadId": upload}, marks, len(data)))
     except BaseException:
-        _tried(path, lambda client: client._call_s3("abort_multipart_upload", **place, UploadId=upload))
+        with contextlib.suppress(UserError):  # what went wrong first is told
+            _tried(path, lambda client: client._call_s3("abort_multipart_upload", **place, UploadId=upload))
         raise
 
 

@@ -57,7 +57,7 @@ class EpochPlan:
         self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
         # A stream only goes forward, so one window of each is all that is worth keeping.
         self._current: dict[int, tuple[int, int, np.ndarray, np.ndarray]] = {}
-        self._before: dict[int, tuple[int, int, np.ndarray, np.ndarray]] = {}  # a step may end in the next one
+        self._asked: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # all windows that the last step came of
 
     @property
     def arguments(self) -> tuple:
@@ -96,6 +96,7 @@ class EpochPlan:
         """The samples of a global step, stream after stream (of `streams`; all: None)."""
         chosen = range(self.streams) if streams is None else streams
         first = step * self.per_step
+        self._asked = [self._current[stream] for stream in chosen if stream in self._current]
         return [self.at(stream, first + i) for stream in chosen for i in range(self.per_step)]
 
     def shards_in_use(self) -> set[int]:
@@ -103,17 +104,15 @@ class EpochPlan:
         return {shard for *_, shards, _ in self._current.values() for shard in np.unique(shards).tolist()}
 
     def pieces(self, shard: int) -> list[tuple[int, int]]:
-        """What the windows that were last asked for hold of a shard: first sample and one past the last, of each."""
-        windows = (*self._current.values(), *self._before.values())
-        own = [samples[shards == shard] for *_, shards, samples in windows]
+        """What the windows of the last step hold of a shard: first sample and one past the last, of each."""
+        own = [samples[shards == shard] for *_, shards, samples in self._asked]
         return [(int(samples.min()), int(samples.max()) + 1) for samples in own if samples.size]
 
     def _window(self, stream: int, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         held = self._current.get(stream)
         if held is None or held[:2] != (epoch, window):
-            if held is not None:
-                self._before[stream] = held
             held = self._current[stream] = (epoch, window, *self._make_window(stream, epoch, window))
+            self._asked.append(held)
         return held[2:]
 
     def _rng(self, *position: int) -> np.random.Generator:
