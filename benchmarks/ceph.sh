@@ -7,7 +7,7 @@
 #   benchmarks/ceph.sh output=/tmp/ceph bash    # then, for example:
 #       python data_pipeline/make_shards.py source=openmoji_demo output=s3://trial/shards
 #
-# output=: a new folder for configuration, logs and keys (mode 700; removed at the end, kept where the start fails).
+# output=: a new folder for configuration and logs (mode 700; removed at the end, kept where the start fails).
 # In the environment: PORT of the gateway (17480; the monitor takes the next), BUCKET that is made beforehand (trial),
 # RUN the python that makes it (python).
 set -euo pipefail
