@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -200,8 +199,7 @@ def test_on_a_node_that_fails_it_is_started_again(cluster: Cluster, jobs: dict[s
     job.wait_for(lambda facts: len(starts(output)) == 2, 60)
     cluster.client("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     job.wait_for(lambda facts: facts["JobState"] != "RUNNING", 60)
-    with contextlib.suppress(subprocess.CalledProcessError):  # it may have come back by itself (ReturnToService=2)
-        cluster.client("scontrol", "update", "nodename=node2", "state=resume")
+    cluster.bring_back("node2")
     facts = job.wait(90)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert "a rank failed" not in job.output()
