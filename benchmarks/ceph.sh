@@ -4,9 +4,10 @@
 #
 #   apt-get install -y --no-install-recommends radosgw ceph-mon ceph-osd
 #   benchmarks/ceph.sh output=/tmp/ceph python -m pytest tests/s3
-#   benchmarks/ceph.sh output=/tmp/ceph python data_pipeline/make_shards.py source=openmoji_demo output=s3://trial/shards
+#   benchmarks/ceph.sh output=/tmp/ceph bash    # then, for example:
+#       python data_pipeline/make_shards.py source=openmoji_demo output=s3://trial/shards
 #
-# output=: a new folder for configuration, logs and keys (mode 700; removed at the end, kept where the start fails).
+# output=: a new folder for configuration and logs (mode 700; removed at the end, kept where the start fails).
 # In the environment: PORT of the gateway (17480; the monitor takes the next), BUCKET that is made beforehand (trial),
 # RUN the python that makes it (python).
 set -euo pipefail
@@ -96,12 +97,13 @@ until_it_works 60 bash -c 'timeout 5 ceph osd stat | grep -q "1 up"'
 start radosgw -f -n client.gateway
 until_it_works 120 bash -c "exec 3<>/dev/tcp/127.0.0.1/$port"
 
-# The keys stay in this shell's environment: no command line, which others could list, and no file holds them.
+# The keys go from the gateway into the environment: no command line, which others could list, holds them.
 made=$(radosgw-admin user create --uid trainer --display-name trainer 2>>"$folder/log/output.log")
 field() { sed -n "s/^ *\"$1\": \"\(.*\)\",\{0,1\}$/\1/p" <<<"$made" | head -n1; }
 AWS_ACCESS_KEY_ID=$(field access_key) AWS_SECRET_ACCESS_KEY=$(field secret_key)
-export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_REGION=us-east-1 S3_TEST_PORT=$port
-"${RUN:-python}" - "${BUCKET:-trial}" <<'PYTHON' || fail "no bucket could be made: run it by the python that has botocore (RUN=)."
+export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
+export AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_REGION=us-east-1 S3_TEST_PORT=$port
+"${RUN:-python}" - "${BUCKET:-trial}" <<'PYTHON' || fail "no bucket: set RUN= to the python of this project's .venv."
 import os
 import sys
 

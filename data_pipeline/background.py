@@ -98,5 +98,5 @@ class Behind:
     ) -> None:
         self.given.put(END)
         self.thread.join()
-        if self.error is not None and error is None:
+        if self.error is not None and (error is None or isinstance(error, SystemExit)):
             raise self.error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import functools
 import hashlib
 import os
@@ -157,7 +158,8 @@ def write(path: str, data: bytes) -> None:
         marks = [{"PartNumber": n, "ETag": answer["ETag"]} for n, answer in enumerate(_all_tried(path, calls), 1)]
         _tried(path, functools.partial(_complete, path, {**place, "UploadId": upload}, marks, len(data)))
     except BaseException:
-        _tried(path, lambda client: client._call_s3("abort_multipart_upload", **place, UploadId=upload))
+        with contextlib.suppress(UserError):  # what went wrong first is told
+            _tried(path, lambda client: client._call_s3("abort_multipart_upload", **place, UploadId=upload))
         raise
 
 
@@ -228,7 +230,10 @@ def _all_tried(path: str, calls: list[tuple[Callable[[Any], Awaitable[T]], int]]
     from fsspec.asyn import sync
 
     settings = Settings.now()
-    client = _client(os.getpid(), settings)
+    try:
+        client = _client(os.getpid(), settings)
+    except Exception as error:  # half of the keys, an unknown profile, no name of a region
+        raise sentence(path, error, settings) from None
 
     async def together() -> list[T]:
         room = asyncio.Semaphore(PARTS_AT_ONCE)
@@ -291,6 +296,8 @@ REFUSALS = {
     "InvalidRange": "it is shorter than it should be: copy or make it again",
     "NoCredentialsError": "no keys were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "PartialCredentialsError": "half of the keys is missing: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ProfileNotFound": "no such profile is in the AWS configuration: unset AWS_PROFILE, or set it to one that is",
+    "InvalidRegionError": "that is no name of a region: set AWS_REGION",
     "ParamValidationError": "that is no name for a bucket or an object: write s3://bucket/path",
     "AccessDenied": "the store refuses these keys access: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what "
     "they may do in this bucket",

@@ -10,7 +10,7 @@ import tokenize
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -93,18 +93,35 @@ def decode_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def decode_array(data: bytes) -> np.ndarray:
-    """A .npy without objects, read-only. Its header's word is checked before memory is given to it."""
+class ArrayHeader(NamedTuple):
+    """What a .npy says of itself, and where its values begin."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+    offset: int
+
+
+def array_header(data: bytes) -> ArrayHeader:
+    """The header of a .npy, its word checked against how many bytes there are; objects are refused."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(file)
-    body = data[file.tell() :]
-    if dtype.hasobject:
+    header = ArrayHeader(*read_header(file), file.tell())
+    if header.dtype.hasobject:
         raise ValueError("objects are not read")
-    if math.prod(shape) * dtype.itemsize != len(body):
-        raise ValueError(f"{len(body)} bytes can't be {dtype} of shape {shape}")
-    array = np.frombuffer(body, dtype).reshape(shape, order="F" if fortran_order else "C")
+    if any(isinstance(side, bool) or side < 0 for side in header.shape):
+        raise ValueError(f"{header.shape} is no shape")
+    length = len(data) - header.offset
+    if math.prod(header.shape) * header.dtype.itemsize != length:
+        raise ValueError(f"{length} bytes can't be {header.dtype} of shape {header.shape}")
+    return header
+
+
+def decode_array(data: bytes) -> np.ndarray:
+    """A .npy without objects, read-only. Its header's word is checked before memory is given to it."""
+    shape, fortran_order, dtype, offset = array_header(data)
+    array = np.frombuffer(data[offset:], dtype).reshape(shape, order="F" if fortran_order else "C")
     return widened(array) if dtype == BFLOAT16 else array
 
 

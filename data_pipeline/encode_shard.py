@@ -110,7 +110,8 @@ class ShardReader:
         ):
             if begun.dropped.is_set():
                 return
-            only = only or sides
+            if not isinstance(sides, str):
+                only = only or sides
             if isinstance(sides, str) or (not self.sizes.sides and sides != only):
                 reason = sides if isinstance(sides, str) else f"{words(sides)} beside {words(only)}: give size="
                 rejected.append((item.position, item.sample["key"], reason))

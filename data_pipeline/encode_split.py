@@ -115,11 +115,18 @@ def refuse_other_layout(places: Places) -> None:
         raise UserError(f"{places.output} was begun with {how}: give those sizes, or choose another output=.")
 
 
+def refuse_pictures(places: Places) -> None:
+    """An output that is itself a data set of pictures would be taken for finished."""
+    if storage.exists(storage.join(places.root(), "manifest.json")) and Manifest.load(places.root()).kind != "latents":
+        raise UserError(f"output={places.output} holds image-text shards: choose another folder for the latents.")
+
+
 def encode_split(split: Split, worker: Worker = Worker(), stop: Callable[[], bool] = lambda: False) -> None:  # noqa: B008
     """Encode the shards that are missing, then write constants and manifests. Stopped: asked to, before all is done."""
     source, places = split.source, split.places
     made_of = identity(source, split.encoders, split.reader.sizes, split.reader.base)
     refuse_other_layout(places)
+    refuse_pictures(places)
     claim(places.notes, made_of)
     if storage.exists(places.last):
         print(f"{split.title}: {places.notes} is finished already")

@@ -35,6 +35,7 @@ Given, Made = TypeVar("Given"), TypeVar("Made")
 
 @entry("index_shards")
 def main(cfg: DictConfig) -> None:
+    cfg.output = cfg.output or cfg.input
     if cfg.size < 1:
         raise UserError(f"size={cfg.size} can't be: take 1 or more.")
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}

@@ -66,11 +66,16 @@ class Manifest:
             raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
         if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
             raise DataError(f"{path} has a format that this version does not read: make the data set again.")
-        if kind and saved["kind"] != kind:
-            raise UserError(f"{root} holds {saved['kind']} shards, but {kind} shards are needed here.")
-        shards = tuple(Shard(**shard) for shard in saved.pop("shards"))
-        saved.pop("samples"), saved.pop("fingerprint")
-        return cls(shards=shards, **saved)
+        if kind and saved.get("kind") != kind:
+            raise UserError(f"{root} holds {saved.get('kind')} shards, but {kind} shards are needed here.")
+        try:
+            shards = tuple(Shard(**shard) for shard in saved.pop("shards"))
+            saved.pop("samples"), saved.pop("fingerprint")
+            for shard in shards:
+                refuse_outside(path, shard)
+            return cls(shards=shards, **saved)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
 
     def check_shards(self, root: str | Path) -> None:
         """Every shard is there at its full size; it costs a look at each file, not a read; in a bucket, a listing."""
@@ -91,6 +96,20 @@ class Manifest:
         """Written last and atomically: a data set with a manifest is whole."""
         content = {"format": FORMAT, "samples": self.samples, "fingerprint": self.fingerprint, **asdict(self)}
         storage.write_atomically(storage.join(root, "manifest.json"), json.dumps(content, indent=1).encode())
+
+
+def refuse_outside(path: str, shard: Shard) -> None:
+    """A shard whose name leads out of its data set: shards of the same name are written elsewhere."""
+    if shard.name.startswith("/") or ".." in shard.name.split("/"):
+        raise DataError(f"{path} names the shard {shard.name}, which lies outside: make or copy the data set again.")
+
+
+def refuse_other_claims(root: str | Path, manifest: Manifest) -> None:
+    """Sums that a manifest was saved with and that are not those of its shards: it was edited."""
+    path = storage.join(root, "manifest.json")
+    saved = json.loads(storage.read_bytes(path))
+    if (saved["samples"], saved["fingerprint"]) != (manifest.samples, manifest.fingerprint):
+        raise DataError(f"{path} was changed after it was written: make or copy the data set again.")
 
 
 def check_size(root: str | Path, shard: Shard) -> None:

@@ -1,164 +1,196 @@
-"""What a data set will cost, before it is made: bytes, shards, bandwidth and hours, as a table."""
+"""What N images cost: bytes, shards and bandwidth of latents, text states and pictures, before any is made."""
 
 from __future__ import annotations
 
-import io
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline import storage
-from data_pipeline.entry import entry
+from data_pipeline.conditions import Condition
+from data_pipeline.encode_batch import DTYPES, Encoders
+from data_pipeline.encoders import OnceEach
+from data_pipeline.entry import CONF, entry
 from data_pipeline.errors import UserError
-
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-BLOCK, RECORD = 512, 10_240  # of a tar: headers and padding, and what its end is padded to
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """Of what a sample holds: stored_as moments (2C, h, w), indices (h, w) or pixels; text (T, D), pooled (P,)."""
-
-    stored_as: str
-    latents: tuple[int, ...]
-    text: tuple[int, int]
-    pooled: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A way to store a data set."""
-
-    what: str
-    bytes_per_sample: float
-    samples: int
-    shard_size: int
-
-    @property
-    def bytes(self) -> float:
-        """Of all shards, with the end of each and its index."""
-        return self.samples * self.bytes_per_sample + self.shards * (2 * BLOCK + RECORD / 2)
-
-    @property
-    def shards(self) -> int:
-        return math.ceil(self.samples / self.shard_size)
+from data_pipeline.manifest import Manifest
+from data_pipeline.storage_plan import (
+    HEADINGS,
+    MEGA,
+    Layout,
+    Rates,
+    Row,
+    deduplicated,
+    duration,
+    field_bytes,
+    json_of,
+    shard_bytes,
+    words,
+)
 
 
 @entry("plan_storage")
 def main(cfg: DictConfig) -> None:
-    if cfg.dtype not in BYTES:
-        raise UserError(f"dtype={cfg.dtype} is unknown: take one of {', '.join(BYTES)}.")
-    images = int(float(cfg.images))
-    if images < 1 or cfg.shard_size < 1:
-        raise UserError(f"images={cfg.images}, shard_size={cfg.shard_size}: take 1 or more of each.")
-    shapes = shapes_of(cfg)
-    lines = plan(shapes, images, cfg.shard_size, cfg.dtype, cfg.captions_per_distinct, picture_bytes(cfg))
-    rates = {"images_per_s": cfg.images_per_s_per_gpu, "gpus_per_node": cfg.gpus_per_node, "nodes": cfg.nodes}
-    table = [row_of(line, rates, cfg.encoded_per_s_per_gpu) for line in lines]
-    say(cfg, shapes, table)
-    if cfg.output is not None:
-        storage.write_atomically(cfg.output, json.dumps({"shapes": str(shapes), "table": table}, indent=1).encode())
+    refuse_impossible(cfg)
+    images, limit, rates = int(float(cfg.images)), int(cfg.shard_mb * MEGA), Rates(**cfg.training)
+    stages = encoders_of(cfg, HydraConfig.get().runtime.choices["autoencoder"])
+    layouts = layouts_of(cfg, stages, images)
+    rows = [Row(layout, images, limit, rates) for layout in layouts]
+    parts = [Row(layout, images, limit, rates) for layout in parts_of(cfg, stages)]
+    facts = sentences(cfg, images, rates)
+    measured = held_against(cfg, layouts[0]) if cfg.input else None
+    text = "\n\n".join([*facts, table(parts), table(rows), *([measured["sentence"]] if measured else [])])
+    print(text)
+    if cfg.output:
+        options = {name: value for name, value in OmegaConf.to_container(cfg, resolve=True).items() if name != "output"}
+        figures = {"layouts": [r.figures for r in rows], "parts": [r.figures for r in parts], "measured": measured}
+        content = json.dumps({**figures, "options": options}, indent=1)
+        storage.write_atomically(storage.join(cfg.output, "plan.json"), content.encode())
+        storage.write_atomically(storage.join(cfg.output, "plan.md"), (text + "\n").encode())
+        print(f"\nplan_storage: plan.json and plan.md in {cfg.output}")
 
 
-def shapes_of(cfg: DictConfig) -> Shapes:
-    """Derived from the models themselves, built without memory for their weights."""
-    import torch
+def refuse_impossible(cfg: DictConfig) -> None:
+    """What can't be planned with."""
+    if cfg.dtype not in DTYPES:
+        raise UserError(f"dtype={cfg.dtype} is unknown: take one of {', '.join(DTYPES)}.")
+    if not 0 < cfg.unique_captions <= 1:
+        raise UserError(f"unique_captions={cfg.unique_captions} is no share: give more than 0 and at most 1.")
+    for name in ("images", "size", "shard_mb", "training.images_per_s", "training.gpus_per_node", "training.nodes",
+                 "encoding.images_per_s", "encoding.gpus"):  # fmt: skip
+        value = OmegaConf.select(cfg, name)
+        if not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{name}={value} can't be: give a number above 0.")
 
+
+def encoders_of(cfg: DictConfig, chosen: str) -> dict[str, Encoders]:
+    """As precompute would have them, by the first stage's name: the `chosen` one, then those beside it."""
+    conditions = instantiate(cfg.conditions, _convert_="all")
+    text = text_encoder(cfg, conditions)
+    found = {}
+    for name, config in first_stages(cfg, chosen).items():
+        image = weightless(config)
+        if cfg.size % image.factor:
+            raise UserError(f"size={cfg.size} is no multiple of {image.factor}, the f of {name}: give one that is.")
+        found[name] = Encoders(image, text, conditions, torch.device("meta"), 1, cfg.dtype, cfg.flips)
+    return found
+
+
+def first_stages(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
+    """The configured first stage, of the name `chosen`, and those that it is compared with."""
+    found = {chosen: cfg.autoencoder}
+    for name in cfg.beside:
+        path = f"{CONF}/autoencoder/{name}.yaml"
+        if not storage.exists(path):
+            raise UserError(f"beside={name} is no first stage: take names of conf/autoencoder.")
+        found[name] = OmegaConf.load(path)
+        if OmegaConf.missing_keys(found[name]):
+            raise UserError(f"beside={name} is loaded from a path: give it as autoencoder= with autoencoder.path=.")
+    return found
+
+
+def text_encoder(cfg: DictConfig, conditions: Mapping[str, Condition]) -> OnceEach | None:
+    """None where no condition needs one; loaded where it is given by a path."""
+    using = [name for name, condition in conditions.items() if condition.uses_clip]
+    if using and cfg.clip.get("path", "") is None:
+        raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
+    return OnceEach(weightless(cfg.clip), 1) if using else None
+
+
+def weightless(config: DictConfig) -> Any:
+    """A model that knows shapes and holds no memory: built so from its configuration, or loaded and emptied."""
+    if "path" in config:
+        return instantiate(config).to("meta")
     with torch.device("meta"):
-        autoencoder = instantiate(cfg.autoencoder, _convert_="all")
-    if cfg.size % autoencoder.factor:
-        raise UserError(
-            f"size={cfg.size} is no multiple of the first stage's {autoencoder.factor}: choose one that is."
-        )
-    side = cfg.size // autoencoder.factor
-    channels = autoencoder.latent_channels
-    latents = {"moments": (2 * channels, side, side), "indices": (side, side), "pixels": (3, side, side)}
-    return Shapes(autoencoder.stored_as, latents[autoencoder.stored_as], (cfg.tokens, cfg.text_dim), (cfg.pooled_dim,))
+        return instantiate(config)
 
 
-def plan(
-    shapes: Shapes, images: int, shard_size: int, dtype: str, captions_per_distinct: float, picture: float
-) -> list[Line]:
-    """Pictures, latents with text stored a sample, with each different caption's stored once, and without text."""
-    latents = [array_bytes(shapes.latents, "int32" if shapes.stored_as == "indices" else dtype)]
-    text = [array_bytes(shapes.text, dtype), array_bytes(shapes.pooled, dtype)]
-    json_bytes, caption = 110, 60
-    whole, alone = member_sum([*latents, *text, json_bytes]), member_sum([*latents, json_bytes])
+def members_of(cfg: DictConfig, encoders: Encoders) -> dict[str, int]:
+    """Extension -> bytes of a latent sample."""
+    sides = (cfg.size, cfg.size)
+    return field_bytes(encoders, sides) | {"json": json_of(cfg.caption_bytes, cfg.json_bytes, sides)}
+
+
+def layouts_of(cfg: DictConfig, stages: Mapping[str, Encoders], images: int) -> list[Layout]:
+    """Whole data sets; the first is what precompute_latents.py writes by the same options."""
+    layouts = []
+    for name, encoders in stages.items():
+        members = members_of(cfg, encoders)
+        layouts.append(Layout(f"{name}: latents and conditions, a copy a sample", members))
+        made = [condition for condition in encoders.conditions.values() if condition.made_from == ("caption",)]
+        of_caption = [f"{field}.npy" for condition in made for field in condition.fields]
+        if of_caption:
+            title = f"{name}: latents, text once a caption"
+            layouts.append(deduplicated(title, members, of_caption, images, cfg.unique_captions))
+            kept = {extension: size for extension, size in members.items() if extension not in of_caption}
+            layouts.append(Layout(f"{name}: latents, text encoded in training", kept))
+    for kind, per_pixel in cfg.bytes_per_pixel.items():
+        members = {kind: round(per_pixel * cfg.size**2), "txt": cfg.caption_bytes, "json": max(2, cfg.json_bytes)}
+        layouts.append(Layout(f"pictures ({kind}), all encoded in training", members))
+    return layouts
+
+
+def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[Layout]:
+    """Each member by itself, in the dtypes there are; what all first stages have in common once."""
+    parts: dict[str, Layout] = {}
+    for name, encoders in stages.items():
+        by_dtype = {dtype: members_of(cfg, encoders._replace(dtype=dtype)) for dtype in ("float16", "float32")}
+        own = {f"{field}.npy" for field in encoders.makers[0].fields}
+        for extension in by_dtype["float16"]:
+            label = f"{name}: {extension}" if extension in own else extension
+            sizes = {dtype: members[extension] for dtype, members in by_dtype.items()}
+            if len(set(sizes.values())) == 1:
+                sizes = {"": sizes["float16"]}
+            for dtype, size in sizes.items():
+                title = f"{label}, {dtype}" if dtype else label
+                parts.setdefault(title, Layout(title, {extension: size}))
+    return list(parts.values())
+
+
+def sentences(cfg: DictConfig, images: int, rates: Rates) -> list[str]:
+    """What the tables stand on, and the times."""
+    encoding = images / (cfg.encoding.images_per_s * cfg.encoding.gpus)
     return [
-        Line("pictures and captions", member_sum([picture, caption, json_bytes]), images, shard_size),
-        Line(f"{shapes.stored_as}, text for each", whole, images, shard_size),
-        Line(
-            f"{shapes.stored_as}, text once a caption",
-            alone + (whole - alone) / captions_per_distinct,
-            images,
-            shard_size,
-        ),
-        Line(f"{shapes.stored_as}, text online", alone, images, shard_size),
+        f"{images:,} images of {cfg.size} x {cfg.size}, stored in {cfg.dtype}; captions of {cfg.caption_bytes} bytes, "
+        f"{cfg.unique_captions:.0%} of them different; shards of {cfg.shard_mb} MB; sizes in powers of ten.",
+        f"Training at {rates.images_per_s:g} images/s a GPU, {rates.gpus_per_node} GPUs a node, {rates.nodes} nodes: "
+        f"{rates.cluster:,.0f} images/s, an epoch in {duration(images / rates.cluster)}. Precompute at "
+        f"{cfg.encoding.images_per_s:g} images/s on {cfg.encoding.gpus} GPUs: {duration(encoding)}.",
     ]
 
 
-def array_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Of a .npy: its header and its values."""
-    header = io.BytesIO()
-    kind = {"float16": "<f2", "bfloat16": "|V2", "float32": "<f4", "int32": "<i4"}[dtype]
-    np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
-    return header.tell() + math.prod(shape) * np.dtype(kind).itemsize
+def table(rows: Sequence[Row]) -> str:
+    """In Markdown, which is read as well as it is."""
+    lines = [HEADINGS, *(row.cells for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    padded = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
+        padded.append(f"| {' | '.join(cells)} |")
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]])
 
 
-def member_sum(sizes: list[float]) -> float:
-    """In a tar: a header each, and padding to whole blocks."""
-    return sum(BLOCK + math.ceil(size / BLOCK) * BLOCK for size in sizes)
-
-
-def picture_bytes(cfg: DictConfig) -> float:
-    """Of one stored picture, by the given bits a pixel."""
-    return cfg.size**2 * cfg.bits_per_pixel / 8
-
-
-def row_of(line: Line, rates: Mapping[str, Any], encoded_per_s: float) -> dict[str, Any]:
-    """A line with what reading it asks of a node and of the store."""
-    per_node = rates["images_per_s"] * rates["gpus_per_node"]
-    gpus = rates["gpus_per_node"] * rates["nodes"]
-    return {
-        "what": line.what,
-        "bytes_per_sample": round(line.bytes_per_sample),
-        "terabytes": line.bytes / 1e12,
-        "shards": line.shards,
-        "megabytes_per_s_per_node": line.bytes_per_sample * per_node / 1e6,
-        "gigabytes_per_s": line.bytes_per_sample * per_node * rates["nodes"] / 1e9,
-        "hours_per_epoch": line.samples / (rates["images_per_s"] * gpus) / 3600,
-        "hours_to_precompute": line.samples / (encoded_per_s * gpus) / 3600,
-    }
-
-
-def say(cfg: DictConfig, shapes: Shapes, table: list[dict[str, Any]]) -> None:
-    """The table, and what it was reckoned from."""
-    print(
-        f"{float(cfg.images):,.0f} pictures of {cfg.size}x{cfg.size}: {shapes.stored_as} "
-        f"{'x'.join(map(str, shapes.latents))}, text {shapes.text[0]}x{shapes.text[1]}, {cfg.dtype}, "
-        f"{cfg.shard_size} a shard"
-    )
-    print(f"{'stored':<34} {'B/sample':>9} {'TB':>9} {'shards':>8} {'MB/s node':>10} {'GB/s all':>9}")
-    for row in table:
-        print(
-            f"{row['what']:<34} {row['bytes_per_sample']:>9,} {row['terabytes']:>9.3f} {row['shards']:>8,} "
-            f"{row['megabytes_per_s_per_node']:>10.1f} {row['gigabytes_per_s']:>9.2f}"
+def held_against(cfg: DictConfig, layout: Layout) -> dict[str, Any]:
+    """The plan for the latents at input= beside what their tars really have."""
+    manifest = Manifest.load(cfg.input, "latents")
+    differing = sorted(set(layout.members) ^ set(manifest.fields))
+    if differing:
+        raise UserError(
+            f"{cfg.input} and the plan differ in {', '.join(differing)}: give the autoencoder, clip and conditions "
+            "that made it."
         )
-    print(
-        f"at {cfg.images_per_s_per_gpu:g} pictures/s a GPU on {cfg.nodes} nodes of {cfg.gpus_per_node}: "
-        f"{table[0]['hours_per_epoch']:.1f} h an epoch; precomputing at {cfg.encoded_per_s_per_gpu:g}: "
-        f"{table[0]['hours_to_precompute']:.1f} h"
+    written = sum(shard.bytes for shard in manifest.shards)
+    planned = sum(shard_bytes(layout.sample, shard.samples) for shard in manifest.shards)
+    sentence = (
+        f"{cfg.input}: {manifest.samples:,} samples in {len(manifest.shards)} shards have {words(written)}, as planned "
+        f"{words(planned)} ({planned / written - 1:+.2%})."
     )
-    print(
-        f"assumed: {cfg.bits_per_pixel:g} bits a pixel of a stored picture, {cfg.captions_per_distinct:g} pictures a "
-        "different caption; the rest follows from the models' shapes and tar's layout"
-    )
+    return {"bytes": written, "planned_bytes": planned, "samples": manifest.samples, "sentence": sentence}
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ def read_index(root: str | Path, shard: Shard) -> list[IndexEntry]:
     """Where each sample of a shard lies: from its .idx, else by one pass over the tar."""
     check_size(root, shard)
     path = storage.join(root, shard.index_name)
+    if not shard.bytes:
+        raise DataError(f"shard {storage.join(root, shard.name)} is empty: make or copy it again.")
     index = storage.read_if_there(path)
     if index is not None:
         entries = parse_index(index, path)

@@ -1,10 +1,9 @@
-"""Check a data set, shard by shard, and draw samples of it for a person to look at."""
+"""Check a data set of pictures or latents, and draw some of it for a person to look at. Ends with 0, or 3 if wrong."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,163 +12,215 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from data_pipeline import storage
-from data_pipeline.encoders import ImageEncoder
+from data_pipeline.encoders import TextEncoder
 from data_pipeline.entry import entry
 from data_pipeline.errors import DataError, UserError
-from data_pipeline.image_transforms import centre_square
+from data_pipeline.index_shards import KnownKeys
+from data_pipeline.look_at_samples import Drawing, Seen, look_at
 from data_pipeline.manifest import Manifest, find_splits
-from data_pipeline.picture_grid import grid, save_png
+from data_pipeline.precompute_latents import chosen_device
 from data_pipeline.progress import Progress
-from data_pipeline.verify import Findings, check_shard, chosen_samples
+from data_pipeline.shard_checks import (
+    AGAIN,
+    CHECKS,
+    Codes,
+    Findings,
+    check_accounting,
+    check_claims,
+    check_constants,
+    check_shard,
+)
 
 
-class Belongings(NamedTuple):
-    """What a latent data set says it was made by, as far as it is at hand."""
+class DataSet(NamedTuple):
+    """A split (or a bucket's split) that is looked into, and what was found; source: where its pictures come from."""
 
-    image: ImageEncoder | None
-    text: Any | None
-    pictures: Mapping[str, str]  # split -> root of the image-text shards
+    name: str
+    root: str
+    manifest: Manifest
+    findings: Findings
+    source: str | None = None
+
+    @property
+    def title(self) -> str:
+        return self.name or "samples"
 
 
 @entry("verify_shards")
 def main(cfg: DictConfig) -> None:
-    if storage.is_s3(cfg.output):
-        raise UserError(f"output={cfg.output}: the report is for people to look at; choose a local folder.")
-    splits, output = find_splits(cfg.input), Path(cfg.output)
-    belongings = Belongings(
-        instantiate(cfg.autoencoder) if cfg.autoencoder.get("path") else None,
-        instantiate(cfg.clip) if cfg.clip.get("path") else None,
-        find_splits(cfg.shards) if cfg.shards else {},
-    )
-    reports = {name or "all": check_split(name, root, belongings) for name, root in sorted(splits.items())}
-    for (name, report), root in zip(reports.items(), [root for _, root in sorted(splits.items())], strict=True):
+    if cfg.every < 1 or cfg.samples < 0:
+        raise UserError(f"every={cfg.every} samples={cfg.samples} can't be: every is 1 or more, samples 0 or more.")
+    drawing = instantiate(cfg.drawing)
+    device = chosen_device(cfg.device)
+    image = instantiate(cfg.autoencoder).to(device) if cfg.autoencoder.get("path") else None
+    text = instantiate(cfg.clip) if cfg.clip.path else None
+    sets = opened(cfg.input, cfg.shards)
+    known, seen = KnownKeys(), {}
+    with Progress("verify_shards", sum(each.manifest.samples for each in sets), "samples") as bar:
+        for each in sets:
+            check_set(each, cfg.every, known, bar)
+    agree(sets)
+    for each in sets:
+        check_encoders(each, image and image.fingerprint, text)
         if cfg.samples:
-            report |= draw(root, Manifest.load(root), belongings, cfg.samples, output / f"{name}.png")
-    storage.write_atomically(output / "report.json", json.dumps(reports, indent=1).encode())
-    say(reports, output)
-    wrong = sum(len(report["findings"]) for report in reports.values())
+            seen[each.name] = drawn(each, cfg, Drawing(image, device, **drawing))
+    report(sets, seen, cfg)
+
+
+def opened(root: str, shards: str | None) -> list[DataSet]:
+    """Its splits; or those of its buckets, which lie a folder deeper. A damaged manifest is a finding."""
+    try:
+        found = find_splits(root)
+    except UserError:
+        found = {}
+        for bucket in storage.subfolders(root):
+            below = storage.join(root, bucket)
+            splits = {name: storage.join(below, name) for name in storage.subfolders(below)}
+            found |= {
+                f"{bucket}/{name}": path
+                for name, path in splits.items()
+                if storage.exists(storage.join(path, "manifest.json"))
+            }
+        if not found:
+            raise
+    sources = find_splits(shards) if shards else {}
+    sets = []
+    for name, path in sorted(found.items(), reverse=True):  # train before heldout
+        split = name.rpartition("/")[2]
+        if shards and split not in sources:
+            raise UserError(f"shards={shards} has no {split or 'manifest'} beside {path}: give what it was made of.")
+        manifest, findings = Manifest("damaged", ()), Findings()
+        try:
+            manifest = Manifest.load(path)
+        except DataError as error:
+            findings.add("manifest", str(error))
+        source = sources.get(split) if manifest.kind == "latents" else None
+        sets.append(DataSet(name, path, manifest, findings, source))
+    return sets
+
+
+def check_set(data: DataSet, every: int, known: KnownKeys, bar: Progress) -> None:
+    """Everything that the files say of themselves; `known`: the keys of all splits so far."""
+    manifest, findings, codes = data.manifest, data.findings, Codes()
+    if manifest.kind == "damaged":
+        return
+    check_claims(data.root, manifest, findings)
+    if manifest.kind == "latents":
+        codes = check_constants(data.root, manifest, findings)
+    for number, shard in enumerate(manifest.shards):
+        if number % every == 0:
+            keys = check_shard(data.root, shard, manifest, codes, findings)
+            findings.asked.add("keys")
+            for key, again in zip(keys, known.those_known(keys), strict=True):
+                if again:
+                    where = storage.join(data.root, shard.name)
+                    findings.add("keys", f"{key} of {where} comes a second time: rename it in the source; {AGAIN}.")
+        bar.advance(shard.samples, wrong=str(findings.counts.total()))
+    if data.source:
+        source = Manifest.load(data.source, "image-text")
+        refuse_others(data, {"images": source.fingerprint}, "shards")
+        if "/" not in data.name:  # of a bucket, the rest is in the others
+            check_accounting(data.root, manifest, source, findings)
+
+
+def agree(sets: list[DataSet]) -> None:
+    """Splits were made by the same encoders in the same way."""
+    latents = [each for each in sets if each.manifest.kind == "latents"]
+    for each in latents[1:]:
+        first = {name: mark for name, mark in latents[0].manifest.fingerprints.items() if name != "images"}
+        other = {name: mark for name, mark in each.manifest.fingerprints.items() if name != "images"}
+        each.findings.asked.add("fingerprints")
+        if first != other:
+            differing = ", ".join(sorted(name for name in {**first, **other} if first.get(name) != other.get(name)))
+            each.findings.add("fingerprints", f"{each.root} differs from {latents[0].root} in {differing}: {AGAIN}.")
+
+
+def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | None) -> None:
+    """Latents and text states are those of the encoders at hand; of the CLIP's state of "", all values."""
+    if data.manifest.kind != "latents":
+        return
+    given = {"autoencoder": autoencoder, "text_encoder": text and text.fingerprint}
+    refuse_others(data, {name: mark for name, mark in given.items() if mark}, "autoencoder.path and clip.path")
+    if text is not None and "text.npy" in data.manifest.fields:
+        from safetensors.torch import load
+
+        null = load(storage.read_bytes(storage.join(data.root, "null.safetensors")))
+        data.findings.asked.add("constants")
+        if not torch.allclose(null["text"], text.encode_text([""]).tokens[0].cpu(), atol=1e-4):
+            data.findings.add("constants", f"the null of {data.root} is not this CLIP's state of no words: {AGAIN}.")
+
+
+def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None:
+    """A finding for each fingerprint that is not the given one."""
+    for name, mark in given.items():
+        data.findings.asked.add("fingerprints")
+        has = data.manifest.fingerprints.get(name)
+        if has != mark:
+            data.findings.add(
+                "fingerprints",
+                f"{data.root} was made with {name} {has}, not {mark}: give what made it by {options}, or {AGAIN}.",
+            )
+
+
+def drawn(data: DataSet, cfg: DictConfig, drawing: Drawing) -> Seen | None:
+    """The sheet of pictures <output>/<name>.png, and what was measured on it."""
+    if data.manifest.kind == "damaged" or (data.manifest.kind == "latents" and not drawing.can_decode(data.manifest)):
+        return None
+    seen = look_at(data.root, data.manifest, data.source, cfg.samples, drawing, data.findings)
+    if seen is not None:
+        storage.write_atomically(storage.join(cfg.output, data.title.replace("/", "_") + ".png"), seen.sheet)
+    return seen
+
+
+def report(sets: list[DataSet], seen: Mapping[str, Seen | None], cfg: DictConfig) -> None:
+    """<output>/report.json, the findings, a table; a DataError where anything is wrong."""
+    about = {each.title: described(each, seen.get(each.name)) for each in sets}
+    wrong = sum(each.findings.counts.total() for each in sets)
+    content = {"input": cfg.input, "every": cfg.every, "wrong": wrong, "sets": about}
+    storage.write_atomically(storage.join(cfg.output, "report.json"), json.dumps(content, indent=1).encode())
+    for each in sets:
+        for check, sentences in each.findings.sentences.items():
+            more = each.findings.counts[check] - len(sentences)
+            for sentence in [*sentences, *([f"and {more} more like these"] if more else [])]:
+                print(f"{each.title}, {check}: {sentence}")
+    print(table(sets, seen))
     if wrong:
-        raise DataError(
-            f"{wrong} kinds of fault in {cfg.input}: the list above, and {output}/report.json, say what to do."
-        )
+        raise DataError(f"{wrong} faults in {cfg.input}: the list above and {cfg.output}/report.json say what to do.")
+    print(f"verify_shards: all is well; report.json in {cfg.output}")
 
 
-def check_split(name: str, root: str, belongings: Belongings) -> dict[str, Any]:
-    """Everything that can be checked of one data set."""
-    manifest, findings = Manifest.load(root), Findings()
-    check_origin(root, manifest, belongings, belongings.pictures.get(name), findings)
-    keys: dict[str, str] = {}
-    with Progress(f"verify {name or 'data set'}", manifest.samples, "samples") as bar:
-        for shard in manifest.shards:
-            check_shard(root, manifest, shard, keys, findings)
-            bar.advance(shard.samples)
+def described(data: DataSet, seen: Seen | None) -> dict[str, Any]:
+    manifest, findings = data.manifest, data.findings
     return {
         "kind": manifest.kind,
+        "samples": manifest.samples,
         "shards": len(manifest.shards),
-        "samples": len(keys),
-        "listed": manifest.samples,
-        "gigabytes": round(sum(shard.bytes for shard in manifest.shards) / 1e9, 4),
-        "findings": findings.sentences(),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "fields": manifest.fields,
+        "fingerprints": {"data": manifest.fingerprint, **manifest.fingerprints},
+        "checks": {check: findings.state(check) for check in CHECKS},
+        "findings": findings.sentences,
+        "psnr_db": seen.psnr if seen else None,
+        "autoencoders_own_psnr_db": seen.own_psnr if seen else None,
     }
 
 
-def check_origin(
-    root: str, manifest: Manifest, belongings: Belongings, pictures: str | None, findings: Findings
-) -> None:
-    """The encoders and pictures that are given are those that the latents were made of; the constants are there."""
-    if manifest.kind != "latents":
-        return
-    made_of = manifest.fingerprints
-    at_hand = {
-        "autoencoder": getattr(belongings.image, "fingerprint", None),
-        "text_encoder": getattr(belongings.text, "fingerprint", None),
-        "images": Manifest.load(pictures, "image-text").fingerprint if pictures else None,
-    }
-    for what, mark in at_hand.items():
-        if mark is not None and made_of.get(what, mark) != mark:
-            findings.add(
-                f"made of {what} {made_of[what]}, but {mark} was given: give the one, or precompute again", root
-            )
-    for constant in ("null.safetensors", *(["codebook.safetensors"] if "indices.npy" in manifest.fields else [])):
-        if not storage.exists(storage.join(root, constant)):
-            findings.add(f"no {constant}: run precompute_latents.py again", root)
-
-
-def draw(root: str, manifest: Manifest, belongings: Belongings, count: int, path: Path) -> dict[str, Any]:
-    """A grid of samples as PNG: pictures, or what the first stage makes of latents, beside the pictures if given."""
-    try:
-        samples = list(chosen_samples(root, manifest, count))
-    except (DataError, OSError):
-        return {}
-    if manifest.kind == "image-text":
-        pictures = [sample["image"] for sample in samples]
-    elif belongings.image is not None and samples:
-        pictures = decoded(samples, belongings.image)
-    else:
-        return {}
-    originals = pictures_by_key(belongings.pictures, {s["key"] for s in samples}) if manifest.kind == "latents" else {}
-    shown, labels, errors = [], [], []
-    side = max(max(picture.shape[:2]) for picture in pictures)
-    for sample, picture in zip(samples, pictures, strict=True):
-        shown.append(padded(picture, side))
-        labels.append(sample["caption"])
-        if sample["key"] in originals and picture.shape[0] == picture.shape[1]:
-            original = centre_square(originals[sample["key"]], picture.shape[0])
-            errors.append(float(np.square(picture.astype(float) - original).mean()))
-            shown.append(padded(original, side))
-            labels.append("(the picture)")
-    if shown:
-        save_png(grid(shown, labels, columns=8, scale=max(1, 96 // side)), path)
-    psnr = [10 * np.log10(255.0**2 / max(error, 1e-9)) for error in errors]
-    return {"grid": str(path), **({"psnr_db": round(float(np.mean(psnr)), 2)} if psnr else {})}
-
-
-@torch.no_grad()
-def decoded(samples: list[dict[str, Any]], image: ImageEncoder) -> list[np.ndarray]:
-    """(H, W, 3) uint8 of the mean of each stored posterior."""
-    pictures = []
-    for sample in samples:
-        stored = np.asarray(sample[image.stored_as])
-        wide = stored.astype(np.float32 if stored.dtype.kind == "f" else np.int64)
-        mean, _ = image.posterior_of(torch.from_numpy(wide)[None])
-        pixels = image.decode(mean)[0].permute(1, 2, 0).clamp(-1, 1)
-        pictures.append(((pixels + 1) * 127.5).round().to(torch.uint8).numpy())
-    return pictures
-
-
-def pictures_by_key(roots: Mapping[str, str], keys: set[str]) -> dict[str, Any]:
-    """The pictures of some samples, wherever they lie."""
-    from PIL import Image
-
-    found = {}
-    for root in roots.values():
-        manifest = Manifest.load(root, "image-text")
-        for sample in chosen_samples(root, manifest, manifest.samples):
-            if sample["key"] in keys:
-                found[sample["key"]] = Image.fromarray(sample["image"])
-    return found
-
-
-def padded(picture: np.ndarray, side: int) -> np.ndarray:
-    """(side, side, 3), white around."""
-    canvas = np.full((side, side, 3), 255, np.uint8)
-    canvas[: picture.shape[0], : picture.shape[1]] = picture
-    return canvas
-
-
-def say(reports: Mapping[str, Mapping[str, Any]], output: Path) -> None:
-    """A table, then each finding."""
-    print(f"{'split':<10} {'kind':<11} {'shards':>7} {'samples':>9} {'GB':>9}  PSNR dB  findings")
-    for name, report in reports.items():
-        psnr = f"{report['psnr_db']:.2f}" if "psnr_db" in report else ""
-        print(
-            f"{name:<10} {report['kind']:<11} {report['shards']:>7} {report['samples']:>9} {report['gigabytes']:>9.4f}"
-            f"  {psnr:>7}  {len(report['findings']) or 'none'}"
-        )
-    for name, report in reports.items():
-        for sentence in report["findings"]:
-            print(f"  {name}: {sentence}")
-    print(f"verify_shards: report and pictures in {output}")
+def table(sets: list[DataSet], seen: Mapping[str, Seen | None]) -> str:
+    """A column a data set, a row a fact or check."""
+    rows = [["", *(each.title for each in sets)]]
+    rows.append(["kind", *(each.manifest.kind for each in sets)])
+    rows.append(["samples", *(f"{each.manifest.samples:,}" for each in sets)])
+    rows.append(["shards", *(f"{len(each.manifest.shards):,}" for each in sets)])
+    sizes = [sum(shard.bytes for shard in each.manifest.shards) / 2**20 for each in sets]
+    rows.append(["MiB", *(f"{size:,.1f}" for size in sizes)])
+    rows += [[check, *(each.findings.state(check) for each in sets)] for check in CHECKS]
+    if any(each and each.psnr is not None for each in seen.values()):
+        shown = [seen.get(each.name) for each in sets]
+        rows.append(["PSNR", *(f"{each.psnr:.2f} dB" if each and each.psnr is not None else "-" for each in shown)])
+    widths = np.array([[len(cell) for cell in row] for row in rows]).max(0)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 if __name__ == "__main__":

@@ -11,10 +11,15 @@ source slurm/restarts.sh
 # What processes leave with (docs/operations.md): stopped as told and saved; a mistake of the user's; damaged data.
 readonly START_ME_AGAIN=75 USER_ERROR=2 DATA_ERROR=3
 
-# launch <script.py> [overrides...]: never returns.
+# launch [--alone] <script.py> [overrides...]: never returns. --alone: one process, however much was asked for.
 launch() {
     local nodes=$SLURM_JOB_NUM_NODES tasks cpus code
-    tasks=$(tasks_per_node) || exit 2
+    if [[ $1 == --alone ]]; then
+        shift
+        nodes=1 tasks=1
+    else
+        tasks=$(tasks_per_node) || exit 2
+    fi
     cpus=$(cpus_per_task "$tasks") || exit 2
     export PYTHON=${PYTHON:-$(default_python)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)

@@ -65,6 +65,11 @@ class EngineConfig:
             raise UserError(f"engine.offload={self.offload} is unknown: take one of {', '.join(OFFLOAD)}.")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise UserError("engine.offload=optimizer needs ZeRO: take engine=zero1, zero2 or zero3.")
+        if self.offload == "optimizer" and self.zero_stage in (1, 2) and self.dtype != "fp32":
+            raise UserError(
+                "engine.offload=optimizer at ZeRO stage 1 or 2 never recovers from one gradient that is not finite in "
+                f"{self.dtype}: take engine=zero3."
+            )
         if self.offload == "all" and self.zero_stage != 3:
             raise UserError("engine.offload=all, the weights too, needs ZeRO stage 3: take engine=zero3.")
 
@@ -81,7 +86,8 @@ class EngineConfig:
             "gradient_accumulation_steps": accumulation,
             "train_batch_size": micro_batch * accumulation * world_size,
             "gradient_clipping": self.gradient_clipping if self.zero_stage else 0.0,  # stage 0: by Engine
-            "bf16": {"enabled": self.dtype == "bf16"},
+            # Without the second, its optimizer for bf16 with fp32 accumulation adds earlier micro-batches again.
+            "bf16": {"enabled": self.dtype == "bf16", "immediate_grad_update": True},
             # Dynamic loss scale: from 2^16, halved at overflow, doubled after 1000 steps without.
             "fp16": {"enabled": self.dtype == "fp16", "loss_scale": 0, "initial_scale_power": 16},
             "data_types": {"grad_accum_dtype": "fp32" if self._accumulates_in_fp32(accumulation) else "bf16"},

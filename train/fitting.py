@@ -178,6 +178,7 @@ def _fit(
         try:
             trainer.fit()
         except NumbersWentBad as bad:
+            heart.beat("start", state.step)  # reading a checkpoint may take long
             go_back(what, bad, watch, checkpoints, engine, ema, state)
             reporter.rewind(state.step)
     heart.beat("finish", state.step)
@@ -196,6 +197,7 @@ def go_back(
     if not checkpoints.roll_back(engine, ema, state, bad.good_step):
         raise UserError(f"{bad.why}, and no checkpoint lies before it: {remedy}")
     state.passed_over, state.rollbacks, watch.skipped = passed_over + gone_bad - state.step, rollbacks + 1, 0
+    watch.good_step = state.step
     watch.note({"step": gone_bad, "rolled_back_to": state.step, "why": bad.why})
     if watch.ranks.is_main:
         print(f"{what}: {bad.why}: back to step {state.step}, past the data up to there", flush=True)

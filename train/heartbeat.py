@@ -115,11 +115,17 @@ class Heartbeat(Heart):
                 self.began += late
             # Of C, for when a call that never returns keeps Python from running this thread.
             faulthandler.dump_traceback_later(self.timeout * SLOW_FACTOR, exit=True, file=sys.__stderr__)
-            if self.phase == "data" and time.monotonic() - self.began > self.interval:
-                self._name_shards()
-            self._write()
-            if time.monotonic() - self.began > self._allowed(self.phase):
-                self._end_unless_another_is_at_work()
+            try:
+                self._look()
+            except Exception as error:  # a thread that ended would leave the timer to end a healthy rank
+                _say(f"{self._sign()}: the watch failed with {type(error).__name__}: {error}")
+
+    def _look(self) -> None:
+        if self.phase == "data" and time.monotonic() - self.began > self.interval:
+            self._name_shards()
+        self._write()
+        if time.monotonic() - self.began > self._allowed(self.phase):
+            self._end_unless_another_is_at_work()
 
     def _allowed(self, phase: str) -> float:
         return self.timeout * (SLOW_FACTOR if phase in SLOW else 1.0)
@@ -164,7 +170,7 @@ def read_signs(folder: Path, world_size: int) -> list[Sign]:
     for rank in range(world_size):
         try:
             signs.append(Sign(**json.loads(_path(folder, rank).read_text())))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             signs.append(Sign(rank, "an unknown node", "start", 0, "", 0.0, 0.0))
     return signs
 

@@ -178,10 +178,13 @@ def _init(about: dict[str, Any], mode: str, patience_s: float | None) -> Any:
 def _last_step_told(run: Any, folder: Path, run_id: str) -> int:
     """Which W&B has of this run from earlier starts: as its server says, or its offline files. 0: none."""
     last = run.step - 1 if run.resumed else 0
+    keep_logs_there = {**os.environ, "WANDB_DIR": str(folder)}  # its command keeps one, by default in TMPDIR
     for path in folder.glob(f"wandb/offline-run-*-{run_id}/run-*.wandb"):
         line = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            said = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60).stdout
+            said = subprocess.run(
+                line, env=keep_logs_there, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60
+            ).stdout
             last = max([last, *map(int, re.findall(r'"_step":(\d+)', said))])
     return last
 

@@ -83,6 +83,8 @@ def secret_names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     for name, value in config.items():
         if isinstance(value, Mapping):
             found += secret_names(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            found += secret_names({f"{name}[{i}]": item for i, item in enumerate(value)}, prefix)
         elif isinstance(value, str) and value and (_SECRET_NAME.search(name.lower()) or _URL_WITH_SECRET.search(value)):
             found.append(prefix + name)
     return found

@@ -29,7 +29,9 @@ class PictureFile(SourceItem):
 class ImageFolder:
     """Pictures below `path`, by name."""
 
-    def __init__(self, path: str, limit: int | None = None) -> None:
+    def __init__(self, path: str | None, limit: int | None = None) -> None:
+        if path is None:
+            raise UserError("input must be given: the folder that holds the pictures; add input=....")
         self.path, self.limit = Path(path), limit
 
     def items(self) -> Iterator[SourceItem]:

@@ -7,6 +7,7 @@ another test run or be seen from outside, and killing a machine's first process 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -263,6 +264,11 @@ class Cluster:
             timeout=30,
         )
         return done.stdout
+
+    def bring_back(self, node: str) -> None:
+        """One that was set down. It may have come back by itself (ReturnToService=2), and is refused then."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self.client("scontrol", "update", f"nodename={node}", "state=resume")
 
     def submit(self, root: Path, *arguments: str, **environment: str) -> Job:
         """sbatch from `root`, its log in the cluster's folder."""

@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
@@ -69,6 +71,9 @@ MISTAKES = {
     "wrong secret": ({"AWS_SECRET_ACCESS_KEY": "wrongsecret"}, "AWS_SECRET_ACCESS_KEY"),
     "wrong key": ({"AWS_ACCESS_KEY_ID": "AKIAWRONGKEY"}, "AWS_ACCESS_KEY_ID"),
     "no keys": ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no keys were found"),
+    "half of the keys": ({"AWS_SECRET_ACCESS_KEY": ""}, "half of the keys is missing"),
+    "unknown profile": ({"AWS_PROFILE": "nobody"}, "unset AWS_PROFILE"),
+    "no region": ({"AWS_REGION": "no region"}, "no name of a region: set AWS_REGION"),
     "nobody listens": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "STORE_ATTEMPTS": "2"}, "2 attempts"),
     "unknown host": ({"AWS_ENDPOINT_URL": "http://nowhere.invalid", "STORE_ATTEMPTS": "2"}, "2 attempts"),
     "no URL": ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "must be http"),
@@ -105,3 +110,24 @@ def test_a_missing_object_and_a_bad_name_are_sentences(bucket):
         storage.read_bytes("s3://Not A Bucket/none")
     with pytest.raises(UserError, match=r"no name for a bucket"):
         storage.read_bytes(f"s3://{bucket}")
+
+
+def test_a_forked_process_reads_with_a_client_of_its_own(bucket):
+    path = f"s3://{bucket}/file"
+    storage.write_atomically(path, b"data")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        assert pool.submit(storage.read_bytes, path).result(30) == b"data"
+
+
+def test_settings_reach_this_process_and_those_it_starts(bucket, monkeypatch, tmp_path):
+    for name in s3.VARIABLES.values():
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back at the end
+    storage.configure(endpoint="http://host:1", region="here", deadline_s=7, attempts=2, cache=None)
+    assert s3.Settings.now() == s3.Settings("http://host:1", "here", 7.0, 2)
+    storage.configure(attempts=None)
+    assert os.environ["STORE_ATTEMPTS"] == "2"
+    with pytest.raises(UserError, match="STORE_ATTEMPTS a number"):
+        storage.configure(attempts=0)
+    storage.configure(attempts=2)
+    with pytest.raises(UserError, match="go together"):
+        storage.configure(cache=str(tmp_path))

@@ -68,8 +68,10 @@ def adaptive_weight(error: Tensor, gan: Tensor, last_layer: Tensor) -> Tensor:
     """lambda = |grad error| / (|grad gan| + delta) at the decoder's last layer (Esser et al. 2021, eq. 7), detached.
 
     Gradients are averaged over ranks first, so that lambda does not depend on their number. It costs a backward of the
-    discriminator, and an all-reduce of that one layer.
+    discriminator, and an all-reduce of that one layer. 1 where no gradients are taken, as by the count of arithmetic.
     """
+    if not torch.is_grad_enabled():
+        return torch.ones_like(error)
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in (error, gan)]
     of_error, of_gan = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1)
     return (of_error / (of_gan + DELTA)).clamp(max=HIGHEST)

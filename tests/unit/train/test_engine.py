@@ -75,7 +75,7 @@ def by_torch(spoiled, steps, clipping):
 @pytest.mark.parametrize(
     ("stage", "dtype", "accumulation", "clipping"),
     [(0, "fp32", 1, 1.0), (0, "fp32", 2, 0.1), (0, "fp32", 1, 0.0), (1, "fp32", 1, 1.0), (2, "fp32", 2, 1.0),
-     (3, "fp32", 1, 1.0), (1, "bf16", 1, 1.0), (2, "bf16", 1, 1.0)],
+     (3, "fp32", 1, 1.0), (1, "bf16", 1, 1.0), (2, "bf16", 1, 1.0), (1, "bf16", 2, 1.0), (2, "bf16", 2, 1.0)],
 )  # fmt: skip
 def test_a_gradient_that_is_not_finite_is_skipped_and_changes_nothing(alone, stage, dtype, accumulation, clipping):
     engine, spoiled = made(alone, stage, dtype, accumulation, clipping), (1, 3)
@@ -164,6 +164,7 @@ def test_activation_checkpointing_keeps_less(alone):
         ({"offload": "disk"}, "take one of none, optimizer, all"),
         ({"zero_stage": 0, "offload": "optimizer"}, "offload=optimizer needs ZeRO"),
         ({"zero_stage": 2, "offload": "all"}, "needs ZeRO stage 3"),
+        ({"zero_stage": 2, "offload": "optimizer", "dtype": "bf16"}, "take engine=zero3"),
         ({"zero_stage": 3, "compile": True}, "take engine=zero2"),
         ({"zero_stage": 0, "dtype": "bf16"}, "take engine=zero1"),
     ],
