@@ -16,7 +16,7 @@ from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
 from data_pipeline.storage import write_atomically
 from train.evaluation.distances import RECALL_PIXELS, nearest, psnr, training_recall
-from train.evaluation.trained_run import TrainedRun, open_run
+from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
 
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
 
@@ -37,12 +37,14 @@ def main(cfg: DictConfig) -> None:
     output = Path(cfg.output or f"{cfg.input}/evaluation")
     right = np.linspace(0, len(train), min(cfg.captions, len(train)), endpoint=False).astype(int)
     chosen = [train[i] for i in right]
+    sampler = instantiate(as_the_run_draws(run.config, "sampler", cfg.sampler))
+    guidance = instantiate(as_the_run_draws(run.config, "guidance", cfg.guidance), _convert_="all")
     with Progress("evaluate_ldm", len(chosen) + len(heldout), "pictures") as bar:
-        drawn = draw(run, cfg, chosen, bar)
-        unseen = draw(run, cfg, heldout, bar)
+        how = {"seed": cfg.seed, "batch_size": cfg.batch_size, "on_batch": bar.advance}
+        drawn, unseen = (run.generator.draw(run.asked(s), sampler, guidance, **how) for s in (chosen, heldout))
     figures = recall_figures(drawn, np.stack([sample["image"] for sample in train]), right, cfg.seed)
     figures |= likeness_figures(run, train, chosen, drawn, heldout, unseen)
-    figures |= {"guidance": cfg.guidance.scale, "steps": cfg.sampler.steps, "weights": str(run.weights)}
+    figures |= {"guidance": guidance.scale, "steps": sampler.steps, "weights": str(run.weights)}
     write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
     save_grids(output, chosen, drawn, heldout, unseen)
     say(figures, output)
@@ -52,12 +54,6 @@ def usable(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any
     """Those that precompute would not have set aside, as far as this run is conditioned on what they lack."""
     whole = [sample for sample in samples if "image" in sample and sample["caption"]]
     return [s for s in whole if not any(condition.reason_against(s) for condition in run.conditions.values())]
-
-
-def draw(run: TrainedRun, cfg: DictConfig, samples: list[dict[str, Any]], bar: Progress) -> np.ndarray:
-    """A picture for each sample's condition."""
-    sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
-    return run.generator.draw(run.asked(samples), sampler, guidance, cfg.seed, cfg.batch_size, on_batch=bar.advance)
 
 
 def recall_figures(drawn: np.ndarray, real: np.ndarray, right: np.ndarray, seed: int) -> dict[str, Any]:

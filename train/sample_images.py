@@ -18,7 +18,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
 from train.evaluation.generate import ByClassifier
-from train.evaluation.trained_run import TrainedRun, open_run
+from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
 
 ASKED = ("prompts", "labels", "layouts", "images", "holes")
 
@@ -26,11 +26,10 @@ ASKED = ("prompts", "labels", "layouts", "images", "holes")
 @entry("sample_images")
 def main(cfg: DictConfig) -> None:
     rows = asked_rows({name: cfg[name] for name in ASKED}, cfg.samples_per_prompt)
-    guidance, steps = instantiate(cfg.guidance, _convert_="all"), number("sampler.steps", cfg.sampler.steps)
-    number("guidance.scale", cfg.guidance.scale)
-    if steps < 1 or steps != int(steps):
-        raise UserError(f"sampler.steps={cfg.sampler.steps}: give a whole number from 1, as sampler.steps=30.")
+    refuse_no_numbers(cfg)
     run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
+    sampler = instantiate(as_the_run_draws(run.config, "sampler", cfg.sampler))
+    guidance = instantiate(as_the_run_draws(run.config, "guidance", cfg.guidance), _convert_="all")
     by_classifier = guided_by(cfg, run, rows)
     refuse_unasked(run, rows[0], also=("labels",) if by_classifier else ())
     away = rows_away_from(cfg.negative_prompt, rows)
@@ -39,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     output = Path(cfg.output or f"{cfg.input}/drawn")
     with Progress("sample_images", len(rows), "pictures") as bar:
         drawn = run.generator.draw(
-            asked, instantiate(cfg.sampler), guidance, cfg.seed, cfg.batch_size, bar.advance, negative, by_classifier
+            asked, sampler, guidance, cfg.seed, cfg.batch_size, bar.advance, negative, by_classifier
         )
     titles = [title(row) for row in rows]
     for i, (name, picture) in enumerate(zip(titles, drawn, strict=True)):
@@ -47,7 +46,8 @@ def main(cfg: DictConfig) -> None:
     sheet = save_png(
         grid(list(drawn), titles, columns=min(cfg.columns, len(rows)), scale=cfg.scale), output / "grid.png"
     )
-    print(f"sample_images: {len(rows)} pictures from {run.weights}, guidance {guidance.scale:g}; grid in {sheet}")
+    how = f"{sampler.steps} steps, guidance {guidance.scale:g}"
+    print(f"sample_images: {len(rows)} pictures from {run.weights}, {how}; grid in {sheet}")
 
 
 def asked_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
@@ -160,6 +160,15 @@ def title(row: Mapping[str, Any]) -> str:
     words += [" and ".join(str(box[0]) for box in row["layouts"])] if "layouts" in row else []
     words += [Path(str(row["images"])).stem] if "images" in row and not words else []
     return ", ".join(words)
+
+
+def refuse_no_numbers(cfg: DictConfig) -> None:
+    """Before anything is loaded."""
+    if cfg.guidance.scale is not None:
+        number("guidance.scale", cfg.guidance.scale)
+    steps = 1 if cfg.sampler.steps is None else number("sampler.steps", cfg.sampler.steps)
+    if steps < 1 or steps != int(steps):
+        raise UserError(f"sampler.steps={cfg.sampler.steps}: give a whole number from 1, as sampler.steps=30.")
 
 
 def number(name: str, value: Any) -> float:

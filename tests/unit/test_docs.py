@@ -52,7 +52,7 @@ def test_linked_functions_are_in_the_linked_file(page):
 
 def test_every_sampler_weighting_and_process_is_explained():
     text = MATHS.read_text()
-    for group in ("process", "parameterization", "loss", "weighting", "sampler", "conditioning"):
+    for group in ("process", "parameterization", "loss", "weighting", "sampler", "spacing", "conditioning"):
         names = [path.stem for path in (CONF / group).glob("*.yaml")]
         assert [name for name in names if f"| `{name}` |" not in text] == [], group
 

@@ -112,6 +112,11 @@ def uses_clip(conditions: Mapping[str, Any]) -> bool:
     return any(condition.uses_clip for condition in conditions.values())
 
 
+def as_the_run_draws(config: Mapping[str, Any], group: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`sampler` or `guidance` of the run's own sample grids, but for what is given."""
+    return {**config[group], **{name: value for name, value in given.items() if value is not None}}
+
+
 def with_path(config: Mapping[str, Any], path: str | None) -> dict[str, Any]:
     """An encoder's configuration, at another place where one is given."""
     return {**config, **({"path": path} if path else {})}

@@ -186,6 +186,7 @@ OPTIONS = [
     *[("weighting", name, "objective.offset_noise=0.1") for name in GROUPS["weighting"]],
     *[("time_sampling", name, "objective.stratified_times=true") for name in GROUPS["time_sampling"]],
     *[("sampler", name, "seed=0") for name in GROUPS["sampler"]],
+    *[("spacing", name, "seed=0") for name in GROUPS["spacing"]],
     *[("guidance", name, "guidance.rescale=0.7") for name in GROUPS["guidance"]],
     *[("unet", name, "fold=1") for name in UNETS if name not in ("demo", "ldm_unconditional")],
 ]  # fmt: skip
@@ -194,11 +195,6 @@ OPTIONS = [
 @pytest.mark.parametrize(("group", "option", "more"), OPTIONS, ids=lambda value: value)
 def test_every_option_takes_a_step_and_draws(group: str, option: str, more: str) -> None:
     works(composed("train_ldm", f"{group}={option}", more))
-
-
-@pytest.mark.parametrize("spacing", ["uniform_times", "trailing_times", "karras_times"])
-def test_every_spacing_draws(spacing: str) -> None:
-    works(composed("train_ldm", f"sampler.times.path=train.diffusion.samplers.{spacing}"))
 
 
 @pytest.mark.parametrize(
