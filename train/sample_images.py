@@ -43,9 +43,8 @@ def main(cfg: DictConfig) -> None:
     titles = [title(row) for row in rows]
     for i, (name, picture) in enumerate(zip(titles, drawn, strict=True)):
         save_png(Image.fromarray(picture), output / f"{i:04d}-{file_stem(name)}.png")
-    sheet = save_png(
-        grid(list(drawn), titles, columns=min(cfg.columns, len(rows)), scale=cfg.scale), output / "grid.png"
-    )
+    shown = list(run.generator.beside_what_was_given(asked, drawn, cfg.batch_size))
+    sheet = save_png(grid(shown, titles, columns=min(cfg.columns, len(rows)), scale=cfg.scale), output / "grid.png")
     how = f"{sampler.steps} steps, guidance {guidance.scale:g}"
     print(f"sample_images: {len(rows)} pictures from {run.weights}, {how}; grid in {sheet}")
 

@@ -227,7 +227,8 @@ class Preview:
         if self.run.ranks.is_main:
             drawn = self.generator.draw(self.asked, self.sampler, self.guidance, self.seed)
             path = self.run.samples / f"step-{state.step:08d}.png"
-            self.reporter.image(state.step, "samples", save_png(grid(list(drawn), self.asked.captions), path))
+            shown = list(self.generator.beside_what_was_given(self.asked, drawn))
+            self.reporter.image(state.step, "samples", save_png(grid(shown, self.asked.captions), path))
 
 
 def report(run: RunFolder) -> None:

@@ -63,6 +63,8 @@ def test_trained_and_drawn(folder: Path, name: str) -> None:
     drawn = sorted((trained / "drawn").glob("0*.png"))
     assert drawn
     assert all(Image.open(path).size == (64, 64) for path in drawn)
+    both = 2 if name in ("super_resolution", "super_resolution_text", "inpainting") else 1  # the given, then the drawn
+    assert Image.open(trained / "drawn/grid.png").width == 8 + len(drawn) * (64 * both + 8)
     if name == "class_label":
         evaluate = ["train/evaluate_ldm.py", f"input={trained}", f"shards={folder}/shards", "captions=4"]
         assert "nearest picture is of the class" in run(*evaluate, "heldout_captions=4", "sampler.steps=2").stdout

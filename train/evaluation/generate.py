@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data_pipeline.errors import UserError
 from train.diffusion.denoiser import Denoiser, NetworkDenoiser
@@ -133,6 +134,19 @@ class Generator:
             pictures.append(self._draw_batch(denoise, conditioning, sampler, seed, range(first, first + len(part))))
             on_batch(len(part))
         return np.concatenate(pictures)
+
+    @torch.no_grad()
+    def beside_what_was_given(self, asked: Asked, drawn: np.ndarray, batch_size: int = 64) -> np.ndarray:
+        """Pictures (N, H, W, 3) for a grid: to the left of each the one that it enlarges or fills in, where it does."""
+        size, given = drawn.shape[1:3], []
+        for first in range(0, len(asked), batch_size):
+            fields = asked.part(first, batch_size, self.device).fields
+            if "masked_latents" in fields:
+                given.append(self.decode(fields["masked_latents"].float()))
+            elif "low_resolution" in fields:
+                given.append(F.interpolate(fields["low_resolution"].float(), size))
+        pictures = [to_uint8(part.float().cpu().numpy()) for part in given]
+        return np.concatenate([np.concatenate(pictures), drawn], axis=2) if pictures else drawn
 
     def _draw_batch(
         self, denoise: Denoiser, conditioning: Conditioning, sampler: Sampler, seed: int, numbers: Sequence[int]
