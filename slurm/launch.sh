@@ -11,12 +11,16 @@ source slurm/restarts.sh
 # What processes leave with (docs/operations.md): stopped as told and saved; a mistake of the user's; damaged data.
 readonly START_ME_AGAIN=75 USER_ERROR=2 DATA_ERROR=3
 
-# launch [--alone] <script.py> [overrides...]: never returns. --alone: one process, however much was asked for.
+# launch [--alone] <script.py> [overrides...]: never returns. --alone: one process, on one node.
 launch() {
     local nodes=$SLURM_JOB_NUM_NODES tasks cpus code
     if [[ $1 == --alone ]]; then
         shift
-        nodes=1 tasks=1
+        if ((nodes > 1)); then
+            complain "$1 is one process: ask for --nodes=1."
+            exit 2
+        fi
+        tasks=1
     else
         tasks=$(tasks_per_node) || exit 2
     fi

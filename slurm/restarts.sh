@@ -6,10 +6,10 @@ requeue() {
     if ((restarts >= limit)); then
         complain "stopped after $restarts restarts (MAX_RESTARTS=$limit):" \
             "submit the same line again to go on."
-    elif [[ $(scontrol show job --oneliner "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]]; then # not cancelled meanwhile
+    elif [[ $(scontrol show job --oneliner "$(this_job)") == *" JobState=RUNNING "* ]]; then # not cancelled meanwhile
         # Said first: Slurm may end this shell before the next line.
         echo "job $SLURM_JOB_ID: $1; back into the queue (restart $((restarts + 1)) of at most $limit)"
-        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        scontrol requeue "$(this_job)" && exit 0
         complain "Slurm did not take the job back: submit the same line again to go on."
     fi
     exit "$START_ME_AGAIN"

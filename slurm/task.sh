@@ -14,7 +14,7 @@ if ((code == START_ME_AGAIN || code == USER_ERROR || code == DATA_ERROR)); then
     if ((RANK == 0)); then
         echo "$code" >"$NOTE"
     elif ((code != START_ME_AGAIN)); then
-        scancel --batch --signal=USR2 "$SLURM_JOB_ID" && sleep 1
+        scancel --batch --signal=USR2 "$(this_job)" && sleep 1
     fi
 fi
 # All ranks agreed to stop and have saved, so none is a failure that srun must stop the others for, while they still

@@ -66,7 +66,7 @@ class Watch:
         self.note({"step": state.step, "skipped": "gradients not finite", "keys": keys})
         if self.skipped >= self.limits.max_skipped:
             why = f"the gradients of {self.skipped} steps in a row, up to step {state.step}, were not finite"
-            raise NumbersWentBad(why, min(self.good_step, state.step - self.skipped))
+            raise NumbersWentBad(why, state.step - self.skipped)  # skipped steps changed nothing
 
     def after_log(self, step: int, loss: float) -> None:
         """A loss that has been averaged over all ranks."""

@@ -28,6 +28,7 @@ from train.optim import AdamW, set_lr
 from train.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scaler
 OFFLOAD = ("none", "optimizer", "all")
 
 
@@ -88,8 +89,15 @@ class EngineConfig:
             "gradient_clipping": self.gradient_clipping if self.zero_stage else 0.0,  # stage 0: by Engine
             # Without the second, its optimizer for bf16 with fp32 accumulation adds earlier micro-batches again.
             "bf16": {"enabled": self.dtype == "bf16", "immediate_grad_update": True},
-            # Dynamic loss scale: from 2^16, halved at overflow, doubled after 1000 steps without.
-            "fp16": {"enabled": self.dtype == "fp16", "loss_scale": 0, "initial_scale_power": 16},
+            # Dynamic loss scale: from 2^16, halved at each overflow, doubled after 1000 steps without.
+            "fp16": {
+                "enabled": self.dtype == "fp16",
+                "loss_scale": 0,
+                "initial_scale_power": 16,
+                "loss_scale_window": 1000,
+                "hysteresis": 1,
+                "min_loss_scale": 1,
+            },
             "data_types": {"grad_accum_dtype": "fp32" if self._accumulates_in_fp32(accumulation) else "bf16"},
             "communication_data_type": "fp32",
             "zero_optimization": {
@@ -146,6 +154,8 @@ class Engine:
             dist_init_required=False,
         )
         self.module = self.deepspeed.module
+        if config.dtype == "fp16":
+            self.zero.loss_scaler.raise_error_at_min_scale = False  # steps skipped in a row are bad_numbers.py's
 
     def train_step(self, batches: Iterator[Batch], applied_steps: int, total_steps: int) -> StepResult:
         """One optimizer step over `accumulation` micro-batches."""
@@ -156,7 +166,8 @@ class Engine:
         for _ in range(self.accumulation):
             batch = next(batches).to(self.ranks.device)
             terms = self.deepspeed(batch)
-            self.deepspeed.backward(terms.total)
+            # A loss may be infinite and its gradients not: then these are made so, and no rank applies the step.
+            self.deepspeed.backward(terms.total * torch.where(terms.total.detach().isfinite(), 1.0, torch.nan))
             finite = self._clip_or_drop_gradients()
             self.deepspeed.step()
             keys += batch.keys
@@ -286,15 +297,15 @@ class Engine:
         step = max(float(self._adam_state(master)["step"]) for master in self.master_shards())
         if self.config.dtype != "fp16":
             return {"adam_step": step}
-        return {"adam_step": step, "loss_scale": float(self.zero.loss_scaler.cur_scale)}
+        return {"adam_step": step, **{name: getattr(self.zero.loss_scaler, name) for name in LOSS_SCALE}}
 
     @torch.no_grad()
     def after_loading(self, scalars: dict[str, float]) -> None:
         """`tensors` have been filled: set the rest, and the weights that the module computes with. Collective."""
         for master in self.master_shards():
             self._adam_state(master)["step"].fill_(scalars["adam_step"])
-        if "loss_scale" in scalars and self.config.dtype == "fp16":
-            self.zero.loss_scaler.cur_scale = scalars["loss_scale"]
+        for name in LOSS_SCALE if self.config.dtype == "fp16" else ():
+            setattr(self.zero.loss_scaler, name, scalars.get(name, getattr(self.zero.loss_scaler, name)))
         if self.config.zero_stage in (1, 2):
             self.zero.update_lp_params()
         elif self.config.zero_stage == 3:

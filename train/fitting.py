@@ -1,4 +1,4 @@
-"""What the three training entries share: engine, EMA, loader, checkpoints and trainer put together, and run."""
+"""What the training entries share: engine, EMA, loader, checkpoints and trainer put together, and run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from train.ema import Ema
 from train.engine import Engine, EngineConfig
 from train.heartbeat import Heart, Heartbeat
 from train.optim import AdamW
+from train.preemption import Preemption
 from train.ranks import Ranks
 from train.reporters import Reporter
 from train.run_folder import RunFolder
@@ -56,6 +57,12 @@ class Training:
                 raise UserError(f"training.{name}={getattr(self, name)} can't be: take 1 or more.")
         if self.resume not in RESUME:
             raise UserError(f"training.resume={self.resume} is unknown: take one of {', '.join(RESUME)}.")
+        kept = (self.keep_checkpoints - 1) * (self.save_every or self.steps)
+        if self.bad_numbers.spike_factor is not None and kept < self.log_every:
+            raise UserError(
+                f"training.bad_numbers.spike_factor: a spike is seen every log_every={self.log_every} steps, and the "
+                f"checkpoints kept go back {kept} for sure: raise training.keep_checkpoints or training.save_every."
+            )
 
     def over(self, world_size: int) -> Training:
         """With accumulation as the micro-batch asks for; a global batch that the ranks can't share is refused."""
@@ -86,7 +93,7 @@ MakeActions = Callable[[Engine, Ema, Reporter], list[Action]]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that the three training entries have in common; make_loader lacks only the ranks and where to start."""
+    """All that the training entries have in common; make_loader lacks only the ranks and where to start."""
 
     training: Training
     optimizer: AdamW
@@ -169,11 +176,12 @@ def _fit(
     cadence = Cadence(training.log_every, training.save_every)
     _say_what_runs(what, engine, training, ranks)
     watch = Watch(training.bad_numbers, ranks, run.path / "skipped.jsonl", good_step=state.step)
+    preemption = Preemption()  # one: a signal from before a rollback still counts
     while not state.finished:
         batches = recipe.loader(ranks, state.cursor)
         trainer = Trainer(
             engine, ema, batches, state, checkpoints, watch, reporter, cadence, actions, training.batch_size, what,
-            heart,
+            heart, preemption,
         )  # fmt: skip
         try:
             trainer.fit()

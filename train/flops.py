@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense peak of the matrix units in FLOP/s by the makers' data sheets: (bf16 and fp16, fp32 as TF32 where it is used).
+# Dense peak of the matrix units in FLOP/s by the makers' data sheets: (bf16 and fp16, TF32, which fp32 may run in).
 PEAKS = {
-    "A100": (312e12, 19.5e12),
-    "H100": (989e12, 67e12),
-    "H200": (989e12, 67e12),
-    "B200": (2250e12, 80e12),
-    "L40S": (362e12, 91.6e12),
+    "A100": (312e12, 156e12),
+    "H100": (989e12, 495e12),
+    "H200": (989e12, 495e12),
+    "B200": (2250e12, 1125e12),
+    "L40S": (362e12, 183e12),
 }
 
 

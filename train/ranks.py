@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from data_pipeline.errors import UserError
 
 # The heartbeats' watch comes first, and knows more; a collective that never ends is given up in any case.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
+MEETING_TIMEOUT = timedelta(minutes=10)
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
@@ -53,8 +55,26 @@ def find_ranks() -> Ranks:
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = _meet(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     return Ranks(rank, world_size, local_rank, device)
+
+
+def _meet(rank: int, world_size: int) -> dist.Store:
+    """The store at the meeting place, once all ranks are there; who is not in time is named."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+    store = dist.TCPStore(address, port, world_size, hosts_it, timeout=MEETING_TIMEOUT, wait_for_workers=False)
+    store.set(f"arrived/{rank}", "")
+    deadline = time.monotonic() + MEETING_TIMEOUT.total_seconds()
+    missing = list(range(world_size))
+    while missing := [rank for rank in missing if not store.check([f"arrived/{rank}"])]:
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, missing))
+            raise TimeoutError(f"rank(s) {names} did not come to {address}:{port}: see what they say.")
+        time.sleep(0.05)
+    return store
 
 
 def _free_port() -> int:

@@ -61,13 +61,13 @@ class Trainer:
         batch_size: int,
         what: str,
         heart: Heart | None = None,
+        preemption: Preemption | None = None,
     ) -> None:
-        self.heart = heart or Heart()
+        self.heart, self.preemption = heart or Heart(), preemption or Preemption()
         self.engine, self.ema, self.batches, self.state = engine, ema, batches, state
         self.checkpoints, self.reporter, self.cadence, self.actions = checkpoints, reporter, cadence, actions
         self.watch = watch
         self.batch_size, self.what = batch_size, what
-        self.preemption = Preemption()
         self.meter = Meter(batch_size)
 
     def fit(self) -> None:
@@ -109,7 +109,7 @@ class Trainer:
         self.checkpoints.raise_if_failed()
         if state.finished:
             self._save_and_wait()
-        elif due(state.step, self.cadence.save_every):
+        elif due(state.step, self.cadence.save_every) and not self.watch.skipped:  # the way back stays kept
             self._save()
         if not state.finished and self.preemption.agreed(state.step, self.engine.ranks.device):
             self._save_and_wait()

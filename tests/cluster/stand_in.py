@@ -17,7 +17,12 @@ NAMES = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE
 def say() -> None:
     """One line a start."""
     facts = {name: os.environ.get(name) for name in NAMES}
-    facts |= {"host": socket.gethostname(), "cwd": os.getcwd(), "arguments": sys.argv[1:]}
+    facts |= {
+        "array_task": os.environ.get("SLURM_ARRAY_TASK_ID"),
+        "host": socket.gethostname(),
+        "cwd": os.getcwd(),
+        "arguments": sys.argv[1:],
+    }
     with (OUTPUT / f"rank-{RANK}.jsonl").open("a") as file:
         print(json.dumps(facts), file=file)
 
@@ -74,6 +79,15 @@ def sleep() -> int:
     return 0
 
 
+def one_of_array() -> int:
+    """The last task waits to be told to stop, the others to be let go."""
+    if os.environ["SLURM_ARRAY_TASK_ID"] == "2":
+        return stop()
+    while not (OUTPUT / "go").exists():
+        time.sleep(0.1)
+    return 0
+
+
 def crash() -> int:
     """Rank 1 crashes at each start, and rank 0 would wait for it for ever."""
     if RANK == 0:
@@ -101,6 +115,7 @@ DO = {
     "again": again,
     "fail": fail,
     "stop": stop,
+    "one of array": one_of_array,
     "sleep": sleep,
     "nothing": lambda: 0,
 }

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,40 @@ def test_cancelled_is_not_requeued(cluster: Cluster, jobs: dict[str, Job], check
     facts = job.facts()
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
     assert list(output.glob("child-*"))  # it was told, and had time to save
+
+
+def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, jobs: dict[str, Job], checkout: Path) -> None:
+    """The last one, whose own job number is the array's."""
+    for job in jobs.values():
+        job.wait(60)
+    output = checkout / "one-of-array"
+    output.mkdir()
+    line = ("--array=0-2", "--cpus-per-task=1", "slurm/precompute_latents.sbatch", "output=one-of-array")
+    array = cluster.submit(checkout, *line, "do=one of array", PYTHON=sys.executable)
+
+    def started() -> list[str]:
+        return sorted(said["array_task"] for said in starts(output).get(0, []))
+
+    wait_until(lambda: started() == ["0", "1", "2"] and (output / "ready-0").exists(), 30)
+    cluster.client("scancel", "--batch", "--signal=USR1", f"{array.number}_2")
+    wait_until(lambda: started() == ["0", "1", "2", "2"], 40)
+    (output / "go").touch()
+    wait_until(lambda: not cluster.client("squeue", "--noheader", f"--jobs={array.number}").strip(), 30)
+    assert started() == ["0", "1", "2", "2"]
+    assert array.output().count("back into the queue") == 1
+
+
+def test_one_process_on_two_nodes_is_refused(cluster: Cluster, checkout: Path) -> None:
+    job = cluster.submit(checkout, "--nodes=2", "slurm/evaluate_ldm.sbatch", "output=alone", PYTHON=sys.executable)
+    assert job.wait(30)["JobState"] == "FAILED"
+    assert "train/evaluate_ldm.py is one process: ask for --nodes=1." in job.output()
+
+
+def wait_until(happened: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.2)
 
 
 def test_from_elsewhere_gets_a_sentence(cluster: Cluster, tmp_path: Path) -> None:

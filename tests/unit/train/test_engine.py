@@ -1,6 +1,7 @@
 """One step of real DeepSpeed in this process, at every ZeRO stage, against plain torch."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ class Regression(nn.Module):
         self.layer = nn.Linear(3, 2)
 
     def forward(self, batch):
-        error = self.layer(batch.tensors["x"].to(self.layer.weight.dtype)).square()
+        error = (self.layer(batch.tensors["x"].to(self.layer.weight.dtype)) - batch.tensors.get("target", 0.0)).square()
         return LossTerms(error.mean(), {"loss": error.mean().detach()}, error.detach())
 
 
@@ -89,6 +90,18 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_changes_nothing(alone, sta
     assert [norms[i] for i in (0, 2, 4)] == pytest.approx(expected, rel=close["rtol"])
     for name, value in engine.full_state_dict().items():
         torch.testing.assert_close(value, weights[name], **close)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_infinite_loss_is_skipped_though_its_gradients_are_finite(alone, stage):
+    engine, stream = made(alone, stage), batches(1)
+    before = engine.full_state_dict()
+    far = next(stream)
+    far = replace(far, tensors=far.tensors | {"target": torch.tensor(2e19)})  # its square is beyond fp32
+    result = engine.train_step(iter([far]), 0, 5)
+    assert (float(result.parts["loss"]), result.applied) == (float("inf"), False)
+    assert all(torch.equal(value, before[name]) for name, value in engine.full_state_dict().items())
+    assert engine.train_step(stream, 0, 5).applied
 
 
 class Denoiser(nn.Module):

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import wandb
 
 from data_pipeline.errors import UserError
+from train import ranks
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import WeightsAndBiases
 from train.run_folder import RunFolder
@@ -94,10 +96,20 @@ SEVERAL = [
 
 @pytest.mark.parametrize("environment", SEVERAL)
 def test_several_ranks_need_a_place_to_meet(no_launcher, monkeypatch, environment):
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: pytest.fail("it would wait for ever"))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("it would wait for ever"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"start with torchrun, or slurm/\*\.sbatch"):
+        find_ranks()
+
+
+def test_who_does_not_come_to_the_meeting_is_named(no_launcher, monkeypatch):
+    place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = str(ranks._free_port())
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "MEETING_TIMEOUT", timedelta(seconds=0.5))
+    with pytest.raises(TimeoutError, match=r"rank\(s\) 1, 2 did not come to 127.0.0.1"):
         find_ranks()
 
 
