@@ -27,10 +27,13 @@ from synthetic import (
     write_splits,
 )
 
+from train.checkpoint_files import complete_checkpoints, step_of
+
 SETTINGS = [
     *TINY_UNET, *NO_ENCODERS, "training.steps=60", "training.save_every=30", "training.batch_size=16",
     "training.log_every=1", "engine=zero2", "validate_every=null",
 ]  # fmt: skip
+KILLS = int(os.environ.get("KILLS", "4"))
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +79,49 @@ def test_killed_after_step_30_of_60_and_resumed(latents: Path, undisturbed: Path
     assert (output / last).read_bytes() == (undisturbed / last).read_bytes()
 
 
+def kill_a_rank(process: subprocess.Popen, output: Path, moments: random.Random, most: float) -> str:
+    """SIGKILL to one of two: a quarter of them as they start, the others up to `most` steps on. Says where it was."""
+    starting, seconds, more = moments.random() < 0.25, moments.uniform(0, 8), moments.uniform(0, most)
+    rows = output / "metrics.jsonl"
+    before = rows.stat().st_ino if rows.exists() else None  # once resumed, it is another file, cut at the checkpoint
+    target = max(map(step_of, complete_checkpoints(output / "checkpoints")), default=0) + more
+    ranks: list[psutil.Process] = []
+    began = time.monotonic()
+    while process.poll() is None and time.monotonic() - began < 120:
+        ranks = [p for p in psutil.Process(process.pid).children() if "train/train_ldm.py" in p.cmdline()]
+        resumed = rows.exists() and rows.stat().st_ino != before
+        if len(ranks) == 2 and (
+            time.monotonic() - began > seconds if starting else resumed and max(losses(output), default=0) > target
+        ):
+            break
+        time.sleep(0.002)
+    time.sleep(moments.uniform(0, 0.05))
+    moments.choice(ranks).kill()
+    saving = [path.name for path in (output / "checkpoints").glob("*.tmp")]
+    at = f"step {max(losses(output), default=0)}" if resumed else "its start"
+    return f"killed at {at}{', while saving ' * bool(saving)}{', '.join(saving)}"
+
+
+@pytest.mark.timeout(120 + 60 * KILLS)
 def test_random_ranks_killed_at_random_moments(latents: Path, tmp_path: Path) -> None:
     """Each time one rank of two, wherever it is: loading, training, saving. KILLS=20 for as many of them."""
-    settings = [*SETTINGS, "training.steps=200", "training.save_every=10", f"input={latents}"]
+    settings = [*SETTINGS, "training.steps=200", "training.save_every=4", f"input={latents}"]
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
     run("train/train_ldm.py", *settings, f"output={undisturbed}", ranks=2)
     moments = random.Random(7)
-    for _ in range(int(os.environ.get("KILLS", "4"))):
+    for number in range(KILLS):
         process = subprocess.Popen(
             command("train/train_ldm.py", *settings, f"output={output}", ranks=2), cwd=ROOT, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        time.sleep(moments.uniform(1, 14))
-        ranks = [p for p in psutil.Process(process.pid).children() if "train_ldm.py" in p.cmdline()[1]]
-        if ranks:
-            moments.choice(ranks).kill()
-            process.wait(60)  # torchrun takes the other down
-        kill_with_children(process) if process.poll() is None else None
+        try:
+            print(f"{number + 1}: {kill_a_rank(process, output, moments, 1.4 * 200 / KILLS)}", flush=True)
+            assert process.wait(60) != 0  # torchrun takes the other down
+        finally:
+            kill_with_children(process) if process.poll() is None else None
+    assert 0 < max(losses(output)) < 200, "the kills were not spread over the run"
     run("train/train_ldm.py", *settings, f"output={output}", ranks=2)
+    assert len(losses(output)) == 200
     assert losses(output) == losses(undisturbed)
     last = "checkpoints/step-00000200"
     for name in ("ema.safetensors", "part-00000.safetensors", "part-00001.safetensors"):
