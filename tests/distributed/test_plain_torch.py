@@ -75,7 +75,7 @@ def by_plain_torch(root: Path, clipping: float) -> Trained:
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clipping or float("inf"))))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return Trained(model.state_dict(), losses, norms)
 
 
