@@ -5,6 +5,7 @@ OUT/<configuration>.safetensors: the weights after them, whole; losses and gradi
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import sys
@@ -80,6 +81,7 @@ def trained(root: str, how: Configuration, ranks: Ranks) -> tuple[dict[str, torc
 
 def main(root: str, output: str) -> None:
     ranks = find_ranks()
+    gc.freeze()  # stage 3 collects garbage at each start, through all that was imported: half a second
     with closing_distributed():
         for how in CONFIGURATIONS:
             weights, said = trained(root, how, ranks)
