@@ -37,6 +37,8 @@ class Training:
             asynchronous: Checkpoints(output / str(asynchronous), ranks, {}, "network.", 1, asynchronous=asynchronous)
             for asynchronous in (True, False)
         }
+        for checkpoints in self.checkpoints.values():
+            checkpoints.resume("auto", self.engine, self.ema, self.state)
         self.times: dict[str, list[float]] = {}
 
     def timed(self, what: str, do: Callable[[], object]) -> None:
@@ -72,13 +74,11 @@ def measure(output: Path, channels: list[int], batch: int, repetitions: int) -> 
         training = Training(output, channels, batch, ranks)
         for _ in range(2):
             training.step("warm-up")
-        for turn in range(repetitions + 1):
+        for turn in range(repetitions):
             for asynchronous in (True, False) if turn % 2 else (False, True):
                 training.save(asynchronous)
-            if turn == 0:  # memory and folders are there from now on
-                training.times.clear()
             if ranks.is_main:
-                print(f"turn {turn} of {repetitions}", file=sys.stderr, flush=True)
+                print(f"turn {turn + 1} of {repetitions}", file=sys.stderr, flush=True)
         if ranks.is_main:
             size = sum(p.numel() for p in training.engine.module.parameters())
             print(f"{size / 1e6:.1f} M parameters, {ranks.world_size} ranks, batch {batch}")
