@@ -2,7 +2,7 @@
 
     python benchmarks/reporting.py output=/tmp/reporting repetitions=15 steps=20
 
-A process each, which run in turns, `steps` steps at a time, so that what disturbs one disturbs all; each step is logged.
+A process each, which run in turns, `steps` steps at a time, so that what disturbs one disturbs all; each is logged.
 Of a step, the wall's time and the CPU's, of all threads and of W&B's own process. The end's time is the process'.
 """
 
