@@ -60,24 +60,6 @@ def tensors(run_folder: Path, kind: str) -> dict[str, Tensor]:
 def test_ranks_and_stages_may_change_on_the_way(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The same samples, noise and times in each stream of each step; weights, moments and EMA to rounding."""
     chain = [(1, 1), (2, 2), (4, 3), (2, 2)]  # ranks, stage
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
-    start(latents, output, "engine=zero0", ranks=1)
-    return output
-
-
-def tensors(run_folder: Path, kind: str) -> dict[str, Tensor]:
-    """Of the last checkpoint, put together from whatever parts it has."""
-    folder = run_folder / f"checkpoints/step-{STEPS:08d}"
-    about = json.loads((folder / "state.json").read_text())
-    return gathered(kind, about["shapes"], sorted(folder.glob("part-*.safetensors")))
-
-
-@pytest.mark.parametrize(
-    "chain", [[(1, 1), (2, 1), (4, 1), (2, 1)], [(2, 1), (2, 2), (2, 3)], [(1, 1), (2, 2), (4, 3), (2, 2)]], ids=str
-)
-def test_a_chain_of_ranks_and_stages(
-    latents: Path, undisturbed: Path, tmp_path: Path, chain: list[tuple[int, int]]
-) -> None:
     output = tmp_path / "run"
     ends = [STEPS * (i + 1) // len(chain) // 8 * 8 for i in range(len(chain))]
     for i, ((ranks, stage), end) in enumerate(zip(chain, ends, strict=True)):
