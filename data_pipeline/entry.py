@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -80,9 +81,11 @@ def _leave_if_one_of_many(code: int | str | None) -> None:
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """The UserError that Hydra's instantiate may have wrapped, or None."""
+    """The UserError that Hydra's instantiate may have wrapped, or what a full disk is to the user, or None."""
     while error is not None:
         if isinstance(error, UserError):
             return error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UserError(f"no room to write ({error}): make some, and start again to go on.")
         error = error.__cause__ if isinstance(error, InstantiationException) else None
     return None

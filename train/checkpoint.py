@@ -32,7 +32,7 @@ from data_pipeline.storage import sync_folder, write_atomically
 from train.checkpoint_files import complete_checkpoints, newest_intact, published, step_of, sync_and_digest
 from train.ema import Ema
 from train.engine import Engine
-from train.fragments import copied_pieces, fill, gathered
+from train.fragments import Copies, copied_pieces, fill, gathered
 from train.ranks import Ranks, barrier, broadcast_object
 from train.tensor_files import save_tensors
 from train.train_state import TrainState
@@ -65,14 +65,15 @@ class Checkpoints:
         self.asynchronous, self.may_change = asynchronous, may_change
         self.at: int | None = None  # the step last saved or resumed from
         self.writing: _Writing | None = None
+        self.copies: Copies = {}  # kept: new memory would take training several times as long to fill
 
     def save(self, engine: Engine, ema: Ema, state: TrainState) -> None:
         """Take the present state as step-<step>; the one before stays until this one is whole."""
         if state.step == self.at:
             return
-        self.finish()  # the one before, whose memory this one takes
+        self.finish()  # the one before, whose copies this one takes
         tensors = {**engine.tensors(), **ema.tensors()}
-        pieces = copied_pieces(engine.fragments_to_save(), tensors)
+        pieces = self._copied(engine, tensors)
         about = {
             "state": state.state_dict(),
             "identity": self.identity,
@@ -98,6 +99,9 @@ class Checkpoints:
         """At once, rather than at the next save."""
         if self.writing is not None:
             self.writing.raise_if_failed()
+
+    def _copied(self, engine: Engine, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.asynchronous else {})
 
     def _write(self, name: str, pieces: dict[str, Tensor], about: dict[str, Any]) -> None:
         writing = self.folder / f"{name}.tmp"
@@ -176,6 +180,8 @@ class Checkpoints:
             self.load(Path(found), saved, engine, ema, state)
         if self.ranks.is_main:
             self._remove_newer(found)
+        if self.asynchronous:  # so that the first save finds its memory there
+            self._copied(engine, {**engine.tensors(), **ema.tensors()})
         barrier()  # nobody writes before that
         return bool(found)
 
@@ -254,7 +260,7 @@ class _Writing(threading.Thread):
         except BaseException as error:  # raised by raise_if_failed
             self.error = error
         finally:
-            del self.write  # and the copy that it holds
+            del self.write  # and the copies, where they are not kept
 
     def raise_if_failed(self) -> None:
         if isinstance(self.error, OSError):

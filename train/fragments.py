@@ -18,6 +18,7 @@ from torch import Tensor
 from data_pipeline.errors import DataError
 
 Shards = Sequence[Tensor]  # a rank's tensors of one kind; those of another kind are cut in the same way
+Copies = dict[tuple[str, int], Tensor]  # by kind and number of the shard, on the CPU
 
 
 class Fragment(NamedTuple):
@@ -34,14 +35,21 @@ class Fragment(NamedTuple):
         return shards[self.shard].detach().view(-1).narrow(0, self.offset, self.length)
 
 
-def copied_pieces(fragments: Sequence[Fragment], kinds: Mapping[str, Shards]) -> dict[str, Tensor]:
-    """What a part file holds, copied to the CPU: training may go on. A copy a shard, not a piece."""
+def copied_pieces(fragments: Sequence[Fragment], kinds: Mapping[str, Shards], copies: Copies) -> dict[str, Tensor]:
+    """What a part file holds, copied to the CPU: training may go on. A copy a shard, not a piece.
+
+    Into the memory of `copies`, the last time's: the system's clearing of new memory would take several times as long.
+    """
     used = {fragment.shard for fragment in fragments}
     pieces = {}
     for kind, shards in kinds.items():
-        copies = {i: shards[i].detach().view(-1).to("cpu", copy=True) for i in used}
+        for i in used:
+            flat = shards[i].detach().view(-1)
+            if (kind, i) not in copies:
+                copies[kind, i] = torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda)
+            copies[kind, i].copy_(flat)
         for f in fragments:
-            pieces[f"{kind}/{f.name}@{f.start}"] = copies[f.shard].narrow(0, f.offset, f.length)
+            pieces[f"{kind}/{f.name}@{f.start}"] = copies[kind, f.shard].narrow(0, f.offset, f.length)
     return pieces
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
 import re
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,18 @@ import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import is_s3, write_atomically
+from train.preemption import Preempted
 from train.ranks import Ranks, broadcast_object
 from train.reporters import JsonLines, Reporters, WeightsAndBiases, read_metrics
 
 log = logging.getLogger(__name__)
+LOCK_PATIENCE_S = 90.0  # of a job that Slurm has restarted
 _SECRET_NAME = re.compile(r"secret|passw(or)?d|credential|(^|_)token$|(api|access|private|auth)_?key")
 _URL_WITH_SECRET = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+
+
+class InUse(UserError):
+    """Another process holds the run."""
 
 
 class RunFolder:
@@ -35,8 +43,27 @@ class RunFolder:
                 "the environment (WANDB_API_KEY, AWS_SECRET_ACCESS_KEY), not by the configuration."
             )
         self.path, self.what, self.config, self.ranks = Path(path), what, config, ranks
-        self.run_id = str(broadcast_object(self._claim() if ranks.is_main else None))
+        self.run_id = str(broadcast_object(self._claimed() if ranks.is_main else None))
+        if not self.run_id:
+            raise Preempted  # on every rank: Slurm is to start all of them again
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
+
+    def _claimed(self) -> str:
+        """The run's id; "" where Slurm has restarted the job and the run's last process seems to hold it still.
+
+        A file system over the network keeps the lock of a node that died until it notices: for a minute or more.
+        """
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                return self._claim()
+            except InUse as error:
+                if int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
+                    raise
+                if time.monotonic() > deadline:
+                    log.error("%s A node that died may have left its lock: Slurm is asked to try again later.", error)
+                    return ""
+                time.sleep(1.0)
 
     def _claim(self) -> str:
         marker = self.path / "run_id"
@@ -61,7 +88,7 @@ class RunFolder:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"output={self.path} is in use by another process: stop it first.") from error
+                raise InUse(f"output={self.path} is in use by another process: stop it first.") from error
             log.warning("%s can't be locked (%s): see that no other process writes to it", self.path, error)
 
     def reporters(self, from_step: int, wandb_project: str | None) -> Reporters:

@@ -16,7 +16,12 @@ def run(tmp_path):
 
     def write(name):
         folder = tmp_path / "checkpoints" / name
-        files = {"ema.safetensors": b"weights " * 10, "engine/zero/rank_0.pt": b"moments", "state.json": b"{}"}
+        files = {
+            "ema.safetensors": b"weights " * 10,
+            "engine/zero/rank_0.pt": b"moments",
+            "engine/zero/rank_1.pt": b"MOMENTS",
+            "state.json": b"{}",
+        }
         for file, data in files.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(data)
@@ -60,6 +65,16 @@ def test_the_one_before_is_taken_when_the_newest_is_damaged(run, newest, caplog,
         assert newest_intact(run / "checkpoints").name == "step-00000010"
     assert "step-00000100" in caplog.text
     assert name in caplog.text
+
+
+def test_two_ranks_parts_swapped_are_damage(run, newest, caplog):
+    """Each is whole, and of the size that it should be."""
+    parts = [newest / f"engine/zero/rank_{rank}.pt" for rank in (0, 1)]
+    contents = [part.read_bytes() for part in parts]
+    for part, content in zip(parts, reversed(contents), strict=True):
+        part.write_bytes(content)
+    assert newest_intact(run / "checkpoints").name == "step-00000010"
+    assert "rank_0.pt, engine/zero/rank_1.pt" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["", '{"ema.safetensors": {"by'])

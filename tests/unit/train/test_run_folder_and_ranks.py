@@ -14,7 +14,7 @@ import torch.distributed as dist
 import wandb
 
 from data_pipeline.errors import UserError
-from train import ranks
+from train import ranks, run_folder
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import WeightsAndBiases
 from train.run_folder import RunFolder
@@ -39,6 +39,34 @@ def test_one_process_at_a_time(tmp_path):
         other.kill()
         other.wait()
         assert RunFolder(tmp_path / "run", "train_ldm", {}, ALONE).run_id == first.run_id
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run that another process holds; killed to let it go."""
+    RunFolder(tmp_path / "run", "train_ldm", {}, ALONE).lock.close()
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run/lock"], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        yield other
+        other.kill()
+
+
+def test_a_job_that_slurm_restarted_waits_for_the_lock_of_a_dead_node(tmp_path, held, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    tries = []
+    monkeypatch.setattr("time.sleep", lambda seconds: (tries.append(seconds), held.kill(), held.wait()))
+    assert RunFolder(tmp_path / "run", "train_ldm", {}, ALONE).run_id
+    assert tries == [1.0]
+
+
+def test_in_vain_it_asks_to_be_started_again(tmp_path, held, monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.5)
+    with pytest.raises(SystemExit) as left:
+        RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
+    assert left.value.code == 75
+    assert "is in use by another process" in caplog.text
+    assert "Slurm is asked to try again later" in caplog.text
 
 
 def test_where_a_file_system_knows_no_locks_the_run_goes_on(tmp_path, monkeypatch, caplog):

@@ -1,0 +1,144 @@
+"""What W&B costs a training: the same one without it, with it offline, and told to an endpoint that never answers.
+
+    python benchmarks/reporting.py output=/tmp/reporting repetitions=15 steps=20
+
+A process each, which run in turns, `steps` steps at a time, so that what disturbs one disturbs all; each is logged.
+Of a step, the wall's time and the CPU's, of all threads and of W&B's own process. The end's time is the process'.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from training_on_noise import batches, engine
+
+from train.ema import Ema
+from train.ranks import find_ranks
+from train.reporters import JsonLines, Reporters, WeightsAndBiases
+from train.train_state import TrainState
+from train.trainer import Meter
+
+WAYS = ("without", "offline", "swallowed")
+ENVIRONMENT = {"WANDB_MODE": "offline", "WANDB_API_KEY": "0123456789" * 4}
+
+
+def train(output: Path, way: str, channels: list[int], batch: int) -> None:
+    """Steps as the trainer's, as many as each line of stdin asks for; answered by the seconds that they took."""
+    ranks = find_ranks()
+    torch.set_num_threads(1)
+    trained, stream, meter = engine(channels, batch, ranks), batches(batch, ranks), Meter(batch)
+    ema, state = Ema(trained.master_shards(), 0.999), TrainState(10**6)
+    reporter = Reporters(JsonLines(output / "metrics.jsonl"))
+    if way != "without":
+        reporter.reporters += (WeightsAndBiases(output, "benchmark", {}, "benchmark"),)
+    for line in sys.stdin:
+        began, used = time.perf_counter(), cpu_seconds()
+        for _ in range(int(line)):
+            result = trained.train_step(stream, 0, 1)
+            ema.update(trained.master_shards())
+            state.step += 1
+            meter.add(result)
+            reporter.log(state.step, meter.summary(trained))
+        print(json.dumps({"wall": time.perf_counter() - began, "cpu": cpu_seconds() - used}), flush=True)
+    reporter.close()
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children, W&B's service."""
+    times = [process.cpu_times() for process in (psutil.Process(), *psutil.Process().children(recursive=True))]
+    return sum(time.user + time.system for time in times)
+
+
+def never_answering() -> str:
+    """A port of this machine that takes connections, and says nothing."""
+    server, held = socket.create_server(("127.0.0.1", 0)), []
+
+    def take() -> None:
+        while True:
+            held.append(server.accept()[0])
+
+    threading.Thread(target=take, daemon=True).start()
+    return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def start(way: str, folder: Path, channels: str, batch: str) -> subprocess.Popen[str]:
+    folder.mkdir(parents=True)
+    online = {"WANDB_MODE": "online", "WANDB_BASE_URL": never_answering()} if way == "swallowed" else {}
+    return subprocess.Popen(
+        [sys.executable, __file__, f"output={folder}", f"way={way}", f"channels={channels}", f"batch={batch}"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "stderr").open("w"), text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **ENVIRONMENT, **online},
+    )  # fmt: skip
+
+
+def ask(process: subprocess.Popen[str], steps: int) -> dict[str, float]:
+    process.stdin.write(f"{steps}\n")
+    process.stdin.flush()
+    while not (line := process.stdout.readline()).startswith("{"):
+        assert line, "it died: see stderr in its folder"
+    return json.loads(line)
+
+
+def ended(process: subprocess.Popen[str]) -> float:
+    """Seconds from the last step to the process' end."""
+    began = time.perf_counter()
+    process.stdin.close()
+    process.wait()
+    return time.perf_counter() - began
+
+
+def measure(output: Path, channels: str, batch: str, repetitions: int, steps: int) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    processes = {way: start(way, output / way, channels, batch) for way in WAYS}
+    begun = {way: ask(process, steps) for way, process in processes.items()}  # W&B begins beside these
+    times: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for turn in range(repetitions):
+        for i in range(len(WAYS)):
+            way = WAYS[(turn + i) % len(WAYS)]
+            times[way].append(ask(processes[way], steps))
+        print(f"turn {turn + 1} of {repetitions}", file=sys.stderr, flush=True)
+    ends = {way: ended(process) for way, process in processes.items()}
+    print(f"U-Net of channels {channels}, batch {batch}, {repetitions} x {steps} steps, each logged")
+    for way in WAYS:
+        shown = "  ".join(
+            f"{clock} {median(times[way], clock, steps)}, {beside(times, way, clock)}" for clock in ("wall", "cpu")
+        )
+        more = begun[way]["cpu"] - begun["without"]["cpu"]
+        print(f"{way:10s} {shown}  CPU while it begins {more:+.1f} s  end {ends[way]:.1f} s")
+
+
+def median(times: list[dict[str, float]], clock: str, steps: int) -> str:
+    each = sorted(1e3 * one[clock] / steps for one in times)
+    return f"{statistics.median(each):.1f} ms a step ({each[0]:.1f} - {each[-1]:.1f})"
+
+
+def beside(times: dict[str, list[dict[str, float]]], way: str, clock: str) -> str:
+    """The median of what each turn took more than that turn's without W&B, and its standard error by the quartiles."""
+    more = sorted(a[clock] / b[clock] - 1 for a, b in zip(times[way], times["without"], strict=True))
+    low, _, high = statistics.quantiles(more, n=4)
+    return f"{statistics.median(more):+.2%} +- {1.25 * (high - low) / 1.35 / len(more) ** 0.5:.2%}"
+
+
+def main(
+    output: str, way: str = "", channels: str = "128,256", batch: str = "32", repetitions: str = "15",
+    steps: str = "20",
+) -> None:  # fmt: skip
+    if way:
+        train(Path(output), way, [int(channel) for channel in channels.split(",")], int(batch))
+    else:
+        measure(Path(output), channels, batch, int(repetitions), int(steps))
+
+
+if __name__ == "__main__":
+    main(**dict(argument.split("=", 1) for argument in sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""A run that changes its ranks and its ZeRO stage on the way, against one that does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from recording_objective import read_records
+from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, losses, run, write_splits
+from torch import Tensor
+
+from train.fragments import gathered
+
+STEPS, STREAMS = 32, 8
+SETTINGS = [
+    *TINY_UNET, *NO_ENCODERS, f"training.steps={STEPS}", "training.batch_size=16", "training.log_every=1",
+    "training.save_every=8", "training.keep_checkpoints=9", "validate_every=null",
+    "objective._target_=recording_objective.RecordingObjective",
+    # Adam divides a gradient by its own size, also where it is zero but for rounding: an eps above that.
+    "optimizer.eps=1e-5", "optimizer.schedule.kind=constant", "optimizer.schedule.warmup=10",
+]  # fmt: skip
+
+
+def start(latents: Path, output: Path, *options: str, ranks: int) -> str:
+    given = [f"input={latents}", f"output={output}", f"+objective.records={output}-records", *SETTINGS, *options]
+    done = run("train/train_ldm.py", *given, ranks=ranks)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recording() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        yield
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_splits(tmp_path_factory.mktemp("latents"), TINY_LATENTS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank, no ZeRO."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    start(latents, output, "engine=zero0", ranks=1)
+    return output
+
+
+def tensors(run_folder: Path, kind: str) -> dict[str, Tensor]:
+    """Of the last checkpoint, put together from whatever parts it has."""
+    folder = run_folder / f"checkpoints/step-{STEPS:08d}"
+    about = json.loads((folder / "state.json").read_text())
+    return gathered(kind, about["shapes"], sorted(folder.glob("part-*.safetensors")))
+
+
+def test_ranks_and_stages_may_change_on_the_way(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The same samples, noise and times in each stream of each step; weights, moments and EMA to rounding."""
+    chain = [(1, 1), (2, 2), (4, 3), (2, 2)]  # ranks, stage
+    output = tmp_path / "run"
+    ends = [STEPS * (i + 1) // len(chain) // 8 * 8 for i in range(len(chain))]
+    for i, ((ranks, stage), end) in enumerate(zip(chain, ends, strict=True)):
+        said = start(latents, output, f"engine=zero{stage}", f"training.steps={end}", ranks=ranks)
+        if i:
+            before = chain[i - 1]
+            assert f"resumed from step {ends[i - 1]} of {end}" in said
+            assert f"was saved with {before[0]} rank(s) and ZeRO stage {before[1]}: its parts are dealt anew" in said
+    records, expected = (read_records(Path(f"{folder}-records")) for folder in (output, undisturbed))
+    assert len(expected) == STEPS * STREAMS
+    assert records == expected
+    assert sorted(losses(output)) == list(range(1, STEPS + 1))
+    for kind, most in (("weight", 1e-5), ("ema", 1e-5), ("exp_avg", 1e-6), ("exp_avg_sq", 1e-7)):
+        got = tensors(output, kind)
+        for name, value in tensors(undisturbed, kind).items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=most, msg=f"{kind} {name}")

@@ -1,0 +1,94 @@
+"""Steps of the engine in every configuration of a launch, one after another: torchrun ... tests/engine_steps.py IN OUT.
+
+OUT/<configuration>.safetensors: the weights after them, whole; losses and gradients' norms as its metadata.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from synthetic import TINY_LATENTS
+
+from data_pipeline.loader import Loader
+from data_pipeline.manifest import Manifest
+from train.diffusion.parameterization import Flow
+from train.diffusion.process import RectifiedFlow
+from train.diffusion.time_sampling import uniform
+from train.engine import Engine, EngineConfig
+from train.latent_data import LatentFacts
+from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
+from train.models.unet import UNet
+from train.objectives.latent_diffusion import LatentDiffusion
+from train.optim import AdamW, Schedule
+from train.ranks import Ranks, closing_distributed, find_ranks, mean_over_ranks
+from train.tensor_files import save_tensors
+
+SEED, BATCH, STREAMS, STEPS, DROPOUT = 3, 32, 16, 2, 0.3
+# An eps above rounding: Adam divides by the gradient's own size, also where the gradient is zero but for rounding.
+OPTIMIZER = AdamW(0.01, Schedule("constant", warmup=2), (0.9, 0.99), eps=1e-3, weight_decay=0.1)
+
+
+class Configuration(NamedTuple):
+    """clipping: far below the norms that come, or 0 for none."""
+
+    stage: int
+    accumulation: int
+    clipping: float
+
+    def __str__(self) -> str:
+        return f"zero{self.stage}-accumulation{self.accumulation}-clipping{self.clipping:g}"
+
+
+CONFIGURATIONS = list(itertools.starmap(Configuration, itertools.product((0, 1, 2, 3), (1, 4), (0.0, 0.05))))
+
+
+def network(root: str) -> ConditionedUNet:
+    """Of few tensors, some too large for each rank to keep them whole at stage 3; no weight of it zero."""
+    facts, shapes = facts_of(root), TINY_LATENTS
+    torch.manual_seed(0)
+    unet = UNet(16, 16, [48], 1, shapes["text.npy"][-1], shapes["pooled.npy"][-1], [True], heads=2, norm_groups=4)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return ConditionedUNet(unet, Conditioners(facts, {"text": StoredText}))
+
+
+def facts_of(root: str) -> LatentFacts:
+    return LatentFacts.of(root, Manifest.load(root), fold=2)
+
+
+def trained(root: str, how: Configuration, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+    """The network's weights after STEPS, and of each step the loss and the norm of its gradient."""
+    objective = LatentDiffusion(
+        network(root), RectifiedFlow(), Flow(), uniform, facts_of(root).latents, prompt_dropout=DROPOUT, seed=SEED
+    )
+    config = EngineConfig(how.stage, gradient_clipping=how.clipping)
+    engine = Engine(objective, OPTIMIZER, config, ranks, BATCH, how.accumulation)
+    batches = iter(Loader(root, BATCH, STREAMS, SEED, ranks.rank, ranks.world_size, how.accumulation))
+    said: dict[str, list[float]] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        result = engine.train_step(batches, step, STEPS)
+        said["losses"].append(float(mean_over_ranks(result.parts["loss"])))
+        said["norms"].append(engine.gradient_norm())
+    return engine.full_state_dict(prefix="network."), said
+
+
+def main(root: str, output: str) -> None:
+    ranks = find_ranks()
+    gc.freeze()  # stage 3 collects garbage at each start, through all that was imported: half a second
+    with closing_distributed():
+        for how in CONFIGURATIONS:
+            weights, said = trained(root, how, ranks)
+            if ranks.is_main:
+                facts = {name: json.dumps(values) for name, values in said.items()}
+                save_tensors(weights, Path(output) / f"{how}.safetensors", facts)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
