@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
         unseen = draw(run, cfg, heldout, bar)
     figures = recall_figures(drawn, np.stack([sample["image"] for sample in train]), right, cfg.seed)
     figures |= likeness_figures(run, train, chosen, drawn, heldout, unseen)
-    figures |= {"guidance": cfg.guidance.scale, "steps": cfg.sampler.steps, "weights": str(run.weights)}
+    figures |= {"guidance": cfg.guidance.scale, "steps": cfg.sampler.steps, "weights": run.weights}
     write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
     save_grids(output, chosen, drawn, heldout, unseen)
     say(figures, output)
