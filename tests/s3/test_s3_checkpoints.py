@@ -26,8 +26,10 @@ from train.engine import EngineConfig
 from train.fragments import Fragment
 from train.posthoc_ema import find_snapshots, rebuilt
 from train.ranks import Ranks
+from train.run_folder import RunFolder
 from train.train_state import TrainState
 
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 LENGTH = 3000  # of the one parameter
 FAULTS = ["slow down", "500", "reset", "stall before", "stall", "short"]
 
@@ -369,8 +371,7 @@ def test_a_run_on_two_ranks_is_killed_and_goes_on_on_one(place, tmp_path, monkey
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     latents, output = write_splits(tmp_path / "latents", TINY_LATENTS), tmp_path / "run"
-    settings = [f"input={latents}", *SETTINGS, f"training.checkpoints={place}"]
-    arguments = [*settings, f"output={output}"]
+    arguments = [f"input={latents}", f"output={output}", *SETTINGS, f"training.checkpoints={place}"]
     process = subprocess.Popen(
         command("train/train_ldm.py", *arguments, ranks=2), cwd=ROOT, env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -397,7 +398,15 @@ def test_a_run_on_two_ranks_is_killed_and_goes_on_on_one(place, tmp_path, monkey
     snapshots = find_snapshots(output)
     assert len(snapshots) == 6
     assert rebuilt(snapshots, snapshots[-1].profile).keys() == tensors.keys()
-    other = run("train/train_ldm.py", *settings, f"output={tmp_path / 'other'}", check=False)
-    assert other.returncode == 2
-    assert f"training.checkpoints={place} belongs to run" in other.stderr
+    with pytest.raises(UserError, match=f"training.checkpoints={place} belongs to run .* this is a new one"):
+        RunFolder(tmp_path / "other", "train_ldm", {"training": {"checkpoints": place}}, ALONE)
     assert not (tmp_path / "other").exists()
+    may = {"checkpoints": place, "may_change": ["run_id"]}
+    assert RunFolder(tmp_path / "other", "train_ldm", {"training": may}, ALONE).places.checkpoints == place
+
+
+def test_wrong_keys_are_said_before_a_folder_is_made(place, tmp_path, monkeypatch, new_client):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match="check AWS_SECRET_ACCESS_KEY"):
+        RunFolder(tmp_path / "run", "train_ldm", {"training": {"checkpoints": place}}, ALONE)
+    assert not (tmp_path / "run").exists()
