@@ -8,38 +8,46 @@
 <run>/checkpoints/latest      the name of the newest complete one
 <run>/ema_snapshots/step-00001000.safetensors    the power-function averages, where there are any
 
-Training stops for a copy into memory. A thread of each rank writes it under a temporary name and reads it back; rank
-0's waits for all parts, and then publishes by one rename.
+Training stops for a copy into memory. A thread of each rank writes it and reads it back, and leaves a note; rank 0's
+waits for all notes, and then publishes (checkpoint_stores.py: by a rename, or in a bucket by the manifest).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
-import os
-import shutil
+import math
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from data_pipeline.errors import UserError
-from data_pipeline.storage import sync_folder, write_atomically
-from train.checkpoint_files import complete_checkpoints, newest_intact, published, step_of, sync_and_digest
+from data_pipeline import storage
+from data_pipeline.errors import DataError, UserError
+from train.checkpoint_files import MANIFEST, Facts, Places, step_of
+from train.checkpoint_stores import store_of
+from train.checkpoint_writer import Writer, part_name
 from train.ema import Ema
 from train.engine import Engine
-from train.fragments import Copies, copied_pieces, fill, gathered
-from train.ranks import Ranks, barrier, broadcast_object
-from train.tensor_files import save_tensors
+from train.fragments import Copies, copied_pieces, files_needed, fill
+from train.ranks import Ranks, barrier, broadcast_object, gathered_objects
+from train.tensor_files import Header
 from train.train_state import TrainState
 
 log = logging.getLogger(__name__)
 RESUME = ("auto", "must", "never")
-PATIENCE_S = 1800.0  # for the slowest rank's part
+
+
+class Found(NamedTuple):
+    """A checkpoint whose files have the sizes that they should have: its name, its manifest, its state.json."""
+
+    name: str
+    files: dict[str, Facts]
+    saved: dict[str, Any]
 
 
 class Checkpoints:
@@ -47,6 +55,7 @@ class Checkpoints:
 
     identity: what may not change between a checkpoint and the run that goes on from it, by name, but for `may_change`.
     keep: how many of the newest; keep_every: besides those, each whose step is a multiple of it.
+    folder: the run's own; places: where they are kept, if that is elsewhere (training.checkpoints).
     """
 
     def __init__(
@@ -59,10 +68,13 @@ class Checkpoints:
         keep_every: int | None = None,
         asynchronous: bool = True,
         may_change: tuple[str, ...] = (),
+        places: Places | None = None,
+        scratch: str | None = None,
     ) -> None:
-        self.folder, self.ranks, self.identity = folder, ranks, identity
-        self.weights_prefix, self.keep, self.keep_every = weights_prefix, keep, keep_every
-        self.asynchronous, self.may_change = asynchronous, may_change
+        self.ranks, self.identity, self.asynchronous, self.may_change = ranks, identity, asynchronous, may_change
+        self.places = places or Places.of(folder.parent, None)
+        self.store = store_of(self.places.checkpoints, scratch, ranks.rank)
+        self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, keep, keep_every)
         self.at: int | None = None  # the step last saved or resumed from
         self.writing: _Writing | None = None
         self.copies: Copies = {}  # kept: new memory would take training several times as long to fill
@@ -83,8 +95,8 @@ class Checkpoints:
             "kinds": list(tensors),
             "shapes": engine.shapes,
         }
-        name, self.at = f"step-{state.step:08d}", state.step
-        self.writing = _Writing(lambda: self._write(name, pieces, about))
+        name, mark, self.at = f"step-{state.step:08d}", self.writer.next_mark(), state.step
+        self.writing = _Writing(lambda: self.writer.write(name, mark, pieces, about))
         if not self.asynchronous:
             self.finish()
 
@@ -103,128 +115,147 @@ class Checkpoints:
     def _copied(self, engine: Engine, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.asynchronous else {})
 
-    def _write(self, name: str, pieces: dict[str, Tensor], about: dict[str, Any]) -> None:
-        writing = self.folder / f"{name}.tmp"
-        writing.mkdir(parents=True, exist_ok=True)
-        part = writing / _part(self.ranks.rank)
-        save_tensors(pieces, part)
-        write_atomically(_note(part), json.dumps(sync_and_digest(part)).encode())
-        if not self.ranks.is_main:
-            return
-        parts = [writing / _part(rank) for rank in range(self.ranks.world_size)]
-        self._wait_for(parts)
-        shapes = {name: shape for name, shape in about["shapes"].items() if name.startswith(self.weights_prefix)}
-        weights = gathered("ema", shapes, parts)
-        save_tensors({n.removeprefix(self.weights_prefix): w for n, w in weights.items()}, writing / "ema.safetensors")
-        write_atomically(writing / "state.json", json.dumps(about, indent=1).encode())
-        if kinds := [kind for kind in about["kinds"] if kind.startswith("ema_")]:
-            self._keep_snapshot(name, kinds, about["ema"], shapes, parts)
-        self._publish(writing, self.folder / name, parts)
-
-    def _keep_snapshot(
-        self, name: str, kinds: list[str], scalars: dict[str, int], shapes: dict[str, list[int]], parts: list[Path]
-    ) -> None:
-        """Of the power-function averages, for good: posthoc_ema.py rebuilds others of them."""
-        tensors = {
-            f"{kind}/{n.removeprefix(self.weights_prefix)}": weights
-            for kind in kinds
-            for n, weights in gathered(kind, shapes, parts).items()
-        }
-        facts = {"kinds": ",".join(kinds), **{key: str(value) for key, value in scalars.items()}}
-        path = self.folder.parent / "ema_snapshots" / f"{name}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        save_tensors(tensors, path, facts)
-
-    def _wait_for(self, parts: list[Path]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        for rank, part in enumerate(parts):
-            while not _note(part).exists():
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{part.parent} lacks the part of rank {rank}: output= must be on a file system that all "
-                        "nodes share, and that rank alive."
-                    )
-                time.sleep(0.01)
-
-    def _publish(self, writing: Path, final: Path, parts: list[Path]) -> None:
-        files = {part.name: json.loads(_note(part).read_text()) for part in parts}
-        for path in (writing / "ema.safetensors", writing / "state.json"):
-            files[path.name] = sync_and_digest(path)
-        write_atomically(writing / "manifest.json", json.dumps(files, indent=1).encode())
-        for part in parts:
-            _note(part).unlink()
-        sync_folder(writing)
-        os.rename(writing, final)
-        write_atomically(self.folder / "latest", final.name.encode())  # syncs the folder, and so the rename
-        for old in complete_checkpoints(self.folder)[: -self.keep]:
-            if not (self.keep_every and step_of(old) % self.keep_every == 0):
-                shutil.rmtree(old)
-
     def resume(self, how: str, engine: Engine, ema: Ema, state: TrainState) -> bool:
         """Go on from the newest intact checkpoint, as `how` asks; true if there was one."""
         assert how in RESUME, how
-        found, any_there = broadcast_object(self._look() if self.ranks.is_main else None)
-        if any_there and not found:
+        self.store.tidy()
+        barrier()  # no rank of this node has begun to fetch
+        where, any_there, resumed = self.store.root, self._names(), None
+        for found in self._whole_by_size(any_there):
+            if how == "never":
+                raise UserError(
+                    f"{self.store.at(found.name)} exists and resume=never: choose another output=, or resume=auto."
+                )
+            self._refuse_what_differs(found.saved)
+            if self.load(found, engine, ema, state):
+                resumed = found.name
+                break
+        if any_there and not resumed:
             raise UserError(
-                f"every checkpoint in {self.folder} is damaged: remove that folder to start afresh, or copy them again."
+                f"every checkpoint in {where} is damaged: remove that folder to start afresh, or copy them again."
             )
-        if how == "never" and found:
-            raise UserError(f"{found} exists and resume=never: choose another output=, or resume=auto.")
-        if how == "must" and not found:
-            raise UserError(
-                f"resume=must, but {self.folder} has no intact checkpoint: check output=, or use resume=auto."
-            )
-        if found:
-            saved = json.loads((Path(found) / "state.json").read_text())
-            self._refuse_what_differs(saved)
-            self.load(Path(found), saved, engine, ema, state)
+        if how == "must" and not resumed:
+            raise UserError(f"resume=must, but {where} has no intact checkpoint: check output=, or use resume=auto.")
         if self.ranks.is_main:
-            self._remove_newer(found)
+            self.writer.take_over(state.run_id)
+            self._remove_newer(resumed or "")
         if self.asynchronous:  # so that the first save finds its memory there
             self._copied(engine, {**engine.tensors(), **ema.tensors()})
         barrier()  # nobody writes before that
-        return bool(found)
+        if resumed:
+            self._recall_rollbacks(state)
+        return bool(resumed)
 
     def roll_back(self, engine: Engine, ema: Ema, state: TrainState, before: int) -> bool:
-        """Load the newest intact one of a step up to `before`, and remove those after it; false if there is none."""
+        """Load the newest intact one of a step up to `before`, with the data after it passed over up to here, and
+        remove those after it; false if there is none."""
         with contextlib.suppress(UserError):  # of what went bad, whether it could be written does not matter
             self.finish()
         barrier()
-        found = broadcast_object(str(newest_intact(self.folder, before) or "") if self.ranks.is_main else None)
-        if not found:
-            return False
-        self.load(Path(found), json.loads((Path(found) / "state.json").read_text()), engine, ema, state)
+        gone_bad, passed_over, rollbacks = state.step, state.passed_over, state.rollbacks
+        for found in self._whole_by_size(self._names(before)):
+            if self.load(found, engine, ema, state):
+                state.passed_over, state.rollbacks = passed_over + gone_bad - state.step, rollbacks + 1
+                if self.ranks.is_main:
+                    self._note_rollback(state)
+                    self._remove_newer(found.name)
+                barrier()
+                return True
+        return False
+
+    def _note_rollback(self, state: TrainState) -> None:
+        """A kill before the next save would forget it: the run would go bad again, and be rolled back, without end."""
+        note = {"step": state.step, "passed_over": state.passed_over, "rollbacks": state.rollbacks}
+        self.store.write(json.dumps(note).encode(), "rollback.json")
+
+    def _recall_rollbacks(self, state: TrainState) -> None:
+        found = broadcast_object(self.store.read("rollback.json") if self.ranks.is_main else None)
+        note = json.loads(found) if found else {"rollbacks": 0}
+        if note["rollbacks"] > state.rollbacks:
+            state.rollbacks = note["rollbacks"]
+            if note["step"] == state.step:
+                state.passed_over = note["passed_over"]
+
+    def _names(self, up_to: float = math.inf) -> list[str]:
+        """All that was ever published of a step up to that, newest first; by rank 0's view."""
+        names = broadcast_object(self.store.published() if self.ranks.is_main else None)
+        return [name for name in reversed(names) if step_of(name) <= up_to]
+
+    def _whole_by_size(self, names: list[str]) -> Iterator[Found]:
+        """Those of `names` that look whole, the same on every rank. All ranks must go through it alike."""
+        for name in names:
+            found, damaged = broadcast_object(self._look(name) if self.ranks.is_main else None)
+            if damaged:
+                self._say_damaged(name, damaged)
+            else:
+                yield found
+
+    def _look(self, name: str) -> tuple[Found | None, list[str]]:
+        """A published checkpoint, by a listing and its small files; or which of its files are damaged."""
+        manifest, text = self.store.read(name, MANIFEST), self.store.read(name, "state.json")
+        try:
+            files = json.loads(manifest or b"")
+        except ValueError:
+            return None, [MANIFEST]
+        sizes = storage.sizes(self.store.at(name))
+        damaged = [file for file, facts in files.items() if sizes.get(file) != facts["bytes"]]
+        if not damaged and hashlib.sha256(text or b"").hexdigest() != files["state.json"]["sha256"]:
+            damaged = ["state.json"]
+        return (None, damaged) if damaged else (Found(name, files, json.loads(text)), [])
+
+    def _say_damaged(self, name: str, files: list[str]) -> None:
         if self.ranks.is_main:
-            self._remove_newer(found)
-        barrier()
+            where = self.store.at(name)
+            log.warning("checkpoint %s is damaged (%s); trying the one before", where, ", ".join(files))
+
+    def load(self, found: Found, engine: Engine, ema: Ema, state: TrainState) -> bool:
+        """Weights, moments, EMA and state, wherever the ranks that saved them had them.
+
+        Nothing is loaded before all ranks have checked their share of the files: false, if any of them is damaged.
+        """
+        tensors = {**engine.tensors(), **ema.tensors()}
+        parts = [part_name(rank) for rank in range(found.saved["layout"]["ranks"])]
+        own = self.ranks.rank % len(parts)  # the same layout finds all that it needs there
+        parts = [parts[own], *parts[:own], *parts[own + 1 :]]
+        to_check = list(found.files)[self.ranks.rank :: self.ranks.world_size]
+        if self.store.fetches:
+            to_check = parts = files_needed(engine.fragments(), tensors, parts, lambda part: self._pieces(found, part))
+        damaged = [file for file in to_check if not self.store.check(found.name, file, found.files[file])]
+        damaged = sorted({file for of_rank in gathered_objects(damaged) for file in of_rank})
+        if damaged:
+            self.store.forget(found.name)
+            self._say_damaged(found.name, damaged)
+            return False
+        if found.saved["layout"] != self._layout(engine) and self.ranks.is_main:
+            layout = _spelled(found.saved["layout"])
+            log.warning("%s was saved with %s: its parts are dealt anew", self.store.at(found.name), layout)
+        fill(engine.fragments(), tensors, [self.store.local(found.name, part) for part in parts])
+        engine.after_loading(found.saved["engine"])
+        ema.load_scalars(found.saved["ema"])
+        state.load_state_dict(found.saved["state"])
+        barrier()  # every rank has what it needs
+        self.store.forget(found.name)
+        self.at = state.step
         return True
 
-    def load(self, path: Path, saved: dict[str, Any], engine: Engine, ema: Ema, state: TrainState) -> None:
-        """Weights, moments, EMA and state, wherever the ranks that saved them had them."""
-        if saved["layout"] != self._layout(engine) and self.ranks.is_main:
-            log.warning("%s was saved with %s: its parts are dealt anew", path, _spelled(saved["layout"]))
-        parts = [path / _part(rank) for rank in range(saved["layout"]["ranks"])]
-        own = self.ranks.rank % len(parts)  # the same layout finds all that it needs there
-        tensors = {**engine.tensors(), **ema.tensors()}
-        fill(engine.fragments(), tensors, [parts[own], *parts[:own], *parts[own + 1 :]])
-        engine.after_loading(saved["engine"])
-        ema.load_scalars(saved["ema"])
-        state.load_state_dict(saved["state"])
-        barrier()  # every rank has what it needs
-        self.at = state.step
-
-    def _look(self) -> tuple[str, bool]:
-        """The newest intact checkpoint ("": none), and whether there is any, be it damaged."""
-        return str(newest_intact(self.folder) or ""), bool(published(self.folder))
+    def _pieces(self, found: Found, part: str) -> dict[str, int] | None:
+        try:
+            return {name: length for name, (length, *_) in Header.of(self.store.at(found.name, part)).tensors.items()}
+        except DataError:
+            return None
 
     def _remove_newer(self, than: str) -> None:
-        """Damaged ones and what killed saves left: this run comes to their steps again."""
-        name = Path(than).name if than else ""
-        if name:
-            write_atomically(self.folder / "latest", name.encode())
-        for newer in [p for p in self.folder.glob("step-*") if p.name > name]:
-            log.warning("removing %s: the run goes on from %s", newer, name or "the start")
-            shutil.rmtree(newer)
+        """Damaged ones: this run comes to their steps again. And what was killed while it was written or removed."""
+        if than:
+            self.writer.point_to(than)
+        published = self.store.published()
+        for step in self.store.steps():
+            if step > than or step not in published:
+                log.warning("removing %s: the run goes on from %s", self.store.at(step), than or "the start")
+                self.store.remove(step)
+        for file in storage.sizes(self.places.snapshots):
+            if file.partition(".")[0] > than:
+                storage.remove(storage.join(self.places.snapshots, file))
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
         return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}
@@ -239,8 +270,8 @@ class Checkpoints:
         refused = [what for name, what in differing.items() if name not in self.may_change]
         if refused:
             raise UserError(
-                f"can't resume from {self.folder}: {'; '.join(refused)}. Restore that, start in another output=, or "
-                f"name what may change: training.may_change=[{','.join(n for n in differing)}]."
+                f"can't resume from {self.store.root}: {'; '.join(refused)}. Restore that, start in another output=, "
+                f"or name what may change: training.may_change=[{','.join(n for n in differing)}]."
             )
         if differing and self.ranks.is_main:
             log.warning("going on although %s (training.may_change)", "; ".join(differing.values()))
@@ -279,12 +310,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _spelled(layout: dict[str, Any]) -> str:
     return f"{layout['ranks']} rank(s) and ZeRO stage {layout['zero_stage']}"
-
-
-def _part(rank: int) -> str:
-    return f"part-{rank:05d}.safetensors"
-
-
-def _note(part: Path) -> Path:
-    """Written when the part is, with its digest."""
-    return part.with_suffix(".json")

@@ -1,89 +1,139 @@
-"""The files of checkpoints: which are whole, which are damaged, and the weights to sample from."""
+"""The files of checkpoints, in folders and in buckets: where they lie, which are whole, the weights to sample from."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import logging
-import math
-import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline import storage
 from data_pipeline.errors import DataError, UserError
 
-log = logging.getLogger(__name__)
+Facts = dict[str, Any]  # of a file, as its manifest has them: bytes, sha256
+MANIFEST = "manifest.json"
+CHUNK = 2**27  # bytes of an object that are in memory at once
 
 
-def published(folder: Path) -> list[Path]:
-    """All that was ever renamed to its final name, whatever became of it since; oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
+class Places(NamedTuple):
+    """Where a run keeps its checkpoints, and its snapshots of power-function averages; local or s3."""
+
+    checkpoints: str
+    snapshots: str
+
+    @classmethod
+    def of(cls, run: Path, elsewhere: str | None) -> Places:
+        """elsewhere: the run's training.checkpoints; None: in the run's folder."""
+        if elsewhere is None:
+            return cls(str(run / "checkpoints"), str(run / "ema_snapshots"))
+        return cls(elsewhere, storage.join(elsewhere, "ema_snapshots"))
+
+    @classmethod
+    def of_run(cls, run: Path) -> Places:
+        """As its configuration has it, where it has one."""
+        config = run / "config.yaml"
+        training = yaml.safe_load(config.read_text()).get("training", {}) if config.exists() else {}
+        return cls.of(run, training.get("checkpoints"))
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return [p for p in published(folder) if (p / "manifest.json").exists()]
+def steps_in(root: str | Path) -> list[str]:
+    """Names of all that lies there, whole or what was left of a save or a removal; oldest first."""
+    return [name for name in storage.subfolders(root) if name.startswith("step-")]
 
 
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def complete_checkpoints(root: str | Path) -> list[str]:
+    """Names of the published ones, oldest first."""
+    names = [name for name in steps_in(root) if not name.endswith(".tmp")]
+    return [name for name in names if storage.exists(storage.join(root, name, MANIFEST))]
 
 
-def newest_intact(folder: Path, up_to: float = math.inf) -> Path | None:
-    """The newest checkpoint (of a step up to `up_to`) whose every file is as its manifest says; damaged ones are named
-    in the log."""
-    for path in reversed([path for path in complete_checkpoints(folder) if step_of(path) <= up_to]):
-        damage = damaged_files(path)
-        if not damage:
-            return path
-        log.warning("checkpoint %s is damaged (%s); trying the one before", path, ", ".join(damage))
-    return None
+def step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
-def damaged_files(path: Path, only: Sequence[str] | None = None) -> list[str]:
-    """Files of a checkpoint (`only` these) that are missing or not what was written."""
-    try:
-        expected = json.loads((path / "manifest.json").read_text())
-    except ValueError:
-        return ["manifest.json"]
-    names = expected if only is None else only
-    return [name for name in names if not _is_as_written(path / name, expected[name])]
-
-
-def _is_as_written(path: Path, facts: dict[str, Any]) -> bool:
-    return path.exists() and path.stat().st_size == facts["bytes"] and _digest(path) == facts["sha256"]
-
-
-def ema_weights_path(run: Path, step: str | int = "latest") -> Path:
-    """The gathered EMA of a run at `step`, for sampling: errors say what there is. Or a file of rebuild_ema.py."""
-    if str(step).endswith(".safetensors"):
-        if not Path(step).exists():
-            raise UserError(f"step={step} is not there: make it with train/rebuild_ema.py.")
-        return Path(step)
-    folder = Path(run) / "checkpoints"
-    there = complete_checkpoints(folder)
-    if not there:
-        raise UserError(f"{run} holds no checkpoint: give the output= of a train_ldm.py run that has saved one.")
-    if step == "latest":
-        chosen = there[-1]
-    else:
-        chosen = folder / f"step-{step:0>8}"
-        if chosen not in there:
-            steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in there)
-            raise UserError(f"{run} has no checkpoint of step {step}: there are {steps}.")
-    damage = damaged_files(chosen, ("ema.safetensors",))
-    if damage:
-        raise DataError(f"{chosen / damage[0]} is damaged: take another step= of this run, or train it again.")
-    return chosen / "ema.safetensors"
-
-
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """sha256 of a local file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_and_digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+def is_as_written(path: Path, facts: Facts) -> bool:
+    """A local file."""
+    return path.exists() and path.stat().st_size == facts["bytes"] and digest_of(path) == facts["sha256"]
+
+
+def chunks(path: str, start: int, length: int) -> Iterator[bytes]:
+    """`length` bytes from `start`, in pieces that memory holds."""
+    for at in range(start, start + length, CHUNK):
+        yield storage.read_bytes(path, at, min(CHUNK, start + length - at))
+
+
+def fetched(source: str, target: Path, facts: Facts) -> bool:
+    """An object of a bucket as a local file, digested as it comes. Other bytes than its facts say: false, and no file.
+
+    OSError where the disk does not take it.
+    """
+    digest = hashlib.sha256()
+    try:
+        with target.open("wb") as file:
+            for chunk in chunks(source, 0, facts["bytes"]):
+                digest.update(chunk)
+                file.write(chunk)
+    except DataError:  # it ends before
+        target.unlink()
+        return False
+    if facts["sha256"] not in (None, digest.hexdigest()):
+        target.unlink()
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def at_hand(path: str, facts: Facts | None) -> Iterator[Path | None]:
+    """A local or an s3 file, to be read as a local one for as long; None if it is not what its facts, if any, say."""
+    if not storage.is_s3(path):
+        yield Path(path) if facts is None or is_as_written(Path(path), facts) else None
+        return
+    with tempfile.TemporaryDirectory(prefix="fetched-") as folder:
+        target = Path(folder) / path.rpartition("/")[2]
+        yield target if fetched(path, target, facts or {"bytes": storage.size(path), "sha256": None}) else None
+
+
+class EmaWeights(NamedTuple):
+    """Tensors by name, and the file that they are from."""
+
+    path: str
+    tensors: dict[str, Tensor]
+
+
+def ema_weights(run: Path, step: str | int = "latest") -> EmaWeights:
+    """The gathered EMA of a run at `step`, for sampling: errors say what there is. Or a file of rebuild_ema.py."""
+    if str(step).endswith(".safetensors"):
+        if not Path(step).exists():
+            raise UserError(f"step={step} is not there: make it with train/rebuild_ema.py.")
+        return EmaWeights(str(step), load_file(step))
+    folder = storage.join(Places.of_run(run).checkpoints, _chosen(run, step))
+    path, manifest = storage.join(folder, "ema.safetensors"), storage.read_bytes(storage.join(folder, MANIFEST))
+    with contextlib.suppress(ValueError, KeyError), at_hand(path, json.loads(manifest)["ema.safetensors"]) as file:
+        if file is not None:
+            return EmaWeights(path, load_file(file))
+    raise DataError(f"{path} is damaged: take another step= of this run, or train it again.")
+
+
+def _chosen(run: Path, step: str | int) -> str:
+    there = complete_checkpoints(Places.of_run(run).checkpoints)
+    if not there:
+        raise UserError(f"{run} holds no checkpoint: give the output= of a train_ldm.py run that has saved one.")
+    if step == "latest":
+        return there[-1]
+    if f"step-{step:0>8}" not in there:
+        steps = ", ".join(str(step_of(name)) for name in there)
+        raise UserError(f"{run} has no checkpoint of step {step}: there are {steps}.")
+    return f"step-{step:0>8}"

@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
         drawn, unseen = (run.generator.draw(run.asked(s), sampler, guidance, **how) for s in (chosen, heldout))
     figures = recall_figures(drawn, np.stack([sample["image"] for sample in train]), right, cfg.seed)
     figures |= likeness_figures(run, train, chosen, drawn, heldout, unseen)
-    figures |= {"guidance": guidance.scale, "steps": sampler.steps, "weights": str(run.weights)}
+    figures |= {"guidance": guidance.scale, "steps": sampler.steps, "weights": run.weights}
     write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
     save_grids(output, chosen, drawn, heldout, unseen)
     say(figures, output)

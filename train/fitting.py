@@ -45,6 +45,8 @@ class Training:
     keep_checkpoints: int = 2
     keep_every: int | None = None
     asynchronous_save: bool = True
+    checkpoints: str | None = None  # another folder or s3://bucket/prefix; None: in the run's folder
+    scratch: str | None = None  # of each node, for what goes to and comes from a bucket
     resume: str = "auto"
     may_change: Sequence[str] = ()
     bad_numbers: BadNumbers = field(default_factory=BadNumbers)
@@ -167,7 +169,7 @@ def _fit(
     identity = {**recipe.identity, **identity}
     checkpoints = Checkpoints(
         run.checkpoints, ranks, identity, weights_prefix, training.keep_checkpoints, training.keep_every,
-        training.asynchronous_save, tuple(training.may_change),
+        training.asynchronous_save, tuple(training.may_change), run.places, training.scratch,
     )  # fmt: skip
     if checkpoints.resume(training.resume, engine, ema, state) and ranks.is_main:
         print(f"{what}: resumed from step {state.step} of {training.steps}", flush=True)
@@ -198,14 +200,13 @@ def go_back(
     what: str, bad: NumbersWentBad, watch: Watch, checkpoints: Checkpoints, engine: Engine, ema: Ema, state: TrainState
 ) -> None:
     """To the last checkpoint before it, past the data in between; what can't be mended so is a UserError."""
-    gone_bad, rollbacks, passed_over = state.step, state.rollbacks, state.passed_over
+    gone_bad, rollbacks = state.step, state.rollbacks
     remedy = "lower optimizer.lr, or look for broken values in the data (skipped.jsonl names the samples)."
     if rollbacks >= watch.limits.max_rollbacks:
         raise UserError(f"{bad.why}, after {rollbacks} rollbacks: {remedy}")
     if not checkpoints.roll_back(engine, ema, state, bad.good_step):
         raise UserError(f"{bad.why}, and no checkpoint lies before it: {remedy}")
-    state.passed_over, state.rollbacks, watch.skipped = passed_over + gone_bad - state.step, rollbacks + 1, 0
-    watch.good_step = state.step
+    watch.skipped, watch.good_step = 0, state.step
     watch.note({"step": gone_bad, "rolled_back_to": state.step, "why": bad.why})
     if watch.ranks.is_main:
         print(f"{what}: {bad.why}: back to step {state.step}, past the data up to there", flush=True)

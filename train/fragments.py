@@ -6,7 +6,7 @@ exp_avg_sq or an EMA's name, start its place in the flattened parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,40 @@ def gathered(kind: str, shapes: Mapping[str, Sequence[int]], files: Sequence[Pat
     fill([Fragment(name, 0, whole[name].numel(), names.index(name), 0) for name in names],
          {kind: list(whole.values())}, files)  # fmt: skip
     return whole
+
+
+def files_needed(
+    fragments: Sequence[Fragment],
+    kinds: Iterable[str],
+    files: Sequence[str],
+    pieces_of: Callable[[str], Mapping[str, int] | None],
+) -> list[str]:
+    """Of part files those that hold any of the fragments, looked into in the given order while something is missing.
+
+    pieces_of: a file's pieces and their lengths; None: it can't be told, and it counts as needed. All files, where they
+    do not add up: what is wrong is found when they are read.
+    """
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for kind in kinds:
+        for f in fragments:
+            spans.setdefault(f"{kind}/{f.name}", []).append((f.start, f.start + f.length))
+    missing = sum(end - begin for found in spans.values() for begin, end in found)
+    needed = []
+    for file in files:
+        if missing <= 0:
+            return needed
+        pieces = pieces_of(file)
+        held = None if pieces is None else sum(_overlap(spans, *piece) for piece in pieces.items())
+        if held != 0:
+            needed.append(file)
+        missing -= held or 0
+    return needed if missing == 0 else list(files)
+
+
+def _overlap(spans: Mapping[str, list[tuple[int, int]]], key: str, length: int) -> int:
+    name, _, start = key.rpartition("@")
+    begin = int(start) if start.isdigit() else 0
+    return sum(max(0, min(end, begin + length) - max(at, begin)) for at, end in spans.get(name, ()))
 
 
 class PartFiles:

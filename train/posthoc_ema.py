@@ -7,17 +7,23 @@ The snapshots' weighting functions span a space; the wanted one's least-squares 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data_pipeline.errors import UserError
+from data_pipeline import storage
+from data_pipeline.errors import DataError, UserError
+from train.checkpoint_files import Places, at_hand
 from train.ema import gamma_of
+from train.tensor_files import Header
 
 
 class Profile(NamedTuple):
@@ -28,9 +34,9 @@ class Profile(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """One saved average: the file that holds it, its kind within, its weighting function."""
+    """One saved average: the file that holds it (local or s3), its kind within, its weighting function."""
 
-    path: Path
+    path: str
     kind: str
     profile: Profile
 
@@ -54,9 +60,10 @@ def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
 def find_snapshots(run: Path) -> list[Snapshot]:
     """All of a run; none is a UserError."""
     found = []
-    for path in sorted((run / "ema_snapshots").glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            facts = file.metadata()
+    root = Places.of_run(run).snapshots
+    for name in storage.files(root, ".safetensors"):
+        path = storage.join(root, name)
+        facts = Header.of(path).metadata
         for kind in facts["kinds"].split(","):
             profile = Profile(float(facts["updates"]), gamma_of(float(kind.removeprefix("ema_"))))
             found.append(Snapshot(path, kind, profile))
@@ -66,14 +73,28 @@ def find_snapshots(run: Path) -> list[Snapshot]:
 
 
 def rebuilt(snapshots: Sequence[Snapshot], wanted: Profile) -> dict[str, Tensor]:
-    """The wanted average's weights by name; a parameter at a time, in float64."""
+    """The wanted average's weights by name; a parameter at a time, in float64. A file of a bucket is fetched for as
+    long as it is read. A damaged one is a DataError."""
     shares = coefficients([snapshot.profile for snapshot in snapshots], wanted)
     total: dict[str, Tensor] = {}
-    for snapshot, share in zip(snapshots, shares, strict=True):
-        prefix = snapshot.kind + "/"
-        with safe_open(snapshot.path, "pt") as file:
-            for key in (key for key in file.keys() if key.startswith(prefix)):  # noqa: SIM118  (no mapping)
-                term = file.get_tensor(key).double() * float(share)
-                name = key.removeprefix(prefix)
-                total[name] = total[name] + term if name in total else term
+    by_file = groupby(zip(snapshots, shares, strict=True), key=lambda one: one[0].path)
+    for path, kept in by_file:
+        with _opened(path) as file:
+            keys = list(file.keys())
+            for prefix, share in [(f"{snapshot.kind}/", float(share)) for snapshot, share in kept]:
+                for key in (key for key in keys if key.startswith(prefix)):
+                    term = file.get_tensor(key).double() * share
+                    name = key.removeprefix(prefix)
+                    total[name] = total[name] + term if name in total else term
     return {name: value.to(torch.float32) for name, value in total.items()}
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """A file of snapshots, compared with the digest beside it; those of older runs have none."""
+    note = storage.read_if_there(f"{path.removesuffix('.safetensors')}.json")
+    with at_hand(path, json.loads(note) if note else None) as file:
+        if file is None:
+            raise DataError(f"{path} is damaged: copy it again, or move it away to do without it.")
+        with safe_open(file, "pt") as opened:
+            yield opened

@@ -15,8 +15,11 @@ from typing import Any
 
 import yaml
 
+from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.storage import is_s3, write_atomically
+from train.checkpoint_files import Places
+from train.checkpoint_stores import refuse_other_owner
 from train.preemption import Preempted
 from train.ranks import Ranks, broadcast_object
 from train.reporters import JsonLines, Reporters, WeightsAndBiases, read_metrics
@@ -43,10 +46,17 @@ class RunFolder:
                 "the environment (WANDB_API_KEY, AWS_SECRET_ACCESS_KEY), not by the configuration."
             )
         self.path, self.what, self.config, self.ranks = Path(path), what, config, ranks
+        if elsewhere := self._training.get("checkpoints"):  # sampling finds them by config.yaml, from any folder
+            self._training["checkpoints"] = storage.absolute(elsewhere)
+        self.places = Places.of(self.path, self._training.get("checkpoints"))
         self.run_id = str(broadcast_object(self._claimed() if ranks.is_main else None))
         if not self.run_id:
             raise Preempted  # on every rank: Slurm is to start all of them again
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        return self.config.get("training", {})
 
     def _claimed(self) -> str:
         """The run's id; "" where Slurm has restarted the job and the run's last process seems to hold it still.
@@ -72,14 +82,20 @@ class RunFolder:
             if what != self.what:
                 raise UserError(f"output={self.path} is a run of {what}: choose another folder for {self.what}.")
             self._lock()
+            self._refuse_anothers_checkpoints(run_id)
             return run_id
         if self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"output={self.path} holds something that is not a run: choose a new or empty folder.")
+        self._refuse_anothers_checkpoints(None)
         (self.path / "samples").mkdir(parents=True)
         self._lock()
         run_id = secrets.token_hex(4)
         write_atomically(marker, f"{self.what} {run_id}\n".encode())
         return run_id
+
+    def _refuse_anothers_checkpoints(self, run_id: str | None) -> None:
+        if self._training.get("checkpoints"):
+            refuse_other_owner(self.places.checkpoints, run_id, self._training.get("may_change", ()))
 
     def _lock(self) -> None:
         """Held until this process ends, however it does: two writers would tear each other's checkpoints."""

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import collated
-from train.checkpoint_files import ema_weights_path
+from train.checkpoint_files import ema_weights
 from train.evaluation.generate import Asked, Generator
 from train.latent_data import LatentFacts
 from train.models.conditioning import ConditionedUNet
@@ -33,7 +32,7 @@ class TrainedRun:
     conditions: Mapping[str, Any]
     facts: LatentFacts
     config: dict[str, Any]
-    weights: Path
+    weights: str  # the file that they are from
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -65,7 +64,7 @@ def open_run(
     if not (folder / "config.yaml").exists():
         raise UserError(f"input={run} is not a run (no config.yaml there): give the output= of train_ldm.py.")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    weights = ema_weights_path(folder, step)
+    weights = ema_weights(folder, step)
     facts = LatentFacts.of_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = build(with_path(config["autoencoder"], autoencoder_path)).to(device)
@@ -73,7 +72,7 @@ def open_run(
     clip = build(with_path(config["clip"], clip_path)).to(device) if uses_clip(conditions) else None
     facts.refuse_other_encoders(autoencoder.fingerprint, clip.fingerprint if clip else None)
     network = build_network(config, facts, build)
-    network.load_state_dict(load_file(weights))
+    network.load_state_dict(weights.tensors)
     network.to(device).eval().requires_grad_(False)
     make_objective = build(config["objective"], _partial_=True, _convert_="all")
     objective = make_objective(network=network, latents=facts.latents)
@@ -86,7 +85,7 @@ def open_run(
         facts.unet_shape,
         device,
     )
-    return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights)
+    return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
 
 
 def build_network(config: Mapping[str, Any], facts: LatentFacts, build: Build) -> ConditionedUNet:

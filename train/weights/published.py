@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from train.checkpoint_files import ema_weights_path
+from train.checkpoint_files import ema_weights
 from train.models.conditioning import ConditionedUNet
 from train.models.unet import UNet
 from train.weights import diffusers, open_clip, stable_diffusion
@@ -51,7 +50,7 @@ def _of_run(unet: UNet, run: Path) -> dict[str, Tensor]:
     if isinstance(options.get("heads"), int):
         options["heads"] = [options["heads"]] * len(options["channels"])
     _refuse_other_function(unet, options, run)
-    return load_file(ema_weights_path(run))
+    return ema_weights(run).tensors
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,112 +1,102 @@
-"""Which checkpoint is taken, and what is said of one that is damaged."""
+"""Which checkpoints a run has, and the weights that it is sampled with."""
 
 import hashlib
 import json
-import logging
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save
 
 from data_pipeline.errors import DataError, UserError
-from train.checkpoint_files import complete_checkpoints, damaged_files, ema_weights_path, newest_intact
+from train.checkpoint_files import Places, complete_checkpoints, ema_weights, is_as_written, step_of
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run with checkpoints of steps 5, 10 and 100, one half written and one that a kill left without manifest."""
-
-    def write(name):
-        folder = tmp_path / "checkpoints" / name
-        files = {
-            "ema.safetensors": b"weights " * 10,
-            "engine/zero/rank_0.pt": b"moments",
-            "engine/zero/rank_1.pt": b"MOMENTS",
-            "state.json": b"{}",
-        }
-        for file, data in files.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes(data)
-        facts = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
-        (folder / "manifest.json").write_text(json.dumps(facts))
-
+def write_run(folder):
+    """Checkpoints of steps 5, 10 and 100, one half written and one that lost its manifest."""
     for step in (100, 5, 10):
-        write(f"step-{step:08d}")
-    write("step-00000200.tmp")
-    write("step-00000300")
-    (tmp_path / "checkpoints" / "step-00000300" / "manifest.json").unlink()
-    (tmp_path / "checkpoints" / "latest").write_text("step-00000300")
-    return tmp_path
+        write(folder / f"step-{step:08d}", step)
+    write(folder / "step-00000200.tmp", 200)
+    write(folder / "step-00000300", 300)
+    (folder / "step-00000300" / "manifest.json").unlink()
+    (folder / "latest").write_text("step-00000300")
+
+
+def write(folder, step):
+    files = {"ema.safetensors": save({"w": torch.full((3,), float(step))}), "state.json": b"{}"}
+    folder.mkdir(parents=True)
+    for file, data in files.items():
+        (folder / file).write_bytes(data)
+    facts = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
+    (folder / "manifest.json").write_text(json.dumps(facts))
+
+
+@pytest.fixture(params=["in the run's folder", "elsewhere"])
+def run(tmp_path, request):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if request.param == "elsewhere":
+        training = {"checkpoints": str(tmp_path / "another disk")}
+        (folder / "config.yaml").write_text(yaml.safe_dump({"training": training}))
+    write_run(tmp_path / "another disk" if request.param == "elsewhere" else folder / "checkpoints")
+    return folder
 
 
 @pytest.fixture
-def newest(run):
-    return run / "checkpoints" / "step-00000100"
+def ema_file(run):
+    """ema_file(step)"""
+    return lambda step: Places.of_run(run).checkpoints + f"/step-{step:08d}/ema.safetensors"
 
 
-def test_only_published_checkpoints_count(run, newest):
-    assert [int(p.name[5:]) for p in complete_checkpoints(run / "checkpoints")] == [5, 10, 100]
-    assert newest_intact(run / "checkpoints") == newest
-    assert damaged_files(newest) == []
-    assert newest_intact(run / "no checkpoints") is None
+def test_only_published_checkpoints_count(run):
+    assert [step_of(name) for name in complete_checkpoints(Places.of_run(run).checkpoints)] == [5, 10, 100]
+    assert complete_checkpoints(run / "no checkpoints") == []
 
 
-DAMAGE = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "changed": lambda path: path.write_bytes(b"W" + path.read_bytes()[1:]),
-    "gone": lambda path: path.unlink(),
-}
+def test_weights_to_sample_from(run, ema_file):
+    for step, expected in (("latest", 100), ("10", 10), (10, 10)):
+        path, tensors = ema_weights(run, step)
+        assert path == ema_file(expected)
+        assert tensors["w"].tolist() == [expected] * 3
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-@pytest.mark.parametrize("name", ["ema.safetensors", "engine/zero/rank_0.pt"])
-def test_the_one_before_is_taken_when_the_newest_is_damaged(run, newest, caplog, damage, name):
-    damage(newest / name)
-    assert damaged_files(newest) == [name]
-    with caplog.at_level(logging.WARNING):
-        assert newest_intact(run / "checkpoints").name == "step-00000010"
-    assert "step-00000100" in caplog.text
-    assert name in caplog.text
-
-
-def test_two_ranks_parts_swapped_are_damage(run, newest, caplog):
-    """Each is whole, and of the size that it should be."""
-    parts = [newest / f"engine/zero/rank_{rank}.pt" for rank in (0, 1)]
-    contents = [part.read_bytes() for part in parts]
-    for part, content in zip(parts, reversed(contents), strict=True):
-        part.write_bytes(content)
-    assert newest_intact(run / "checkpoints").name == "step-00000010"
-    assert "rank_0.pt, engine/zero/rank_1.pt" in caplog.text
-
-
-@pytest.mark.parametrize("content", ["", '{"ema.safetensors": {"by'])
-def test_a_damaged_manifest_is_damage_too(run, newest, content):
-    (newest / "manifest.json").write_text(content)
-    assert newest_intact(run / "checkpoints").name == "step-00000010"
-
-
-def test_none_is_intact(run):
-    for path in complete_checkpoints(run / "checkpoints"):
-        (path / "state.json").unlink()
-    assert newest_intact(run / "checkpoints") is None
-
-
-def test_weights_to_sample_from(run, newest):
-    assert ema_weights_path(run) == newest / "ema.safetensors"
-    assert ema_weights_path(run, "10") == ema_weights_path(run, 10)
-    assert ema_weights_path(run, 10).parent.name == "step-00000010"
+def test_weights_of_a_file_of_their_own(run, tmp_path):
+    (tmp_path / "rebuilt.safetensors").write_bytes(save({"w": torch.ones(2)}))
+    assert ema_weights(run, f"{tmp_path}/rebuilt.safetensors").tensors["w"].tolist() == [1, 1]
+    with pytest.raises(UserError, match=r"make it with train/rebuild_ema\.py"):
+        ema_weights(run, f"{tmp_path}/another.safetensors")
 
 
 def test_weights_that_are_not_there(run, tmp_path):
     with pytest.raises(UserError, match="has no checkpoint of step 7: there are 5, 10, 100"):
-        ema_weights_path(run, 7)
+        ema_weights(run, 7)
     with pytest.raises(UserError, match="has no checkpoint of step 300"):
-        ema_weights_path(run, 300)
+        ema_weights(run, 300)
     with pytest.raises(UserError, match=r"holds no checkpoint: give the output= of a train_ldm\.py run"):
-        ema_weights_path(tmp_path / "nowhere")
+        ema_weights(tmp_path / "nowhere")
+
+
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "changed": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+    "gone": lambda path: path.unlink(),
+    "manifest cut": lambda path: (path.parent / "manifest.json").write_text('{"ema.safetensors": {"by'),
+    "manifest empty": lambda path: (path.parent / "manifest.json").write_text(""),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_weights_that_are_damaged(run, newest, damage):
-    damage(newest / "ema.safetensors")
+def test_weights_that_are_damaged(run, ema_file, tmp_path, damage):
+    damage(type(tmp_path)(ema_file(100)))
     with pytest.raises(DataError, match=r"step-00000100/ema\.safetensors is damaged: take another step="):
-        ema_weights_path(run)
-    assert ema_weights_path(run, 10).exists()
+        ema_weights(run)
+    assert ema_weights(run, 10).tensors.keys() == load_file(ema_file(10)).keys()
+
+
+def test_a_file_is_as_written_by_size_and_digest(tmp_path):
+    data, path = b"12345", tmp_path / "file"
+    facts = {"bytes": 5, "sha256": hashlib.sha256(data).hexdigest()}
+    assert not is_as_written(path, facts)
+    for content, expected in ((data, True), (data[:4], False), (b"12346", False)):
+        path.write_bytes(content)
+        assert is_as_written(path, facts) is expected

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import resource
 import shutil
@@ -12,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data_pipeline import storage
 from data_pipeline.errors import UserError
-from train import checkpoint
+from train import checkpoint_writer, tensor_files
 from train.checkpoint import Checkpoints
-from train.checkpoint_files import damaged_files, newest_intact, published
+from train.checkpoint_files import is_as_written
 from train.ema import Ema
 from train.engine import EngineConfig
 from train.fitting import Recipe, Training
@@ -23,6 +25,15 @@ from train.fragments import Fragment
 from train.optim import AdamW, Schedule
 from train.ranks import Ranks
 from train.train_state import TrainState
+
+
+def published(folder):
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+
+
+def damaged_files(path):
+    files = json.loads((path / "manifest.json").read_text())
+    return [name for name, facts in files.items() if not is_as_written(path / name, facts)]
 
 
 class OneWeight:
@@ -74,8 +85,9 @@ def start(tmp_path):
 
         folder = tmp_path / "checkpoints"
         return SimpleNamespace(
-            save=save, save_without_waiting=save_without_waiting, resume=resume, engine=engine, folder=folder
-        )
+            save=save, save_without_waiting=save_without_waiting, resume=resume, engine=engine, folder=folder,
+            checkpoints=checkpoints, ema=ema, state=state,
+        )  # fmt: skip
 
     return make
 
@@ -156,14 +168,14 @@ def test_each_of_some_multiple_is_kept(start, steps):
 def test_training_goes_on_while_a_checkpoint_is_written(start, steps, monkeypatch):
     """What is saved is what was there when it was asked for, and the next save waits for it."""
     held, go_on = threading.Event(), threading.Event()
-    save_tensors = checkpoint.save_tensors
+    save_tensors = checkpoint_writer.save_tensors
 
     def slow(tensors, path):
         held.set()
         assert go_on.wait(30)
         save_tensors(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    monkeypatch.setattr(checkpoint_writer, "save_tensors", slow)
     run = start()
     run.save_without_waiting(10)
     assert held.wait(30)
@@ -207,8 +219,10 @@ class Killed(BaseException):
     """In place of a SIGKILL: nothing after it runs."""
 
 
-CALLS = [(os, "fsync"), (os, "rename"), (Path, "replace"), (Path, "unlink"), (checkpoint, "save_tensors"),
-         (shutil, "rmtree"), (checkpoint, "write_atomically"), (Path, "mkdir")]  # fmt: skip
+CALLS = [
+    (os, "fsync"), (os, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (shutil, "rmtree"),
+    (checkpoint_writer, "save_tensors"), (storage, "write_atomically"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -275,13 +289,13 @@ def test_where_there_is_none(start):
 
 
 def test_a_checkpoint_that_lacks_a_ranks_part_is_not_published(start, steps, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 0.0)
     with pytest.raises(
         UserError, match="lacks the part of rank 1: output= must be on a file system that all nodes share"
     ):
         start(world_size=2).save(10)
     assert steps() == []
-    assert newest_intact(tmp_path / "checkpoints") is None
+    assert start().resume() is None
 
 
 @pytest.mark.parametrize(
@@ -329,3 +343,77 @@ def test_files_are_for_all_whom_the_umask_lets(start):
         os.umask(umask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (run.folder / "step-00000010").iterdir()}
     assert modes == dict.fromkeys(modes, 0o644)
+
+
+def test_a_removal_that_was_killed_half_way_leaves_nothing_that_looks_published(start, steps, monkeypatch):
+    start(keep=1).save(10)
+    run = start(keep=1)
+    run.resume()
+    rmtree = shutil.rmtree
+
+    def dies(path, **options):
+        (Path(path) / "manifest.json").unlink(missing_ok=True)
+        if threading.current_thread() is not threading.main_thread() and Path(path).exists():
+            raise Killed
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", dies)
+    with pytest.raises(Killed):
+        run.save(20)
+    assert steps() == [20]
+    monkeypatch.undo()
+    again = start(keep=1)
+    assert again.resume("must") == 20
+    assert sorted(path.name for path in again.folder.iterdir()) == ["latest", "step-00000020"]
+
+
+def test_what_the_disk_gives_back_is_compared_with_what_was_to_be_saved(start, steps, monkeypatch):
+    """A digest of the file alone would be that of the wrong bytes."""
+    save_file = tensor_files.save_file
+
+    def flips(tensors, path, metadata):
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata)
+
+    run = start()
+    run.save(10)
+    monkeypatch.setattr(tensor_files, "save_file", flips)
+    with pytest.raises(UserError, match=r"part-00000\.safetensors gives back another \S+ than was written"):
+        run.save(20)
+    assert steps() == [10]
+
+
+def test_what_is_not_a_number_is_saved_like_any_other(start):
+    run = start()
+    run.engine.weight = torch.full((3,), torch.nan)
+    run.engine.weight.fill_ = lambda value: None
+    run.save(10)
+    again = start()
+    assert again.resume() == 10
+    assert again.engine.weight.isnan().all()
+
+
+def test_rollbacks_are_counted_through_a_kill_before_the_next_save(start):
+    run = start()
+    run.save(10, 20)
+    run.state.step = 27
+    assert run.checkpoints.roll_back(run.engine, run.ema, run.state, before=20)
+    assert (run.state.step, run.state.passed_over, run.state.rollbacks) == (20, 7, 1)
+    again = start()  # nothing was saved meanwhile
+    assert again.resume() == 20
+    assert (again.state.passed_over, again.state.rollbacks) == (7, 1)
+    again.save(30)
+    later = start()
+    assert later.resume() == 30
+    assert (later.state.passed_over, later.state.rollbacks) == (7, 1)
+
+
+def test_rollbacks_count_where_an_earlier_checkpoint_is_gone_on_from(start, damage):
+    """But the data passed over lie behind the step gone back to, which it comes to again."""
+    run = start()
+    run.save(10, 20)
+    run.state.step = 27
+    run.checkpoints.roll_back(run.engine, run.ema, run.state, before=20)
+    damage(20)
+    again = start()
+    assert again.resume() == 10
+    assert (again.state.passed_over, again.state.rollbacks) == (0, 1)
