@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,9 +26,9 @@ from data_pipeline.encode_batch import (
     unusable,
 )
 from data_pipeline.errors import DataError
-from data_pipeline.loader import as_sample
 from data_pipeline.manifest import Shard
 from data_pipeline.reuse import Base, BaseShard
+from data_pipeline.sample_reader import as_sample
 from data_pipeline.samples import collated
 from data_pipeline.shard_writer import IndexEntry, ShardWriter, read_index, read_whole
 
@@ -237,7 +237,7 @@ class Build:
         for bucket, writer in sorted(self.writers.items()):
             published = writer.publish(root_of(bucket), self.shard.name)
             sets[bucket] = {
-                "shard": {name: getattr(published, name) for name in ("name", "samples", "bytes", "sha256")},
+                "shard": asdict(published),
                 "latents": combined_statistics(self.statistics[bucket]),
                 "fields": self.fields[bucket],
             }

@@ -26,7 +26,7 @@ from data_pipeline.errors import DataError, UserError
 from data_pipeline.filters import Filters, accounting, summary, worded
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.progress import Progress
-from data_pipeline.shard_writer import IndexEntry, scan
+from data_pipeline.shard_writer import IndexEntry, digest_of, index_digest, scan
 from data_pipeline.sources.tars import contents, inspected, tars_in
 
 AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=true"
@@ -138,8 +138,8 @@ class Index:
                 self.filters.add(key, reason)
             else:
                 lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
-        shard = Shard(name, len(lines), len(data), hashlib.sha256(data).hexdigest())
         index = "".join(lines).encode()
+        shard = Shard(name, len(lines), len(data), digest_of(data), index_digest(index))
         self.digest.update(index)
         storage.write_atomically(storage.join(self.root, shard.index_name), index)
         self.filters.save(self.root, f"{stem}.filtered")

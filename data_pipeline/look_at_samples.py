@@ -15,9 +15,9 @@ from data_pipeline.buckets import fitted
 from data_pipeline.encode_shard import picture_in
 from data_pipeline.errors import DataError
 from data_pipeline.image_transforms import square_of
-from data_pipeline.loader import as_sample, fields_of, size_of
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.picture_grid import grid
+from data_pipeline.sample_reader import as_sample, fields_of, size_of
 from data_pipeline.samples import collated
 from data_pipeline.shard_checks import Findings
 from data_pipeline.shard_writer import IndexEntry, read_index

@@ -17,12 +17,14 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar: its name below the data set, how many samples and bytes, and its sha256."""
+    """One tar: its name below the data set, how many samples and bytes, and its sha256. index: 16 digits of that of its
+    .idx; "": not known, as of data sets of earlier versions."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    index: str = ""
 
     @property
     def index_name(self) -> str:

@@ -18,9 +18,9 @@ from data_pipeline.encode_split import Places, Split, encode_split
 from data_pipeline.encoders import OnceEach, TextEncoder
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
-from data_pipeline.loader import as_sample
 from data_pipeline.manifest import Manifest, find_splits
 from data_pipeline.reuse import base_of
+from data_pipeline.sample_reader import as_sample
 from data_pipeline.shard_writer import read_shard
 from data_pipeline.work_share import StopRequest, worker_of
 
