@@ -10,7 +10,7 @@ import mmap
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,8 @@ from data_pipeline.aside import Aside
 from data_pipeline.entry import entry
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.filters import Filters, accounting, summary, worded
-from data_pipeline.manifest import Manifest, Shard
+from data_pipeline.make_shards import settings_of
+from data_pipeline.manifest import Manifest, Shard, made_otherwise
 from data_pipeline.progress import Progress
 from data_pipeline.shard_writer import IndexEntry, digest_of, index_digest, scan
 from data_pipeline.sources.tars import contents, inspected, tars_in
@@ -40,8 +41,8 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"size={cfg.size} can't be: take 1 or more.")
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}
     filters = Filters(instantiate(cfg.filters, _convert_="all"))
-    mark = mark_of(cfg, sizes)
-    if finished(cfg.output, mark):
+    mark, settings = mark_of(cfg, sizes), settings_of(cfg)
+    if finished(cfg.output, mark, settings):
         print(f"index_shards: {cfg.output} is finished already")
         return
     index = Index(cfg.output, filters, cfg.shard_in_keys, cfg.max_aside_fraction)
@@ -62,7 +63,8 @@ def main(cfg: DictConfig) -> None:
             bar.advance(passed // 2**20 - bar.done, aside=str(len(index.aside.rows)))
     if damaged:
         raise DataError(f"{len(damaged)} of {len(sizes)} shards are damaged: {' '.join(damaged[:5])}")
-    info = {"made_from": mark, "size": cfg.size} | ({"img2dataset": dict(fetched)} if fetched else {})
+    info = {"made_from": mark, "made_with": settings, "size": cfg.size}
+    info |= {"img2dataset": dict(fetched)} if fetched else {}
     index.finish([shard for shard in shards if shard.samples], info)
     if fetched:
         print(f"index_shards: img2dataset fetched {fetched['successes']} of {fetched['count']}, by its own account")
@@ -74,12 +76,14 @@ def mark_of(cfg: DictConfig, sizes: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps([config, sizes], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finished(output: str, mark: str) -> bool:
+def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
     """Whether the same configuration has made this output; a data set that was made otherwise is refused."""
     if not storage.exists(storage.join(output, "manifest.json")):
         return False
-    if Manifest.load(output).info.get("made_from") != mark:
-        raise UserError(f"{output}/manifest.json was made otherwise: remove it, or choose another output=.")
+    info = Manifest.load(output).info
+    if info.get("made_from") != mark:
+        what = made_otherwise(info.get("made_with"), settings)
+        raise UserError(f"{output}/manifest.json was made otherwise{what}: remove it, or choose another output=.")
     return True
 
 
@@ -160,6 +164,7 @@ class Index:
 
     def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
         """Write the manifest, and say what became of each sample."""
+        self.filters.refuse_unknown_columns()
         self.refuse_past_the_cap()
         aside, processed = summary(self.aside.rows), sum(shard.samples for shard in shards)
         if not processed:

@@ -10,8 +10,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from data_pipeline import storage
 from data_pipeline.buckets import sizes_of
-from data_pipeline.conditions import Condition
+from data_pipeline.conditions import Condition, refuse_text_alone
 from data_pipeline.encode_batch import DTYPES, Encoders
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Places, Split, encode_split
@@ -30,6 +31,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise UserError(f"dtype={cfg.dtype} is unknown: take one of {', '.join(DTYPES)}.")
     worker = worker_of(cfg.worker, cfg.workers, os.environ)
+    if storage.absolute(cfg.output) == storage.absolute(cfg.input):
+        raise UserError(f"output={cfg.output} is input=: choose another folder for the latents.")
     splits = find_splits(cfg.input)
     device = chosen_device(cfg.device)
     conditions = instantiate(cfg.conditions, _convert_="all")
@@ -56,7 +59,10 @@ def clip_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> TextEncode
         return None
     if cfg.clip.path is None:
         raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
-    return instantiate(cfg.clip)
+    clip = instantiate(cfg.clip)
+    if any(condition.uses_image_tower for condition in conditions.values()):
+        refuse_text_alone(clip)  # here, before the output is claimed for it
+    return clip
 
 
 def facts_of_samples(path: str, source: Manifest) -> Iterator[dict[str, Any]]:

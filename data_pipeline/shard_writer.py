@@ -56,14 +56,19 @@ class ShardWriter:
 
     def publish(self, root: str | Path, name: str) -> Shard:
         """Write <root>/<name> and its .idx, each atomically, the tar last."""
+        shard, index, data = self.contents(name)
+        storage.write_atomically(storage.join(root, shard.index_name), index)
+        storage.write_atomically(storage.join(root, name), data)
+        return shard
+
+    def contents(self, name: str) -> tuple[Shard, bytes, bytes]:
+        """Its line in the manifest, and the bytes of index and tar; nothing can be added any more."""
         self.tar.close()
         data = self.buffer.getvalue()
         lines = [json.dumps([e.key, {k: list(m) for k, m in e.members.items()}]) for e in scan(data, name)]
         index = ("\n".join(lines) + "\n").encode()
         shard = Shard(name, self.count, len(data), digest_of(data), index_digest(index))
-        storage.write_atomically(storage.join(root, shard.index_name), index)
-        storage.write_atomically(storage.join(root, name), data)
-        return shard
+        return shard, index, data
 
 
 def scan(data: bytes | mmap.mmap, name: str) -> list[IndexEntry]:

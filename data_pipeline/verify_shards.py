@@ -50,6 +50,8 @@ class DataSet(NamedTuple):
 def main(cfg: DictConfig) -> None:
     if cfg.every < 1 or cfg.samples < 0:
         raise UserError(f"every={cfg.every} samples={cfg.samples} can't be: every is 1 or more, samples 0 or more.")
+    if storage.absolute(cfg.output) == storage.absolute(cfg.input):
+        raise UserError(f"output={cfg.output} is input=: choose another folder for the report.")
     drawing = instantiate(cfg.drawing)
     device = chosen_device(cfg.device)
     image = instantiate(cfg.autoencoder).to(device) if cfg.autoencoder.get("path") else None

@@ -253,7 +253,7 @@ def test_the_loader_names_what_is_not_as_the_manifest_says(latents, name, batch)
         lambda: list(itertools.islice(Loader(str(latents), batch, 1, shuffle=False), COUNT // batch)),
         lambda: read_dataset(str(latents)),
     ):
-        with pytest.raises(DataError, match=rf"^sample 000001 of shard .*000000\.tar: moments\.npy is .*{sentence}"):
+        with pytest.raises(DataError, match=rf"^sample 000001 of shard .*000000\.tar: moments\.npy .*{sentence}"):
             read()
 
 
@@ -266,13 +266,13 @@ def test_a_missing_member_is_named_where_a_sample_is_alone_in_its_batch(latents)
 @pytest.mark.parametrize("dtype", ["float32", "complex64", "no dtype"])
 def test_a_manifest_without_claims_leaves_numbers_and_one_with_odd_claims_nothing(latents, dtype):
     manifest = Manifest.load(str(latents))
-    changed(latents, "moments.npy", npy(VALUES.astype("c8" if dtype == "complex64" else "f4")))
+    changed(latents, "moments.npy", npy(VALUES))
     claim = {} if dtype == "float32" else {"dtype": dtype, "shape": [4, 2, 2]}
     dataclasses.replace(Manifest.load(str(latents)), fields={**manifest.fields, "moments.npy": claim}).save(latents)
     if dtype == "float32":
         np.testing.assert_array_equal(epoch(latents)["000001"]["moments"], VALUES)
     else:
-        with pytest.raises(DataError, match=r"these are no numbers|which there is not"):
+        with pytest.raises(DataError, match="not <c8 as" if dtype == "complex64" else "which there is not"):
             epoch(latents)
 
 
