@@ -187,6 +187,9 @@ class Filters:
     """All filters of a configuration, the cheapest first; counts and lists what they leave out."""
 
     def __init__(self, filters: Mapping[str, Filter]) -> None:
+        for name, each in filters.items():
+            if not hasattr(each, "cost"):
+                raise UserError(f"filters.{name} is set, but no such filter chosen: add filters=[{name}].")
         self.filters = sorted(filters.values(), key=lambda each: each.cost)
         self.counts: Counter[str] = Counter()
         self.lines: list[bytes] = []  # encoded: some 100 bytes a sample that is left out

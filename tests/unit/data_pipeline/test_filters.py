@@ -150,7 +150,7 @@ def test_processed_filtered_and_set_aside_are_all_that_was_listed(table_of_pictu
     filtered = dict.fromkeys(rated_low, "aesthetic under 5.5")
     filtered |= {4: "shortest side under 32", 5: "aspect over 3", 8: "like a picture before it"}
     filtered |= {10: "caption under 5 characters", 11: "no number as aesthetic"}
-    aside = {9: "missing caption", 12: None, 13: "undecodable picture (FileNotFoundError)"}
+    aside = {9: "missing caption", 12: None, 13: "missing picture"}
     del filtered[12], aside[12]  # rated low: filtered before anyone looks at it
     rows = [json.loads(line) for line in (output / "aside" / "filtered.jsonl").open()]
     filtered[12] = "aesthetic under 5.5"
@@ -161,7 +161,7 @@ def test_processed_filtered_and_set_aside_are_all_that_was_listed(table_of_pictu
     assert account["listed"] == 40
     assert account["processed"] == 40 - len(filtered) - len(aside)
     assert sum(account["filtered"].values()) == len(filtered)
-    assert account["set_aside"] == {"missing caption": 1, "undecodable picture": 1}
+    assert account["set_aside"] == {"missing caption": 1, "missing picture": 1}
     assert f"{len(filtered)} filtered, 2 set aside, of 40 listed" in done.stdout
     samples = [s for split in ("train", "heldout") for s in read_dataset(str(output / split))]
     assert {int(s["key"]) for s in samples} == set(range(40)) - set(filtered) - set(aside)
