@@ -71,13 +71,14 @@ class Said:
         self.stack.enter_context(contextlib.redirect_stderr(self.text))
 
     def stop(self) -> None:
-        """main begins."""
+        """main begins, or will not."""
         self.stack.close()
         self.begun = True
+        sys.stderr.write(self.text.getvalue())
 
 
 def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> Callable[[], None]:
-    """Hydra's own refusals (an option that there isn't) leave with 1: they are the user's, so with 2, and a sentence."""
+    """Hydra's own refusals (no such option) leave with 1: they are the user's, so with 2, and a sentence."""
 
     @functools.wraps(started)
     def run() -> None:
@@ -87,7 +88,7 @@ def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> Ca
                 started()
         except SystemExit as asked:
             code = asked.code
-            if code == 1 and not said.begun:
+            if code and not said.begun:
                 code = UserError.exit_code
                 print(f"error: {reworded(said.text.getvalue(), Path(CONF), config_name)}", file=sys.stderr, flush=True)
             _leave_if_one_of_many(code)  # a crash, too: what it left open may wait for the other ranks

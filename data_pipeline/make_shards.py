@@ -30,6 +30,9 @@ from data_pipeline.sources.source import Source, SourceItem
 
 @entry("make_shards")
 def main(cfg: DictConfig) -> None:
+    for name, value in (("size", cfg.size), ("source.limit", cfg.source.get("limit") or 1)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value} can't be: take a whole number, 1 or more.")
     if cfg.shard_size < 1:
         raise UserError(f"shard_size={cfg.shard_size} can't be: take 1 or more.")
     if cfg.heldout_every and cfg.heldout_every < 2:

@@ -230,14 +230,14 @@ def check_constants(root: str, manifest: Manifest, findings: Findings) -> Codes:
     return Codes(found.get("codebook", {}).get("codebook"))
 
 
-def check_accounting(root: str, manifest: Manifest, source: Manifest, findings: Findings) -> None:
-    """Of latents of one size: processed + set aside = listed."""
+def check_accounting(root: str, processed: int, source: Manifest, findings: Findings) -> None:
+    """Of a split of latents (its buckets together): processed + set aside = listed. root: where its aside/ lies."""
     path, aside = storage.join(root, "aside", "precompute.jsonl"), 0
     findings.asked.add("accounting")
     if storage.exists(path):
         aside = len([json.loads(line) for line in storage.read_bytes(path).splitlines()])
-    if manifest.samples + aside != source.samples:
+    if processed + aside != source.samples:
         findings.add(
             "accounting",
-            f"{root} has {manifest.samples} samples and {aside} were set aside, of {source.samples} listed: {AGAIN}.",
+            f"{root} has {processed} samples and {aside} were set aside, of {source.samples} listed: {AGAIN}.",
         )

@@ -115,7 +115,8 @@ def test_automatic_buckets_are_all_there_are_up_to_an_area():
         (20, None, "multiple of 8"),
         (None, ["64x63"], "multiple of 8"),
         (None, ["wide"], "write height x width"),
-        (32, "auto", "raise one or lower the other"),
+        (32, "auto", "no bucket but the square: lower bucket_step, as bucket_step=8"),
+        (64, "auto", "bucket_step=16, or raise size="),
     ],
 )
 def test_sizes_that_cannot_be_get_a_sentence(size, buckets, sentence):
