@@ -165,7 +165,7 @@ def refuse_others(root: str, psnr: float, own: float, alike: float, findings: Fi
 
 
 def sheet_of(pictures: Sequence[np.ndarray], labels: Sequence[str]) -> bytes:
-    """A PNG of up to eight pictures a row, captions below; small ones enlarged by a whole number, large ones reduced."""
+    """A PNG of up to eight pictures a row, captions below; small ones are enlarged, large ones reduced."""
     buffer, longest = io.BytesIO(), max(pictures[0].shape[:2])
     if longest > LARGEST:
         pictures = [reduced(picture, LARGEST / longest) for picture in pictures]

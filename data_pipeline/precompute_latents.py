@@ -45,6 +45,12 @@ def main(cfg: DictConfig) -> None:
         if number == 0:
             for condition in conditions.values():
                 condition.learn(facts_of_samples(path, source))
+        cut_to = source.fields.get("png", {}).get("shape")
+        if cfg.buckets and cut_to:
+            print(
+                f"precompute: the pictures of {path} are squares of {cut_to[0]}, as make_shards.py cuts them: they share "
+                "a bucket. index_shards.py keeps pictures whole."
+            )
         sizes = sizes_of(cfg.size or source.info.get("size"), cfg.buckets, cfg.bucket_step, image.factor)
         base = base_of(cfg.base, name, encoders, sizes.described) if cfg.base else None
         reader = ShardReader(path, encoders, sizes, base, cfg.decoders or usable_cpus())

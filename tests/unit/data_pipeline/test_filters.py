@@ -173,3 +173,18 @@ def test_processed_filtered_and_set_aside_are_all_that_was_listed(table_of_pictu
                           timeout=120)  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "check the source and filters=" in done.stderr
+
+
+def test_null_is_no_bound_and_a_column_that_there_is_not_is_named_with_those_there_are():
+    columns = Columns({"aesthetic": {"min": None, "max": 5}, "width": {"min": "2"}})
+    assert columns.bounds == {"aesthetic": (-math.inf, 5.0), "width": (2.0, math.inf)}
+    for wrong in ({"min": None}, {"min": "much"}, {"least": 1}, 3, None):
+        with pytest.raises(UserError, match=r"bounds\.aesthetic is not \{min: a, max: b\}"):
+            Columns({"aesthetic": wrong})
+    filters = Filters({"columns": Columns({"aestetic": {"min": 5}})})
+    filters.look({"aesthetic": 5.5, "name": "text"})
+    filters.look({"width": "7"})
+    with pytest.raises(UserError, match="no sample has a number as aestetic; columns are aesthetic, width"):
+        filters.refuse_unknown_columns()
+    filters.look({"aestetic": 1})
+    filters.refuse_unknown_columns()
