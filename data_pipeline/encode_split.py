@@ -259,9 +259,8 @@ def finish(
     if places.bucketed:
         storage.write_atomically(places.last, json.dumps(counts, indent=1).encode())
         print(f"{split.title}: " + ", ".join(f"{count} of {bucket}" for bucket, count in counts.items()))
-    print(
-        f"{split.title}: {counted(processed)}, {len(aside.rows)} set aside; in {places.root('*' if places.bucketed else '')}"
-    )
+    root = places.root("*" if places.bucketed else "")
+    print(f"{split.title}: {counted(processed)}, {len(aside.rows)} set aside; in {root}")
 
 
 def one_shape(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def main(cfg: DictConfig) -> None:
         cut_to = source.fields.get("png", {}).get("shape")
         if cfg.buckets and cut_to:
             print(
-                f"precompute: the pictures of {path} are squares of {cut_to[0]}, as make_shards.py cuts them: they share "
-                "a bucket. index_shards.py keeps pictures whole."
+                f"precompute: pictures of {path} are squares of {cut_to[0]}, as make_shards.py cuts them, and share a "
+                "bucket. index_shards.py keeps pictures whole."
             )
         sizes = sizes_of(cfg.size or source.info.get("size"), cfg.buckets, cfg.bucket_step, image.factor)
         base = base_of(cfg.base, name, encoders, sizes.described) if cfg.base else None

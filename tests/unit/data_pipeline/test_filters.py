@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path

@@ -14,7 +14,7 @@ from data_pipeline.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[3]
 WRONG = {
-    "filters=[shortest_sid]": "filters=shortest_sid is not to be had: take aspect, caption_length, columns, duplicates or",
+    "filters=[shortest_sid]": "filters=shortest_sid is not to be had: take aspect, caption_length, columns, dup",
     "filters.aspect.at_most=3": "no option filters.aspect.at_most unless it is chosen: add filters=[aspect].",
     "+filters.aspect.at_most=3": "filters.aspect is set, but no such filter chosen: add filters=[aspect].",
     "source.limt=3": "there is no option source.limt: is it source.limit",
