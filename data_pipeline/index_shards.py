@@ -134,6 +134,8 @@ class Index:
         lines = []
         for sample, again in zip(ahead(lambda each: inspected(each, data), entries), known, strict=True):
             key, members = prefix + sample.entry.key, sample.entry.members
+            if sample.candidate is not None:
+                self.filters.look(sample.candidate.meta)
             if sample.candidate is None and sample.absent:
                 self.filters.add(key, sample.reason)
             elif sample.candidate is None or again:
@@ -164,8 +166,8 @@ class Index:
 
     def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
         """Write the manifest, and say what became of each sample."""
-        self.filters.refuse_unknown_columns()
         self.refuse_past_the_cap()
+        self.filters.refuse_unknown_columns()
         aside, processed = summary(self.aside.rows), sum(shard.samples for shard in shards)
         if not processed:
             why = worded(aside + self.filters.counts, 3) or "the tars are empty"
