@@ -21,7 +21,7 @@ class Progress:
         self.done = self.initial = initial
         self.started = self.last_line = time.monotonic()
         self.values: dict[str, str] = {}
-        self.bar, self.over = None, threading.Event()
+        self.bar, self.thread, self.over = None, None, threading.Event()
         if shown and sys.stderr.isatty():
             self.bar = tqdm(desc=what, total=total, unit=unit, initial=initial, dynamic_ncols=True, unit_scale=False)
 
@@ -71,13 +71,16 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.shown and self.bar is None:
-            threading.Thread(target=self._speak_up, daemon=True, name="progress").start()
+            self.thread = threading.Thread(target=self._speak_up, daemon=True, name="progress")
+            self.thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.over.set()
+        if self.thread is not None:
+            self.thread.join()
         if self.bar is not None:
             self.bar.close()
         elif self.shown and kind is None and self.done > self.initial:
