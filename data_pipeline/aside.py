@@ -17,21 +17,28 @@ class Aside:
         self.listed, self.max_fraction = listed, max_fraction
         self.rows: list[dict[str, str]] = []
 
-    def add(self, key: str, reason: str) -> None:
-        """Set one sample aside."""
-        self.rows.append({"key": key, "reason": reason})
+    def add(self, key: str, reason: str, where: str = "") -> None:
+        """Set one sample aside; where: the path that was tried."""
+        self.rows.append({"key": key, "reason": reason} | ({"where": where} if where else {}))
         if len(self.rows) > self.max_fraction * self.listed:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in self.by_reason().most_common(3))
             raise DataError(
-                f"{len(self.rows)} of {self.listed} samples can't be used ({reasons}; the last is {key}): mend the "
-                f"source, or raise max_aside_fraction={self.max_fraction}."
+                f"{len(self.rows)} of {self.listed} samples can't be used ({reasons}; the last is {key}"
+                f"{where and f', {where}'}): mend the source, or raise max_aside_fraction={self.max_fraction}."
             )
 
     def by_reason(self) -> Counter[str]:
         return Counter(row["reason"] for row in self.rows)
 
     def save(self, root: str | Path, name: str) -> None:
-        """One JSON line a sample in <root>/aside/<name>.jsonl; no file where nothing was set aside."""
-        if self.rows:
-            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-            storage.write_atomically(storage.join(root, "aside", f"{name}.jsonl"), lines.encode())
+        """One JSON line a sample in <root>/aside/<name>.jsonl; no file, nor an earlier run's, where there is none."""
+        write_or_remove(root, name, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+
+def write_or_remove(root: str | Path, name: str, lines: bytes) -> None:
+    """<root>/aside/<name>.jsonl with these lines; none: no such file."""
+    path = storage.join(root, "aside", f"{name}.jsonl")
+    if lines:
+        storage.write_atomically(path, lines)
+    else:
+        storage.remove(path)

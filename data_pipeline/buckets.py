@@ -54,7 +54,15 @@ def sizes_of(size: int | None, buckets: str | Sequence[str] | None, step: int, f
     if buckets == "auto":
         if size is None:
             raise UserError("buckets=auto needs size=: the side of the square whose area no bucket exceeds.")
+        if step < 1:
+            raise UserError(f"bucket_step={step} can't be: sides of buckets are multiples of it.")
         sides = automatic(size, math.lcm(step, factor))
+        if len(sides) < 2:
+            finer = max(factor, size // 4 // factor * factor)
+            raise UserError(
+                f"buckets=auto: size={size} and bucket_step={step} (with the first stage's f={factor}) leave no bucket "
+                f"but the square: lower bucket_step, as bucket_step={finer}, or raise size=."
+            )
     elif buckets:
         sides = tuple(sorted({parsed(name) for name in ([buckets] if isinstance(buckets, str) else buckets)}))
     else:
@@ -78,9 +86,7 @@ def parsed(name: str) -> Sides:
 def automatic(size: int, step: int, widest: float = 2.0) -> tuple[Sides, ...]:
     """For each short side the longest other one, in multiples of `step`: of no more area than size^2, but of more than
     half of it, and at most `widest` times the short side."""
-    if size < step:
-        raise UserError(f"size={size} is less than bucket_step={step}: raise one or lower the other.")
-    found = {(size // step * step,) * 2}
+    found = {(size // step * step,) * 2} if size >= step else set()
     for short in range(step, size + 1, step):
         long = int(min(size * size / short, widest * short)) // step * step
         if long >= short and 2 * short * long > size * size:

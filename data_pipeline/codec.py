@@ -80,9 +80,10 @@ def decode(name: str, data: bytes) -> Any:
 
 
 def caption_in(members: Mapping[str, Any]) -> str:
-    """Of decoded members: the .txt, else the json's "caption"; "" where there is none, or it is no text."""
+    """Of decoded members: the .txt, else the json's "caption", without blanks around it; "" where there is none, or no
+    text."""
     caption = members["txt"] if "txt" in members else (members.get("json") or {}).get("caption")
-    return caption if isinstance(caption, str) else ""
+    return caption.strip() if isinstance(caption, str) else ""
 
 
 def decode_object(data: bytes) -> dict[str, Any]:

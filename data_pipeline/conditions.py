@@ -31,7 +31,8 @@ class Tools(Protocol):
 
 
 class Condition(Protocol):
-    """asked: the options of sample_images.py that it is given by; uses_clip, uses_first_stage: whether it needs them.
+    """asked: the options of sample_images.py that it is given by; uses_clip, uses_first_stage: whether it needs them,
+    uses_image_tower: and of the CLIP the part for pictures.
 
     fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that decide what.
     """
@@ -39,6 +40,7 @@ class Condition(Protocol):
     asked: tuple[str, ...]
     uses_clip: bool
     uses_first_stage: bool
+    uses_image_tower: bool
     fields: tuple[str, ...]
     made_from: tuple[str, ...]
 
@@ -65,7 +67,7 @@ class PlainCondition:
     """A condition that learns nothing, takes every sample and has no null of an encoder's."""
 
     asked: tuple[str, ...] = ()
-    uses_clip = uses_first_stage = False
+    uses_clip = uses_first_stage = uses_image_tower = False
     fields: tuple[str, ...] = ()
     made_from: tuple[str, ...] = ("meta",)
 
@@ -251,14 +253,19 @@ class OfPicture(PlainCondition):
 class ImageEmbedding(OfPicture):
     """image_embedding (B, E): the CLIP's of the picture, at unit variance."""
 
-    uses_clip, fields = True, ("image_embedding",)
+    uses_clip, uses_image_tower, fields = True, True, ("image_embedding",)
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
-        if not hasattr(tools.text, "encode_image"):
-            raise UserError(
-                "conditions=[image_embedding] needs a CLIP with its image tower: take clip=trained, of train_clip.py."
-            )
+        refuse_text_alone(tools.text)
         return {"image_embedding": tools.text.encode_image(images)}
+
+
+def refuse_text_alone(text: TextEncoder) -> None:
+    """A text encoder where a CLIP with both towers is needed."""
+    if not hasattr(text, "encode_image"):
+        raise UserError(
+            "conditions=[image_embedding] needs a CLIP with its image tower: take clip=trained, of train_clip.py."
+        )
 
 
 class LowResolution(OfPicture):

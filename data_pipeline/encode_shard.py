@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from data_pipeline import codec, storage
+from data_pipeline import codec
 from data_pipeline.background import Ahead
 from data_pipeline.buckets import Sides, Sizes, fitted, geometry
 from data_pipeline.encode_batch import (
@@ -26,10 +25,11 @@ from data_pipeline.encode_batch import (
     unusable,
 )
 from data_pipeline.errors import DataError
-from data_pipeline.loader import as_sample
 from data_pipeline.manifest import Shard
 from data_pipeline.reuse import Base, BaseShard
+from data_pipeline.sample_reader import as_sample
 from data_pipeline.samples import collated
+from data_pipeline.shard_notes import Places, published
 from data_pipeline.shard_writer import IndexEntry, ShardWriter, read_index, read_whole
 
 Rejected = tuple[int, str, str]  # position in the shard, key, reason
@@ -206,9 +206,12 @@ class Build:
         self.statistics: dict[str, list[dict[str, Any]]] = {}
         self.fields: dict[str, dict[str, Any]] = {}
         self.rejected: list[Rejected] = []
+        self.copied = 0  # samples whose picture was not encoded, as a base has what it would become
+        self.noted: dict[str, Any] | None = None
 
     def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
         """Put encoded samples of one bucket into its tar, in memory; returns those whose values can't be used."""
+        self.copied += sum("image" not in item.sample for item in items)
         bad = [
             (items[row].position, items[row].sample["key"], why)
             for row, why in unusable(stored, self.image, self.dtype)
@@ -231,17 +234,22 @@ class Build:
         self.statistics.setdefault(bucket, []).append(batch_statistics(self.image, kept))
         self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
 
-    def publish(self, root_of: Callable[[str], str], note: str) -> dict[str, Any]:
-        """Write each tar under <root_of(bucket)>, and then the note that the shard is finished."""
-        sets = {}
-        for bucket, writer in sorted(self.writers.items()):
-            published = writer.publish(root_of(bucket), self.shard.name)
-            sets[bucket] = {
-                "shard": {name: getattr(published, name) for name in ("name", "samples", "bytes", "sha256")},
+    def publish(self, places: Places) -> dict[str, Any]:
+        """Write its tars, and then the note that the shard is finished, which is returned; another's, if that came
+        first."""
+        record = published(places, self.shard, self.writers, self._note)
+        self.writers = {}  # some hundred MB
+        return record
+
+    def _note(self, lines: Mapping[str, Shard]) -> dict[str, Any]:
+        sets = {
+            bucket: {
+                "shard": asdict(line),
                 "latents": combined_statistics(self.statistics[bucket]),
                 "fields": self.fields[bucket],
             }
+            for bucket, line in lines.items()
+        }
         aside = [{"key": key, "reason": reason} for _, key, reason in sorted(self.rejected)]
-        record = {"listed": self.shard.samples, "aside": aside, "sets": sets}
-        storage.write_atomically(note, json.dumps(record).encode())
-        return record
+        self.noted = {"listed": self.shard.samples, "aside": aside, "sets": sets}
+        return self.noted

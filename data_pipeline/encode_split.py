@@ -17,37 +17,15 @@ from data_pipeline.buckets import Sizes
 from data_pipeline.encode_batch import Encoders, combined_statistics, encode_batch
 from data_pipeline.encode_shard import Begun, Build, FoundMade, Over, Part, Rejected, ShardReader, Step
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.filters import accounting, summary
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.progress import Progress
 from data_pipeline.reuse import Base
+from data_pipeline.shard_notes import Places, confirmed, finished_record
 from data_pipeline.work_share import Stopped, Worker, sweep
 
 STEPS_AHEAD, CALLS_BEHIND = 4, 4  # batches that wait between decoding, encoding and writing
 NOTES_AT_ONCE = 16  # threads that look for finished shards: in a bucket each look takes some 20 ms
-
-
-class Places(NamedTuple):
-    """Where a split's data sets go: <output>/<split>, with buckets <output>/<bucket>/<split>."""
-
-    output: str
-    split: str = ""
-    bucketed: bool = False
-
-    def root(self, bucket: str = "") -> str:
-        return storage.join(self.output, *(part for part in (bucket, self.split) if part))
-
-    @property
-    def notes(self) -> str:
-        """Where it is noted what is finished."""
-        return self.root("work") if self.bucketed else self.root()
-
-    def note(self, shard: Shard) -> str:
-        return storage.join(self.notes, shard.name + ".done.json")
-
-    @property
-    def last(self) -> str:
-        """What is written when everything else is."""
-        return storage.join(self.notes, "buckets.json" if self.bucketed else "manifest.json")
 
 
 class Split(NamedTuple):
@@ -139,8 +117,10 @@ def encode_split(split: Split, worker: Worker = Worker(), stop: Callable[[], boo
         done = {shard.name: record for shard, record in zip(source.shards, found, strict=True) if record}
     if done:
         print(f"{split.title}: {len(done)} of {len(source.shards)} shards are there already")
-    Maker(split, worker, done).run(stop)
-    finish(split, [done[shard.name] for shard in source.shards], made_of)
+    maker = Maker(split, worker, done)
+    maker.run(stop)
+    done |= confirmed(places, [made.shard for made in maker.made], done)
+    finish(split, [done[shard.name] for shard in source.shards], made_of, maker.counts)
 
 
 def folders(split: Split) -> list[str]:
@@ -153,20 +133,6 @@ def folders(split: Split) -> list[str]:
     return sorted(roots | {storage.join(root, folder) for root in roots for folder in below if folder})
 
 
-def finished_record(places: Places, shard: Shard) -> dict[str, Any] | None:
-    """What was noted when a shard was finished, if its tars are still there as they were written."""
-    path = places.note(shard)
-    note = storage.read_if_there(path)
-    if note is None:
-        return None
-    record = json.loads(note)
-    for bucket, part in record.get("sets", {}).items():
-        tar = storage.join(places.root(bucket), part["shard"]["name"])
-        if storage.size_if_there(tar) != part["shard"]["bytes"]:
-            return None
-    return record if "sets" in record else None  # a note of an earlier version: its shard is made anew
-
-
 class Maker:
     """Makes shards of a split, as one of several workers; `done` gets the notes of those that it or others made.
 
@@ -177,7 +143,10 @@ class Maker:
         self.split, self.worker, self.done = split, worker, done
         self.encoders, self.places = split.encoders, split.places
         self.aside = Aside(split.source.samples, split.max_aside_fraction)
-        self.aside.rows += [row for record in done.values() for row in record["aside"]]
+        self.noted: set[tuple[str, ...]] = set()  # what others' notes set aside
+        self.made: list[Build] = []  # what this worker has published
+        for record in done.values():
+            self.note_aside(record)
         self.begun: Begun | None = None  # the shard that parts come of
         self.build: Build | None = None
 
@@ -228,7 +197,9 @@ class Maker:
             self.set_aside(build.add(part.items, stored))
 
     def publish(self, build: Build) -> None:
-        self.done[build.shard.name] = build.publish(self.places.root, self.places.note(build.shard))
+        record = self.done[build.shard.name] = build.publish(self.places)
+        if record is build.noted:
+            self.made.append(build)
 
     def set_aside(self, rejected: Sequence[Rejected]) -> None:
         for _, key, reason in rejected:
@@ -237,11 +208,29 @@ class Maker:
     def found(self, made: FoundMade, counted: int) -> None:
         """Another worker has made a shard, `counted` samples of which had been taken here."""
         self.done[made.shard.name] = made.record
-        self.aside.rows += [row for row in made.record["aside"] if row not in self.aside.rows]
+        self.note_aside(made.record)
         self.bar.skip(made.record["listed"] - counted)
 
+    def note_aside(self, record: dict[str, Any]) -> None:
+        """What another has set aside, once each."""
+        for row in record["aside"]:
+            if (marks := tuple(row.values())) not in self.noted:
+                self.noted.add(marks)
+                self.aside.rows.append(row)
 
-def finish(split: Split, records: Sequence[dict[str, Any]], made_of: dict[str, str]) -> None:
+    def counts(self, total: int) -> str:
+        """How many of `total` samples were made by whom."""
+        made = sum(part["shard"]["samples"] for build in self.made for part in build.noted["sets"].values())
+        copied = sum(build.copied for build in self.made)
+        words = [f"{made - copied} encoded"]
+        words += [f"{copied} copied from base="] if copied else []
+        words += [f"{total - made} there already or by other workers"] if total > made else []
+        return ", ".join(words)
+
+
+def finish(
+    split: Split, records: Sequence[dict[str, Any]], made_of: dict[str, str], counted: Callable[[int], str]
+) -> None:
     """What is of the whole: constants, what was set aside, a manifest a data set. Whoever does it, the same bytes."""
     source, places, encoders = split.source, split.places, split.encoders
     aside = Aside(source.samples, split.max_aside_fraction)
@@ -251,8 +240,10 @@ def finish(split: Split, records: Sequence[dict[str, Any]], made_of: dict[str, s
     parts = {bucket: [r["sets"][bucket] for r in records if bucket in r["sets"]] for bucket in buckets}
     if not buckets:
         raise DataError(f"not one sample of {split.reader.path} can be encoded: see {places.notes}/shards.")
+    processed = sum(part["shard"]["samples"] for each in parts.values() for part in each)
     info = {
-        **source.info,
+        **{name: fact for name, fact in source.info.items() if name != "made_with"},
+        "accounting": accounting(processed, {}, summary(aside.rows), source.samples),  # of this stage, in all buckets
         "pixel_range": [-1.0, 1.0],
         "crop": "centre",
         "sizes": split.reader.sizes.described,
@@ -268,7 +259,8 @@ def finish(split: Split, records: Sequence[dict[str, Any]], made_of: dict[str, s
     if places.bucketed:
         storage.write_atomically(places.last, json.dumps(counts, indent=1).encode())
         print(f"{split.title}: " + ", ".join(f"{count} of {bucket}" for bucket, count in counts.items()))
-    print(f"{split.title}: {sum(counts.values())} encoded, {len(aside.rows)} set aside; in {places.root()}")
+    root = places.root("*" if places.bucketed else "")
+    print(f"{split.title}: {counted(processed)}, {len(aside.rows)} set aside; in {root}")
 
 
 def one_shape(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
+from data_pipeline.option_errors import reworded
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
@@ -27,11 +30,11 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        begun: list[bool] = []
+        said = Said()
 
         @functools.wraps(main)
         def guarded(cfg: DictConfig) -> None:
-            begun.append(True)
+            said.stop()
             try:
                 missing = sorted(OmegaConf.missing_keys(cfg))
                 if missing:
@@ -52,20 +55,43 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 os._exit(user_error.exit_code)
             _leave_if_one_of_many(0)
 
-        return _with_codes(hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded), begun)
+        started = hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)
+        return _with_codes(started, said, config_name)
 
     return decorate
 
 
-def _with_codes(started: Callable[[], None], begun: list[bool]) -> Callable[[], None]:
-    """Hydra's own refusals (an option that there isn't) leave with 1: they are the user's, so with 2."""
+class Said:
+    """What Hydra writes to stderr before main begins: held back, to be said in other words."""
+
+    def __init__(self) -> None:
+        self.text, self.begun = io.StringIO(), False
+        self.stack = contextlib.ExitStack()
+
+    def start(self) -> None:
+        self.stack.enter_context(contextlib.redirect_stderr(self.text))
+
+    def stop(self) -> None:
+        """main begins, or will not."""
+        self.stack.close()
+        self.begun = True
+        sys.stderr.write(self.text.getvalue())
+
+
+def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> Callable[[], None]:
+    """Hydra's own refusals (no such option) leave with 1: they are the user's, so with 2, and a sentence."""
 
     @functools.wraps(started)
     def run() -> None:
+        said.start()
         try:
-            started()
+            with said.stack:
+                started()
         except SystemExit as asked:
-            code = UserError.exit_code if asked.code == 1 and not begun else asked.code
+            code = asked.code
+            if code and not said.begun:
+                code = UserError.exit_code
+                print(f"error: {reworded(said.text.getvalue(), Path(CONF), config_name)}", file=sys.stderr, flush=True)
             _leave_if_one_of_many(code)  # a crash, too: what it left open may wait for the other ranks
             raise SystemExit(code) from None
 
@@ -81,11 +107,20 @@ def _leave_if_one_of_many(code: int | str | None) -> None:
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """The UserError that Hydra's instantiate may have wrapped, or what a full disk is to the user, or None."""
+    """The UserError that Hydra's instantiate may have wrapped; or what options of a wrong kind or a full disk are to
+    the user; None: something else."""
     while error is not None:
         if isinstance(error, UserError):
             return error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return UserError(f"no room to write ({error}): make some, and start again to go on.")
-        error = error.__cause__ if isinstance(error, InstantiationException) else None
+        cause = error.__cause__ if isinstance(error, InstantiationException) else None
+        if isinstance(cause, TypeError | ValueError) and not isinstance(cause, UserError):
+            if os.environ.get("HYDRA_FULL_ERROR"):
+                return None
+            where = str(error).rpartition("full_key: ")[2].strip()
+            return UserError(
+                f"{where} can't be made of its options ({cause}): check them (HYDRA_FULL_ERROR=1 says more)."
+            )
+        error = cause
     return None

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from PIL import Image
 
-from data_pipeline import storage
+from data_pipeline.aside import write_or_remove
 from data_pipeline.errors import UserError
 
 HASH_SIDE, HASH_BITS = 8, 64
@@ -96,12 +96,22 @@ class Columns:
     def __init__(self, bounds: Mapping[str, Mapping[str, float]] | None = None) -> None:
         if not bounds:
             raise UserError("filters.columns.bounds must be given: as filters.columns.bounds='{aesthetic: {min: 5}}'.")
-        for name, pair in bounds.items():
-            if not pair or set(pair) - {"min", "max"}:
-                raise UserError(f"filters.columns.bounds.{name} is not {{min: a, max: b}}: give one of them or both.")
-        self.bounds = {name: (pair.get("min", -math.inf), pair.get("max", math.inf)) for name, pair in bounds.items()}
+        self.bounds = {name: bounds_of(name, pair) for name, pair in bounds.items()}
+        self.seen: set[str] = set()  # columns that hold a number anywhere
+
+    def look(self, meta: Mapping[str, Any]) -> None:
+        """Take note of the columns that there are."""
+        self.seen |= {name for name, value in meta.items() if name not in self.seen and as_number(value) is not None}
+
+    def refuse_unknown(self) -> None:
+        """A name that no sample has as a number is a slip, not a filter."""
+        for name in self.bounds:
+            if name not in self.seen:
+                known = ", ".join(sorted(self.seen)) or "none: no sample has a number in its table or json"
+                raise UserError(f"filters.columns.bounds: no sample has a number as {name}; columns are {known}.")
 
     def reason_against(self, candidate: Candidate) -> str | None:
+        self.look(candidate.meta)
         for name, (low, high) in self.bounds.items():
             number = as_number(candidate.meta.get(name))
             if number is None:
@@ -111,6 +121,16 @@ class Columns:
             if number > high:
                 return f"{name} over {high:g}"
         return None
+
+
+def bounds_of(name: str, pair: Any) -> tuple[float, float]:
+    """{min: a, max: b} of a column as numbers; null is none."""
+    given = {k: as_number(v) for k, v in pair.items() if v is not None} if isinstance(pair, Mapping) else {}
+    if not given or set(given) - {"min", "max"} or None in given.values():
+        raise UserError(
+            f"filters.columns.bounds.{name} is not {{min: a, max: b}}: give one of them or both, as numbers."
+        )
+    return given.get("min", -math.inf), given.get("max", math.inf)
 
 
 def as_number(value: Any) -> float | None:
@@ -167,6 +187,9 @@ class Filters:
     """All filters of a configuration, the cheapest first; counts and lists what they leave out."""
 
     def __init__(self, filters: Mapping[str, Filter]) -> None:
+        for name, each in filters.items():
+            if not hasattr(each, "cost"):
+                raise UserError(f"filters.{name} is set, but no such filter chosen: add filters=[{name}].")
         self.filters = sorted(filters.values(), key=lambda each: each.cost)
         self.counts: Counter[str] = Counter()
         self.lines: list[bytes] = []  # encoded: some 100 bytes a sample that is left out
@@ -175,6 +198,18 @@ class Filters:
         """The first reason; a picture is decoded only if the cheaper filters let it pass."""
         return next((reason for each in self.filters if (reason := each.reason_against(candidate))), None)
 
+    def look(self, meta: Mapping[str, Any]) -> None:
+        """What a sample's table or json says, before any filter is asked."""
+        for each in self.filters:
+            if isinstance(each, Columns):
+                each.look(meta)
+
+    def refuse_unknown_columns(self) -> None:
+        """After all samples were looked at."""
+        for each in self.filters:
+            if isinstance(each, Columns):
+                each.refuse_unknown()
+
     def add(self, key: str, reason: str) -> None:
         """Note one sample that is left out."""
         self.counts[reason] += 1
@@ -182,9 +217,8 @@ class Filters:
 
     def save(self, root: str | Path, name: str) -> None:
         """One JSON line a sample in <root>/aside/<name>.jsonl; no file where nothing was left out."""
-        if self.lines:
-            storage.write_atomically(storage.join(root, "aside", f"{name}.jsonl"), b"".join(self.lines))
-            self.lines = []
+        write_or_remove(root, name, b"".join(self.lines))
+        self.lines = []
 
 
 def summary(rows: Iterable[Mapping[str, str]]) -> Counter[str]:

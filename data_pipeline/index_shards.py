@@ -10,7 +10,7 @@ import mmap
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +24,10 @@ from data_pipeline.aside import Aside
 from data_pipeline.entry import entry
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.filters import Filters, accounting, summary, worded
-from data_pipeline.manifest import Manifest, Shard
+from data_pipeline.make_shards import settings_of
+from data_pipeline.manifest import Manifest, Shard, made_otherwise
 from data_pipeline.progress import Progress
-from data_pipeline.shard_writer import IndexEntry, scan
+from data_pipeline.shard_writer import IndexEntry, digest_of, index_digest, scan
 from data_pipeline.sources.tars import contents, inspected, tars_in
 
 AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=true"
@@ -40,8 +41,8 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"size={cfg.size} can't be: take 1 or more.")
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}
     filters = Filters(instantiate(cfg.filters, _convert_="all"))
-    mark = mark_of(cfg, sizes)
-    if finished(cfg.output, mark):
+    mark, settings = mark_of(cfg, sizes), settings_of(cfg)
+    if finished(cfg.output, mark, settings):
         print(f"index_shards: {cfg.output} is finished already")
         return
     index = Index(cfg.output, filters, cfg.shard_in_keys, cfg.max_aside_fraction)
@@ -62,7 +63,8 @@ def main(cfg: DictConfig) -> None:
             bar.advance(passed // 2**20 - bar.done, aside=str(len(index.aside.rows)))
     if damaged:
         raise DataError(f"{len(damaged)} of {len(sizes)} shards are damaged: {' '.join(damaged[:5])}")
-    info = {"made_from": mark, "size": cfg.size} | ({"img2dataset": dict(fetched)} if fetched else {})
+    info = {"made_from": mark, "made_with": settings, "size": cfg.size}
+    info |= {"img2dataset": dict(fetched)} if fetched else {}
     index.finish([shard for shard in shards if shard.samples], info)
     if fetched:
         print(f"index_shards: img2dataset fetched {fetched['successes']} of {fetched['count']}, by its own account")
@@ -74,12 +76,14 @@ def mark_of(cfg: DictConfig, sizes: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps([config, sizes], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finished(output: str, mark: str) -> bool:
+def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
     """Whether the same configuration has made this output; a data set that was made otherwise is refused."""
     if not storage.exists(storage.join(output, "manifest.json")):
         return False
-    if Manifest.load(output).info.get("made_from") != mark:
-        raise UserError(f"{output}/manifest.json was made otherwise: remove it, or choose another output=.")
+    info = Manifest.load(output).info
+    if info.get("made_from") != mark:
+        what = made_otherwise(info.get("made_with"), settings)
+        raise UserError(f"{output}/manifest.json was made otherwise{what}: remove it, or choose another output=.")
     return True
 
 
@@ -130,6 +134,8 @@ class Index:
         lines = []
         for sample, again in zip(ahead(lambda each: inspected(each, data), entries), known, strict=True):
             key, members = prefix + sample.entry.key, sample.entry.members
+            if sample.candidate is not None:
+                self.filters.look(sample.candidate.meta)
             if sample.candidate is None and sample.absent:
                 self.filters.add(key, sample.reason)
             elif sample.candidate is None or again:
@@ -138,8 +144,8 @@ class Index:
                 self.filters.add(key, reason)
             else:
                 lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
-        shard = Shard(name, len(lines), len(data), hashlib.sha256(data).hexdigest())
         index = "".join(lines).encode()
+        shard = Shard(name, len(lines), len(data), digest_of(data), index_digest(index))
         self.digest.update(index)
         storage.write_atomically(storage.join(self.root, shard.index_name), index)
         self.filters.save(self.root, f"{stem}.filtered")
@@ -161,6 +167,7 @@ class Index:
     def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
         """Write the manifest, and say what became of each sample."""
         self.refuse_past_the_cap()
+        self.filters.refuse_unknown_columns()
         aside, processed = summary(self.aside.rows), sum(shard.samples for shard in shards)
         if not processed:
             why = worded(aside + self.filters.counts, 3) or "the tars are empty"

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.background import Ahead
-from data_pipeline.epoch_plan import EpochPlan
+from data_pipeline.epoch_plan import EpochPlan, Place
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
-from data_pipeline.sample_reader import SampleReader, as_sample, fields_of, pin, size_of
+from data_pipeline.sample_reader import SampleReader, pin
 from data_pipeline.samples import Batch, DataCursor, widened
-from data_pipeline.shard_writer import read_shard
 from data_pipeline.worker_pool import Workers
 
 WINDOWS_HELD = 3  # piles of a stream's shards that stay open: two that it is in, and the next
@@ -162,10 +161,13 @@ class _StreamParts:
 def read_dataset(root: str, limit: int | None = None) -> list[dict[str, Any]]:
     """The samples of a data set in order, decoded; at most `limit`."""
     manifest = Manifest.load(root)
+    reader = SampleReader(root, manifest, cache_mb=0)
+    places = (Place(number, i) for number, shard in enumerate(manifest.shards) for i in range(shard.samples))
     samples: list[dict[str, Any]] = []
-    for shard in manifest.shards:
-        if limit is not None and len(samples) >= limit:
-            break
-        for members in read_shard(root, shard, fields_of(manifest)):
-            samples.append(as_sample(members.pop("__key__"), members, size_of(manifest)))
-    return samples[:limit]
+    try:
+        for place in itertools.islice(places, limit):
+            samples.append(reader.read(place))
+            reader.keep_only({place.shard})
+    finally:
+        reader.close()
+    return samples

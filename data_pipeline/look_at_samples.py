@@ -9,22 +9,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data_pipeline import codec, storage
 from data_pipeline.buckets import fitted
 from data_pipeline.encode_shard import picture_in
 from data_pipeline.errors import DataError
 from data_pipeline.image_transforms import square_of
-from data_pipeline.loader import as_sample, fields_of, size_of
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.picture_grid import grid
+from data_pipeline.sample_reader import as_sample, fields_of, size_of
 from data_pipeline.samples import collated
 from data_pipeline.shard_checks import Findings
 from data_pipeline.shard_writer import IndexEntry, read_index
 
 APART_DB = 0.1  # so far the PSNR of what is stored may be from that of the autoencoder's own reconstruction
 BEST_DB = 45.0  # beyond, what is stored in few bits may differ by more, and nobody sees it
-SIDE = 128  # of a picture on the sheet, at least
+SIDE, LARGEST = 128, 320  # pixels of a picture's longer side on the sheet: at least about, and at most
 ALIKE_DB = 30.0  # PSNR between the two; float16 gives over 50
 
 
@@ -164,8 +165,16 @@ def refuse_others(root: str, psnr: float, own: float, alike: float, findings: Fi
 
 
 def sheet_of(pictures: Sequence[np.ndarray], labels: Sequence[str]) -> bytes:
-    """A PNG of up to eight pictures a row, small ones enlarged, captions below."""
-    buffer = io.BytesIO()
-    scale = max(1, SIDE // max(pictures[0].shape[:2]))
-    grid(pictures, labels, columns=min(8, len(pictures)), scale=scale).save(buffer, format="PNG")
+    """A PNG of up to eight pictures a row, captions below; small ones are enlarged, large ones reduced."""
+    buffer, longest = io.BytesIO(), max(pictures[0].shape[:2])
+    if longest > LARGEST:
+        pictures = [reduced(picture, LARGEST / longest) for picture in pictures]
+    scale, columns = max(1, SIDE // longest), min(8, len(pictures))
+    grid(pictures, labels, columns=columns, scale=scale, narrowest=SIDE).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def reduced(picture: np.ndarray, by: float) -> np.ndarray:
+    """A picture (H, W, 3) at so much of its sides."""
+    height, width = (max(1, round(side * by)) for side in picture.shape[:2])
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))

@@ -22,7 +22,7 @@ from data_pipeline.codec import UNDECODABLE
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.filters import Candidate, Filters, accounting, summary
-from data_pipeline.manifest import Manifest, Shard, find_splits
+from data_pipeline.manifest import Manifest, Shard, find_splits, flat, made_otherwise
 from data_pipeline.progress import Progress
 from data_pipeline.shard_writer import ShardWriter
 from data_pipeline.sources.source import Source, SourceItem
@@ -30,13 +30,19 @@ from data_pipeline.sources.source import Source, SourceItem
 
 @entry("make_shards")
 def main(cfg: DictConfig) -> None:
+    for name, value in (("size", cfg.size), ("source.limit", cfg.source.get("limit") or 1)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value} can't be: take a whole number, 1 or more.")
     if cfg.shard_size < 1:
         raise UserError(f"shard_size={cfg.shard_size} can't be: take 1 or more.")
     if cfg.heldout_every and cfg.heldout_every < 2:
         raise UserError(f"heldout_every={cfg.heldout_every} leaves none to train on: take 2 or more, or null for none.")
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
-    mark, listed, heldout = look_through(cfg, source)
-    if finished(cfg.output, mark):
+    if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
+        raise UserError(f"output={cfg.output} is input=: choose a folder of its own for the shards.")
+    mark, listed, heldout = look_through(cfg, source, filters)
+    filters.refuse_unknown_columns()
+    if finished(cfg.output, mark, settings_of(cfg)):
         print(f"make_shards: {cfg.output} is finished already")
         return
     aside = Aside(listed, cfg.max_aside_fraction)
@@ -54,25 +60,34 @@ def main(cfg: DictConfig) -> None:
     aside.save(cfg.output, "make_shards")
     filters.save(cfg.output, "filtered")
     reasons, processed = summary(aside.rows), sum(split.samples for split in splits.values())
-    info = {"made_from": mark, "size": cfg.size}
+    info = {"made_from": mark, "made_with": settings_of(cfg), "size": cfg.size}
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
     for split in reversed(splits.values()):  # train's makes the whole complete
         Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
-    report(cfg.output, splits, filters.counts, aside.by_reason(), listed)
+    report(cfg.output, splits, filters.counts, aside)
 
 
-def report(output: str, splits: Mapping[str, Split], filtered: Counter[str], aside: Counter[str], listed: int) -> None:
-    """What became of each picture that was listed."""
+def report(output: str, splits: Mapping[str, Split], filtered: Counter[str], aside: Aside) -> None:
+    """What became of each picture that was listed; of what was set aside by its path, the first."""
     counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
-    left_out = f"{filtered.total()} filtered, {aside.total()} set aside"
-    print(f"make_shards: {counts}, {left_out}, of {listed} listed; in {output}")
-    for what, reasons in (("filtered", filtered), ("set aside", aside)):
-        for reason, count in reasons.items():
-            print(f"make_shards: {what} {count} x {reason}")
+    left_out = f"{filtered.total()} filtered, {len(aside.rows)} set aside"
+    print(f"make_shards: {counts}, {left_out}, of {aside.listed} listed; in {output}")
+    for reason, count in filtered.items():
+        print(f"make_shards: filtered {count} x {reason}")
+    for reason, count in aside.by_reason().items():
+        where = next((row["where"] for row in aside.rows if row["reason"] == reason and "where" in row), "")
+        print(f"make_shards: set aside {count} x {reason}" + (f", first {where}" if where else ""))
 
 
-def look_through(cfg: DictConfig, source: Source) -> tuple[str, int, int]:
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """What was asked for, option by option; but for the place of the output, and the store."""
+    left_out = ("output", "store", "max_aside_fraction")
+    asked = OmegaConf.to_container(cfg, resolve=True)
+    return flat({name: value for name, value in asked.items() if name not in left_out})
+
+
+def look_through(cfg: DictConfig, source: Source, filters: Filters | None = None) -> tuple[str, int, int]:
     """Mark, count, and count of held-out items: a pass over the source before anything is decoded.
 
     The mark is what a finished output is recognised by: the configuration, what is listed, and its files' stamps. A
@@ -85,6 +100,8 @@ def look_through(cfg: DictConfig, source: Source) -> tuple[str, int, int]:
     keys, heldout, number = array("Q"), 0, -1
     for number, item in enumerate(source.items()):
         looked_at = (item.meta,) if cfg.filters else ()
+        if filters is not None:
+            filters.look(item.meta)
         row = json.dumps((item.key, item.caption, *getattr(item, "stamp", ()), *looked_at), sort_keys=True)
         mark.update(f"{', ' if number else ''}{row}".encode())
         keys.append(digest_of(item.key))
@@ -110,7 +127,7 @@ def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
     return number % every == every - 1 if item.heldout is None else item.heldout
 
 
-def finished(output: str, mark: str) -> bool:
+def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
     """Whether the same configuration has made this output; an output that holds anything else is refused."""
     try:
         splits = find_splits(output)
@@ -118,9 +135,11 @@ def finished(output: str, mark: str) -> bool:
         if set(storage.subfolders(output)) - {"train", "heldout", "aside"}:
             raise UserError(f"output={output} holds something else: choose another output=.") from None
         return False
-    marks = {Manifest.load(path).info.get("made_from") for path in splits.values()}
-    if marks != {mark}:
-        raise UserError(f"output={output} holds shards made otherwise: remove it, or choose another output=.")
+    for path in splits.values():
+        info = Manifest.load(path).info
+        if info.get("made_from") != mark:
+            what = made_otherwise(info.get("made_with"), settings)
+            raise UserError(f"output={output} holds shards made otherwise{what}: remove it, or choose another output=.")
     return "train" in splits
 
 
@@ -168,6 +187,9 @@ def taken(item: SourceItem, size: int, filters: Filters, aside: Aside) -> dict[s
     """The members of an item; None where it is filtered or set aside, which is noted under its reason."""
     if item.absent:
         filters.add(item.key, item.absent)
+        return None
+    if item.unusable:
+        aside.add(item.key, item.unusable, item.where)
         return None
     if item.caption is None:
         aside.add(item.key, "missing caption")

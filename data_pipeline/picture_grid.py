@@ -15,10 +15,17 @@ FONT = str(importlib.resources.files("matplotlib") / "mpl-data/fonts/ttf/DejaVuS
 
 
 def grid(
-    images: Sequence[np.ndarray], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1, gap: int = 8
+    images: Sequence[np.ndarray],
+    labels: Sequence[str] | None = None,
+    columns: int = 8,
+    scale: int = 1,
+    gap: int = 8,
+    narrowest: int = 0,
 ) -> Image.Image:
-    """(H, W, 3) uint8 pictures in rows, each with its label under it in as many lines as it takes."""
-    height, width = (side * scale for side in images[0].shape[:2])
+    """(H, W, 3) uint8 pictures in rows, each with its label under it in as many lines as it takes; cells of at least
+    `narrowest` pixels, where slender pictures lie in the middle."""
+    height, own_width = (side * scale for side in images[0].shape[:2])
+    width = max(own_width, narrowest)
     font = ImageFont.truetype(FONT, 10)
     lines = [textwrap.wrap(label, max(width // 6, 8))[:4] for label in labels] if labels else [[]] * len(images)
     text_height = 13 * max(map(len, lines), default=0)
@@ -29,7 +36,9 @@ def grid(
     for i, (image, text) in enumerate(zip(images, lines, strict=True)):
         x, y = gap + (i % columns) * cell_w, gap + (i // columns) * cell_h
         picture = Image.fromarray(image)
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST) if scale > 1 else picture, (x, y))
+        if scale > 1:
+            picture = picture.resize((own_width, height), Image.Resampling.NEAREST)
+        sheet.paste(picture, (x + (width - own_width) // 2, y))
         for row, line in enumerate(text):
             draw.text((x + width / 2, y + height + 1 + 13 * row), line, fill="black", font=font, anchor="ma")
     return sheet

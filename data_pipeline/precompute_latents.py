@@ -10,17 +10,18 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from data_pipeline import storage
 from data_pipeline.buckets import sizes_of
-from data_pipeline.conditions import Condition
+from data_pipeline.conditions import Condition, refuse_text_alone
 from data_pipeline.encode_batch import DTYPES, Encoders
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Places, Split, encode_split
 from data_pipeline.encoders import OnceEach, TextEncoder
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
-from data_pipeline.loader import as_sample
 from data_pipeline.manifest import Manifest, find_splits
 from data_pipeline.reuse import base_of
+from data_pipeline.sample_reader import as_sample
 from data_pipeline.shard_writer import read_shard
 from data_pipeline.work_share import StopRequest, worker_of
 
@@ -30,6 +31,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise UserError(f"dtype={cfg.dtype} is unknown: take one of {', '.join(DTYPES)}.")
     worker = worker_of(cfg.worker, cfg.workers, os.environ)
+    if storage.absolute(cfg.output) == storage.absolute(cfg.input):
+        raise UserError(f"output={cfg.output} is input=: choose another folder for the latents.")
     splits = find_splits(cfg.input)
     device = chosen_device(cfg.device)
     conditions = instantiate(cfg.conditions, _convert_="all")
@@ -42,6 +45,12 @@ def main(cfg: DictConfig) -> None:
         if number == 0:
             for condition in conditions.values():
                 condition.learn(facts_of_samples(path, source))
+        cut_to = source.fields.get("png", {}).get("shape")
+        if cfg.buckets and cut_to:
+            print(
+                f"precompute: pictures of {path} are squares of {cut_to[0]}, as make_shards.py cuts them, and share a "
+                "bucket. index_shards.py keeps pictures whole."
+            )
         sizes = sizes_of(cfg.size or source.info.get("size"), cfg.buckets, cfg.bucket_step, image.factor)
         base = base_of(cfg.base, name, encoders, sizes.described) if cfg.base else None
         reader = ShardReader(path, encoders, sizes, base, cfg.decoders or usable_cpus())
@@ -56,7 +65,10 @@ def clip_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> TextEncode
         return None
     if cfg.clip.path is None:
         raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
-    return instantiate(cfg.clip)
+    clip = instantiate(cfg.clip)
+    if any(condition.uses_image_tower for condition in conditions.values()):
+        refuse_text_alone(clip)  # here, before the output is claimed for it
+    return clip
 
 
 def facts_of_samples(path: str, source: Manifest) -> Iterator[dict[str, Any]]:

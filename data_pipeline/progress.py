@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_OF_SILENCE = 60.0  # at most, where there is no terminal: a line also comes while nothing is done
 
 
 class Progress:
@@ -18,19 +20,21 @@ class Progress:
         self.what, self.total, self.unit, self.shown = what, total, unit, shown
         self.done = self.initial = initial
         self.started = self.last_line = time.monotonic()
-        self.bar = None
+        self.values: dict[str, str] = {}
+        self.bar, self.thread, self.over = None, None, threading.Event()
         if shown and sys.stderr.isatty():
             self.bar = tqdm(desc=what, total=total, unit=unit, initial=initial, dynamic_ncols=True, unit_scale=False)
 
     def advance(self, count: int = 1, **values: str) -> None:
         """Count `count` more units done; `values` are shown beside the rate."""
         self.done += count
+        self.values = values or self.values
         if self.bar is not None:
             if values:
                 self.bar.set_postfix(values, refresh=False)
             self.bar.update(count)
         elif self.shown and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-            self._print_line(values)
+            self._print_line()
 
     def skip(self, count: int) -> None:
         """Count `count` units that others have done: they are done, but say nothing of the rate."""
@@ -47,11 +51,17 @@ class Progress:
         elif self.shown:
             print(text, file=sys.stderr, flush=True)
 
-    def _print_line(self, values: dict[str, str]) -> None:
+    def _speak_up(self) -> None:
+        """A thread's life: a line where there was none for long."""
+        while not self.over.wait(max(self.last_line + SECONDS_OF_SILENCE - time.monotonic(), 0.01)):
+            if time.monotonic() - self.last_line >= SECONDS_OF_SILENCE:
+                self._print_line()
+
+    def _print_line(self) -> None:
         self.last_line = time.monotonic()
         rate = (self.done - self.initial) / max(self.last_line - self.started, 1e-9)
         eta = (self.total - self.done) / rate if rate > 0 else float("inf")
-        shown = "".join(f"  {name} {value}" for name, value in values.items())
+        shown = "".join(f"  {name} {value}" for name, value in self.values.items())
         left = f"{int(eta) // 60}:{int(eta) % 60:02d}" if eta < 1e7 else "?"
         print(
             f"{self.what}: {self.done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  {left} left{shown}",
@@ -60,12 +70,18 @@ class Progress:
         )
 
     def __enter__(self) -> Progress:
+        if self.shown and self.bar is None:
+            self.thread = threading.Thread(target=self._speak_up, daemon=True, name="progress")
+            self.thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.over.set()
+        if self.thread is not None:
+            self.thread.join()
         if self.bar is not None:
             self.bar.close()
         elif self.shown and kind is None and self.done > self.initial:
-            self._print_line({})
+            self._print_line()

@@ -20,7 +20,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.samples import collated
 from data_pipeline.shard_cache import RemoteShard, open_shard
 from data_pipeline.shard_writer import IndexEntry, read_index, refuse_other_bytes
-from data_pipeline.stored_arrays import Layout, stacked
+from data_pipeline.stored_arrays import Layout, differing, not_finite, stacked
 
 PICTURES = (*codec.IMAGES, "txt", "json")
 OPENERS = 4  # threads that open shards: a digest takes one thread 0.5 s a GB
@@ -35,7 +35,8 @@ class OpenShard(NamedTuple):
 
 class SampleReader:
     """Samples of a data set by place. Threads beside open shards; pictures stay decoded up to `cache_mb`, which small
-    sets fit into. verify: each shard's digest is compared once, before any of its samples is handed out."""
+    sets fit into. verify: each shard's digest is compared once, before any of its samples is handed out. Of each array
+    dtype, shape and that it is finite are looked at whenever it is read."""
 
     def __init__(self, root: str, manifest: Manifest, cache_mb: float, verify: bool = True) -> None:
         _allow_many_open_files()
@@ -82,6 +83,8 @@ class SampleReader:
             values = None if layout is None else stacked(member, layout, found, pinned)
             if values is None:
                 return None
+            if (row := not_finite(values)) is not None:
+                raise self._naming(places[row], f"{member} is not finite")
             tensors[member.removesuffix(".npy")] = values
         return tensors
 
@@ -96,6 +99,8 @@ class SampleReader:
         shard = self.shard(place.shard)
         entry = shard.entries[place.sample]
         wanted = {name: member for name, member in entry.members.items() if name in self.fields}
+        if lacking := self._lacking(wanted):
+            raise self._naming(place, f"it lacks {lacking}")
         members = self._decoded(place, shard, entry, wanted)
         sample = as_sample(entry.key, members, size_of(self.manifest))
         cost = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
@@ -107,12 +112,21 @@ class SampleReader:
     def _decoded(self, place: Place, shard: OpenShard, entry: IndexEntry, members: Mapping[str, Any]) -> dict[str, Any]:
         try:
             return {
-                name: codec.decode(name, bytes(shard.data[offset : offset + size]))
+                name: decoded(name, bytes(shard.data[offset : offset + size]), self.manifest.fields.get(name, {}))
                 for name, (offset, size) in members.items()
             }
         except DataError as error:
-            name = self.manifest.shards[place.shard].name
-            raise DataError(f"sample {entry.key} of shard {storage.join(self.root, name)}: {error}") from error
+            raise self._naming(place, str(error)) from error
+
+    def _lacking(self, members: Mapping[str, Any]) -> str:
+        """What a sample can't do without and does not have."""
+        if self.manifest.kind == "image-text":
+            return "" if any(name in codec.IMAGES for name in members) else "a picture"
+        return ", ".join(name for name in self.arrays if name not in members)
+
+    def _naming(self, place: Place, reason: str) -> DataError:
+        path = storage.join(self.root, self.manifest.shards[place.shard].name)
+        return DataError(f"sample {self.shard(place.shard).entries[place.sample].key} of shard {path}: {reason}")
 
     def expect(self, numbers: set[int]) -> None:
         """Begin to open these shards; their errors come when a sample of them is asked for."""
@@ -162,6 +176,18 @@ def _allow_many_open_files() -> None:
     """A mapped shard keeps its file open, and many streams map more than the 1024 that most shells allow."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def decoded(name: str, data: bytes, field: Mapping[str, Any]) -> Any:
+    """A member's value; DataError for what can't be decoded, and for an array that is not as `field`, its line in the
+    manifest, says, or not finite."""
+    value = codec.decode(name, data)
+    if name.endswith(".npy"):
+        for reason in differing(name, codec.array_header(data), field):
+            raise DataError(reason)
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise DataError(f"{name} is not finite")
+    return value
 
 
 def pin(value: Tensor, pinned: bool) -> Tensor:

@@ -19,6 +19,7 @@ from data_pipeline.encode_batch import unusable
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, Shard, check_size, refuse_other_claims
 from data_pipeline.shard_writer import IndexEntry, parse_index, refuse_other_bytes, scan
+from data_pipeline.stored_arrays import differing
 
 CHECKS = (
     "manifest", "sizes", "digests", "index", "webdataset", "fields", "values", "keys", "constants", "fingerprints",
@@ -201,12 +202,9 @@ def wrong_in_array(
 ) -> Iterator[tuple[str, str]]:
     """(check, reason) of an array against its line in the manifest: dtype as it is stored, order, shape, values."""
     header, claimed = codec.array_header(member), field.get("dtype")
-    if claimed:
-        dtype = codec.BFLOAT16 if claimed == "bfloat16" else np.dtype(claimed)
-        if header.dtype != dtype:
-            yield "fields", f"{name} is {header.dtype.str}, not {dtype.str} as the manifest says"
-        if list(header.shape) != list(field.get("shape", header.shape)):
-            yield "fields", f"{name} is of shape {list(header.shape)}, not {field['shape']} as the manifest says"
+    yield from (("fields", reason) for reason in differing(name, header, field))
+    if not header.dtype.isnative:
+        yield "fields", f"{name} is {header.dtype.str}, not in the byte order of this machine"
     if header.fortran_order and len(header.shape) > 1:
         yield "fields", f"{name} is in Fortran order"
     if value.dtype.kind in "iuf":
@@ -232,14 +230,14 @@ def check_constants(root: str, manifest: Manifest, findings: Findings) -> Codes:
     return Codes(found.get("codebook", {}).get("codebook"))
 
 
-def check_accounting(root: str, manifest: Manifest, source: Manifest, findings: Findings) -> None:
-    """Of latents of one size: processed + set aside = listed."""
+def check_accounting(root: str, processed: int, source: Manifest, findings: Findings) -> None:
+    """Of a split of latents (its buckets together): processed + set aside = listed. root: where its aside/ lies."""
     path, aside = storage.join(root, "aside", "precompute.jsonl"), 0
     findings.asked.add("accounting")
     if storage.exists(path):
         aside = len([json.loads(line) for line in storage.read_bytes(path).splitlines()])
-    if manifest.samples + aside != source.samples:
+    if processed + aside != source.samples:
         findings.add(
             "accounting",
-            f"{root} has {manifest.samples} samples and {aside} were set aside, of {source.samples} listed: {AGAIN}.",
+            f"{root} has {processed} samples and {aside} were set aside, of {source.samples} listed: {AGAIN}.",
         )

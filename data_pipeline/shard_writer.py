@@ -56,13 +56,19 @@ class ShardWriter:
 
     def publish(self, root: str | Path, name: str) -> Shard:
         """Write <root>/<name> and its .idx, each atomically, the tar last."""
-        self.tar.close()
-        data = self.buffer.getvalue()
-        shard = Shard(name, self.count, len(data), hashlib.sha256(data).hexdigest())
-        lines = [json.dumps([e.key, {k: list(m) for k, m in e.members.items()}]) for e in scan(data, name)]
-        storage.write_atomically(storage.join(root, shard.index_name), ("\n".join(lines) + "\n").encode())
+        shard, index, data = self.contents(name)
+        storage.write_atomically(storage.join(root, shard.index_name), index)
         storage.write_atomically(storage.join(root, name), data)
         return shard
+
+    def contents(self, name: str) -> tuple[Shard, bytes, bytes]:
+        """Its line in the manifest, and the bytes of index and tar; nothing can be added any more."""
+        self.tar.close()
+        data = self.buffer.getvalue()
+        lines = [json.dumps([e.key, {k: list(m) for k, m in e.members.items()}]) for e in scan(data, name)]
+        index = ("\n".join(lines) + "\n").encode()
+        shard = Shard(name, self.count, len(data), digest_of(data), index_digest(index))
+        return shard, index, data
 
 
 def scan(data: bytes | mmap.mmap, name: str) -> list[IndexEntry]:
@@ -121,6 +127,7 @@ def read_index(root: str | Path, shard: Shard) -> list[IndexEntry]:
         raise DataError(f"shard {storage.join(root, shard.name)} is empty: make or copy it again.")
     index = storage.read_if_there(path)
     if index is not None:
+        refuse_other_index(index, path, shard)
         entries = parse_index(index, path)
     else:
         entries = scan(storage.read_bytes(storage.join(root, shard.name)), shard.name)
@@ -129,6 +136,20 @@ def read_index(root: str | Path, shard: Shard) -> list[IndexEntry]:
             f"{storage.join(root, shard.name)} holds {len(entries)} samples, not {shard.samples}: make it again."
         )
     return entries
+
+
+def index_digest(index: bytes) -> str:
+    """As manifests hold it: short, as there may be 10^5 of them."""
+    return digest_of(index)[:16]
+
+
+def refuse_other_index(index: bytes, path: str, shard: Shard) -> None:
+    """An .idx that changed since it was written would give one sample another's arrays."""
+    if shard.index and index_digest(index) != shard.index:
+        raise DataError(
+            f"index {path} is damaged (its digest is not its manifest's): delete it, and it is read from the tar "
+            "instead; of shards that others wrote, run index_shards.py again."
+        )
 
 
 def parse_index(data: bytes, path: str) -> list[IndexEntry]:
@@ -149,7 +170,7 @@ def read_whole(root: str | Path, shard: Shard) -> bytes:
 
 
 def digest_of(data: bytes | mmap.mmap) -> str:
-    """As manifests hold it."""
+    """sha256, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -126,14 +126,51 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         bucket.write(str(path), data)
         return
     path = Path(path)
+    _written_aside(path, data).replace(path)
+    sync_folder(path.parent)
+
+
+def write_first(path: str | Path, data: bytes) -> bool:
+    """As write_atomically, unless something has that name already: then False, and that stays. On a disk this is one
+    step, as a link is made; in a bucket, or without links, a look and then a write."""
+    if is_s3(path):
+        if exists(path):
+            return False
+        bucket.write(str(path), data)
+        return True
+    path = Path(path)
+    temporary = _written_aside(path, data)
+    try:
+        _named(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def _named(temporary: Path, path: Path) -> None:
+    """A second name for a file; FileExistsError where something has it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # not every file system has links
+        if path.exists():
+            raise FileExistsError(path) from error
+        temporary.replace(path)
+
+
+def _written_aside(path: Path, data: bytes) -> Path:
+    """All of it under a temporary name beside `path`, on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{HOST}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    return temporary
 
 
 def sync_folder(path: Path) -> None:

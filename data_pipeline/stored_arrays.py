@@ -1,19 +1,28 @@
-"""A batch's arrays, copied once: from where they lie in their shards to where the batch has them, in the same dtype."""
+"""A batch's arrays, copied once: from where they lie in their shards to where the batch has them, in the same dtype.
+And what an array must be: as its line in the manifest says, and finite."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.codec import BFLOAT16
+from data_pipeline.codec import BFLOAT16, ArrayHeader
+from data_pipeline.errors import DataError
 from data_pipeline.shard_writer import IndexEntry
 
+# Of each kind of float: its bits as whole numbers, and those of infinity; NaNs are above. The sign is the bit before.
+INFINITY = {
+    torch.float16: (torch.int16, np.uint16, 0x7C00),
+    torch.bfloat16: (torch.int16, np.uint16, 0x7F80),
+    torch.float32: (torch.int32, np.uint32, 0x7F800000),
+    torch.float64: (torch.int64, np.uint64, 0x7FF0000000000000),
+}
 COPIED = {*map(np.dtype, ("f2", "f4", "f8", "u1", "i1", "i2", "i4", "i8")), BFLOAT16}
 
 
@@ -68,3 +77,40 @@ def empty(shape: Sequence[int], dtype: np.dtype, pinned: bool) -> tuple[np.ndarr
         values = np.empty(tuple(shape), wide)
         tensor = torch.from_numpy(values)
     return values, tensor.view(torch.bfloat16) if dtype == BFLOAT16 else tensor
+
+
+def dtype_named(name: str) -> np.dtype:
+    """The dtype of a field's line in a manifest."""
+    try:
+        return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+    except TypeError as error:
+        raise DataError(f"the manifest names a dtype {name}, which there is not: make the data set again") from error
+
+
+def differing(name: str, header: ArrayHeader | Layout, field: Mapping[str, Any]) -> Iterator[str]:
+    """What a .npy's header says otherwise than its line in the manifest, byte order apart. A line that claims nothing
+    leaves any numbers of any shape."""
+    actual, claimed = header.dtype.newbyteorder("="), field.get("dtype")
+    if claimed and actual != dtype_named(claimed):
+        yield f"{name} is {actual.str}, not {dtype_named(claimed).str} as the manifest says"
+    elif actual.kind not in "fiub" and actual != BFLOAT16:
+        yield f"{name} is {actual.str}: these are no numbers"
+    if list(header.shape) != list(field.get("shape", header.shape)):
+        yield f"{name} is of shape {list(header.shape)}, not {field['shape']} as the manifest says"
+
+
+def not_finite(values: Tensor) -> int | None:
+    """The first row of (B, ...), in one piece on the CPU, that has an infinity or a NaN; None: no row has.
+
+    By the bits, whose largest numbers of either sign these are: exact, and two maxima where np.isfinite converts each
+    half: 5 microseconds for a sample of Stable Diffusion's latents and text in place of 200.
+    """
+    if values.dtype not in INFINITY or not values.numel():
+        return None
+    signed, unsigned, infinity = INFINITY[values.dtype]
+    bits = values.view(signed).numpy()
+    negative = infinity | 1 << 8 * bits.itemsize - 1
+    if bits.max() < infinity and bits.view(unsigned).max() < negative:
+        return None
+    rows = bits.reshape(len(bits), -1)
+    return int(((rows >= infinity) | (rows.view(unsigned) >= negative)).any(1).argmax())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +50,8 @@ class DataSet(NamedTuple):
 def main(cfg: DictConfig) -> None:
     if cfg.every < 1 or cfg.samples < 0:
         raise UserError(f"every={cfg.every} samples={cfg.samples} can't be: every is 1 or more, samples 0 or more.")
+    if storage.absolute(cfg.output) == storage.absolute(cfg.input):
+        raise UserError(f"output={cfg.output} is input=: choose another folder for the report.")
     drawing = instantiate(cfg.drawing)
     device = chosen_device(cfg.device)
     image = instantiate(cfg.autoencoder).to(device) if cfg.autoencoder.get("path") else None
@@ -60,6 +62,7 @@ def main(cfg: DictConfig) -> None:
         for each in sets:
             check_set(each, cfg.every, known, bar)
     agree(sets)
+    check_buckets(sets, cfg.input)
     for each in sets:
         check_encoders(each, image and image.fingerprint, text)
         if cfg.samples:
@@ -120,7 +123,7 @@ def check_set(data: DataSet, every: int, known: KnownKeys, bar: Progress) -> Non
         source = Manifest.load(data.source, "image-text")
         refuse_others(data, {"images": source.fingerprint}, "shards")
         if "/" not in data.name:  # of a bucket, the rest is in the others
-            check_accounting(data.root, manifest, source, findings)
+            check_accounting(data.root, manifest.samples, source, findings)
 
 
 def agree(sets: list[DataSet]) -> None:
@@ -133,6 +136,18 @@ def agree(sets: list[DataSet]) -> None:
         if first != other:
             differing = ", ".join(sorted(name for name in {**first, **other} if first.get(name) != other.get(name)))
             each.findings.add("fingerprints", f"{each.root} differs from {latents[0].root} in {differing}: {AGAIN}.")
+
+
+def check_buckets(sets: Sequence[DataSet], root: str) -> None:
+    """Of latents in buckets, the samples of all buckets of a split against those of its source."""
+    splits = {each.name.rpartition("/")[2]: each for each in sets if "/" in each.name and each.source}
+    for split, first in splits.items():
+        parts = [each for each in sets if each.name.rpartition("/")[2] == split]
+        source = Manifest.load(first.source, "image-text")
+        work = storage.join(root, "work", split)
+        check_accounting(work, sum(each.manifest.samples for each in parts), source, first.findings)
+        for each in parts:
+            each.findings.asked.add("accounting")
 
 
 def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | None) -> None:

@@ -46,10 +46,13 @@ class ImageFolder:
     def _item(self, path: Path) -> SourceItem:
         # A dot would end the key, in a tar's member name.
         key = str(path.relative_to(self.path).with_suffix("")).replace("/", "_").replace(".", "_")
+        if reason := why_unusable(path, self.path):
+            return PictureFile(key, functools.partial(load, path), None, unusable=reason, where=str(path))
         facts = path.stat()
         stamp = facts.st_size, facts.st_mtime_ns
         look = functools.partial(sides, path)
-        return PictureFile(key, functools.partial(load, path), caption_of(path), about(path), look, stamp=stamp)
+        caption, meta = caption_of(path, self.path), about(path, self.path)
+        return PictureFile(key, functools.partial(load, path), caption, meta, look, stamp=stamp)
 
 
 def pictures_below(folder: Path) -> Iterator[Path]:
@@ -59,6 +62,20 @@ def pictures_below(folder: Path) -> Iterator[Path]:
             yield from pictures_below(path)
         elif path.suffix.lower().lstrip(".") in IMAGES:
             yield path
+
+
+def why_unusable(path: Path, folder: Path, through_folders: bool = False) -> str:
+    """Of a file that is not there, or that a link leads to from `folder` (itself perhaps a link) out of it; "": it can
+    be opened. through_folders: folders on the way may be links, too, which takes 50 microseconds to see."""
+    try:
+        if not path.is_file():
+            return "missing picture"
+        linked = through_folders or path.is_symlink()
+        if linked and not path.resolve().is_relative_to(folder.resolve()):
+            return "a link that leads out of the folder"
+    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, links in a circle, a null byte
+        return "missing picture"
+    return ""
 
 
 def load(path: Path, size: int) -> np.ndarray:
@@ -73,27 +90,27 @@ def sides(path: Path) -> tuple[int, int]:
         return upright_sides(image)
 
 
-def caption_of(path: Path) -> str | None:
+def caption_of(path: Path, folder: Path) -> str | None:
     """From the .txt or .json beside it; None where there is neither, or it is empty or unreadable."""
     text = path.with_suffix(".txt")
     try:
-        if text.exists():
+        if not why_unusable(text, folder):
             return codec.decode("txt", text.read_bytes()).strip() or None
-        return readable(str(beside(path).get("caption") or "")) or None
+        return readable(str(beside(path, folder).get("caption") or "")) or None
     except DataError:  # not UTF-8, not JSON, or of no sensible length
         return None
 
 
-def about(path: Path) -> dict[str, Any]:
+def about(path: Path, folder: Path) -> dict[str, Any]:
     """What the .json beside a picture says of it, but for the caption; and the file's name."""
     try:
-        facts = beside(path)
+        facts = beside(path, folder)
     except DataError:
         facts = {}
     return {name: value for name, value in facts.items() if name != "caption"} | {"file": path.name}
 
 
-def beside(path: Path) -> dict[str, Any]:
+def beside(path: Path, folder: Path) -> dict[str, Any]:
     """The .json beside a picture; {} where there is none."""
     file = path.with_suffix(".json")
-    return codec.decode("json", file.read_bytes()) if file.exists() else {}
+    return {} if why_unusable(file, folder) else codec.decode("json", file.read_bytes())

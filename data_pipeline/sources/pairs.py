@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_pipeline.errors import UserError
 from data_pipeline.sources.source import Source, SourceItem
 
 
@@ -21,6 +22,8 @@ class Pairs:
 
     def items(self) -> list[SourceItem]:
         items = [item for item in self.of.items() if item.caption]
+        if len(items) < 2:
+            raise UserError(f"source=openmoji_pairs needs two things to draw, not {len(items)}: raise source.of.limit.")
         return [self._pair(items, number) for number in range(self.count)]
 
     def _pair(self, items: Sequence[SourceItem], number: int) -> SourceItem:

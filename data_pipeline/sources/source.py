@@ -14,7 +14,8 @@ class SourceItem:
     """load(size) -> (size, size, 3) uint8; caption None where there is none.
 
     sides() -> width and height of the picture as it was found; None: a drawing, of any size. heldout: None leaves it to
-    heldout_every. absent: why the source itself says that there is no picture.
+    heldout_every. absent: why the source itself says that there is no picture. unusable: why it must be set aside, with
+    `where` that was seen.
     """
 
     key: str
@@ -24,6 +25,8 @@ class SourceItem:
     sides: Callable[[], tuple[int, int]] | None = None
     heldout: bool | None = None
     absent: str = ""
+    unusable: str = ""
+    where: str = ""
 
 
 class Source(Protocol):

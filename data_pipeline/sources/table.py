@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.filters import as_number
-from data_pipeline.sources.folder import PictureFile, load, sides
+from data_pipeline.sources.folder import PictureFile, load, sides, why_unusable
 from data_pipeline.sources.source import SourceItem
 from data_pipeline.sources.tars import readable
 
@@ -71,7 +71,8 @@ class Table:
         meta = {"file": name} | {column: value for column, value in others.items() if value is not None}
         path = self.path / name
         inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
-        facts = path.stat() if inside and path.is_file() else None
+        unusable = why_unusable(path, self.path, True) if inside else "no name of a picture in the folder"
+        facts = None if unusable else path.stat()
         look, stamp = (load, (facts.st_size, facts.st_mtime_ns)) if facts else (absent, (0, 0))
         return PictureFile(
             f"{number:09d}",
@@ -79,6 +80,8 @@ class Table:
             caption_in(row[self.caption]),
             meta,
             functools.partial(sides if facts else absent, path),
+            unusable=unusable,
+            where=f"{self.file}={name[:200]}, tried as {str(path)[:200]}" if unusable else "",
             stamp=stamp,
         )
 

@@ -63,6 +63,23 @@ MISTAKES = {
         2,
         "image-text shards are needed",
     ),
+    "no such condition": (
+        ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run", "conditions=[txt]"],
+        2,
+        "conditions=txt is not to be had: take hole, image_embedding, label, layout, low_resolution or text",
+    ),
+    "no such conditioning": ([*LDM, "input={folder}/latents", "conditioning=[txt]"], 2, "joint_text, label, layout,"),
+    "no such option": ([*LDM, "input={folder}/latents", "training.stps=3"], 2, "is it training.steps"),
+    "latents into their pictures": (
+        ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/latents/"],
+        2,
+        "is input=: choose another folder for the latents",
+    ),
+    "shards into their pictures": (
+        ["data_pipeline/make_shards.py", "source=folder", "input={folder}", "output={folder}"],
+        2,
+        "is input=: choose a folder of its own",
+    ),
     "no such encoder": (
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run",
          "autoencoder.path={folder}/nowhere", "clip.path={folder}/nowhere"],

@@ -215,6 +215,7 @@ def test_what_is_no_array_is_named(latents, name):
 
 WRONG = {
     "shape": (VALUES[:, :1], "fields", r"of shape \[4, 1, 2\], not \[4, 2, 2\]"),
+    "unsigned": (VALUES.astype(np.uint32), "fields", "is <u4, not <f4"),
     "turned": (VALUES.T.copy(), "fields", r"of shape \[2, 2, 4\], not \[4, 2, 2\]"),
     "one number": (VALUES[0, 0, 0], "fields", r"of shape \[\], not \[4, 2, 2\]"),
     "float64": (VALUES.astype(np.float64), "fields", "is <f8, not <f4"),
@@ -223,7 +224,7 @@ WRONG = {
     "letters": (VALUES.astype("U4"), "fields", "is <U4, not <f4"),
     "dates": (VALUES.astype("M8[s]"), "fields", r"is <M8\[s\], not <f4"),
     "records": (np.zeros((4, 2, 2), [("a", "<f4")]), "fields", "not <f4"),
-    "big-endian": (VALUES.astype(">f4"), "fields", "is >f4, not <f4"),
+    "big-endian": (VALUES.astype(">f4"), "fields", "is >f4, not in the byte order"),
     "Fortran order": (np.asfortranarray(VALUES), "fields", "is in Fortran order"),
     "NaN": (np.where(VALUES == 3, np.nan, VALUES), "values", "moments is not finite"),
     "infinity": (np.where(VALUES == 3, -np.inf, VALUES), "values", "moments is not finite"),
@@ -241,7 +242,41 @@ def test_verify_names_what_is_not_as_the_manifest_says(latents, name):
     assert set(found) == {check}
 
 
-@pytest.mark.parametrize("name", ["big-endian", "Fortran order", "float64"])
+@pytest.mark.parametrize("batch", [1, COUNT])
+@pytest.mark.parametrize("name", [name for name in WRONG if name not in ("big-endian", "Fortran order", "too large")])
+def test_the_loader_names_what_is_not_as_the_manifest_says(latents, name, batch):
+    """The second sample of three: alone in its batch, and beside good ones."""
+    array, check, sentence = WRONG[name]
+    changed(latents, "moments.npy", npy(array))
+    sentence = sentence if check == "fields" else "not finite"
+    for read in (
+        lambda: list(itertools.islice(Loader(str(latents), batch, 1, shuffle=False), COUNT // batch)),
+        lambda: read_dataset(str(latents)),
+    ):
+        with pytest.raises(DataError, match=rf"^sample 000001 of shard .*000000\.tar: moments\.npy .*{sentence}"):
+            read()
+
+
+def test_a_missing_member_is_named_where_a_sample_is_alone_in_its_batch(latents):
+    put(latents, tar_of([member for member in members_in(latents) if member[0] != "000001.text.npy"]))
+    with pytest.raises(DataError, match=r"sample 000001 of shard .*: it lacks text\.npy"):
+        epoch(latents)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "no dtype"])
+def test_a_manifest_without_claims_leaves_numbers_and_one_with_odd_claims_nothing(latents, dtype):
+    manifest = Manifest.load(str(latents))
+    changed(latents, "moments.npy", npy(VALUES))
+    claim = {} if dtype == "float32" else {"dtype": dtype, "shape": [4, 2, 2]}
+    dataclasses.replace(Manifest.load(str(latents)), fields={**manifest.fields, "moments.npy": claim}).save(latents)
+    if dtype == "float32":
+        np.testing.assert_array_equal(epoch(latents)["000001"]["moments"], VALUES)
+    else:
+        with pytest.raises(DataError, match="not <c8 as" if dtype == "complex64" else "which there is not"):
+            epoch(latents)
+
+
+@pytest.mark.parametrize("name", ["big-endian", "Fortran order"])
 def test_another_order_of_the_same_numbers_is_read_as_those(latents, name):
     changed(latents, "moments.npy", npy(WRONG[name][0]))
     np.testing.assert_array_equal(epoch(latents)["000001"]["moments"], VALUES)
@@ -351,13 +386,26 @@ def test_an_index_that_lies_is_named_by_verify(latents, change):
     assert findings_in(latents) == {}
 
 
-@pytest.mark.parametrize("change", [shifted, negative, beyond])
-def test_an_index_that_leads_elsewhere_is_named_by_the_loader(latents, change):
-    rows = rows_of(latents)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("change", [swapped, renamed, shifted, negative, beyond])
+def test_an_index_that_leads_elsewhere_is_named_by_the_loader(latents, change, known):
+    """By its digest; where a manifest of an earlier version knows none, by what is found there."""
+    rows, manifest = rows_of(latents), Manifest.load(str(latents))
     change(rows)
     (latents / "shards/000000.idx").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="sample 000000 of shard"):
-        epoch(latents)
+    if known:
+        with pytest.raises(DataError, match=r"000000\.idx is damaged \(its digest .* delete it"):
+            epoch(latents)
+        return
+    about = json.loads((latents / "manifest.json").read_text())
+    assert about["shards"][0].pop("index")
+    (latents / "manifest.json").write_text(json.dumps(about))
+    assert Manifest.load(str(latents)).fingerprint == manifest.fingerprint
+    if change in (swapped, renamed):
+        assert len(epoch(latents)) == COUNT  # which nothing but a digest shows
+    else:
+        with pytest.raises(DataError, match="sample 000000 of shard"):
+            epoch(latents)
 
 
 # Bytes at random.

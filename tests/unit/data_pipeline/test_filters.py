@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_processed_filtered_and_set_aside_are_all_that_was_listed(table_of_pictu
     filtered = dict.fromkeys(rated_low, "aesthetic under 5.5")
     filtered |= {4: "shortest side under 32", 5: "aspect over 3", 8: "like a picture before it"}
     filtered |= {10: "caption under 5 characters", 11: "no number as aesthetic"}
-    aside = {9: "missing caption", 12: None, 13: "undecodable picture (FileNotFoundError)"}
+    aside = {9: "missing caption", 12: None, 13: "missing picture"}
     del filtered[12], aside[12]  # rated low: filtered before anyone looks at it
     rows = [json.loads(line) for line in (output / "aside" / "filtered.jsonl").open()]
     filtered[12] = "aesthetic under 5.5"
@@ -161,7 +162,7 @@ def test_processed_filtered_and_set_aside_are_all_that_was_listed(table_of_pictu
     assert account["listed"] == 40
     assert account["processed"] == 40 - len(filtered) - len(aside)
     assert sum(account["filtered"].values()) == len(filtered)
-    assert account["set_aside"] == {"missing caption": 1, "undecodable picture": 1}
+    assert account["set_aside"] == {"missing caption": 1, "missing picture": 1}
     assert f"{len(filtered)} filtered, 2 set aside, of 40 listed" in done.stdout
     samples = [s for split in ("train", "heldout") for s in read_dataset(str(output / split))]
     assert {int(s["key"]) for s in samples} == set(range(40)) - set(filtered) - set(aside)
@@ -173,3 +174,18 @@ def test_processed_filtered_and_set_aside_are_all_that_was_listed(table_of_pictu
                           timeout=120)  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "check the source and filters=" in done.stderr
+
+
+def test_null_is_no_bound_and_a_column_that_there_is_not_is_named_with_those_there_are():
+    columns = Columns({"aesthetic": {"min": None, "max": 5}, "width": {"min": "2"}})
+    assert columns.bounds == {"aesthetic": (-math.inf, 5.0), "width": (2.0, math.inf)}
+    for wrong in ({"min": None}, {"min": "much"}, {"least": 1}, 3, None):
+        with pytest.raises(UserError, match=r"bounds\.aesthetic is not \{min: a, max: b\}"):
+            Columns({"aesthetic": wrong})
+    filters = Filters({"columns": Columns({"aestetic": {"min": 5}})})
+    filters.look({"aesthetic": 5.5, "name": "text"})
+    filters.look({"width": "7"})
+    with pytest.raises(UserError, match="no sample has a number as aestetic; columns are aesthetic, width"):
+        filters.refuse_unknown_columns()
+    filters.look({"aestetic": 1})
+    filters.refuse_unknown_columns()

@@ -110,7 +110,7 @@ def test_foreign_tars_become_a_data_set_untouched(tars):
     assert sorted(seen) == sorted(s["key"] for s in samples)
 
     assert "finished already" in start(f"input={tars}", "size=16", "max_aside_fraction=0.1").stdout
-    assert "was made otherwise: remove it" in sentence(start(f"input={tars}", "size=32"), 2)
+    assert "was made otherwise (size: 16 -> 32): remove it" in sentence(start(f"input={tars}", "size=32"), 2)
 
 
 def test_into_another_folder_with_filters(tars, tmp_path):

@@ -71,9 +71,11 @@ def test_folder_end_to_end(pictures, tmp_path):
     stamp = (output / "train" / "manifest.json").stat().st_mtime_ns
     assert "finished already" in start(*arguments).stdout
     assert (output / "train" / "manifest.json").stat().st_mtime_ns == stamp
-    assert "made otherwise" in sentence(start(*arguments[:-2], "size=16"), 2)
+    assert "made otherwise (size: 8 -> 16, shard_size: 16 -> 64)" in sentence(start(*arguments[:-2], "size=16"), 2)
     (pictures / "p05.txt").write_text("a caption at last")
-    assert "made otherwise" in sentence(start(*arguments), 2)  # another source, though the same command
+    assert "made otherwise (by the same options: what input= holds" in sentence(
+        start(*arguments), 2
+    )  # another source, though the same command
 
 
 def test_half_made_output_is_finished_not_taken_for_whole(pictures, tmp_path):
@@ -82,11 +84,13 @@ def test_half_made_output_is_finished_not_taken_for_whole(pictures, tmp_path):
     assert start(*arguments).returncode == 0
     whole = (output / "train" / "manifest.json").read_bytes()
     (output / "train" / "manifest.json").unlink()
+    (output / "aside/filtered.jsonl").write_text("{}")  # of an earlier run, which filtered
     for ending in ("tar", "idx"):  # as an earlier run with more shards would leave
         (output / "train" / "shards" / f"000003.{ending}").write_bytes(b"old")
     assert start(*arguments).returncode == 0
     assert (output / "train" / "manifest.json").read_bytes() == whole
     assert len(list((output / "train" / "shards").glob("*.tar"))) == 3
+    assert [path.name for path in (output / "aside").iterdir()] == ["make_shards.jsonl"]
 
 
 def test_past_the_cap_the_run_stops_and_says_why(pictures, tmp_path):

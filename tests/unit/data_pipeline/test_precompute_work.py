@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 from precompute_process import SMALL, Table
 from safetensors.torch import load_file
@@ -29,6 +30,7 @@ from data_pipeline.errors import DataError, UserError
 from data_pipeline.image_transforms import centre_square
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
+from data_pipeline.precompute_latents import clip_for
 from data_pipeline.reuse import base_of
 from data_pipeline.samples import TextStates, collated
 from data_pipeline.shard_writer import ShardWriter
@@ -115,7 +117,8 @@ def test_automatic_buckets_are_all_there_are_up_to_an_area():
         (20, None, "multiple of 8"),
         (None, ["64x63"], "multiple of 8"),
         (None, ["wide"], "write height x width"),
-        (32, "auto", "raise one or lower the other"),
+        (32, "auto", "no bucket but the square: lower bucket_step, as bucket_step=8"),
+        (64, "auto", "bucket_step=16, or raise size="),
     ],
 )
 def test_sizes_that_cannot_be_get_a_sentence(size, buckets, sentence):
@@ -283,6 +286,35 @@ def test_a_text_encoder_without_an_image_tower_is_not_taken_for_a_clip(picture):
     encoders = using(text=Table(), conditions={"image_embedding": ImageEmbedding()})
     with pytest.raises(UserError, match="needs a CLIP with its image tower"):
         encode_batch(items, torch.zeros(1, 3, 8, 8), encoders)
+    # And before the output is claimed:
+    cfg = OmegaConf.create({"clip": {"_target_": "precompute_process.table_at", "path": "somewhere"}})
+    assert clip_for(cfg, {"text": Text()}).fingerprint == "table"
+    with pytest.raises(UserError, match="needs a CLIP with its image tower"):
+        clip_for(cfg, {"text": Text(), "image_embedding": ImageEmbedding()})
+
+
+def test_the_last_line_says_what_was_encoded_copied_and_there(tmp_path, picture, capsys):
+    samples = samples_of(picture, 12)
+    precompute(write(tmp_path / "half", samples[:6]), tmp_path / "base", using())
+    images = write(tmp_path / "images", samples)
+    assert "6 encoded, 0 set aside" in capsys.readouterr().out
+    precompute(images, tmp_path / "out", using(), base=tmp_path / "base")
+    assert "6 encoded, 6 copied from base=, 0 set aside" in capsys.readouterr().out
+    (tmp_path / "out/manifest.json").unlink()
+    (tmp_path / "out/shards/000001.tar.done.json").unlink()
+    precompute(images, tmp_path / "out", using(), base=tmp_path / "base")
+    assert "6 encoded, 6 there already or by other workers, 0 set aside" in capsys.readouterr().out
+
+
+def test_each_stage_accounts_for_what_it_was_given(tmp_path, picture):
+    before = {"listed": 20, "processed": 12, "filtered": {}, "set_aside": {"missing caption": 8}}
+    samples = [(f"{i:03d}", picture(i, 8 if i != 3 else 12), "a", {}) for i in range(12)]
+    images = write(tmp_path / "images", samples, info={"accounting": before, "made_with": {"size": 8}})
+    precompute(images, tmp_path / "out", using(), fraction=0.2)
+    info = Manifest.load(tmp_path / "out").info
+    reason = "a picture of 12x12 beside a picture of 8x8: give size="
+    assert info["accounting"] == {"listed": 12, "processed": 11, "filtered": {}, "set_aside": {reason: 1}}
+    assert "made_with" not in info
 
 
 def test_text_without_the_pooled_vector(tmp_path, picture):

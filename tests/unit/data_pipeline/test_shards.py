@@ -71,6 +71,9 @@ def test_a_damaged_picture_and_a_damaged_index_are_named(tmp_path, make_images):
     with pytest.raises(DataError, match=r"key0001 of shard .*000000\.tar"):
         read_shard(root, shard)
     (tmp_path / "set" / shard.index_name).write_text("not json\n")
+    with pytest.raises(DataError, match=r"000000\.idx is damaged .*: delete it"):
+        read_index(root, shard)
+    shard = replace(shard, index="")  # of an earlier version
     with pytest.raises(DataError, match=r"000000\.idx is damaged: delete it"):
         read_index(root, shard)
 

@@ -8,11 +8,14 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from data_pipeline.aside import Aside
 from data_pipeline.errors import DataError, UserError
-from data_pipeline.make_shards import look_through
+from data_pipeline.filters import Filters
+from data_pipeline.make_shards import look_through, taken
 from data_pipeline.sources.emoji_styles import EmojiStyles, with_article
 from data_pipeline.sources.folder import ImageFolder
 from data_pipeline.sources.openmoji import drawn
+from data_pipeline.sources.pairs import Pairs
 from data_pipeline.sources.source import SourceItem
 from data_pipeline.sources.table import Table
 
@@ -105,6 +108,51 @@ def test_a_folder_is_listed_by_name_with_what_its_json_says(folder):
     assert items[0].sides() == (20, 30)
     with pytest.raises(UserError, match="holds no pictures"):
         list(ImageFolder(str(folder), limit=0).items())
+
+
+def test_what_can_not_be_opened_is_set_aside(folder):
+    """Links to nothing, out of the folder and in a circle, a folder in a caption's place, names beyond all length."""
+    (folder / "dangling.png").symlink_to(folder / "gone.png")
+    (folder / "outside.png").symlink_to(folder.parent / "outside.png")
+    (folder / "inside.png").symlink_to("a.png")
+    (folder / "circle.png").symlink_to("circle.png")
+    (folder / "a.txt").mkdir()
+    (folder / "inside.json").symlink_to("/etc/hostname")
+    (folder / f"{'n' * 251}.png").write_bytes((folder / "a.png").read_bytes())
+    items = {item.key: item for item in ImageFolder(str(folder)).items()}
+    assert {key: item.unusable for key, item in items.items() if item.unusable} == {
+        "circle": "missing picture",
+        "dangling": "missing picture",
+        "outside": "a link that leads out of the folder",
+    }
+    assert items["outside"].where == str(folder / "outside.png")
+    assert {items[key].caption for key in ("a", "inside", "n" * 251)} == {None}
+    assert items["inside"].load(8).shape == (8, 8, 3)
+    linked = folder.parent / "linked"
+    linked.symlink_to(folder)  # the input itself may be a link
+    assert not {item.key: item for item in ImageFolder(str(linked)).items()}["inside"].unusable
+
+
+def test_a_table_says_which_path_was_tried(folder):
+    (folder / "out").symlink_to(folder.parent)
+    names = ["a.png", "img/a.png", "out/outside.png", "x" * 5000, "../outside.png"]
+    (folder / "table.csv").write_text("file,caption\n" + "".join(f"{name},c\n" for name in names))
+    items = list(Table(str(folder)).items())
+    assert [item.unusable for item in items] == [
+        "", "missing picture", "a link that leads out of the folder", "missing picture",
+        "no name of a picture in the folder",
+    ]  # fmt: skip
+    assert items[1].where == f"file=img/a.png, tried as {folder}/img/a.png"
+    aside = Aside(5, 0.1)
+    with pytest.raises(DataError, match=r"1 x missing picture; the last is 000000001, file=img/a\.png, tried as /"):
+        taken(items[1], 8, Filters({}), aside)
+    assert aside.rows[0]["where"] == items[1].where
+
+
+def test_a_pair_needs_two_things():
+    with pytest.raises(UserError, match=r"needs two things to draw, not 1: raise source\.of\.limit"):
+        Pairs(Endless(1), 3).items()
+    assert len(Pairs(Endless(2), 3).items()) == 3
 
 
 class Endless:

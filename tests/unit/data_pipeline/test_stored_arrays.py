@@ -13,7 +13,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor
 from data_pipeline.shard_writer import ShardWriter
-from data_pipeline.stored_arrays import Layout, empty
+from data_pipeline.stored_arrays import Layout, empty, not_finite
 
 DTYPES = ["float16", "float32", "float64", "int8", "uint8", "int32", "int64"]
 
@@ -83,8 +83,29 @@ def test_a_sample_that_lacks_a_field_or_has_another_shape_is_named(tmp_path):
     with pytest.raises(DataError, match=r"sample 007 has moments of shape \(2, 3\)"):
         first(root)
     root = write(tmp_path / "b", lambda n: whole if n != 7 else {"other": np.zeros(2, np.float16)})
-    with pytest.raises(DataError, match="sample 007 has moments of shape None"):
+    with pytest.raises(DataError, match=r"sample 007 of shard .*: it lacks moments\.npy"):
         first(root)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_half_that_is_not_finite_is_found_and_no_other(dtype):
+    """All 65,536 of them, each the last of its row."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for value in halves:
+        rows = torch.ones(3, 2, dtype=dtype)
+        rows[1, 1] = value
+        assert not_finite(rows) == (None if torch.isfinite(value) else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_floats_that_are_not_finite(dtype):
+    limits = torch.finfo(dtype)
+    good = torch.tensor([[0.0, -0.0, limits.max, limits.min, limits.tiny, -limits.tiny, 1e-40, -1.5]], dtype=dtype)
+    assert not_finite(good) is None
+    for value in (float("inf"), float("-inf"), float("nan"), -float("nan")):
+        assert not_finite(torch.cat([good, torch.full((1, 8), value, dtype=dtype), good])) == 1
+    assert not_finite(torch.zeros(0, 3, dtype=dtype)) is None
+    assert not_finite(torch.full((2,), -1)) is None
 
 
 def test_layouts_of_what_can_not_be_copied():

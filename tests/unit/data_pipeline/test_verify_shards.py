@@ -26,7 +26,7 @@ from data_pipeline.encoders import OnceEach
 from data_pipeline.errors import UserError
 from data_pipeline.index_shards import KnownKeys
 from data_pipeline.loader import read_dataset
-from data_pipeline.look_at_samples import Drawing, evenly, look_at
+from data_pipeline.look_at_samples import Drawing, evenly, look_at, sheet_of
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.progress import Progress
 from data_pipeline.shard_checks import KEPT, Findings
@@ -149,6 +149,52 @@ def test_a_report_with_pictures_and_psnr(made, drawing, tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "train.png"))
     assert (sheet[8:136, 8:136] == pictures[0].repeat(4, 0).repeat(4, 1)).mean() > 0.999  # enlarged four times
     assert (sheet[8:136, 144:272] == originals[0].repeat(4, 0).repeat(4, 1)).all()
+
+
+def test_buckets_of_several_shapes_through_the_entry_point(made, tmp_path):
+    """Wide and square pictures, in two buckets; a sheet for each, and what is missing from one is missed."""
+    for split, count in (("train", 7), ("heldout", 3)):
+        writer = ShardWriter()
+        for number in range(count):
+            picture = smooth(number)[: 32 if number % 2 else 12]
+            writer.add(f"{split}{number}", {"png": picture, "txt": f"thing {number}", "json": {}})
+        shards = (writer.publish(tmp_path / "images" / split, "shards/000000.tar"),)
+        Manifest("image-text", shards, {}, {"size": 32}).save(tmp_path / "images" / split)
+    image = load_autoencoder(str(made / "autoencoder"))
+    precompute(tmp_path / "images", tmp_path / "buckets", image, sizes_of(32, ["32x32", "16x64"], 16, 2))
+    arguments = [f"input={tmp_path}/buckets", f"output={tmp_path}/r", f"shards={tmp_path}/images"]
+    done = run("data_pipeline/verify_shards.py", *arguments, f"autoencoder.path={made}/autoencoder")
+    assert "all is well" in done.stdout
+    about = json.loads((tmp_path / "r/report.json").read_text())["sets"]
+    assert {name: each["samples"] for name, each in about.items()} == {
+        "32x32/train": 3, "32x32/heldout": 1, "16x64/train": 4, "16x64/heldout": 2,
+    }  # fmt: skip
+    assert {each["checks"]["accounting"] for each in about.values()} == {"ok"}
+    for name, (width, height) in {"32x32_train": (128, 128), "16x64_train": (128, 32)}.items():
+        sheet = np.asarray(Image.open(tmp_path / f"r/{name}.png"))
+        assert sheet.shape[1] == 8 + (128 + 8) * min(8, 2 * about[name.replace("_", "/")]["samples"])
+        assert (sheet[8 : 8 + height, 8 : 8 + width] != 255).any(-1).mean() > 0.9
+    shutil.rmtree(tmp_path / "buckets/16x64")
+    done = run("data_pipeline/verify_shards.py", *arguments, check=False)
+    assert done.returncode == 3
+    assert "has 3 samples and 0 were set aside, of 7 listed" in done.stdout
+
+
+def test_the_input_is_no_place_for_the_report(made):
+    done = run("data_pipeline/verify_shards.py", f"input={made}/latents", f"output={made}/latents/", check=False)
+    assert done.returncode == 2
+    assert "is input=: choose another folder for the report" in done.stderr
+
+
+@pytest.mark.parametrize(("shape", "size"), [((5, 3), (75, 125)), ((2000, 1500), (240, 320)), ((8, 800), (320, 3))])
+def test_cells_of_tiny_and_huge_pictures(shape, size):
+    """(H, W) on the sheet as (width, height): enlarged by a whole number, or reduced; slender ones in the middle."""
+    picture = np.zeros((*shape, 3), np.uint8)
+    sheet = np.asarray(Image.open(io.BytesIO(sheet_of([picture] * 2, ["", ""]))))
+    dark = np.argwhere((sheet == 0).all(-1))
+    assert sheet.shape[:2] == (size[1] + 16, 2 * (max(size[0], 128) + 8) + 8)
+    assert dark.min(0)[0] == 8
+    assert len(np.unique(dark[:, 0])) == size[1]
 
 
 def test_damage_ends_with_3_and_is_said(copy, tmp_path):

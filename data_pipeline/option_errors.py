@@ -1,0 +1,66 @@
+"""What Hydra says of options that there are not, in one sentence with those that there are."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NOT_LOADED = re.compile(r"Could not (?:load|find) '([\w/]+)/(\w+)'")
+NOT_SET = re.compile(r"Could not override '([\w./@]+)'")
+
+
+def reworded(said: str, conf: Path, root: str) -> str:
+    """The sentence for Hydra's message on an entry of conf/<root>.yaml; one it has no sentence for, as it is."""
+    if found := NOT_LOADED.search(said):
+        group, name = found.groups()
+        there = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        if there:
+            return f"{group}={name} is not to be had: take {any_of(there)}."
+    if found := NOT_SET.search(said):
+        return f"there is no option {found[1]}{advice(found[1], conf, root)}."
+    return said.partition("Set the environment variable HYDRA_FULL_ERROR")[0].strip()
+
+
+def advice(key: str, conf: Path, root: str) -> str:
+    """A group's name that is set without being chosen; else options that are spelt nearly so."""
+    group, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    known = options(conf, root)
+    if (conf / group / f"{name}.yaml").exists() and key in known:
+        return f" unless it is chosen: add {group}=[{name}]"
+    near = difflib.get_close_matches(key, known, 3, 0.7)
+    return f": is it {any_of(near)} (see --help)" if near else " (see --help)"
+
+
+def any_of(names: list[str]) -> str:
+    """a, b or c"""
+    return " or ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
+
+
+@functools.cache
+def options(conf: Path, root: str) -> list[str]:
+    """Names of all options of an entry, whichever of its groups' files is chosen."""
+    own = loaded(conf / f"{root}.yaml")
+    found = set(names_in(own))
+    for default in own.get("defaults", []):
+        group = next(iter(default)) if isinstance(default, dict) else ""
+        for path in (conf / group).glob("*.yaml") if group else ():
+            found |= {f"{group.replace('/', '.')}.{name}" for name in names_in(loaded(path))}
+    return sorted(found)
+
+
+def names_in(content: Any, prefix: str = "") -> list[str]:
+    """Dotted names below a mapping, its branches' too."""
+    if not isinstance(content, dict):
+        return []
+    own = [name for name in content if name not in ("defaults", "hydra", "_target_")]
+    return [n for name in own for n in (prefix + str(name), *names_in(content[name], f"{prefix}{name}."))]
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text()) or {}
