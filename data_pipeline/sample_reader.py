@@ -36,11 +36,13 @@ class OpenShard(NamedTuple):
 class SampleReader:
     """Samples of a data set by place. Threads beside open shards; pictures stay decoded up to `cache_mb`, which small
     sets fit into. verify: each shard's digest is compared once, before any of its samples is handed out. Of each array
-    dtype, shape and that it is finite are looked at whenever it is read."""
+    dtype and shape are compared whenever it is read. finite: whether a number that is not is refused."""
 
-    def __init__(self, root: str, manifest: Manifest, cache_mb: float, verify: bool = True) -> None:
+    def __init__(
+        self, root: str, manifest: Manifest, cache_mb: float, verify: bool = True, finite: bool = True
+    ) -> None:
         _allow_many_open_files()
-        self.root, self.manifest, self.verify = root, manifest, verify
+        self.root, self.manifest, self.verify, self.finite = root, manifest, verify, finite
         self.fields = fields_of(manifest)
         self.arrays = [name for name in self.fields if name.endswith(".npy")]
         self.only_arrays = all(name in ("json", "txt") or name in self.arrays for name in self.fields)
@@ -83,7 +85,7 @@ class SampleReader:
             values = None if layout is None else stacked(member, layout, found, pinned)
             if values is None:
                 return None
-            if (row := not_finite(values)) is not None:
+            if self.finite and (row := not_finite(values)) is not None:
                 raise self._naming(places[row], f"{member} is not finite")
             tensors[member.removesuffix(".npy")] = values
         return tensors
@@ -112,7 +114,9 @@ class SampleReader:
     def _decoded(self, place: Place, shard: OpenShard, entry: IndexEntry, members: Mapping[str, Any]) -> dict[str, Any]:
         try:
             return {
-                name: decoded(name, bytes(shard.data[offset : offset + size]), self.manifest.fields.get(name, {}))
+                name: decoded(
+                    name, bytes(shard.data[offset : offset + size]), self.manifest.fields.get(name, {}), self.finite
+                )
                 for name, (offset, size) in members.items()
             }
         except DataError as error:
@@ -178,14 +182,14 @@ def _allow_many_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def decoded(name: str, data: bytes, field: Mapping[str, Any]) -> Any:
+def decoded(name: str, data: bytes, field: Mapping[str, Any], finite: bool = True) -> Any:
     """A member's value; DataError for what can't be decoded, and for an array that is not as `field`, its line in the
-    manifest, says, or not finite."""
+    manifest, says, or not `finite`."""
     value = codec.decode(name, data)
     if name.endswith(".npy"):
         for reason in differing(name, codec.array_header(data), field):
             raise DataError(reason)
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
+        if finite and value.dtype.kind == "f" and not np.isfinite(value).all():
             raise DataError(f"{name} is not finite")
     return value
 

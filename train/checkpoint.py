@@ -15,6 +15,7 @@ waits for all notes, and then publishes (checkpoint_stores.py: by a rename, or i
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -40,6 +41,7 @@ from train.train_state import TrainState
 
 log = logging.getLogger(__name__)
 RESUME = ("auto", "must", "never")
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
 class Found(NamedTuple):
@@ -213,6 +215,7 @@ class Checkpoints:
 
         Nothing is loaded before all ranks have checked their share of the files: false, if any of them is damaged.
         """
+        self._refuse_other_shapes(found.saved["shapes"], engine.shapes)
         tensors = {**engine.tensors(), **ema.tensors()}
         parts = [part_name(rank) for rank in range(found.saved["layout"]["ranks"])]
         own = self.ranks.rank % len(parts)  # the same layout finds all that it needs there
@@ -237,6 +240,17 @@ class Checkpoints:
         self.store.forget(found.name)
         self.at = state.step
         return True
+
+    def _refuse_other_shapes(self, saved: dict[str, list[int]], own: dict[str, list[int]]) -> None:
+        """Pieces are flat: they would fit into other shapes, and mean nothing there."""
+        differing = sorted(name for name in saved | own if saved.get(name) != own.get(name))
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"can't resume from {self.store.root}: {len(differing)} parameter(s) have another shape or are new, as "
+                f"{name}, which was {saved.get(name)} and is {own.get(name)}. Restore unet, conditioning and data, or "
+                "begin another output= with start_from=."
+            )
 
     def _pieces(self, found: Found, part: str) -> dict[str, int] | None:
         try:
@@ -294,7 +308,9 @@ class _Writing(threading.Thread):
             del self.write  # and the copies, where they are not kept
 
     def raise_if_failed(self) -> None:
-        if isinstance(self.error, OSError):
+        if (
+            isinstance(self.error, OSError) and self.error.errno in UNWRITABLE
+        ):  # others may pass: then starting again helps
             raise UserError(f"the checkpoint can't be written ({self.error}): make room, and start again to go on.")
         if self.error is not None:
             raise self.error

@@ -51,6 +51,10 @@ class Store:
         """A small file, all or nothing."""
         storage.write_atomically(self.at(*parts), data)
 
+    def note(self, data: bytes, step: str, name: str) -> None:
+        """A small file of a step that is written, at which rank 0 goes on: nothing may be done to the step after it."""
+        self.write(data, self.unpublished(step), name)
+
     def steps(self) -> list[str]:
         """All that lies here, published or left over; oldest first."""
         return steps_in(self.root)
@@ -119,6 +123,11 @@ class OnDisk(Store):
         folder = Path(self.at(self.unpublished(step)))
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
+
+    def note(self, data: bytes, step: str, name: str) -> None:
+        note = Path(self.at(self.unpublished(step), name))
+        note.with_suffix(".tmp").write_bytes(data)
+        note.with_suffix(".tmp").replace(note)  # and no sync: the folder may have its final name already
 
     def add(self, step: str, path: Path, tensors: Mapping[str, Tensor]) -> Facts:
         _sync(path)

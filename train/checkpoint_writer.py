@@ -55,7 +55,7 @@ class Writer:
         with self.store.workplace(name) as workplace:
             facts = self._add(name, workplace / part_name(self.ranks.rank), pieces)
             note = json.dumps({"save": mark, **facts}).encode()
-            self.store.write(note, self.store.unpublished(name), _note(part_name(self.ranks.rank)))
+            self.store.note(note, name, _note(part_name(self.ranks.rank)))
             if self.ranks.is_main:
                 self._complete(name, mark, workplace, about)
 

