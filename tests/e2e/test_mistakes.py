@@ -71,7 +71,8 @@ MISTAKES = {
     "no such conditioning": ([*LDM, "input={folder}/latents", "conditioning=[txt]"], 2, "joint_text, label, layout,"),
     "no such option": ([*LDM, "input={folder}/latents", "training.stps=3"], 2, "is it training.steps"),
     "latents into their pictures": (
-        ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/latents/"],
+        ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/latents/",
+         "autoencoder.path=a", "clip.path=b"],
         2,
         "is input=: choose another folder for the latents",
     ),
