@@ -340,6 +340,7 @@ def test_killed_between_any_two_requests_of_a_save(start, place, proxy, monkeypa
         if found[-1]:  # a whole save, which removes what that one could not
             run.save(step := step + 2)
             assert steps(place) == [step]
+    proxy.clear()
     assert len(found) > 12
     assert found == sorted(found)
     assert set(found) == {0, 1}
