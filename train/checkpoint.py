@@ -122,7 +122,7 @@ class Checkpoints:
         assert how in RESUME, how
         self.store.tidy()
         barrier()  # no rank of this node has begun to fetch
-        where, any_there, resumed = self.store.root, self._names(), None
+        where, any_there, resumed, run_id = self.store.root, self._names(), None, state.run_id
         for found in self._whole_by_size(any_there):
             if how == "never":
                 raise UserError(
@@ -138,8 +138,9 @@ class Checkpoints:
             )
         if how == "must" and not resumed:
             raise UserError(f"resume=must, but {where} has no intact checkpoint: check output=, or use resume=auto.")
+        state.run_id = run_id  # whoever's the checkpoint was, it is this run's now
         if self.ranks.is_main:
-            self.writer.take_over(state.run_id)
+            self.writer.take_over(run_id)
             self._remove_newer(resumed or "")
         if self.asynchronous:  # so that the first save finds its memory there
             self._copied(engine, {**engine.tensors(), **ema.tensors()})

@@ -31,7 +31,7 @@ class Places(NamedTuple):
     @classmethod
     def of(cls, run: Path, elsewhere: str | None) -> Places:
         """elsewhere: the run's training.checkpoints; None: in the run's folder."""
-        if elsewhere is None:
+        if not elsewhere:
             return cls(str(run / "checkpoints"), str(run / "ema_snapshots"))
         return cls(elsewhere, storage.join(elsewhere, "ema_snapshots"))
 

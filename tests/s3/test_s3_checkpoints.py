@@ -289,13 +289,15 @@ def test_retention_and_rollback(start, place):
     assert snapshots == [f"step-000000{step}.safetensors" for step in (10, 20, 30, 40)]
 
 
-def test_two_jobs_do_not_write_to_one_place(start, place):
-    """By the run's id before anything is made; and a process that was given up, but lives, publishes nothing more."""
+def test_who_was_taken_over_publishes_nothing_more(start, place):
+    """A process that was given up, but lives, publishes nothing more."""
     old = start()
     old.resume()
     old.save(10)
-    new = start()
+    new = start(run_id="two")  # as training.may_change=[run_id] allows
     assert new.resume() == 10
+    assert storage.read_bytes(f"{place}/owner").split()[0] == b"two"
+    assert new.each[0].state.run_id == "two"
     with pytest.raises(UserError, match="was taken over by another process"):
         old.save(20)
     new.save(20)
@@ -340,6 +342,7 @@ def test_killed_between_any_two_requests_of_a_save(start, place, proxy, monkeypa
         if found[-1]:  # a whole save, which removes what that one could not
             run.save(step := step + 2)
             assert steps(place) == [step]
+    proxy.clear()
     assert len(found) > 12
     assert found == sorted(found)
     assert set(found) == {0, 1}
