@@ -30,6 +30,7 @@ from train.train_state import TrainState, due
 from train.trainer import Meter
 
 WAYS = ("without", "offline", "swallowed")
+WARM_UP = 60  # steps
 ENVIRONMENT = {"WANDB_MODE": "offline", "WANDB_API_KEY": "0123456789" * 4}
 
 
@@ -103,7 +104,7 @@ def ended(process: subprocess.Popen[str]) -> float:
 def measure(output: Path, how: list[str], repetitions: int, steps: int) -> None:
     shutil.rmtree(output, ignore_errors=True)
     processes = {way: start(way, output / way, how) for way in WAYS}
-    begun = {way: ask(process, steps) for way, process in processes.items()}  # W&B begins beside these
+    begun = {way: ask(process, WARM_UP) for way, process in processes.items()}  # W&B begins beside these
     times: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for turn in range(repetitions):
         for i in range(len(WAYS)):
@@ -119,7 +120,7 @@ def measure(output: Path, how: list[str], repetitions: int, steps: int) -> None:
         aside = sum(one["aside"] for one in times[way]) / sum(one["cpu"] for one in times[way])
         more = begun[way]["cpu"] - begun["without"]["cpu"]
         print(f"{way:10s} {shown}")
-        share = f"other threads and processes {aside:.2%} of the CPU"
+        share = f"threads and processes beside the training's {aside:.2%} of the CPU"
         print(f"{'':10s} {share}; {more:+.1f} s as it begins; end {ends[way]:.1f} s")
 
 
