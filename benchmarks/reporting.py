@@ -1,8 +1,8 @@
 """What W&B costs a training: the same one without it, with it offline, and told to an endpoint that never answers.
 
-    python benchmarks/reporting.py output=/tmp/reporting repetitions=15 steps=20
+    python benchmarks/reporting.py output=/tmp/reporting repetitions=15 steps=20 log_every=10
 
-A process each, which run in turns, `steps` steps at a time, so that what disturbs one disturbs all; each is logged.
+A process each, which run in turns, `steps` steps at a time, so that what disturbs one disturbs all.
 Of a step, the wall's time and the CPU's, of all threads and of W&B's own process. The end's time is the process'.
 """
 
@@ -26,14 +26,15 @@ from training_on_noise import batches, engine
 from train.ema import Ema
 from train.ranks import find_ranks
 from train.reporters import JsonLines, Reporters, WeightsAndBiases
-from train.train_state import TrainState
+from train.train_state import TrainState, due
 from train.trainer import Meter
 
 WAYS = ("without", "offline", "swallowed")
+WARM_UP = 60  # steps
 ENVIRONMENT = {"WANDB_MODE": "offline", "WANDB_API_KEY": "0123456789" * 4}
 
 
-def train(output: Path, way: str, channels: list[int], batch: int) -> None:
+def train(output: Path, way: str, channels: list[int], batch: int, log_every: int) -> None:
     """Steps as the trainer's, as many as each line of stdin asks for; answered by the seconds that they took."""
     ranks = find_ranks()
     torch.set_num_threads(1)
@@ -43,14 +44,16 @@ def train(output: Path, way: str, channels: list[int], batch: int) -> None:
     if way != "without":
         reporter.reporters += (WeightsAndBiases(output, "benchmark", {}, "benchmark"),)
     for line in sys.stdin:
-        began, used = time.perf_counter(), cpu_seconds()
+        began, used, here = time.perf_counter(), cpu_seconds(), time.thread_time()
         for _ in range(int(line)):
             result = trained.train_step(stream, 0, 1)
             ema.update(trained.master_shards())
             state.step += 1
             meter.add(result)
-            reporter.log(state.step, meter.summary(trained))
-        print(json.dumps({"wall": time.perf_counter() - began, "cpu": cpu_seconds() - used}), flush=True)
+            if due(state.step, log_every):
+                reporter.log(state.step, meter.summary(trained))
+        took = {"wall": time.perf_counter() - began, "cpu": cpu_seconds() - used}
+        print(json.dumps({**took, "aside": took["cpu"] - (time.thread_time() - here)}), flush=True)
     reporter.close()
 
 
@@ -72,11 +75,11 @@ def never_answering() -> str:
     return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def start(way: str, folder: Path, channels: str, batch: str) -> subprocess.Popen[str]:
+def start(way: str, folder: Path, how: list[str]) -> subprocess.Popen[str]:
     folder.mkdir(parents=True)
     online = {"WANDB_MODE": "online", "WANDB_BASE_URL": never_answering()} if way == "swallowed" else {}
     return subprocess.Popen(
-        [sys.executable, __file__, f"output={folder}", f"way={way}", f"channels={channels}", f"batch={batch}"],
+        [sys.executable, __file__, f"output={folder}", f"way={way}", *how],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "stderr").open("w"), text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **ENVIRONMENT, **online},
     )  # fmt: skip
@@ -98,10 +101,10 @@ def ended(process: subprocess.Popen[str]) -> float:
     return time.perf_counter() - began
 
 
-def measure(output: Path, channels: str, batch: str, repetitions: int, steps: int) -> None:
+def measure(output: Path, how: list[str], repetitions: int, steps: int) -> None:
     shutil.rmtree(output, ignore_errors=True)
-    processes = {way: start(way, output / way, channels, batch) for way in WAYS}
-    begun = {way: ask(process, steps) for way, process in processes.items()}  # W&B begins beside these
+    processes = {way: start(way, output / way, how) for way in WAYS}
+    begun = {way: ask(process, WARM_UP) for way, process in processes.items()}  # W&B begins beside these
     times: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for turn in range(repetitions):
         for i in range(len(WAYS)):
@@ -109,13 +112,16 @@ def measure(output: Path, channels: str, batch: str, repetitions: int, steps: in
             times[way].append(ask(processes[way], steps))
         print(f"turn {turn + 1} of {repetitions}", file=sys.stderr, flush=True)
     ends = {way: ended(process) for way, process in processes.items()}
-    print(f"U-Net of channels {channels}, batch {batch}, {repetitions} x {steps} steps, each logged")
+    print(f"{' '.join(how)}, {repetitions} x {steps} steps")
     for way in WAYS:
         shown = "  ".join(
             f"{clock} {median(times[way], clock, steps)}, {beside(times, way, clock)}" for clock in ("wall", "cpu")
         )
+        aside = sum(one["aside"] for one in times[way]) / sum(one["cpu"] for one in times[way])
         more = begun[way]["cpu"] - begun["without"]["cpu"]
-        print(f"{way:10s} {shown}  CPU while it begins {more:+.1f} s  end {ends[way]:.1f} s")
+        print(f"{way:10s} {shown}")
+        share = f"threads and processes beside the training's {aside:.2%} of the CPU"
+        print(f"{'':10s} {share}; {more:+.1f} s as it begins; end {ends[way]:.1f} s")
 
 
 def median(times: list[dict[str, float]], clock: str, steps: int) -> str:
@@ -132,12 +138,17 @@ def beside(times: dict[str, list[dict[str, float]]], way: str, clock: str) -> st
 
 def main(
     output: str, way: str = "", channels: str = "128,256", batch: str = "32", repetitions: str = "15",
-    steps: str = "20",
+    steps: str = "20", log_every: str = "10",
 ) -> None:  # fmt: skip
     if way:
-        train(Path(output), way, [int(channel) for channel in channels.split(",")], int(batch))
+        train(Path(output), way, [int(channel) for channel in channels.split(",")], int(batch), int(log_every))
     else:
-        measure(Path(output), channels, batch, int(repetitions), int(steps))
+        measure(
+            Path(output),
+            [f"channels={channels}", f"batch={batch}", f"log_every={log_every}"],
+            int(repetitions),
+            int(steps),
+        )
 
 
 if __name__ == "__main__":

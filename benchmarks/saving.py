@@ -40,12 +40,14 @@ class Training:
         for checkpoints in self.checkpoints.values():
             checkpoints.resume("auto", self.engine, self.ema, self.state)
         self.times: dict[str, list[float]] = {}
+        self.cpu: dict[str, list[float]] = {}  # of the rank's own thread: what else runs on the machine adds nothing
 
     def timed(self, what: str, do: Callable[[], object]) -> None:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.thread_time()
         do()
-        seconds = time.perf_counter() - began
+        seconds, used = time.perf_counter() - began, time.thread_time() - used
         self.times.setdefault(what, []).append(max(gathered_objects(seconds)))
+        self.cpu.setdefault(what, []).append(used)
 
     def step(self, what: str) -> None:
         """As the trainer's, each part timed. After a barrier: the ranks' waiting for one another is nobody's cost."""
@@ -82,17 +84,18 @@ def measure(output: Path, channels: list[int], batch: int, repetitions: int) -> 
         if ranks.is_main:
             size = sum(p.numel() for p in training.engine.module.parameters())
             print(f"{size / 1e6:.1f} M parameters, {ranks.world_size} ranks, batch {batch}")
-            show(training.times)
+            show(training.times, training.cpu)
 
 
-def show(times: dict[str, list[float]]) -> None:
+def show(times: dict[str, list[float]], cpu: dict[str, list[float]]) -> None:
     """Median (least - most), and the two shares that have a bound."""
     for what, seconds in times.items():
         middle = statistics.median(seconds)
         print(f"{what:44s}{1e3 * middle:9.1f} ms ({1e3 * min(seconds):.1f} - {1e3 * max(seconds):.1f})")
     stall = [a / b for a, b in zip(times["asynchronous save"], times["synchronous save"], strict=True)]
     print(f"stall / synchronous save: {spread(stall)}")
-    print(f"EMA / step: {statistics.median(times['EMA']) / statistics.median(times['step']):.2%}")
+    for clock, taken in (("wall", times), ("CPU", cpu)):
+        print(f"EMA / step by {clock} time: {statistics.median(taken['EMA']) / statistics.median(taken['step']):.2%}")
 
 
 def spread(shares: list[float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -199,9 +200,8 @@ def test_a_disk_that_is_full_ends_it_with_a_sentence_and_room_mends_it(
     output = small_disk / "run"
     arguments = [f"input={latents}", f"output={output}", *SETTINGS]
     done = run("train/train_ldm.py", *arguments, ranks=2, check=False)
-    assert "No space left on device" in done.stderr
-    assert ": make " in done.stderr
-    assert "Traceback" not in done.stderr.partition("error: ")[0]
+    assert re.search(r"error: .*No space left on device.*: make (room|some), and start again to go on", done.stderr)
+    assert re.search(r"exitcode +: 2 ", done.stderr)
     assert [path.name for path in complete_checkpoints(output / "checkpoints")] == ["step-00000030"]
     subprocess.run(["mount", "-o", "remount,size=99m", small_disk], check=True)
     again = run("train/train_ldm.py", *arguments, ranks=2)
