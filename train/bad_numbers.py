@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 from collections import deque
@@ -14,6 +15,8 @@ from data_pipeline.errors import UserError
 from train.engine import StepResult
 from train.ranks import Ranks, gathered_objects
 from train.train_state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 class NumbersWentBad(Exception):
@@ -62,6 +65,8 @@ class Watch:
             self.skipped = 0
             return
         self.skipped += 1
+        if self.skipped == 1 and self.ranks.is_main:
+            log.warning("step %d: gradients not finite; such steps are skipped, %s has them", state.step, self.notes)
         keys = [key for part in gathered_objects(result.keys) for key in part]
         self.note({"step": state.step, "skipped": "gradients not finite", "keys": keys})
         if self.skipped >= self.limits.max_skipped:

@@ -141,6 +141,7 @@ class Checkpoints:
         state.run_id = run_id  # whoever's the checkpoint was, it is this run's now
         if self.ranks.is_main:
             self.writer.take_over(run_id)
+            self._set_aside([name for name in any_there if name > (resumed or "")])
             self._remove_newer(resumed or "")
         if self.asynchronous:  # so that the first save finds its memory there
             self._copied(engine, {**engine.tensors(), **ema.tensors()})
@@ -259,8 +260,13 @@ class Checkpoints:
         except DataError:
             return None
 
+    def _set_aside(self, damaged: list[str]) -> None:
+        """This run comes to their steps again."""
+        for step in damaged:
+            log.warning("%s %s", self.store.at(step), self.store.set_aside(step))
+
     def _remove_newer(self, than: str) -> None:
-        """Damaged ones: this run comes to their steps again. And what was killed while it was written or removed."""
+        """Those of another course of the run, and what was killed while it was written or removed."""
         if than:
             self.writer.point_to(than)
         published = self.store.published()
@@ -277,6 +283,11 @@ class Checkpoints:
 
     def _refuse_what_differs(self, saved: dict[str, Any]) -> None:
         now, before = _flat(self.identity), _flat(saved["identity"])
+        if unknown := set(self.may_change) - (now | before).keys() - {"run_id"}:
+            raise UserError(
+                f"training.may_change: {', '.join(sorted(unknown))} is no name of what is compared. That is "
+                f"{', '.join(sorted(now | before))}."
+            )
         differing = {
             name: f"{name} was {before.get(name)} and is {now.get(name)}"
             for name in sorted(now | before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from data_pipeline.errors import DataError, UserError
 
 Facts = dict[str, Any]  # of a file, as its manifest has them: bytes, sha256
 MANIFEST = "manifest.json"
+STEP = re.compile(r"step-\d{8,}(\.removed)?(\.tmp)?")  # any other name is the user's
 CHUNK = 2**27  # bytes of an object that are in memory at once
 
 
@@ -44,8 +46,8 @@ class Places(NamedTuple):
 
 
 def steps_in(root: str | Path) -> list[str]:
-    """Names of all that lies there, whole or what was left of a save or a removal; oldest first."""
-    return [name for name in storage.subfolders(root) if name.startswith("step-")]
+    """Names of all that is ours there, whole or what was left of a save or a removal; oldest first."""
+    return [name for name in storage.subfolders(root) if STEP.fullmatch(name)]
 
 
 def complete_checkpoints(root: str | Path) -> list[str]:

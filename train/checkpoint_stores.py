@@ -91,6 +91,10 @@ class Store:
         """Any of `steps`; killed on the way it is no longer among `published`."""
         raise NotImplementedError
 
+    def set_aside(self, step: str) -> str:
+        """A damaged one of `published`, which is then no longer; what became of it, in words."""
+        raise NotImplementedError
+
     def local(self, step: str, name: str) -> Path:
         """Where a file of a published step can be read once `check` has seen it."""
         raise NotImplementedError
@@ -157,6 +161,12 @@ class OnDisk(Store):
             os.rename(self.at(step), self.at(doomed))
         shutil.rmtree(self.at(doomed))
 
+    def set_aside(self, step: str) -> str:
+        aside = f"damaged-{step}"
+        shutil.rmtree(self.at(aside), ignore_errors=True)
+        os.rename(self.at(step), self.at(aside))
+        return f"is now {aside}, to look into or to remove"
+
     def local(self, step: str, name: str) -> Path:
         return Path(self.at(step, name))
 
@@ -212,6 +222,10 @@ class InBucket(Store):
         names = sorted(storage.sizes(self.at(step)), key=lambda name: name != MANIFEST)  # it first
         for name in names:
             storage.remove(self.at(step, name))
+
+    def set_aside(self, step: str) -> str:
+        self.remove(step)
+        return "is removed"
 
     def local(self, step: str, name: str) -> Path:
         return self.scratch / "fetched" / step / name

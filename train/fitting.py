@@ -18,7 +18,7 @@ from train.engine import Engine, EngineConfig
 from train.heartbeat import Heart, Heartbeat
 from train.optim import AdamW
 from train.preemption import Preemption
-from train.ranks import Ranks
+from train.ranks import Ranks, broadcast_object
 from train.reporters import Reporter
 from train.run_folder import RunFolder
 from train.train_state import TrainState
@@ -171,8 +171,10 @@ def _fit(
         run.checkpoints, ranks, identity, weights_prefix, training.keep_checkpoints, training.keep_every,
         training.asynchronous_save, tuple(training.may_change), run.places, training.scratch,
     )  # fmt: skip
-    if checkpoints.resume(training.resume, engine, ema, state) and ranks.is_main:
-        print(f"{what}: resumed from step {state.step} of {training.steps}", flush=True)
+    if checkpoints.resume(training.resume, engine, ema, state):
+        _say_where(what, state, ranks)
+    else:
+        _refuse_to_begin_anew_in_silence(run, training)
     reporter = run.reporters(state.step, training.wandb_project)
     actions = make_actions(engine, ema, reporter)
     cadence = Cadence(training.log_every, training.save_every)
@@ -193,7 +195,37 @@ def _fit(
             reporter.rewind(state.step)
     heart.beat("finish", state.step)
     reporter.close()
+    _say_what_was_skipped(what, state, watch)
     return engine.full_state_dict(ema.shards, prefix=weights_prefix)
+
+
+def _say_where(what: str, state: TrainState, ranks: Ranks) -> None:
+    if ranks.is_main:
+        beyond = ": nothing is left to do" * (state.step >= state.total_steps)
+        print(f"{what}: resumed from step {state.step} of {state.total_steps}{beyond}", flush=True)
+
+
+def _refuse_to_begin_anew_in_silence(run: RunFolder, training: Training) -> None:
+    """There is no checkpoint, though there was a run: killed before its first one, or its checkpoints are lost."""
+    last = broadcast_object(run.last_step_logged() if run.ranks.is_main else None)
+    if training.resume == "auto" and training.save_every and last > 2 * training.save_every:
+        raise UserError(
+            f"output={run.path} has logged {last} steps, and has no checkpoint: bring its checkpoints back, or take "
+            "another output=; training.resume=never begins anew in this one."
+        )
+    if last and run.ranks.is_main:
+        log.warning("no checkpoint is there: the run begins anew (it had logged %d steps)", last)
+
+
+def _say_what_was_skipped(what: str, state: TrainState, watch: Watch) -> None:
+    skipped = state.step - state.applied_steps
+    if 2 * skipped > state.step:
+        raise UserError(
+            f"{skipped} of {state.step} steps could not be applied: lower optimizer.lr, or look for broken values in "
+            f"the data ({watch.notes} names the samples)."
+        )
+    if skipped and watch.ranks.is_main:
+        print(f"{what}: {skipped} of {state.step} steps were skipped, see {watch.notes}", flush=True)
 
 
 def go_back(

@@ -107,6 +107,11 @@ class RunFolder:
                 raise InUse(f"output={self.path} is in use by another process: stop it first.") from error
             log.warning("%s can't be locked (%s): see that no other process writes to it", self.path, error)
 
+    def last_step_logged(self) -> int:
+        """In metrics.jsonl, of whatever start; 0: none."""
+        metrics = self.path / "metrics.jsonl"
+        return max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.exists() else 0
+
     def reporters(self, from_step: int, wandb_project: str | None) -> Reporters:
         """metrics.jsonl, going on behind `from_step`, and W&B where a project is named; nothing off rank 0."""
         if not self.ranks.is_main:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -157,8 +158,9 @@ class Meter:
         self.steps += 1
         self.skipped += not result.applied
         self.lr = result.lr
-        for name, value in result.parts.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        for name, value in result.parts.items():  # one that is not finite would hide all others
+            counted = value if result.applied else torch.zeros_like(value)
+            self.sums[name] = self.sums.get(name, 0.0) + counted
         self.last = time.monotonic()
 
     def restart_clock(self) -> None:
@@ -170,9 +172,10 @@ class Meter:
     def summary(self, engine: Engine) -> dict[str, float]:
         """What a log line says; collective, as the losses are means over all ranks."""
         names = sorted(self.sums)
-        means = mean_over_ranks(torch.stack([self.sums[name] for name in names]).double() / self.steps).tolist()
+        means = mean_over_ranks(torch.stack([self.sums[name] for name in names]).double()).tolist()
         seconds = max(time.monotonic() - self.restarted - self.away, 1e-9)
-        values = dict(zip(names, means, strict=True))
+        applied = self.steps - self.skipped
+        values = {name: mean / applied if applied else math.nan for name, mean in zip(names, means, strict=True)}
         self.shown = {"loss": f"{values['loss']:.4f}"}
         row = {
             **values,

@@ -60,6 +60,13 @@ def test_after_several_in_a_row_it_goes_back_and_past_them(latents: Path, tmp_pa
     assert "resumed from step 30 of 33" in again.stdout  # with the data where they were
 
 
+def test_a_run_of_skipped_steps_has_not_finished(latents: Path, tmp_path: Path) -> None:
+    more = ["training.steps=8", "optimizer.lr=1e30", "optimizer.schedule.warmup=0"]
+    done = run("train/train_ldm.py", f"input={latents}", f"output={tmp_path / 'run'}", *SETTINGS, *more, check=False)
+    assert done.returncode == 2
+    assert "of 8 steps could not be applied: lower optimizer.lr" in done.stderr
+
+
 def test_no_way_back_is_said(latents: Path, tmp_path: Path) -> None:
     more = ["training.steps=30", "training.bad_numbers.max_skipped=3", "training.bad_numbers.max_rollbacks=0"]
     done = run("train/train_ldm.py", f"input={latents}", f"output={tmp_path / 'a'}", *SETTINGS, *more, check=False)

@@ -244,3 +244,13 @@ def test_sigterm_saves_and_asks_to_be_started_again(latents: Path, undisturbed: 
     done = run("train/train_ldm.py", *arguments)
     assert f"resumed from step {step} of 60" in done.stdout
     assert sorted(losses(output)) == list(range(1, 61))
+
+
+def test_lost_checkpoints_are_not_begun_anew_in_silence(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    line = [f"input={latents}", f"output={tmp_path / 'run'}", *SETTINGS, "training.save_every=10"]
+    done = run("train/train_ldm.py", *line, check=False)
+    assert done.returncode == 2
+    assert "has logged 60 steps, and has no checkpoint: bring its checkpoints back" in done.stderr
+    assert len(losses(tmp_path / "run")) == 60

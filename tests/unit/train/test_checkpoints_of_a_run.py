@@ -281,6 +281,30 @@ def test_where_all_are_damaged_the_user_decides(start, steps, damage, how):
     assert steps() == [10, 20]
 
 
+def test_what_is_not_ours_is_left_alone(start, steps, tmp_path):
+    start().save(10, 20)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step-00000020", folder / "step-00000020-backup")
+    (folder / "step-x").symlink_to("nowhere")
+    assert start().resume() == 20
+    start().save(30)
+    assert {path.name for path in folder.glob("step-*")} >= {"step-00000020-backup", "step-x"}
+
+
+def test_a_damaged_one_is_set_aside(start, steps, damage, tmp_path):
+    start().save(10, 20)
+    damage(20)
+    assert start().resume() == 10
+    assert steps() == [10]
+    assert (tmp_path / "checkpoints/damaged-step-00000020/manifest.json").exists()
+
+
+def test_names_that_may_change_are_known_ones(start):
+    start().save(10)
+    with pytest.raises(UserError, match=r"may_change: sead is no name of what is compared\. That is seed"):
+        start(may_change=("sead",)).resume()
+
+
 def test_other_shapes_are_refused(start):
     """[2, 2] would take the first of [3]'s values, and one that is not there."""
     start().save(10)
