@@ -163,6 +163,7 @@ def _begin_run(about: dict[str, Any], patience_s: float | None) -> Any:
         return _init(about, mode, patience_s)
     except wandb.errors.Error as error:
         log.warning("W&B can't be reached (%s): the run is kept offline; `wandb sync` uploads it later", error)
+        _kill_service()  # which has the run's id in use, and would refuse it
         return _init(about, "offline", patience_s)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import wandb
 
 from data_pipeline.errors import UserError
-from train import ranks, run_folder
+from train import ranks, reporters, run_folder
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import WeightsAndBiases
 from train.run_folder import RunFolder
@@ -178,8 +178,10 @@ def test_wandb_out_of_reach_is_kept_offline(tmp_path, monkeypatch, caplog, fails
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", login)
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(reporters, "_kill_service", lambda: tried.append("the service's end"))
     with caplog.at_level(logging.WARNING):
         WeightsAndBiases(tmp_path, "abc", {}, "project").close()
-    assert tried[-1] == ("offline", None, "abc")
+    # A service that still tries to reach W&B has the id in use, and would refuse it.
+    assert tried[-2:] == ["the service's end", ("offline", None, "abc")]
     assert "kept offline" in caplog.text
     assert os.environ.get("WANDB_MODE") is None
