@@ -43,14 +43,19 @@ def test_the_chain_runs_in_a_bucket_and_tells_no_key(bucket, proxy, server, pict
         "data_pipeline/precompute_latents.py": [f"input={store}/shards", f"output={store}/latents",
                                                 "autoencoder=identity", *clip],
         "train/train_ldm.py": [f"input={store}/latents", f"output={tmp_path}/ldm", "experiment=pixel_space", *clip,
-                               *FEW, *SMALL, "data.num_workers=2", f"store.cache={tmp_path}/cache", "store.cache_gb=1"],
+                               *FEW, *SMALL, "data.num_workers=2", f"store.cache={tmp_path}/cache", "store.cache_gb=1",
+                               f"training.checkpoints={store}/runs/ldm", "training.power_ema=[0.05,0.1]"],
         "train/evaluate_ldm.py": [f"input={tmp_path}/ldm", f"shards={store}/shards", "captions=4",
-                                  "heldout_captions=2", "sampler.steps=2"],
+                                  "heldout_captions=2"],
+        "train/rebuild_ema.py": [f"input={tmp_path}/ldm", f"output={tmp_path}/rebuilt.safetensors", "sigma_rel=0.07"],
+        "train/sample_images.py": [f"input={tmp_path}/ldm", f"step={tmp_path}/rebuilt.safetensors", "prompts=thing 1"],
     }  # fmt: skip
     for script, options in outputs.items():
         done = run(script, *options)
         said.append(done.stdout + done.stderr)
     assert set(losses(tmp_path / "ldm")) == {1, 2}
+    assert not list((tmp_path / "ldm").rglob("*.safetensors.*")) + list((tmp_path / "ldm").rglob("part-*"))
+    assert (tmp_path / "ldm/drawn/grid.png").exists()
     for name in ("shards", "latents"):
         assert sum(Manifest.load(f"{store}/{name}/{split}").samples for split in ("train", "heldout")) == 32
     assert len(list((tmp_path / "cache").glob("*.tar"))) > 1
