@@ -66,8 +66,8 @@ def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
     distance = (shares @ gram @ shares - 2 * shares @ toward + whole) / whole
     if distance > FARTHEST**2:
         raise UserError(
-            f"the snapshots can't make this average (the nearest is {100 * distance**0.5:.0f} % away): take a sigma_rel "
-            "nearer to those of training.power_ema, or updates= of a snapshot."
+            f"the snapshots can't make this average (the nearest is {100 * distance**0.5:.0f} % away): take a "
+            "sigma_rel nearer to those of training.power_ema, or updates= of a snapshot."
         )
     return shares
 
