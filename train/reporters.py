@@ -85,8 +85,9 @@ class WeightsAndBiases:
         about = {"project": project, "dir": str(folder), "id": run_id, "name": name or folder.name, "config": config}
         self.folder, self.run_id, self.last, self.patience_s, self.dropped = folder, run_id, 0, patience_s, 0
         self.error: Exception | None = None
+        self.about = about
         self.queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(queue_size)
-        self.thread = threading.Thread(target=self._feed, args=(about, rows), daemon=True, name="wandb")
+        self.thread = threading.Thread(target=self._feed, args=(rows,), daemon=True, name="wandb")
         self.thread.start()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -111,11 +112,12 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Wait until all is told, but not longer than patience_s, and as long again for what is then kept offline."""
         if not self._ended():
-            _kill_service()  # who waits for a server in vain is told so by that, and goes on offline
+            if self.about.get("mode") != "offline":
+                _kill_service()  # who waits for a server in vain is told so by that, and goes on offline
             if not self._ended():
                 self.dropped += sum(entry is not None for entry in tuple(self.queue.queue))
                 _kill_service()
-                _teardown()  # now, or Python's end does it, and shows what it suffers
+            _teardown()  # now, or Python's end does it, and shows what it suffers
         if self.dropped or self.thread.is_alive():
             log.warning(
                 "W&B lacks some of the run (%d entries were dropped%s): train/replay_metrics.py tells it all of "
@@ -132,10 +134,10 @@ class WeightsAndBiases:
         self.thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
         return not self.thread.is_alive()
 
-    def _feed(self, about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    def _feed(self, rows: Sequence[dict[str, Any]]) -> None:
         """In the thread: begin, tell all, end. What goes wrong there is W&B's trouble, and not training's."""
         try:
-            run = _begin_run(about, self.patience_s)
+            run = _begin_run(self.about, self.patience_s)
             has = _last_step_told(run, self.folder, self.run_id)
             before = ((row["step"], row) for row in rows_by_step(rows, self.folder / "samples"))
             for step, values in itertools.chain(before, iter(self.queue.get, None)):
@@ -165,20 +167,22 @@ def _teardown() -> None:
 
 
 def _begin_run(about: dict[str, Any], patience_s: float | None) -> Any:
-    """Online or offline, as there is an account; offline, too, where the server can't be had."""
+    """Online or offline, as about["mode"] then says: as there is an account, or the server can't be had."""
     import wandb
 
-    mode = os.environ.get("WANDB_MODE")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else its own reports hold Python's end up, for 20 s
+    about["mode"] = os.environ.get("WANDB_MODE")
     try:
-        mode = mode or ("online" if wandb.login(prompt=False) else "offline")
-        return _init(about, mode, patience_s)
+        about["mode"] = about["mode"] or ("online" if wandb.login(prompt=False) else "offline")
+        return _init(about, patience_s)
     except Exception as error:
-        if mode == "offline":
+        if about["mode"] == "offline":
             raise
+        about["mode"] = "offline"
         log.warning("%s: the run is kept offline; `wandb sync` uploads it later", _why_not_online(error))
         _kill_service()  # it holds the run's id, and would go on asking for it
         _teardown()
-        return _init(about, "offline", patience_s)
+        return _init(about, patience_s)
 
 
 def _why_not_online(error: Exception) -> str:
@@ -192,13 +196,13 @@ def _why_not_online(error: Exception) -> str:
     return f"W&B can't be reached{unknown} ({said})"
 
 
-def _init(about: dict[str, Any], mode: str, patience_s: float | None) -> Any:
+def _init(about: dict[str, Any], patience_s: float | None) -> Any:
     import wandb
 
     settings = wandb.Settings(
-        console="off", silent=True, x_disable_stats=mode == "offline", finish_timeout=patience_s or 0.0
+        console="off", silent=True, x_disable_stats=about["mode"] == "offline", finish_timeout=patience_s or 0.0
     )
-    return wandb.init(**about, mode=mode, resume="allow" if mode == "online" else None, settings=settings)
+    return wandb.init(**about, resume="allow" if about["mode"] == "online" else None, settings=settings)
 
 
 def _last_step_told(run: Any, folder: Path, run_id: str) -> int:

@@ -79,7 +79,7 @@ def test_an_endpoint_that_swallows_everything_holds_nothing_up(latents: Path, tm
     trained = time.monotonic()
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert time.monotonic() - trained < 30, said
+    assert time.monotonic() - trained < 45, said  # twice ten seconds, and Python's end
     assert "kept offline" in said
     assert [row["_step"] for row in told(output)] == list(range(1, 61))  # it really is
     assert [row["step"] for row in metric_rows(output) if "loss" in row] == list(range(1, 61))
@@ -89,7 +89,7 @@ ANSWERS = {404: "W&B can't be reached (", 401: "W&B does not take the key (", 0:
 TELL = """
 import pathlib, sys
 from train.reporters import WeightsAndBiases
-reporter = WeightsAndBiases(pathlib.Path(sys.argv[1]), "0a1b2c3d", {}, "project")
+reporter = WeightsAndBiases(pathlib.Path(sys.argv[1]), "0a1b2c3d", {}, "project", patience_s=60.0)
 for step in range(1, 6):
     reporter.log(step, {"loss": 1.0})
 reporter.close()
