@@ -110,11 +110,11 @@ class WeightsAndBiases:
         """W&B knows no way back: it goes on when the run has come to its last step again."""
 
     def close(self) -> None:
-        """Wait until all is told, but not longer than patience_s, and as long again for what is then kept offline."""
-        if not self._ended():
+        """Wait until all is told, but not longer than patience_s, and thrice that for what is then kept offline."""
+        if not self._ended(self.patience_s):
             if self.about.get("mode") != "offline":
                 _kill_service()  # who waits for a server in vain is told so by that, and goes on offline
-            if not self._ended():
+            if not self._ended(3 * self.patience_s):
                 self.dropped += sum(entry is not None for entry in tuple(self.queue.queue))
                 _kill_service()
             _teardown()  # now, or Python's end does it, and shows what it suffers
@@ -124,11 +124,11 @@ class WeightsAndBiases:
                 "metrics.jsonl", self.dropped, ", and it did not end in time" * self.thread.is_alive(),
             )  # fmt: skip
 
-    def _ended(self) -> bool:
-        """Whether the thread has told all within patience_s."""
-        deadline = None if self.patience_s is None else time.monotonic() + self.patience_s
+    def _ended(self, patience_s: float | None) -> bool:
+        """Whether the thread has told all within so many seconds; None: however long it takes."""
+        deadline = None if patience_s is None else time.monotonic() + patience_s
         try:
-            self.queue.put(None, timeout=self.patience_s)
+            self.queue.put(None, timeout=patience_s)
         except queue.Full:
             return False
         self.thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))

@@ -77,9 +77,9 @@ def test_an_endpoint_that_swallows_everything_holds_nothing_up(latents: Path, tm
         time.sleep(0.02)
     assert process.poll() is None, "it ended without waiting for W&B: was it asked at all?"
     trained = time.monotonic()
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=100)
     assert process.returncode == 0, said
-    assert time.monotonic() - trained < 45, said  # twice ten seconds, and Python's end
+    assert time.monotonic() - trained < 60, said  # ten seconds, half a minute, and Python's end
     assert "kept offline" in said
     assert [row["_step"] for row in told(output)] == list(range(1, 61))  # it really is
     assert [row["step"] for row in metric_rows(output) if "loss" in row] == list(range(1, 61))
