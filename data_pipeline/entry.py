@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.option_errors import reworded
+from data_pipeline.option_errors import advice, reworded, top_keys
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
@@ -40,6 +40,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 if missing:
                     example = " ".join(f"{key}=..." for key in missing)
                     raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
+                _refuse_unknown(cfg, config_name)
                 storage.configure(**cfg.get("store", {}))
                 main(cfg)
             except SystemExit as asked:
@@ -59,6 +60,12 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
         return _with_codes(started, said, config_name)
 
     return decorate
+
+
+def _refuse_unknown(cfg: DictConfig, config_name: str) -> None:
+    """What Hydra's + has put at the top, where nothing would ever look at it."""
+    for key in sorted(set(map(str, cfg)) - top_keys(Path(CONF), config_name)):
+        raise UserError(f"there is no option {key}{advice(key, Path(CONF), config_name)}.")
 
 
 class Said:

@@ -18,6 +18,7 @@ from data_pipeline.sample_reader import SampleReader, pin
 from data_pipeline.samples import Batch, DataCursor, widened
 from data_pipeline.worker_pool import Workers
 
+EPOCHS_A_BATCH = 10  # a sample may well come several times in one, each with noise of its own; more is a slip
 WINDOWS_HELD = 3  # piles of a stream's shards that stay open: two that it is in, and the next
 
 
@@ -52,6 +53,11 @@ class Loader:
         self.manifest.check_shards(root)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.plan = EpochPlan(sizes, seed, global_batch_size, streams, window_shards, shuffle, overlap)
+        if global_batch_size > EPOCHS_A_BATCH * self.plan.samples:
+            raise UserError(
+                f"batch_size={global_batch_size} would read all of {root} ({self.plan.samples} samples) more than "
+                f"{EPOCHS_A_BATCH} times a step: lower it."
+            )
         own = streams // world_size
         self.streams = list(range(rank * own, (rank + 1) * own))
         if num_workers > own:

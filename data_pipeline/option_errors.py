@@ -33,7 +33,7 @@ def advice(key: str, conf: Path, root: str) -> str:
     known = options(conf, root)
     if (conf / group / f"{name}.yaml").exists() and key in known:
         return f" unless it is chosen: add {group}=[{name}]"
-    near = difflib.get_close_matches(key, known, 3, 0.7)
+    near = difflib.get_close_matches(key, sorted({*known, *top_keys(conf, root)}), 3, 0.7)
     return f": is it {any_of(near)} (see --help)" if near else " (see --help)"
 
 
@@ -52,6 +52,21 @@ def options(conf: Path, root: str) -> list[str]:
         for path in (conf / group).glob("*.yaml") if group else ():
             found |= {f"{group.replace('/', '.')}.{name}" for name in names_in(loaded(path))}
     return sorted(found)
+
+
+@functools.cache
+def top_keys(conf: Path, root: str) -> set[str]:
+    """What an entry's configuration may hold at its top: its own, its groups, and what global files put there."""
+    own = loaded(conf / f"{root}.yaml")
+    known = set(own) - {"defaults", "hydra"}
+    for default in own.get("defaults", []):
+        group = next(iter(default)) if isinstance(default, dict) else ""
+        known.add(group.partition("/")[0])
+        files = (
+            (conf / group).glob("*.yaml") if group else [path for path in conf.glob("*.yaml") if path.stem == default]
+        )
+        known |= {name for path in files if "@package _global_" in path.read_text() for name in loaded(path)}
+    return known
 
 
 def names_in(content: Any, prefix: str = "") -> list[str]:

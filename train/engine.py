@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,7 @@ from data_pipeline.samples import Batch, DataCursor
 from train.flops import of_training
 from train.fragments import Fragment
 from train.optim import AdamW, set_lr
+from train.option_checks import NotNegative, OneOf, Within, refuse_wrong
 from train.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,21 +37,18 @@ OFFLOAD = ("none", "optimizer", "all")
 class EngineConfig:
     """What we rely on of DeepSpeed, each field spelled out: its own defaults clip gradients at 1.0, for one."""
 
-    zero_stage: int = 1
-    dtype: str = "fp32"
-    gradient_clipping: float = 1.0  # 0: none
-    reduce_bucket_size: int = 50_000_000  # values
-    allgather_bucket_size: int = 50_000_000
+    zero_stage: Annotated[int, OneOf((0, 1, 2, 3))] = 1
+    dtype: Annotated[str, OneOf(tuple(DTYPES))] = "fp32"
+    gradient_clipping: NotNegative = 1.0  # 0: none
+    reduce_bucket_size: Annotated[float, Within(1)] = 50_000_000  # values; 5e7, too
+    allgather_bucket_size: Annotated[float, Within(1)] = 50_000_000
     overlap_comm: bool = False
-    offload: str = "none"
+    offload: Annotated[str, OneOf(OFFLOAD)] = "none"
     compile: bool = False
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"engine.dtype={self.dtype} is unknown: take one of {', '.join(DTYPES)}.")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise UserError(f"engine.zero_stage={self.zero_stage} is unknown: take 0, 1, 2 or 3.")
+        refuse_wrong(self, "engine")
         if self.zero_stage == 0 and self.dtype != "fp32":
             raise UserError(
                 f"engine: DeepSpeed keeps no fp32 master weights for {self.dtype} at ZeRO stage 0; take engine=zero1."
@@ -62,8 +60,6 @@ class EngineConfig:
             raise UserError("engine.compile=true does not go with ZeRO stage 3: take engine=zero2.")
 
     def _check_offload(self) -> None:
-        if self.offload not in OFFLOAD:
-            raise UserError(f"engine.offload={self.offload} is unknown: take one of {', '.join(OFFLOAD)}.")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise UserError("engine.offload=optimizer needs ZeRO: take engine=zero1, zero2 or zero3.")
         if self.offload == "optimizer" and self.zero_stage in (1, 2) and self.dtype != "fp32":
@@ -102,8 +98,8 @@ class EngineConfig:
             "communication_data_type": "fp32",
             "zero_optimization": {
                 "stage": self.zero_stage,
-                "reduce_bucket_size": self.reduce_bucket_size,
-                "allgather_bucket_size": self.allgather_bucket_size,
+                "reduce_bucket_size": int(self.reduce_bucket_size),
+                "allgather_bucket_size": int(self.allgather_bucket_size),
                 "overlap_comm": self.overlap_comm,
                 "contiguous_gradients": True,
                 "round_robin_gradients": False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -13,10 +13,11 @@ from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
 from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.checkpoint import RESUME, Checkpoints
-from train.ema import Ema
+from train.ema import Ema, gamma_of
 from train.engine import Engine, EngineConfig
 from train.heartbeat import Heart, Heartbeat
 from train.optim import AdamW
+from train.option_checks import Count, NotNegative, OneOf, Positive, Share, Within, refuse_wrong, refuse_wrong_values
 from train.preemption import Preemption
 from train.ranks import Ranks, broadcast_object
 from train.reporters import Reporter
@@ -25,6 +26,22 @@ from train.train_state import TrainState
 from train.trainer import Action, Cadence, Trainer
 
 log = logging.getLogger(__name__)
+# Of an entry's own options, those that some of them have; checked before anything is built of them.
+OPTIONS = {
+    "seed": int,
+    "fold": Count,
+    "scaling_factor": Positive | None,
+    "measured_on": Count,
+    "validate_every": Count | None,
+    "validation_samples": Count | None,
+    "validation_pictures": Count | None,
+    "validation_pairs": Count | None,
+    "preview_every": Count | None,
+    "preview_samples": Count,
+    "objective.prompt_dropout": Share,
+    "objective.offset_noise": NotNegative,
+    "objective.stratified_times": bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,31 +51,34 @@ class Training:
     micro_batch: what a rank takes at once; accumulation then follows from the number of ranks.
     """
 
-    steps: int
-    batch_size: int
-    accumulation: int = 1
-    micro_batch: int | None = None
-    ema_decay: float = 0.999
+    steps: Count
+    batch_size: Count
+    accumulation: Count = 1
+    micro_batch: Count | None = None
+    ema_decay: Share = 0.999
     power_ema: Sequence[float] = ()  # sigma_rel of each power-function average
-    log_every: int = 50
-    save_every: int | None = 1000
-    keep_checkpoints: int = 2
-    keep_every: int | None = None
+    log_every: Count = 50
+    save_every: Count | None = 1000
+    keep_checkpoints: Count = 2
+    keep_every: Count | None = None
     asynchronous_save: bool = True
     checkpoints: str | None = None  # another folder or s3://bucket/prefix; None: in the run's folder
     scratch: str | None = None  # of each node, for what goes to and comes from a bucket
-    resume: str = "auto"
+    resume: Annotated[str, OneOf(RESUME)] = "auto"
     may_change: Sequence[str] = ()
     bad_numbers: BadNumbers = field(default_factory=BadNumbers)
     wandb_project: str | None = None
-    hang_timeout_s: float = 300.0  # for a step; six times that for a save or what else is slow
+    hang_timeout_s: Annotated[float, Within(1)] = 300.0  # for a step; six times that for a save or what else is slow
 
     def __post_init__(self) -> None:
-        for name in ("steps", "keep_checkpoints", "accumulation", "hang_timeout_s"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name}={getattr(self, name)} can't be: take 1 or more.")
-        if self.resume not in RESUME:
-            raise UserError(f"training.resume={self.resume} is unknown: take one of {', '.join(RESUME)}.")
+        refuse_wrong(self, "training")
+        for width in self.power_ema:
+            gamma_of(width)  # refuses what is none
+        if self.micro_batch is not None and self.accumulation != 1:
+            raise UserError(
+                f"training.accumulation={self.accumulation} and training.micro_batch={self.micro_batch} both say how a "
+                "batch is cut: give one of them."
+            )
         kept = (self.keep_checkpoints - 1) * (self.save_every or self.steps)
         if self.bad_numbers.spike_factor is not None and kept < self.log_every:
             raise UserError(
@@ -72,7 +92,7 @@ class Training:
             self.check(world_size)
             return self
         at_once = world_size * self.micro_batch
-        if self.micro_batch < 1 or self.batch_size % at_once:
+        if self.batch_size % at_once:
             raise UserError(
                 f"batch_size={self.batch_size} is no multiple of {world_size} ranks x training.micro_batch="
                 f"{self.micro_batch}: change one of them."
@@ -88,6 +108,13 @@ class Training:
                 f"{self.accumulation}: "
                 f"make it a multiple of {parts}."
             )
+
+
+def refuse_wrong_entry(cfg: Any) -> None:
+    """An entry's own options that can't be."""
+    groups = {"": cfg, "objective.": cfg.get("objective") or {}}
+    found = {prefix + name: value for prefix, group in groups.items() for name, value in group.items()}
+    refuse_wrong_values({name: value for name, value in found.items() if name in OPTIONS}, OPTIONS)
 
 
 MakeActions = Callable[[Engine, Ema, Reporter], list[Action]]
@@ -106,6 +133,7 @@ class Recipe:
     @classmethod
     def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:
         """From an entry's configuration by hydra's instantiate; what doesn't fit together is refused."""
+        refuse_wrong_entry(cfg)
         data = build(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed)
         order = {
             name: cfg.data[name] for name in ("streams", "window_shards", "shuffle", "overlap") if name in cfg.data

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import cos, pi
+from typing import Annotated
 
 import torch
 from torch import nn
 
-from data_pipeline.errors import UserError
+from train.option_checks import NotNegative, OneOf, Share, Within, refuse_wrong
 
 SCHEDULES = ("constant", "cosine", "linear", "linear_tail", "inverse_sqrt")
+Decay = Annotated[float, Within(0, 1, below=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +23,13 @@ class Schedule:
     2024), or sqrt(start / step) from step `start` on ("inverse_sqrt", as in Karras et al. 2024, eq. 67).
     """
 
-    kind: str = "constant"
-    warmup: int = 0
-    tail: float = 0.5
-    start: int = 10_000
+    kind: Annotated[str, OneOf(SCHEDULES)] = "constant"
+    warmup: Annotated[int, Within(0)] = 0
+    tail: Share = 0.5
+    start: Annotated[int, Within(1)] = 10_000
 
     def __post_init__(self) -> None:
-        if self.kind not in SCHEDULES:
-            raise UserError(f"optimizer.schedule.kind={self.kind} is unknown: take one of {', '.join(SCHEDULES)}.")
+        refuse_wrong(self, "optimizer.schedule")
 
     def factor(self, step: int, total: int) -> float:
         """At applied step `step` of `total`, counted from 0."""
@@ -49,11 +50,14 @@ class Schedule:
 class AdamW:
     """torch's fused AdamW (Loshchilov & Hutter 2019). Biases, norms and other vectors are not decayed."""
 
-    lr: float
+    lr: NotNegative
     schedule: Schedule
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.01
+
+    def __post_init__(self) -> None:
+        refuse_wrong(self, "optimizer")
 
     def build(self, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
         """Over the module's trainable parameters."""

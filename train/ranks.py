@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +21,7 @@ from data_pipeline.errors import UserError
 
 # The heartbeats' watch comes first, and knows more; a collective that never ends is given up in any case.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 MEETING_TIMEOUT = timedelta(minutes=10)
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -39,6 +42,8 @@ class Ranks:
 
 def find_ranks() -> Ranks:
     """Join the others: by the launcher's environment (torchrun's, else srun's step, else this process is alone)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_the_launcher()
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
     meeting_place = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
@@ -59,6 +64,12 @@ def find_ranks() -> Ranks:
         store = _meet(rank, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     return Ranks(rank, world_size, local_rank, device)
+
+
+def _end_with_the_launcher() -> None:
+    """Have Linux send TERM when torchrun dies, which a kill -9 keeps from doing so: then this rank saves and leaves."""
+    with suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM.value)
 
 
 def _meet(rank: int, world_size: int) -> dist.Store:

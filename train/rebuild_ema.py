@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
 from safetensors.torch import save
@@ -11,22 +13,33 @@ from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.storage import write_atomically
 from train.ema import gamma_of
-from train.posthoc_ema import Profile, find_snapshots, rebuilt
+from train.option_checks import Within, fits
+from train.posthoc_ema import Profile, Snapshot, find_snapshots, rebuilt
 
 
 @entry("rebuild_ema")
 def main(cfg: DictConfig) -> None:
     gamma = gamma_of(cfg.sigma_rel)
     snapshots = find_snapshots(Path(cfg.input))
-    updates = max(snapshot.profile.updates for snapshot in snapshots) if cfg.updates is None else cfg.updates
+    updates = updates_asked(cfg.updates, snapshots)
     used = [snapshot for snapshot in snapshots if snapshot.profile.updates <= updates]
-    if not used:
-        least = min(snapshot.profile.updates for snapshot in snapshots)
-        raise UserError(f"updates={updates} lies before the first snapshot: take {least:.0f} or more.")
     output = cfg.output or f"{cfg.input}/ema_{cfg.sigma_rel:g}.safetensors"
     write_atomically(output, save(rebuilt(used, Profile(updates, gamma))))
     print(f"rebuild_ema: sigma_rel {cfg.sigma_rel:g} at {updates:.0f} updates, of {len(used)} snapshots; in {output}")
     print(f"  python train/sample_images.py input={cfg.input} step={output} prompts=...")
+
+
+def updates_asked(updates: Any, snapshots: Sequence[Snapshot]) -> float:
+    """At which update the average is to be; None: the newest snapshot's. One that they do not reach is refused."""
+    there = [snapshot.profile.updates for snapshot in snapshots]
+    if updates is None:
+        return max(there)
+    if not fits(updates, Annotated[float, Within(min(there), max(there))]):
+        raise UserError(
+            f"updates={updates} can't be: take a number from the first snapshot's, {min(there):.0f}, to the newest "
+            f"one's, {max(there):.0f}."
+        )
+    return updates
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,13 +100,19 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Held until this process ends, however it does: two writers would tear each other's checkpoints."""
-        self.lock = (self.path / "lock").open("w")
+        self.lock = (self.path / "lock").open("a+")  # not "w": that would empty the holder's
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise InUse(f"output={self.path} is in use by another process: stop it first.") from error
+                self.lock.seek(0)
+                holder = self.lock.read().strip() or "another process"
+                raise InUse(f"output={self.path} is in use by {holder}: stop it first.") from error
             log.warning("%s can't be locked (%s): see that no other process writes to it", self.path, error)
+        else:
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self.lock.flush()
 
     def last_step_logged(self) -> int:
         """In metrics.jsonl, of whatever start; 0: none."""

@@ -43,11 +43,11 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
     refuse_what_cannot_train(config)
+    images = Manifest.load(f"{cfg.input}/train", "image-text")
+    recipe = Recipe.of(cfg, instantiate, ranks)
     torch.manual_seed(cfg.seed)
     autoencoder = instantiate(cfg.autoencoder, _convert_="all")
     objective = instantiate(cfg.objective, autoencoder=autoencoder, seed=cfg.seed, _convert_="all")
-    images = Manifest.load(f"{cfg.input}/train", "image-text")
-    recipe = Recipe.of(cfg, instantiate, ranks)
     heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
     refuse_sizes(heldout.shape[1:3], objective.crop if objective.crop_until else 0, autoencoder.factor)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)

@@ -181,6 +181,11 @@ def test_a_process_that_leaves_takes_its_workers_with_it(images, tmp_path):
 def test_checks_before_the_first_batch(images, tmp_path):
     with pytest.raises(UserError, match=r"data\.streams=4 can't be shared by 3 ranks"):
         Loader(images, 8, 4, world_size=3)
+    assert take(Loader(images, 10 * 27 // 4 * 4, 4), 1)  # nine times each
+    with pytest.raises(
+        UserError, match=r"batch_size=272 would read all of .* \(27 samples\) more than 10 times a step"
+    ):
+        Loader(images, 272, 4)
     with pytest.raises(UserError, match=r"data\.num_workers=5"):
         Loader(images, 8, 4, num_workers=5)
     with pytest.raises(UserError, match="is not a data set"):

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from data_pipeline import progress
 from data_pipeline.entry import CONF
-from data_pipeline.option_errors import reworded
+from data_pipeline.option_errors import reworded, top_keys
 from data_pipeline.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -18,6 +19,8 @@ WRONG = {
     "filters.aspect.at_most=3": "no option filters.aspect.at_most unless it is chosen: add filters=[aspect].",
     "+filters.aspect.at_most=3": "filters.aspect is set, but no such filter chosen: add filters=[aspect].",
     "source.limt=3": "there is no option source.limt: is it source.limit",
+    "+sorce=folder": "there is no option sorce: is it source",
+    "+foo.bar=1": "there is no option foo (see --help).",
     "source.limit=-1": "source.limit=-1 can't be: take a whole number",
     "size=large": "size=large can't be",
     "--hepl": "unrecognized arguments: --hepl",
@@ -33,6 +36,16 @@ def test_a_slip_in_an_option(wrong, tmp_path):
     assert done.stderr.count(WRONG[wrong]) == 1
     assert done.stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("root", sorted(path.stem for path in Path(CONF).glob("*.yaml") if path.stem != "quiet"))
+def test_no_entry_holds_a_key_that_would_be_refused(root):
+    for given in [
+        [],
+        *([[f"experiment={path.stem}"] for path in Path(CONF).glob("experiment/*.yaml")] * (root == "train_ldm")),
+    ]:
+        with initialize_config_dir(CONF, version_base="1.3"):
+            assert set(compose(root, given)) <= top_keys(Path(CONF), root)
 
 
 def test_options_of_a_wrong_kind_are_said_once(tmp_path):

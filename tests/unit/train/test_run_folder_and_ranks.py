@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -27,6 +28,14 @@ fcntl.lockf(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(600)
 """
+HOLD_AS_A_RUN = """
+import sys, time, torch
+from train.ranks import Ranks
+from train.run_folder import RunFolder
+run = RunFolder(sys.argv[1], "train_ldm", {}, Ranks(0, 1, 0, torch.device("cpu")))
+print("held", flush=True)
+time.sleep(600)
+"""
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -39,6 +48,17 @@ def test_one_process_at_a_time(tmp_path):
         other.kill()
         other.wait()
         assert RunFolder(tmp_path / "run", "train_ldm", {}, ALONE).run_id == first.run_id
+
+
+def test_who_holds_it_is_named(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD_AS_A_RUN, tmp_path / "run"], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        for _ in range(2):  # who is refused leaves the name there
+            with pytest.raises(UserError, match=f"in use by process {other.pid} on {socket.gethostname()}: stop it"):
+                RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
+        other.kill()
+    RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
+    assert (tmp_path / "run/lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 @pytest.fixture
