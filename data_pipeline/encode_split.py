@@ -75,14 +75,12 @@ def conditions_config(encoders: Encoders) -> dict[str, Any]:
 def claim(root: str, made_of: dict[str, str]) -> None:
     """Note what `root` is being made of, before the first shard; refuse to go on with other encoders or pictures."""
     path = storage.join(root, "precompute.json")
-    if storage.exists(path):
+    if not storage.write_first(path, json.dumps(made_of, indent=1).encode()):
         before = json.loads(storage.read_bytes(path))
         differing = [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]
         if differing:
             what = "; ".join(f"{name} was {before.get(name)} and is {made_of.get(name)}" for name in differing)
             raise UserError(f"{root} was begun with others: {what}. Give those, or choose another output=.")
-    else:
-        storage.write_atomically(path, json.dumps(made_of, indent=1).encode())
 
 
 def refuse_other_layout(places: Places) -> None:

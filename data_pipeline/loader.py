@@ -159,7 +159,9 @@ class _StreamParts:
                     reader.expect(self.plan.shards_in_use())
                     reader.expect(needed)
                 yield Part(step, *reader.batch(places, pinned))
-                if moved and len(reader.shards) > WINDOWS_HELD * self.plan.window_shards * len(streams):
+                if moved and len(reader.shards) + len(reader.opening) > WINDOWS_HELD * self.plan.window_shards * len(
+                    streams
+                ):
                     reader.keep_only(needed)
         finally:
             reader.close()

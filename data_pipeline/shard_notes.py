@@ -62,9 +62,10 @@ def published(
 ) -> Record:
     """Write each bucket's tar and then the note, `noted(lines of the manifests)`; or leave that to the worker that came
     first. Returns the note that counts."""
-    if record := finished_record(places, shard):
-        return record
-    storage.remove(places.note(shard))  # of a tar that is cut or gone
+    if storage.exists(places.note(shard)):
+        if record := finished_record(places, shard):
+            return record
+        storage.remove(places.note(shard))  # of a tar that is cut or gone
     lines = {}
     for bucket, writer in sorted(tars.items()):
         lines[bucket], index, data = writer.contents(shard.name)

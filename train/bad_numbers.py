@@ -76,7 +76,9 @@ class Watch:
     def after_log(self, step: int, loss: float) -> None:
         """A loss that has been averaged over all ranks."""
         usual = statistics.median(self.losses) if len(self.losses) >= self.limits.spike_window else None
-        if self.limits.spike_factor is not None and usual is not None and not loss < self.limits.spike_factor * usual:
+        factor = self.limits.spike_factor
+        # NaN is the loss where all steps were skipped, which are counted by themselves.
+        if factor is not None and usual is not None and loss >= factor * usual:
             why = f"the loss of step {step} is {loss:.4g}, {loss / usual:.1f} times what it was"
             raise NumbersWentBad(why, self.good_step)
         if math.isfinite(loss):

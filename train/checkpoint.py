@@ -29,7 +29,7 @@ from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import DataError, UserError
-from train.checkpoint_files import MANIFEST, Facts, Places, step_of
+from train.checkpoint_files import MANIFEST, STEP, Facts, Places, step_of
 from train.checkpoint_stores import store_of
 from train.checkpoint_writer import Writer, part_name
 from train.ema import Ema
@@ -117,8 +117,13 @@ class Checkpoints:
     def _copied(self, engine: Engine, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.asynchronous else {})
 
-    def resume(self, how: str, engine: Engine, ema: Ema, state: TrainState) -> bool:
-        """Go on from the newest intact checkpoint, as `how` asks; true if there was one."""
+    def resume(
+        self, how: str, engine: Engine, ema: Ema, state: TrainState, before_anew: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Go on from the newest intact checkpoint, as `how` asks; true if there was one.
+
+        before_anew: called where there is none, before anything is removed; what it raises ends the resume.
+        """
         assert how in RESUME, how
         self.store.tidy()
         barrier()  # no rank of this node has begun to fetch
@@ -138,6 +143,8 @@ class Checkpoints:
             )
         if how == "must" and not resumed:
             raise UserError(f"resume=must, but {where} has no intact checkpoint: check output=, or use resume=auto.")
+        if not resumed:
+            before_anew()
         state.run_id = run_id  # whoever's the checkpoint was, it is this run's now
         if self.ranks.is_main:
             self.writer.take_over(run_id)
@@ -156,12 +163,15 @@ class Checkpoints:
         with contextlib.suppress(UserError):  # of what went bad, whether it could be written does not matter
             self.finish()
         barrier()
-        gone_bad, passed_over, rollbacks = state.step, state.passed_over, state.rollbacks
-        for found in self._whole_by_size(self._names(before)):
+        if self.ranks.is_main:
+            self.writer.refuse_if_taken_over()
+        gone_bad, passed_over, rollbacks, names = state.step, state.passed_over, state.rollbacks, self._names(before)
+        for found in self._whole_by_size(names):
             if self.load(found, engine, ema, state):
                 state.passed_over, state.rollbacks = passed_over + gone_bad - state.step, rollbacks + 1
                 if self.ranks.is_main:
                     self._note_rollback(state)
+                    self._set_aside([name for name in names if name > found.name])
                     self._remove_newer(found.name)
                 barrier()
                 return True
@@ -199,13 +209,20 @@ class Checkpoints:
         manifest, text = self.store.read(name, MANIFEST), self.store.read(name, "state.json")
         try:
             files = json.loads(manifest or b"")
-        except ValueError:
+            whole = {(type(facts["bytes"]), type(facts["sha256"])) for facts in files.values()} == {(int, str)}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole or "state.json" not in files:
             return None, [MANIFEST]
         sizes = storage.sizes(self.store.at(name))
         damaged = [file for file, facts in files.items() if sizes.get(file) != facts["bytes"]]
         if not damaged and hashlib.sha256(text or b"").hexdigest() != files["state.json"]["sha256"]:
             damaged = ["state.json"]
-        return (None, damaged) if damaged else (Found(name, files, json.loads(text)), [])
+        if damaged:
+            return None, damaged
+        saved = json.loads(text)
+        parts = map(part_name, range(saved["layout"]["ranks"]))
+        return (Found(name, files, saved), []) if files.keys() >= set(parts) else (None, [MANIFEST])
 
     def _say_damaged(self, name: str, files: list[str]) -> None:
         if self.ranks.is_main:
@@ -275,7 +292,7 @@ class Checkpoints:
                 log.warning("removing %s: the run goes on from %s", self.store.at(step), than or "the start")
                 self.store.remove(step)
         for file in storage.sizes(self.places.snapshots):
-            if file.partition(".")[0] > than:
+            if STEP.fullmatch(file.partition(".")[0]) and file.partition(".")[0] > than:
                 storage.remove(storage.join(self.places.snapshots, file))
 
     def _layout(self, engine: Engine) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from data_pipeline.errors import DataError, UserError
 
 Facts = dict[str, Any]  # of a file, as its manifest has them: bytes, sha256
 MANIFEST = "manifest.json"
-STEP = re.compile(r"step-\d{8,}(\.removed)?(\.tmp)?")  # any other name is the user's
+STEP = re.compile(r"step-\d{8,}((\.removed)?\.tmp)?")  # any other name is the user's
 CHUNK = 2**27  # bytes of an object that are in memory at once
 
 

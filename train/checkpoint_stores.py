@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import shutil
@@ -23,6 +24,7 @@ from data_pipeline.errors import UserError
 from train.checkpoint_files import MANIFEST, Facts, complete_checkpoints, fetched, is_as_written, steps_in
 from train.tensor_files import copy_some, facts_read_back
 
+log = logging.getLogger(__name__)
 OWNER = "owner"  # of a place outside the run's folder: the run's id, and which start of it writes here
 
 
@@ -159,7 +161,10 @@ class OnDisk(Store):
             doomed = f"{step}.removed.tmp"
             shutil.rmtree(self.at(doomed), ignore_errors=True)
             os.rename(self.at(step), self.at(doomed))
-        shutil.rmtree(self.at(doomed))
+        try:
+            shutil.rmtree(self.at(doomed))
+        except OSError as error:  # as where another node of a network file system reads it still; the next start tries
+            log.warning("%s can't be removed yet (%s)", self.at(doomed), error)
 
     def set_aside(self, step: str) -> str:
         aside = f"damaged-{step}"
@@ -193,7 +198,7 @@ class InBucket(Store):
 
     @contextlib.contextmanager
     def workplace(self, step: str) -> Iterator[Path]:
-        self.own.mkdir(parents=True, exist_ok=True)
+        _make(self.own)
         try:
             yield self.own
         finally:
@@ -234,7 +239,7 @@ class InBucket(Store):
         """Fetched by one rank of the node, while the others that need it wait."""
         path = self.local(step, name)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             with path.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if path.exists():
@@ -281,6 +286,12 @@ def store_of(root: str, scratch: str | None = None, rank: int = 0) -> Store:
     mark = hashlib.sha256(root.encode()).hexdigest()[:12]
     folder = Path(scratch or tempfile.gettempdir()) / f"checkpoints-{mark}-{os.getuid()}-{storage.HOST}"
     return InBucket(root.rstrip("/"), folder, rank)
+
+
+def _make(folder: Path) -> None:
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # another rank has just left the scratch, and removed it
+            return folder.mkdir(parents=True, exist_ok=True)
 
 
 def _sync(path: Path) -> None:

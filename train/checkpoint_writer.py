@@ -127,7 +127,7 @@ class Writer:
     def _publish(self, name: str, files: dict[str, Facts]) -> None:
         for rank in range(self.ranks.world_size):
             storage.remove(self.store.at(self.store.unpublished(name), _note(part_name(rank))))
-        self._refuse_if_taken_over()
+        self.refuse_if_taken_over()
         self.store.publish(name, json.dumps(files, indent=1).encode())
         self.point_to(name)
         for old in complete_checkpoints(self.store.root)[: -self.keep]:
@@ -145,7 +145,8 @@ class Writer:
         if self.elsewhere:
             self.store.write(f"{run_id} {self.attempt}\n".encode(), OWNER)
 
-    def _refuse_if_taken_over(self) -> None:
+    def refuse_if_taken_over(self) -> None:
+        """By another process, whose checkpoints these are now."""
         if self.elsewhere and (self.store.read(OWNER) or b"").split()[-1:] != [self.attempt.encode()]:
             raise UserError(f"{self.store.root} was taken over by another process: see that only one trains into it.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
 from torch import Tensor, nn
@@ -199,10 +200,9 @@ def _fit(
         run.checkpoints, ranks, identity, weights_prefix, training.keep_checkpoints, training.keep_every,
         training.asynchronous_save, tuple(training.may_change), run.places, training.scratch,
     )  # fmt: skip
-    if checkpoints.resume(training.resume, engine, ema, state):
+    before_anew = partial(_refuse_to_begin_anew_in_silence, run, training)
+    if checkpoints.resume(training.resume, engine, ema, state, before_anew):
         _say_where(what, state, ranks)
-    else:
-        _refuse_to_begin_anew_in_silence(run, training)
     reporter = run.reporters(state.step, training.wandb_project)
     actions = make_actions(engine, ema, reporter)
     cadence = Cadence(training.log_every, training.save_every)

@@ -134,3 +134,7 @@ class EncodedBatches:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
             yield replace(batch, tensors=self.encoders.encoded(batch.tensors["image"], batch.captions))
+
+    def shards_of(self, step: int) -> list[str]:
+        """As the loader's: what a rank that waits for data is named with."""
+        return self.loader.shards_of(step)

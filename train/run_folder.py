@@ -85,13 +85,14 @@ class RunFolder:
             self._lock()
             self._refuse_anothers_checkpoints(run_id)
             return run_id
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(not _left_by_a_kill(path) for path in self.path.iterdir()):
             raise UserError(f"output={self.path} holds something that is not a run: choose a new or empty folder.")
         self._refuse_anothers_checkpoints(None)
-        (self.path / "samples").mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         run_id = secrets.token_hex(4)
         write_atomically(marker, f"{self.what} {run_id}\n".encode())
+        (self.path / "samples").mkdir(exist_ok=True)
         return run_id
 
     def _refuse_anothers_checkpoints(self, run_id: str | None) -> None:
@@ -130,6 +131,11 @@ class RunFolder:
             return Reporters(lines)
         wandb = WeightsAndBiases(self.path, self.run_id, self.config, wandb_project, read_metrics(metrics))
         return Reporters(lines, wandb)
+
+
+def _left_by_a_kill(path: Path) -> bool:
+    """While the folder was made."""
+    return path.name == "lock" or path.name.startswith("run_id.tmp.")
 
 
 def secret_names(config: Mapping[str, Any], prefix: str = "") -> list[str]:

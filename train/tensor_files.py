@@ -64,8 +64,8 @@ class Header(NamedTuple):
     @classmethod
     def of(cls, path: str) -> Header:
         """A local or an s3 file's, in two reads; one that has none is a DataError."""
-        size = int.from_bytes(storage.read_bytes(path, 0, 8), "little")
         try:
+            size = int.from_bytes(storage.read_bytes(path, 0, 8), "little")
             about = json.loads(storage.read_bytes(path, 8, size) if size <= LONGEST_HEADER else b"")
             metadata = about.pop("__metadata__", {})
             places = {
@@ -74,6 +74,10 @@ class Header(NamedTuple):
             }
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no safetensors file, or a damaged one: copy it again.") from error
+        except OSError as error:
+            if error.errno:
+                raise
+            raise DataError(f"{path} is cut short: copy it again.") from error
         return cls(8 + size, places, metadata)
 
 

@@ -236,7 +236,7 @@ def test_killed_at_any_write_sync_or_rename(start, steps, monkeypatch, after):
             for owner, name in CALLS:
                 patched.setattr(owner, name, dying(getattr(owner, name), calls, number, after))
             again = start(keep=1)
-            assert again.resume() is not None  # clears what the last kill left; it may die in this, too
+            assert again.resume() is not None
             try:
                 again.save(20)
             except Killed:
@@ -253,9 +253,39 @@ def test_killed_at_any_write_sync_or_rename(start, steps, monkeypatch, after):
     assert len(found) > 10
 
 
-def dying(function, calls, number, after):
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_killed_at_any_step_of_a_resume(start, steps, damage, tmp_path, monkeypatch, after):
+    """Which sets aside what is damaged and clears what a killed save left."""
+    folder, original = tmp_path / "checkpoints", tmp_path / "original"
+    start(keep=3).save(10, 20, 30)
+    damage(30)
+    shutil.copytree(folder / "step-00000020", folder / "step-00000035.tmp")
+    folder.rename(original)
+    for number in itertools.count():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(original, folder)
+        calls = itertools.count()
+        with monkeypatch.context() as patched:
+            for owner, name in CALLS:
+                patched.setattr(owner, name, dying(getattr(owner, name), calls, number, after, everywhere=True))
+            try:
+                start(keep=3).resume()
+            except Killed:
+                whole = False
+            else:
+                whole = True
+        assert start(keep=3).resume("must") == 20
+        assert sorted(path.name for path in folder.glob("*step*")) == ["damaged-step-00000030", *(
+            f"step-000000{step}" for step in (10, 20))]  # fmt: skip
+        if whole:
+            break
+    assert number > 3
+
+
+def dying(function, calls, number, after, everywhere=False):
     def instead(*arguments, **options):
-        if threading.current_thread() is threading.main_thread() or next(calls) != number:
+        here = everywhere or threading.current_thread() is not threading.main_thread()
+        if not here or next(calls) != number:
             return function(*arguments, **options)
         if after:
             function(*arguments, **options)
@@ -303,6 +333,60 @@ def test_names_that_may_change_are_known_ones(start):
     start().save(10)
     with pytest.raises(UserError, match=r"may_change: sead is no name of what is compared\. That is seed"):
         start(may_change=("sead",)).resume()
+
+
+@pytest.mark.parametrize("manifest", ["{}", "null", "[]", '{"state.json": {"bites": 1, "sha256": "a"}}', '{"a'])
+def test_a_manifest_that_says_something_else_is_damage(start, steps, tmp_path, manifest):
+    start().save(10, 20)
+    (tmp_path / "checkpoints/step-00000020/manifest.json").write_text(manifest)
+    assert start().resume() == 10
+
+
+def test_a_manifest_without_a_part_is_damage(start, tmp_path):
+    start().save(10, 20)
+    path = tmp_path / "checkpoints/step-00000020/manifest.json"
+    files = json.loads(path.read_text())
+    del files["part-00000.safetensors"]
+    path.write_text(json.dumps(files))
+    assert start().resume() == 10
+
+
+def test_an_old_one_that_can_not_be_removed_yet_ends_nothing(start, steps, monkeypatch, caplog):
+    def busy(path, **options):
+        if not options:
+            raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        start(keep=1).save(10, 20)
+    assert steps() == [20]
+    assert "can't be removed yet" in caplog.text
+    assert start().resume() == 20
+
+
+def test_what_is_refused_before_beginning_anew_removes_nothing(start, tmp_path):
+    (tmp_path / "ema_snapshots").mkdir()
+    for name in ("step-00000010.safetensors", "mine.safetensors"):
+        (tmp_path / "ema_snapshots" / name).touch()
+    run = start()
+
+    def refuse():
+        raise UserError("not in silence")
+
+    with pytest.raises(UserError, match="not in silence"):
+        run.checkpoints.resume("auto", run.engine, run.ema, run.state, refuse)
+    assert len(list((tmp_path / "ema_snapshots").iterdir())) == 2
+    assert run.resume() is None
+    assert [path.name for path in (tmp_path / "ema_snapshots").iterdir()] == ["mine.safetensors"]
+
+
+def test_rolled_back_past_a_damaged_one(start, steps, damage, tmp_path):
+    run = start(keep=9)
+    run.save(10, 20, 30)
+    damage(20)
+    assert run.checkpoints.roll_back(run.engine, run.ema, run.state, 25)
+    assert (run.state.step, steps()) == (10, [10])
+    assert (tmp_path / "checkpoints/damaged-step-00000020").exists()
 
 
 def test_other_shapes_are_refused(start):

@@ -151,6 +151,17 @@ def test_several_ranks_need_a_place_to_meet(no_launcher, monkeypatch, environmen
         find_ranks()
 
 
+def test_a_kill_while_the_folder_is_made_is_gone_on_from(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("lock", "run_id.tmp.node.17"):
+        (tmp_path / "run" / name).touch()
+    assert RunFolder(tmp_path / "run", "train_ldm", {}, ALONE).run_id
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").touch()
+    with pytest.raises(UserError, match="holds something that is not a run"):
+        RunFolder(tmp_path / "other", "train_ldm", {}, ALONE)
+
+
 def test_who_does_not_come_to_the_meeting_is_named(no_launcher, monkeypatch):
     place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     place["MASTER_PORT"] = str(ranks._free_port())

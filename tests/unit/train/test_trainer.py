@@ -116,6 +116,15 @@ def test_actions_come_before_the_save(make_trainer, tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 4, "heldout": 1.0}
 
 
+def test_only_a_number_is_a_spike(tmp_path):
+    """NaN is the loss of a log line all of whose steps were skipped."""
+    watch = Watch(BadNumbers(spike_factor=3.0, spike_window=2), ALONE, tmp_path / "skipped.jsonl")
+    for step, loss in enumerate([1.0, 1.1, float("nan"), 2.9], 1):
+        watch.after_log(step, loss)
+    with pytest.raises(NumbersWentBad, match="the loss of step 5 is"):
+        watch.after_log(5, 9.0)
+
+
 def test_no_bare_nan_is_written(make_trainer, tmp_path):
     make_trainer()[0].fit()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
