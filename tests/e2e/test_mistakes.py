@@ -72,7 +72,7 @@ MISTAKES = {
     "no such option": ([*LDM, "input={folder}/latents", "training.stps=3"], 2, "is it training.steps"),
     "no such key at the top": ([*LDM, "input={folder}/latents", "+foo=1"], 2, "there is no option foo (see --help)"),
     "a seed that is none": ([*LDM, "input={folder}/latents", "seed=abc"], 2, "seed=abc can't be: take a whole number"),
-    "one beta": ([*LDM, "input={folder}/latents", "optimizer.betas=[0.9]"], 2, "optimizer.betas=[0.9] can't be: take a"),
+    "one beta": ([*LDM, "input={folder}/latents", "optimizer.betas=[0.9]"], 2, "betas=[0.9] can't be: take a list"),
     "a dropout of 2": ([*LDM, "input={folder}/latents", "objective.prompt_dropout=2"], 2, "a number from 0 to 1"),
     "a batch of thousands of epochs": (
         [*LDM, "input={folder}/latents", "training.batch_size=100000"],
