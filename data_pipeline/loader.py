@@ -159,9 +159,8 @@ class _StreamParts:
                     reader.expect(self.plan.shards_in_use())
                     reader.expect(needed)
                 yield Part(step, *reader.batch(places, pinned))
-                if moved and len(reader.shards) + len(reader.opening) > WINDOWS_HELD * self.plan.window_shards * len(
-                    streams
-                ):
+                most = WINDOWS_HELD * self.plan.window_shards * len(streams)
+                if moved and len(reader.shards) + len(reader.opening) > most:
                     reader.keep_only(needed)
         finally:
             reader.close()

@@ -19,7 +19,7 @@ from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.distances import psnr
 from train.evaluation.report import curve_line, plot_curves, to_uint8
-from train.fitting import Recipe, fit
+from train.fitting import Recipe, fit, refuse_wrong_entry
 from train.models.autoencoder import Autoencoder, DiagonalGaussian
 from train.models.quantizer import usage
 from train.ranks import Ranks, closing_distributed, find_ranks
@@ -43,11 +43,12 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
     refuse_what_cannot_train(config)
-    images = Manifest.load(f"{cfg.input}/train", "image-text")
-    recipe = Recipe.of(cfg, instantiate, ranks)
+    refuse_wrong_entry(cfg)
     torch.manual_seed(cfg.seed)
     autoencoder = instantiate(cfg.autoencoder, _convert_="all")
     objective = instantiate(cfg.objective, autoencoder=autoencoder, seed=cfg.seed, _convert_="all")
+    images = Manifest.load(f"{cfg.input}/train", "image-text")
+    recipe = Recipe.of(cfg, instantiate, ranks)
     heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
     refuse_sizes(heldout.shape[1:3], objective.crop if objective.crop_until else 0, autoencoder.factor)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
