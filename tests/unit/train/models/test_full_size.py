@@ -1,4 +1,5 @@
-"""Stable Diffusion 1.5 and 2.1 at full size against diffusers, on shared random weights: 8 GB, about a minute each."""
+"""Stable Diffusion 1.5 and 2.1 against diffusers, on shared random weights: forward at full size (4 GB), and a fifth as
+wide with gradients and in bf16."""
 
 from pathlib import Path
 
@@ -17,6 +18,13 @@ CONF = Path(__file__).resolve().parents[4] / "conf"
 def named(group, name):
     options = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
     return {key: value for key, value in options.items() if key not in ("_target_", "channels_last")}
+
+
+def a_fifth_as_wide(options):
+    """As many blocks and as deep; heads of 64 channels, where those of the whole are."""
+    heads = options["heads"]
+    narrow = {"heads": heads if isinstance(heads, int) else [number // 5 for number in heads]}
+    return {**options, **narrow, "channels": [channels // 5 for channels in options["channels"]]}
 
 
 def twin_of(ours, kind, config):
@@ -70,15 +78,34 @@ def in_bf16(q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-@pytest.mark.parametrize(("name", "count"), [("sd15", 859_520_964), ("sd21", 865_910_724)])
-def test_unet(name, count, monkeypatch, relative_error):
+NAMES = {"sd15": 859_520_964, "sd21": 865_910_724}  # numbers of parameters
+
+
+def inputs_of(unet):
+    """Latents, time and text; what bf16 can hold."""
+    x, context = torch.randn(1, 4, 16, 16).bfloat16(), torch.randn(1, 77, unet.context_dim).bfloat16()
+    return x, torch.tensor([500.0]), context
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unet_at_full_size(name, relative_error):
     from diffusers import UNet2DConditionModel
 
     ours = UNet(**named("unet", name))
-    assert sum(p.numel() for p in ours.parameters()) == count
+    assert sum(p.numel() for p in ours.parameters()) == NAMES[name]
+    theirs = twin_of(ours, UNet2DConditionModel, unet_config(unet_options(ours)))
+    x, t, context = inputs_of(ours)
+    with torch.no_grad():
+        assert relative_error(ours(x.float(), t, context.float()), theirs(x.float(), t, context.float()).sample) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unets_gradients_and_bf16(name, monkeypatch, relative_error):
+    from diffusers import UNet2DConditionModel
+
+    ours, loss_weights = UNet(**a_fifth_as_wide(named("unet", name))), torch.randn(1, 4, 16, 16)
     config = unet_config(unet_options(ours))
-    t, loss_weights = torch.tensor([500.0]), torch.randn(1, 4, 16, 16)
-    x, context = torch.randn(1, 4, 16, 16).bfloat16(), torch.randn(1, 77, ours.context_dim).bfloat16()
+    x, t, context = inputs_of(ours)
     theirs = twin_of(ours, UNet2DConditionModel, config)
     exact, expected, gradients = compared(ours, theirs, loss_weights, x.float(), t, context.float())
     assert relative_error(exact, expected) < 1e-5
