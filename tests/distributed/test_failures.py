@@ -131,4 +131,4 @@ def test_an_option_that_there_is_not_is_the_users_mistake() -> None:
     """Hydra itself would leave with 1, as a crash does, and a job would be started again for it."""
     done = run("train/train_ldm.py", "nosuch=1", check=False)
     assert done.returncode == 2
-    assert "Could not override 'nosuch'" in done.stderr
+    assert "there is no option nosuch" in done.stderr

@@ -1,4 +1,4 @@
-"""A run that changes its ranks and its ZeRO stage on the way, against one that does not."""
+"""A run that changes its ranks, its ZeRO stage and its accumulation on the way, against one that does not."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from recording_objective import read_records
+from safetensors.torch import load_file
 from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, losses, run, write_splits
 from torch import Tensor
 
 from train.fragments import gathered
 
-STEPS, STREAMS = 32, 8
+STEPS, STREAMS = 16, 8
 SETTINGS = [
     *TINY_UNET, *NO_ENCODERS, f"training.steps={STEPS}", "training.batch_size=16", "training.log_every=1",
-    "training.save_every=8", "training.keep_checkpoints=9", "validate_every=null",
+    "training.save_every=4", "training.keep_checkpoints=9", "validate_every=null",
     "objective._target_=recording_objective.RecordingObjective",
     # Adam divides a gradient by its own size, also where it is zero but for rounding: an eps above that.
-    "optimizer.eps=1e-5", "optimizer.schedule.kind=constant", "optimizer.schedule.warmup=10",
+    "optimizer.eps=1e-5", "optimizer.schedule.kind=constant", "optimizer.schedule.warmup=6",
 ]  # fmt: skip
 
 
@@ -57,13 +59,19 @@ def tensors(run_folder: Path, kind: str) -> dict[str, Tensor]:
     return gathered(kind, about["shapes"], sorted(folder.glob("part-*.safetensors")))
 
 
+def as_numbers(folder: Path) -> list[float]:
+    return [float.fromhex(loss) for _, loss in sorted(losses(folder).items())]
+
+
 def test_ranks_and_stages_may_change_on_the_way(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The same samples, noise and times in each stream of each step; weights, moments and EMA to rounding."""
+    """The same samples, noise and times in each stream of each step; losses, weights, moments and EMA to rounding."""
     chain = [(1, 1), (2, 2), (4, 3), (2, 2)]  # ranks, stage
+    accumulations = [4, 1, 1, 4]
     output = tmp_path / "run"
-    ends = [STEPS * (i + 1) // len(chain) // 8 * 8 for i in range(len(chain))]
+    ends = [STEPS * (i + 1) // len(chain) for i in range(len(chain))]
     for i, ((ranks, stage), end) in enumerate(zip(chain, ends, strict=True)):
-        said = start(latents, output, f"engine=zero{stage}", f"training.steps={end}", ranks=ranks)
+        more = [f"training.steps={end}", f"training.accumulation={accumulations[i]}"]
+        said = start(latents, output, f"engine=zero{stage}", *more, ranks=ranks)
         if i:
             before = chain[i - 1]
             assert f"resumed from step {ends[i - 1]} of {end}" in said
@@ -72,7 +80,12 @@ def test_ranks_and_stages_may_change_on_the_way(latents: Path, undisturbed: Path
     assert len(expected) == STEPS * STREAMS
     assert records == expected
     assert sorted(losses(output)) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(as_numbers(output), as_numbers(undisturbed), rtol=1e-5)
     for kind, most in (("weight", 1e-5), ("ema", 1e-5), ("exp_avg", 1e-6), ("exp_avg_sq", 1e-7)):
         got = tensors(output, kind)
         for name, value in tensors(undisturbed, kind).items():
             torch.testing.assert_close(got[name], value, rtol=0, atol=most, msg=f"{kind} {name}")
+    written = [load_file(folder / f"checkpoints/step-{STEPS:08d}/ema.safetensors") for folder in (output, undisturbed)]
+    assert written[0].keys() == written[1].keys()
+    for name, value in written[1].items():
+        torch.testing.assert_close(written[0][name], value, rtol=0, atol=1e-5, msg=name)

@@ -1,4 +1,7 @@
-"""Killed and started again: the same losses, bit for bit."""
+"""Killed and started again: the same losses, bit for bit.
+
+What a checkpoint may suffer, and what may not differ on resume, is under tests/unit/train: here, that a run heeds it.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,12 @@ from synthetic import (
 
 from train.checkpoint_files import complete_checkpoints, step_of
 
+KILLS = int(os.environ.get("KILLS", "3"))
+STEPS = 200 if KILLS >= 20 else 60
 SETTINGS = [
-    *TINY_UNET, *NO_ENCODERS, "training.steps=60", "training.save_every=30", "training.batch_size=16",
+    *TINY_UNET, *NO_ENCODERS, f"training.steps={STEPS}", "training.save_every=30", "training.batch_size=16",
     "training.log_every=1", "engine=zero2", "validate_every=null",
 ]  # fmt: skip
-KILLS = int(os.environ.get("KILLS", "4"))
 
 
 @pytest.fixture(scope="module")
@@ -58,30 +62,8 @@ def kill_with_children(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def test_killed_after_step_30_of_60_and_resumed(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    arguments = [f"input={latents}", f"output={output}", *SETTINGS]
-    process = subprocess.Popen(
-        command("train/train_ldm.py", *arguments, ranks=2), cwd=ROOT, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    published = output / "checkpoints" / "latest"
-    deadline = time.monotonic() + 120
-    while not (published.exists() and len(losses(output)) > 30) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    kill_with_children(process)
-    assert 30 < len(losses(output)) < 60, "it was not killed between step 30 and the end"
-
-    done = run("train/train_ldm.py", *arguments, "training.resume=must", ranks=2)
-    assert "resumed from step 30 of 60" in done.stdout
-    assert [row["step"] for row in metric_rows(output) if "loss" in row] == list(range(1, 61))
-    assert losses(output) == losses(undisturbed)
-    last = "checkpoints/step-00000060/ema.safetensors"
-    assert (output / last).read_bytes() == (undisturbed / last).read_bytes()
-
-
 def killed(process: subprocess.Popen, output: Path, moments: random.Random, most: float) -> str:
-    """SIGKILL to one of two: a quarter of them as they start, the others up to `most` steps on. Says where it was."""
+    """SIGKILL to a rank: a quarter of the kills as they start, the others up to `most` steps on. Says where it was."""
     starting, seconds, more = moments.random() < 0.25, moments.uniform(0, 8), moments.uniform(0, most)
     target = max(map(step_of, complete_checkpoints(output / "checkpoints")), default=0) + more
     began, old = time.monotonic(), identity_of(output)
@@ -112,28 +94,29 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     raise AssertionError("it ended by itself")
 
 
-@pytest.mark.timeout(120 + 60 * KILLS)
-def test_random_ranks_killed_at_random_moments(latents: Path, tmp_path: Path) -> None:
-    """Each time one rank of two, wherever it is: loading, training, saving. KILLS=20 for as many of them."""
-    settings = [*SETTINGS, "training.steps=200", "training.save_every=4", f"input={latents}"]
-    undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
-    run("train/train_ldm.py", *settings, f"output={undisturbed}", ranks=2)
-    moments = random.Random(7)
+@pytest.mark.timeout(300 + 90 * KILLS)
+def test_random_ranks_killed_at_random_moments(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Each time one rank of two, wherever it is: loading, training, saving; and at last all. KILLS=20 for as many."""
+    settings, output = [*SETTINGS, "training.save_every=4", f"input={latents}"], tmp_path / "run"
+    moments = random.Random(58)  # of its first three kills the second is at a start
     for number in range(KILLS):
         process = subprocess.Popen(
             command("train/train_ldm.py", *settings, f"output={output}", ranks=2), cwd=ROOT, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            print(f"{number + 1}: {killed(process, output, moments, 1.4 * 200 / KILLS)}", flush=True)
-            assert process.wait(60) != 0  # torchrun takes the other down
+            print(f"{number + 1}: {killed(process, output, moments, STEPS / KILLS)}", flush=True)
+            if number + 1 < KILLS:
+                assert process.wait(90) != 0  # torchrun takes the other down
         finally:
             kill_with_children(process) if process.poll() is None else None
-    assert 0 < max(losses(output)) < 200, "the kills were not spread over the run"
-    run("train/train_ldm.py", *settings, f"output={output}", ranks=2)
-    assert len(losses(output)) == 200
+    assert 0 < max(losses(output)) < STEPS, "the kills were not spread over the run"
+    before = complete_checkpoints(output / "checkpoints")[-1]
+    done = run("train/train_ldm.py", *settings, f"output={output}", "training.resume=must", ranks=2)
+    assert f"resumed from step {step_of(before)} of {STEPS}" in done.stdout
+    assert [row["step"] for row in metric_rows(output) if "loss" in row] == list(range(1, STEPS + 1))
     assert losses(output) == losses(undisturbed)
-    last = "checkpoints/step-00000200"
+    last = f"checkpoints/step-{STEPS:08d}"
     for name in ("ema.safetensors", "part-00000.safetensors", "part-00001.safetensors"):
         assert (output / last / name).read_bytes() == (undisturbed / last / name).read_bytes()
 
@@ -143,10 +126,12 @@ def test_in_bf16_every_bit_of_weights_and_moments_is_restored(latents: Path, tmp
     settings = [
         *SETTINGS, f"input={latents}", f"engine=zero{stage}", "engine.dtype=bf16", "training.save_every=6",
     ]  # fmt: skip
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    straight = tmp_path / "straight"
     run("train/train_ldm.py", *settings, f"output={straight}", "training.steps=12")
-    run("train/train_ldm.py", *settings, f"output={stopped}", "training.steps=6")
-    run("train/train_ldm.py", *settings, f"output={stopped}", "training.steps=12")
+    stopped = shutil.copytree(straight, tmp_path / "stopped")
+    shutil.rmtree(stopped / "checkpoints/step-00000012")
+    done = run("train/train_ldm.py", *settings, f"output={stopped}", "training.steps=12")
+    assert "resumed from step 6 of 12" in done.stdout
     assert losses(stopped) == losses(straight)
     part = "checkpoints/step-00000012/part-00000.safetensors"
     assert (stopped / part).read_bytes() == (straight / part).read_bytes()
@@ -160,10 +145,6 @@ def flip_a_byte(folder: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def delete_a_file(folder: Path) -> None:
-    (folder / "part-00001.safetensors").unlink()
-
-
 def swap_two_parts(folder: Path) -> None:
     parts = [folder / f"part-0000{rank}.safetensors" for rank in (0, 1)]
     parts[0].rename(folder / "other")
@@ -171,7 +152,7 @@ def swap_two_parts(folder: Path) -> None:
     (folder / "other").rename(parts[1])
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, delete_a_file, swap_two_parts])
+@pytest.mark.parametrize("damage", [flip_a_byte, swap_two_parts])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     latents: Path, undisturbed: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -202,28 +183,25 @@ def test_a_disk_that_is_full_ends_it_with_a_sentence_and_room_mends_it(
     done = run("train/train_ldm.py", *arguments, ranks=2, check=False)
     assert re.search(r"error: .*No space left on device.*: make (room|some), and start again to go on", done.stderr)
     assert re.search(r"exitcode +: 2 ", done.stderr)
-    assert [path.name for path in complete_checkpoints(output / "checkpoints")] == ["step-00000030"]
+    assert complete_checkpoints(output / "checkpoints") == ["step-00000030"]
     subprocess.run(["mount", "-o", "remount,size=99m", small_disk], check=True)
     again = run("train/train_ldm.py", *arguments, ranks=2)
     assert "resumed from step 30 of 60" in again.stdout
     assert losses(output) == losses(undisturbed)
 
 
-def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: Path) -> None:
     arguments = [f"input={latents}", *SETTINGS]
     kept = (undisturbed / "config.yaml").read_bytes()
-    cases = [
-        ([f"output={undisturbed}", "seed=1"], "seed was 0 and is 1"),
-        ([f"output={undisturbed}", "engine.dtype=bf16"], "dtype was fp32 and is bf16"),
-        ([f"output={undisturbed}", "unet.norm_groups=2"], "unet.norm_groups was 4 and is 2"),
-        ([f"output={undisturbed}", "training.resume=never"], "resume=never"),
-        ([f"output={tmp_path / 'new'}", "training.resume=must"], "no intact checkpoint"),
-    ]
-    for options, sentence in cases:
-        done = run("train/train_ldm.py", *arguments, *options, check=False)
-        assert done.returncode == 2, done.stderr
-        assert sentence in done.stderr
-        assert "Traceback" not in done.stderr
+    others = {
+        "seed=1": "seed was 0 and is 1",
+        "engine.dtype=bf16": "dtype was fp32 and is bf16",
+        "unet.norm_groups=2": "unet.norm_groups was 4 and is 2",
+    }
+    done = run("train/train_ldm.py", *arguments, f"output={undisturbed}", *others, check=False)
+    assert done.returncode == 2, done.stderr
+    assert [sentence for sentence in others.values() if sentence not in done.stderr] == []
+    assert "Traceback" not in done.stderr
     assert (undisturbed / "config.yaml").read_bytes() == kept
 
 

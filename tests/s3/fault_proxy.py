@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
+NO_END = float("inf")
 
 
 class Request(NamedTuple):
@@ -25,6 +26,7 @@ class FaultProxy:
     faults: what becomes of the next requests, one each. "slow down", "500", "reset", "stall before": not handed on.
     "stall", "short": half of what a GET asks for; of others the answer alone is lost. "": none.
     always: what becomes of every request once those are used up. stop: ends stalls.
+    writes_left: so many PUTs and DELETEs are handed on, and from the next one on no request is: the client was killed.
     """
 
     def __init__(self, target: int) -> None:
@@ -35,6 +37,7 @@ class FaultProxy:
         self.faults: deque[str] = deque()
         self.always = ""
         self.only = ""  # methods that faults are for: all
+        self.writes_left = NO_END
         handler = type("Handler", (_Handler,), {"proxy": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -55,9 +58,14 @@ class FaultProxy:
         with self.lock:
             self.stop = threading.Event()
             self.requests, self.faults, self.always, self.only = [], deque(), "", ""
+            self.writes_left = NO_END
 
     def next_fault(self, method: str) -> str:
         with self.lock:
+            if method in ("PUT", "DELETE"):
+                self.writes_left -= 1
+            if self.writes_left < 0:
+                return "reset"
             if self.only and method not in self.only:
                 return ""
             return self.faults.popleft() if self.faults else self.always

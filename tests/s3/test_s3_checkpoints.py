@@ -21,6 +21,7 @@ from data_pipeline.errors import UserError
 from train import checkpoint, checkpoint_writer
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import Places, complete_checkpoints, ema_weights
+from train.checkpoint_stores import InBucket
 from train.ema import Ema
 from train.engine import EngineConfig
 from train.fragments import Fragment
@@ -31,6 +32,7 @@ from train.train_state import TrainState
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 LENGTH = 3000  # of the one parameter
+WRITES = 2 * 3 + 2 + 2 + 5  # two parts and notes, which go again; EMA, state; manifest, latest; the step before
 FAULTS = ["slow down", "500", "reset", "stall before", "stall", "short"]
 
 
@@ -38,6 +40,7 @@ FAULTS = ["slow down", "500", "reset", "stall before", "stall", "short"]
 def in_a_hurry(monkeypatch):
     monkeypatch.setenv("STORE_DEADLINE_S", "10")
     monkeypatch.setattr(s3, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(InBucket, "pause", 0.02)
 
 
 class Slice:
@@ -307,7 +310,9 @@ def test_who_was_taken_over_publishes_nothing_more(start, place):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_saves_and_resumes_heal(start, place, proxy, monkeypatch, fault):
     """Every third answer is spoilt."""
-    monkeypatch.setenv("STORE_DEADLINE_S", "1" if "stall" in fault else "10")
+    if "stall" in fault:
+        monkeypatch.setenv("STORE_DEADLINE_S", "0.5")
+        monkeypatch.setenv("STORE_ATTEMPTS", "20")  # a busy machine may miss that deadline, too
     run = start()
     run.resume()
     proxy.faults += ["", "", fault] * 3
@@ -320,15 +325,14 @@ def test_saves_and_resumes_heal(start, place, proxy, monkeypatch, fault):
 
 
 def test_killed_between_any_two_requests_of_a_save(start, place, proxy, monkeypatch):
-    """Nothing from its n-th request on reaches the store; who comes after finds the step before, or this one."""
-    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 0.3)
+    """Nothing from its n-th write on reaches the store: what it reads between two of them leaves no trace. Who comes
+    after finds the step before, or this one."""
     run, found, step = start(keep=1), [], 1
     run.resume()
     run.save(step)
     for number in itertools.count():
         proxy.clear()
-        proxy.faults.extend([""] * number)
-        proxy.always = "reset"
+        proxy.writes_left = number
         try:
             with monkeypatch.context() as dead:
                 dead.setenv("STORE_ATTEMPTS", "1")
@@ -343,7 +347,7 @@ def test_killed_between_any_two_requests_of_a_save(start, place, proxy, monkeypa
             run.save(step := step + 2)
             assert steps(place) == [step]
     proxy.clear()
-    assert len(found) > 12
+    assert len(found) == WRITES
     assert found == sorted(found)
     assert set(found) == {0, 1}
     assert steps(place) == [step + 1]
