@@ -45,8 +45,7 @@ class Configuration(NamedTuple):
         return f"zero{self.stage}-accumulation{self.accumulation}-clipping{self.clipping:g}"
 
 
-HOW = [(1, 0.05), (4, 0.0), (4, 0.05)]  # accumulation, clipping; what the fourth would show is in the first two
-CONFIGURATIONS = [Configuration(stage, *how) for stage, how in itertools.product((0, 1, 2, 3), HOW)]
+CONFIGURATIONS = list(itertools.starmap(Configuration, itertools.product((0, 1, 2, 3), (1, 4), (0.0, 0.05))))
 
 
 def network(root: str) -> ConditionedUNet:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from recording_objective import read_records
 from safetensors.torch import load_file
-from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, losses, run, write_splits
+from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, losses, metric_rows, run, write_splits
 from torch import Tensor
 
 from train.fragments import gathered
@@ -19,7 +19,7 @@ from train.fragments import gathered
 STEPS, STREAMS = 16, 8
 SETTINGS = [
     *TINY_UNET, *NO_ENCODERS, f"training.steps={STEPS}", "training.batch_size=16", "training.log_every=1",
-    "training.save_every=4", "training.keep_checkpoints=9", "validate_every=null",
+    "training.save_every=4", "training.keep_checkpoints=9", "validate_every=4",
     "objective._target_=recording_objective.RecordingObjective",
     # Adam divides a gradient by its own size, also where it is zero but for rounding: an eps above that.
     "optimizer.eps=1e-5", "optimizer.schedule.kind=constant", "optimizer.schedule.warmup=6",
@@ -63,6 +63,10 @@ def as_numbers(folder: Path) -> list[float]:
     return [float.fromhex(loss) for _, loss in sorted(losses(folder).items())]
 
 
+def heldout_losses(folder: Path) -> list[float]:
+    return [row["heldout_loss"] for row in metric_rows(folder) if "heldout_loss" in row]
+
+
 def test_ranks_and_stages_may_change_on_the_way(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The same samples, noise and times in each stream of each step; losses, weights, moments and EMA to rounding."""
     chain = [(1, 1), (2, 2), (4, 3), (2, 2)]  # ranks, stage
@@ -81,6 +85,9 @@ def test_ranks_and_stages_may_change_on_the_way(latents: Path, undisturbed: Path
     assert records == expected
     assert sorted(losses(output)) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(as_numbers(output), as_numbers(undisturbed), rtol=1e-5)
+    heldout = [heldout_losses(folder) for folder in (output, undisturbed)]
+    assert len(heldout[1]) == STEPS // 4
+    np.testing.assert_allclose(*heldout, rtol=1e-5)
     for kind, most in (("weight", 1e-5), ("ema", 1e-5), ("exp_avg", 1e-6), ("exp_avg_sq", 1e-7)):
         got = tensors(output, kind)
         for name, value in tensors(undisturbed, kind).items():
