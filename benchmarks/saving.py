@@ -34,7 +34,9 @@ class Training:
         self.engine, self.stream = engine(channels, batch, ranks), batches(batch, ranks)
         self.ema, self.state = Ema(self.engine.master_shards(), 0.999), TrainState(10**6)
         self.checkpoints = {
-            asynchronous: Checkpoints(output / str(asynchronous), ranks, {}, "network.", 1, asynchronous=asynchronous)
+            asynchronous: Checkpoints(
+                output / str(asynchronous) / "checkpoints", ranks, {}, "network.", 1, asynchronous=asynchronous
+            )
             for asynchronous in (True, False)
         }
         for checkpoints in self.checkpoints.values():
