@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +27,20 @@ TINY_UNET = [
     "unet.channels=[8,16]", "unet.norm_groups=4", "unet.heads=2", "unet.context_dim=6", "unet.vector_dim=5",
 ]  # fmt: skip
 NO_ENCODERS = ["autoencoder.path=none", "clip.path=none", "preview_every=null", "training.wandb_project=null"]
+
+
+def tar_of(members: Iterable[tuple[str, bytes] | tarfile.TarInfo]) -> bytes:
+    """A tar of (name, bytes) and ready TarInfos."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return buffer.getvalue()
 
 
 def write_latents(

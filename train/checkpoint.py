@@ -15,12 +15,10 @@ waits for all notes, and then publishes (checkpoint_stores.py: by a rename, or i
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +29,7 @@ from data_pipeline import storage
 from data_pipeline.errors import DataError, UserError
 from train.checkpoint_files import MANIFEST, STEP, Facts, Places, step_of
 from train.checkpoint_stores import store_of
-from train.checkpoint_writer import Writer, part_name
+from train.checkpoint_writer import Writer, Writing, part_name
 from train.ema import Ema
 from train.engine import Engine
 from train.fragments import Copies, copied_pieces, files_needed, fill
@@ -41,7 +39,6 @@ from train.train_state import TrainState
 
 log = logging.getLogger(__name__)
 RESUME = ("auto", "must", "never")
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
 class Found(NamedTuple):
@@ -78,7 +75,7 @@ class Checkpoints:
         self.store = store_of(self.places.checkpoints, scratch, ranks.rank)
         self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, keep, keep_every)
         self.at: int | None = None  # the step last saved or resumed from
-        self.writing: _Writing | None = None
+        self.writing: Writing | None = None
         self.copies: Copies = {}  # kept: new memory would take training several times as long to fill
 
     def save(self, engine: Engine, ema: Ema, state: TrainState) -> None:
@@ -98,7 +95,7 @@ class Checkpoints:
             "shapes": engine.shapes,
         }
         name, mark, self.at = f"step-{state.step:08d}", self.writer.next_mark(), state.step
-        self.writing = _Writing(lambda: self.writer.write(name, mark, pieces, about))
+        self.writing = Writing(lambda: self.writer.write(name, mark, pieces, about))
         if not self.asynchronous:
             self.finish()
 
@@ -318,31 +315,6 @@ class Checkpoints:
             )
         if differing and self.ranks.is_main:
             log.warning("going on although %s (training.may_change)", "; ".join(differing.values()))
-
-
-class _Writing(threading.Thread):
-    """A save on its way. A daemon: a process that fails does not wait for it."""
-
-    def __init__(self, write: Callable[[], None]) -> None:
-        super().__init__(daemon=True, name="checkpoint")
-        self.write, self.error = write, None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.write()
-        except BaseException as error:  # raised by raise_if_failed
-            self.error = error
-        finally:
-            del self.write  # and the copies, where they are not kept
-
-    def raise_if_failed(self) -> None:
-        if (
-            isinstance(self.error, OSError) and self.error.errno in UNWRITABLE
-        ):  # others may pass: then starting again helps
-            raise UserError(f"the checkpoint can't be written ({self.error}): make room, and start again to go on.")
-        if self.error is not None:
-            raise self.error
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import secrets
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from train.tensor_files import facts_read_back, save_tensors
 
 PATIENCE_S = 1800.0  # for the slowest rank's part
 LONGEST_PAUSE = 5.0
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # for the user to mend
 
 
 class Writer:
@@ -149,6 +153,30 @@ class Writer:
         """By another process, whose checkpoints these are now."""
         if self.elsewhere and (self.store.read(OWNER) or b"").split()[-1:] != [self.attempt.encode()]:
             raise UserError(f"{self.store.root} was taken over by another process: see that only one trains into it.")
+
+
+class Writing(threading.Thread):
+    """A save on its way. A daemon: a process that fails does not wait for it."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        super().__init__(daemon=True, name="checkpoint")
+        self.write, self.error = write, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.write()
+        except BaseException as error:  # raised by raise_if_failed
+            self.error = error
+        finally:
+            del self.write  # and the copies, where they are not kept
+
+    def raise_if_failed(self) -> None:
+        """A UserError for what only the user can mend; anything else as it is, for a new start may pass it."""
+        if isinstance(self.error, OSError) and self.error.errno in UNWRITABLE:
+            raise UserError(f"the checkpoint can't be written ({self.error}): make room, and start again to go on.")
+        if self.error is not None:
+            raise self.error
 
 
 def part_name(rank: int) -> str:

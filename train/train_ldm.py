@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -61,15 +61,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     sampler.times(process, sampler.steps)  # refuses steps that there can't be
     instantiate(cfg.guidance, _convert_="all")  # likewise
     data = Manifest.load(f"{cfg.input}/train")
-    recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
-    if data.kind == "latents":
-        autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
-        facts = LatentFacts.of(f"{cfg.input}/train", data, cfg.fold, cfg.scaling_factor)
-    else:
-        online = OnlineLatents.of(config, instantiate, ranks.device)
-        pictures = first_batches(recipe.make_loader, cfg.training.batch_size, cfg.measured_on, data.samples)
-        autoencoder, facts = online.image, online.facts(pictures, cfg.fold, cfg.scaling_factor)
-        recipe, read = dataclasses.replace(recipe, make_loader=online.loader(recipe.make_loader)), online.read(read)
+    recipe, read, autoencoder, facts = latents_of(cfg, config, data, ranks)
     facts = scaled_as_known(cfg, facts)
     refuse_other_encoders(facts, config, autoencoder)
     torch.manual_seed(cfg.seed)
@@ -114,6 +106,29 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     )
     if ranks.is_main:
         report(run)
+
+
+class Latents(NamedTuple):
+    """What is trained on, by the recipe's loader; `read` gives whole sets of them, autoencoder is for previews."""
+
+    recipe: Recipe
+    read: Callable[..., list[dict[str, Any]]]
+    autoencoder: nn.Module | None
+    facts: LatentFacts
+
+
+def latents_of(cfg: DictConfig, config: dict[str, Any], data: Manifest, ranks: Ranks) -> Latents:
+    """As they are stored; or, of image-text shards, encoded while training."""
+    recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
+    if data.kind == "latents":
+        autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
+        facts = LatentFacts.of(f"{cfg.input}/train", data, cfg.fold, cfg.scaling_factor)
+        return Latents(recipe, read, autoencoder, facts)
+    online = OnlineLatents.of(config, instantiate, ranks.device)
+    pictures = first_batches(recipe.make_loader, cfg.training.batch_size, cfg.measured_on, data.samples)
+    facts = online.facts(pictures, cfg.fold, cfg.scaling_factor)
+    recipe = dataclasses.replace(recipe, make_loader=online.loader(recipe.make_loader))
+    return Latents(recipe, online.read(read), online.image, facts)
 
 
 def refuse_other_encoders(facts: LatentFacts, config: dict[str, Any], autoencoder: nn.Module | None) -> None:

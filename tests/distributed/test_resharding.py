@@ -11,7 +11,7 @@ import pytest
 import torch
 from recording_objective import read_records
 from safetensors.torch import load_file
-from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, losses, metric_rows, run, write_splits
+from synthetic import NO_ENCODERS, ROOT, TINY_UNET, losses, metric_rows, run
 from torch import Tensor
 
 from train.fragments import gathered
@@ -37,11 +37,6 @@ def recording() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
         yield
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_splits(tmp_path_factory.mktemp("latents"), TINY_LATENTS)
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,12 @@ import pytest
 from synthetic import (
     NO_ENCODERS,
     ROOT,
-    TINY_LATENTS,
     TINY_UNET,
     command,
     environment,
     losses,
     metric_rows,
     run,
-    write_splits,
 )
 
 from train.checkpoint_files import complete_checkpoints, step_of
@@ -39,11 +37,6 @@ SETTINGS = [
     *TINY_UNET, *NO_ENCODERS, f"training.steps={STEPS}", "training.save_every=30", "training.batch_size=16",
     "training.log_every=1", "engine=zero2", "validate_every=null",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_splits(tmp_path_factory.mktemp("latents"), TINY_LATENTS)
 
 
 @pytest.fixture(scope="module")

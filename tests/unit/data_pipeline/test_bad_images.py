@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic import tar_of
 
 from data_pipeline import codec
 from data_pipeline.errors import DataError, UserError
@@ -47,23 +48,9 @@ def bomb(side=50_000):
     )
 
 
-def tar_of(*members):
-    """A tar of (name, bytes) and ready TarInfos."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                tar.addfile(info, io.BytesIO(member[1]))
-    return buffer.getvalue()
-
-
 def judged(*members):
     """(key, reason or "") of each sample of a tar."""
-    data = tar_of(*members)
+    data = tar_of(members)
     return [(each.entry.key, each.reason) for each in (inspected(entry, data) for entry in scan(data, "a.tar"))]
 
 
@@ -201,7 +188,7 @@ def test_numbers_that_json_has_not_are_none():
 
 def small_tar():
     members = [(f"{i:03d}.{e}", d) for i in range(3) for e, d in (("png", encoded()), ("txt", b"a cat"))]
-    return tar_of(*members), 3
+    return tar_of(members), 3
 
 
 def test_a_tar_that_was_cut_at_any_block_is_named():
@@ -286,7 +273,7 @@ class Runs:
 def test_members_of_other_kinds_are_never_loaded():
     bad = pickle.dumps(Runs())
     members = [("a.png", encoded()), ("a.txt", b"a cat"), *[(f"a.{e}", bad) for e in ("pkl", "pyd", "pt", "npy", "py")]]
-    data = tar_of(*members)
+    data = tar_of(members)
     (sample,) = [inspected(entry, data) for entry in scan(data, "a.tar")]
     assert set(sample.entry.members) == {"png", "txt"}
     assert not os.path.exists("/tmp/a-pickle-was-loaded")
@@ -298,7 +285,7 @@ def test_members_of_other_kinds_are_never_loaded():
 def test_interleaved_samples_are_put_together_and_repeated_ones_told_apart():
     picture, other = encoded(), encoded(size=(9, 9))
     interleaved = [("a.png", picture), ("b.png", other), ("b.txt", b"b"), ("a.txt", b"a")]
-    data = tar_of(*interleaved)
+    data = tar_of(interleaved)
     samples = [inspected(entry, data) for entry in scan(data, "a.tar")]
     assert [(s.candidate.caption, s.candidate.sides()) for s in samples] == [("a", (24, 16)), ("b", (9, 9))]
     assert judged(("a.png", picture), ("a.txt", b"1"), ("a.png", other), ("a.txt", b"2")) == [("a", ""), ("a", "")]
@@ -326,7 +313,7 @@ def test_the_same_samples_as_a_source_of_make_shards(tmp_path):
     failed = json.dumps({"caption": "gone", "status": "failed_to_download"}).encode()
     members = [("a.png", encoded()), ("a.txt", b" a cat "), ("b.json", failed), ("c.png", b""), ("c.txt", b"c"),
                ("d.png", encoded()), ("d.txt", b"\xff"), ("e.txt", b"e")]  # fmt: skip
-    (tmp_path / "00000.tar").write_bytes(tar_of(*members))
+    (tmp_path / "00000.tar").write_bytes(tar_of(members))
     (tmp_path / "00000_stats.json").write_text("{}")
     items = list(Tars(str(tmp_path)).items())
     assert [item.caption for item in items] == ["a cat", "gone", "c", None, "e"]

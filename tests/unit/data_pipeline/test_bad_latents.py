@@ -11,7 +11,7 @@ import types
 
 import numpy as np
 import pytest
-from synthetic import write_latents
+from synthetic import tar_of, write_latents
 
 from data_pipeline import codec, storage
 from data_pipeline.epoch_plan import Place
@@ -60,20 +60,6 @@ def members_in(root):
     data = (root / "shards/000000.tar").read_bytes()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return [(member.name, tar.extractfile(member).read()) for member in tar]
-
-
-def tar_of(members):
-    """A tar of (name, bytes) and ready TarInfos."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                tar.addfile(info, io.BytesIO(member[1]))
-    return buffer.getvalue()
 
 
 def put(root, data, index=None, samples=None):
