@@ -19,6 +19,15 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage import write_atomically
 
 REPO = Path(__file__).resolve().parents[1]
+WHAT = {
+    "make_shards": "draw OpenMoji's pictures and write them with their names as image-text shards",
+    "train_autoencoder": "train the first stage: pictures to latents and back",
+    "train_clip": "train the text encoder: names beside pictures",
+    "precompute_latents": "encode all pictures and names once",
+    "train_ldm": "train the U-Net to draw latents from names",
+    "sample_images": "draw a few prompts",
+    "evaluate_ldm": "draw training and held-out names, and compare with the real pictures",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +74,39 @@ def main(cfg: DictConfig) -> None:
     names = [stage.name for stage in chain]
     if cfg.only is not None and cfg.only not in names:
         raise UserError(f"only={cfg.only} is no stage: take one of {', '.join(names)}.")
+    say_what_is_to_come(chain, Path(cfg.output), cfg.demo.measured)
     notes = run_chain(chain, Path(cfg.output), cfg.only)
+    say_minutes(notes)
     if cfg.only is None:
         summarise(Path(cfg.output), notes)
+
+
+def say_what_is_to_come(chain: Sequence[Stage], output: Path, measured: DictConfig) -> None:
+    """What each stage does and about how long it takes here: a measured run's minutes times this machine's slowness.
+
+    measured: {calibration_s, minutes: {stage: minutes}} of one run; a calibration of three seconds is made here.
+    """
+    ahead = [stage for stage in chain if finished_before(stage, output) is None]
+    if not ahead:
+        return
+    from train.calibration import calibration_seconds  # torch takes two seconds to import
+
+    slowness = calibration_seconds() / measured.calibration_s
+    minutes = {stage.name: slowness * measured.minutes[stage.name] for stage in ahead}
+    print(
+        f"quickstart: {len(ahead)} of {len(chain)} stages are to run, about {sum(minutes.values()):.0f} minutes on "
+        f"this machine ({slowness:.1f} times what was measured on the machine that docs/demo.md names)"
+    )
+    for name, expected in minutes.items():
+        print(f"  {name:<20} {expected:5.1f} min  {WHAT[name]}")
+    sys.stdout.flush()
+
+
+def say_minutes(notes: dict[str, dict[str, Any]]) -> None:
+    """A line for each stage."""
+    print("\nquickstart: minutes taken")
+    for name, note in notes.items():
+        print(f"  {name:<20} {note['seconds'] / 60:5.1f} min")
 
 
 def run_chain(chain: Sequence[Stage], output: Path, only: str | None = None) -> dict[str, dict[str, Any]]:
