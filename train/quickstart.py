@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,24 +82,26 @@ def main(cfg: DictConfig) -> None:
 
 
 def say_what_is_to_come(chain: Sequence[Stage], output: Path, measured: DictConfig) -> None:
-    """What each stage does and about how long it takes here: a measured run's minutes times this machine's slowness.
-
-    measured: {calibration_s, minutes: {stage: minutes}} of one run; a calibration of three seconds is made here.
-    """
-    ahead = [stage for stage in chain if finished_before(stage, output) is None]
+    """The stages that are to run, each with about how long it takes on this machine by a calibration of 3 seconds."""
+    ahead = [stage.name for stage in chain if finished_before(stage, output) is None]
     if not ahead:
         return
     from train.calibration import calibration_seconds  # torch takes two seconds to import
 
     slowness = calibration_seconds() / measured.calibration_s
-    minutes = {stage.name: slowness * measured.minutes[stage.name] for stage in ahead}
+    minutes = expected_minutes(ahead, measured.minutes, slowness)
     print(
-        f"quickstart: {len(ahead)} of {len(chain)} stages are to run, about {sum(minutes.values()):.0f} minutes on "
-        f"this machine ({slowness:.1f} times what was measured on the machine that docs/demo.md names)"
+        f"quickstart: {len(ahead)} of {len(chain)} stages are to run, about {sum(minutes.values()):.1f} minutes on "
+        f"this machine (a calibration took {slowness:.1f} times as long as on the one that docs/demo.md names)"
     )
     for name, expected in minutes.items():
         print(f"  {name:<20} {expected:5.1f} min  {WHAT[name]}")
     sys.stdout.flush()
+
+
+def expected_minutes(names: Sequence[str], measured: Mapping[str, float], slowness: float) -> dict[str, float]:
+    """Of each stage, from the minutes of a measured run and how many times slower this machine is."""
+    return {name: slowness * measured[name] for name in names}
 
 
 def say_minutes(notes: dict[str, dict[str, Any]]) -> None:
