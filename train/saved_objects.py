@@ -70,8 +70,9 @@ class Checked:
             return functools.partial(self.make, **given) if given else self.make
         try:
             return self.make(**given)
-        except UserError:
-            raise
+        except UserError as error:
+            file = self.where.rpartition(": ")[0]
+            raise (DataError(f"{file}: {error}") if file else error) from error
         except Exception as error:  # whatever a constructor makes of values that pass one by one
             raise DataError(f"{self.where} can't be made of its arguments ({_brief(error)}).") from error
 

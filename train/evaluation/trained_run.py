@@ -72,7 +72,7 @@ def open_run(
     unet = checked(config["unet"], "unet", f"{where}unet")  # before the weights, which take long
     make_objective = build(config["objective"], "objective", f"{where}objective")
     for group in ("sampler", "guidance"):
-        checked(config[group], group, where + group)
+        build(config[group], group, where + group)
     weights = ema_weights(folder, step)
     facts = LatentFacts.of_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

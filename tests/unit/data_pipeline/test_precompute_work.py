@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from precompute_process import SMALL, Table
@@ -39,6 +38,7 @@ from train.evaluation.distances import psnr
 from train.latent_data import LatentFacts
 from train.models.autoencoder import AutoencoderKL
 from train.models.conditioning import StoredText
+from train.saved_objects import build
 
 
 class Counted:
@@ -322,7 +322,7 @@ def test_text_without_the_pooled_vector(tmp_path, picture):
     manifest = Manifest.load(tmp_path / "out")
     assert set(manifest.fields) == {"moments.npy", "text.npy", "json"}
     assert set(load_file(tmp_path / "out/null.safetensors")) == {"text"}
-    again = instantiate(manifest.info["conditions"]["text"])
+    again = build(manifest.info["conditions"]["text"], "conditions", "text")
     assert again.fields == ("text",)
     conditioner = StoredText(LatentFacts.of(str(tmp_path / "out"), manifest, 1))
     assert (conditioner.context_dim, conditioner.vector_dim) == (1, None)
