@@ -71,8 +71,9 @@ class Checked:
         try:
             return self.make(**given)
         except UserError as error:
-            file = self.where.rpartition(": ")[0]
-            raise (DataError(f"{file}: {error}") if file else error) from error
+            if file := self.where.rpartition(": ")[0]:
+                raise DataError(f"{file}: {error}") from error
+            raise
         except Exception as error:  # whatever a constructor makes of values that pass one by one
             raise DataError(f"{self.where} can't be made of its arguments ({_brief(error)}).") from error
 
