@@ -332,7 +332,7 @@ def test_an_output_begun_by_an_earlier_version_is_gone_on_with(tmp_path, picture
     precompute(images, out, using(conditions={"text": Text(False)}))
     assert "6 encoded, 6 there already" in capsys.readouterr().out
     assert (out / "manifest.json").read_bytes() == whole
-    with pytest.raises(UserError, match="conditions was .*pooled.* and is"):
+    with pytest.raises(UserError, match=r"conditions was .*pooled.* and is"):
         precompute(images, out, using())
 
 

@@ -212,9 +212,8 @@ def places_and_kinds() -> Iterator[Any]:
     """All kinds at two places; at the others the plainest and a quarter of the rest, in turn."""
     for i, place in enumerate(IN_CONFIG):
         for j, kind in enumerate(KINDS):
-            kept = (
-                place in ("unet", "sampler.function") or kind in ("writes a file", "holds another") or (i + j) % 4 == 0
-            )
+            plainest = kind in ("writes a file", "holds another")
+            kept = place in ("unet", "sampler.function") or plainest or (i + j) % 4 == 0
             yield pytest.param(place, kind, marks=() if kept else pytest.mark.exhaustive)
 
 
