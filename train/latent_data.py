@@ -102,7 +102,9 @@ class LatentFacts:
 
     def classes(self, condition: str) -> Sequence[str]:
         """The class names of a condition; conditioners look them up by number."""
-        return self.conditions[condition]["classes"]
+        names = self.conditions.get(condition, {}).get("classes")
+        refuse_wrong_kinds({"classes": names}, {"classes": Sequence[str]}, f"what the latents hold of {condition}")
+        return names
 
     def refuse_other_encoders(self, autoencoder: str | None, clip: str | None) -> None:
         """Latents or text states that the encoders of these fingerprints did not make; None: unknown, not checked."""

@@ -72,7 +72,7 @@ class Checked:
             return self.make(**given)
         except UserError as error:
             if file := self.where.rpartition(": ")[0]:
-                raise DataError(f"{file}: {error}") from error
+                raise type(error)(f"{file}: {error}") from error
             raise
         except Exception as error:  # whatever a constructor makes of values that pass one by one
             raise DataError(f"{self.where} can't be made of its arguments ({_brief(error)}).") from error
@@ -91,8 +91,8 @@ def checked(saved: Any, group: str, where: str, own: Collection[Target] = ()) ->
         raise DataError(f"{where} must be a table with the name of what it is, and is {_brief(saved)}.")
     make, reference = _looked_up(saved, group, where, own)
     heads = {"_target_", "path"} if reference else {"_target_"} if "_target_" in saved else {"name"}
-    if "_target_" in saved and saved.get("_partial_") is True:  # of the user's own, as their conf/ has it
-        heads, reference = heads | {"_partial_"}, True
+    if "_target_" in saved:  # of the user's own: in the notation of their conf/
+        heads, reference = heads | {"_partial_", "_convert_"}, reference or saved.get("_partial_") is True
     given = {name: value for name, value in saved.items() if name not in heads}
     return _with_arguments(make, given, about, where, own, reference)
 

@@ -81,7 +81,7 @@ def open_run(
     parts = {name: build(entry, "conditioning", f"{where}conditioning.{name}") for name, entry in given}
     network = network_of(unet.arguments, unet.build, parts, facts)
     autoencoder, clip = (
-        build(with_path(config[name], path), name, where + name).to(device) if needed else None
+        build(with_path(config[name], path), name, name if path else where + name).to(device) if needed else None
         for name, path, needed in (("autoencoder", autoencoder_path, True), ("clip", clip_path, uses_clip(conditions)))
     )
     facts.refuse_other_encoders(autoencoder.fingerprint, clip.fingerprint if clip else None)
