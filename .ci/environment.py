@@ -156,7 +156,7 @@ def build(venv: Path, before: Made | None, want: Made, reason: str | None, lock:
     else:
         print(f"Setting up .venv anew: {reason}." if reason else "Setting up .venv, this once.", flush=True)
         announce(venv, want, system)
-        make_venv(venv, want, system)
+        make_venv(venv, want, system, lock)
     try:
         install(venv, want, system, lock)
     except Refused:
@@ -188,12 +188,13 @@ def check_python(want: Made) -> None:
         )
 
 
-def make_venv(venv: Path, want: Made, system: SystemTorch | None) -> None:
+def make_venv(venv: Path, want: Made, system: SystemTorch | None, lock: int) -> None:
     for path in venv.iterdir():
         if path.name not in KEPT:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     options = ["--system-site-packages"] if system else []
-    done = subprocess.run([want.python, "-m", "venv", *options, str(venv)], capture_output=True, text=True, check=False)
+    command = [want.python, "-m", "venv", *options, str(venv)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock])
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines() or [f"exit {done.returncode}"]
         raise Refused(f"{want.python} -m venv failed: {said[-1]}")

@@ -141,12 +141,14 @@ class View:
 
     def __init__(self, out: IO[str], live: bool) -> None:
         self.out, self.live = out, live
-        self.now, self.since, self.cuda = "", time.monotonic(), False
+        self.now, self.wheel, self.since, self.cuda = "", "", time.monotonic(), False
 
     def show(self, line: str, whole: bool) -> None:
         if whole:
             self._whole(line)
-        if line and line != self.now and (whole or "━" in line):
+        if "━" in line:
+            self.now = f"{self.wheel} {line}"
+        elif line and whole and not line.startswith("WARNING:"):
             self.now = line
         if self.live:
             seconds = int(time.monotonic() - self.since)
@@ -155,7 +157,9 @@ class View:
             self.out.flush()
 
     def _whole(self, line: str) -> None:
-        if (fetched := FETCHES.match(line)) and large(fetched):
+        if fetched := FETCHES.match(line):
+            self.wheel = Path(fetched["wheel"]).name.partition("-")[0]
+        if fetched and large(fetched):
             self._keep(f"fetching {Path(fetched['wheel']).name} ({fetched['size']} {fetched['unit']})")
         elif fetched and Path(fetched["wheel"]).name.startswith("torch-"):
             self._keep(f"taking {fetched['wheel']}")
