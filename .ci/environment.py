@@ -27,6 +27,8 @@ from pip_run import Refused, run_pip
 ROOT = Path(__file__).resolve().parents[1]
 FETCHED_GB, ON_DISK_GB = 0.4, 1.9  # with torch's build for CPUs
 GPU = Path("/proc/driver/nvidia/version")
+TORCH_FAMILY = ("torch", "torchvision", "xformers", "triton")
+VENV_OPTIONS: tuple[str, ...] = ()
 KEPT = {"lock", "unfinished"}  # of what lies in .venv, when it is made anew
 
 
@@ -192,8 +194,8 @@ def make_venv(venv: Path, want: Made, system: SystemTorch | None, lock: int) -> 
     for path in venv.iterdir():
         if path.name not in KEPT:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    options = ["--system-site-packages"] if system else []
-    command = [want.python, "-m", "venv", *options, str(venv)]
+    options = [*VENV_OPTIONS, *(["--system-site-packages"] if system else [])]
+    command = [want.python, "-m", "venv", *options, str(venv.resolve())]  # it takes no link
     done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock])
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines() or [f"exit {done.returncode}"]
@@ -213,7 +215,7 @@ class SystemTorch:
 
 def torch_of_system(want: Made) -> SystemTorch:
     versions = {}
-    for name in ("torch", "torchvision", "xformers", "triton"):
+    for name in TORCH_FAMILY:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
