@@ -8,7 +8,7 @@ lines, such as torch; its `main(cfg)` is called, and the process ends. So script
 What torch does not need and few runs do is imported where it is used, in the function that needs it: deepspeed by
 `Engine`, open_clip by `train/models/open_clip_alone.py`, wandb, matplotlib, s3fs, pyarrow and webdataset by their
 owners. A value that a dataclass refuses is then refused by torch's import and little else.
-`tests/test_what_is_imported.py` holds both for all entries.
+`tests/unit/test_what_is_imported.py` holds both for all entries.
 """
 
 from __future__ import annotations
