@@ -1,4 +1,5 @@
-"""The only importer of deepspeed: initialisation, one step, and the fp32 master weights wherever ZeRO keeps them."""
+"""The only importer of deepspeed, at first use: initialisation, one step, and the fp32 master weights wherever ZeRO
+keeps them."""
 
 from __future__ import annotations
 
@@ -8,15 +9,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
 import torch
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it guesses, and warns
-
-import deepspeed
-from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -136,7 +132,7 @@ class Engine:
         batch_size: int,
         accumulation: int,
     ) -> None:
-        _quieten()
+        deepspeed = _deepspeed()
         self.ranks, self.accumulation, self.optimizer = ranks, accumulation, optimizer
         self.config, self.norm = config, torch.tensor(0.0)
         micro_batch = batch_size // (ranks.world_size * accumulation)
@@ -206,6 +202,7 @@ class Engine:
 
         Collective: all ranks must call it. `prefix` keeps the names below it, and takes it off.
         """
+        safe_get_full_fp32_param = _deepspeed().utils.safe_get_full_fp32_param
         with self._masters_replaced_by(shards):
             named = {}
             for name, parameter in self.module.named_parameters():
@@ -321,8 +318,14 @@ def _tune(module: nn.Module, config: EngineConfig) -> None:
         raise UserError("engine.compile and engine.checkpoint_activations are for the U-Net: leave them out here.")
 
 
-def _quieten() -> None:
-    """DeepSpeed's warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
+def _deepspeed() -> ModuleType:
+    """Its warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
+    )  # else it guesses, and warns
+    import deepspeed
+
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")  # its calls
-    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.train_ldm")  # imports the rest when the options are right, and ends
+
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data_pipeline import storage
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.picture_grid import grid, save_png
@@ -41,7 +45,6 @@ from train.weights.published import load_weights
 from train.weights.saved import saved_fingerprint
 
 
-@entry("train_ldm")
 def main(cfg: DictConfig) -> None:
     ranks = find_ranks()
     with closing_distributed():
@@ -254,7 +257,3 @@ def report(run: RunFolder) -> None:
     print(curve_line("train loss", rows, "loss"))
     print(curve_line("held-out loss", rows, "heldout_loss"))
     print(f"train_ldm: finished; config, metrics, samples and checkpoints in {run.path}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
