@@ -133,7 +133,8 @@ def test_begun_where_there_is_bf16_a_run_goes_on_in_it_elsewhere_bit_for_bit(
     assert f"ZeRO stage {stage}, bf16, 1 rank" in done.stdout
     for folder, why in ((straight, "LDT_CPU_BF16=1"), (stopped, "step-00000006; a new run")):
         engine = yaml.safe_load((folder / "config.yaml").read_text())["engine"]
-        assert engine["dtype"] == "bf16" and why in engine["dtype_because"]
+        assert engine["dtype"] == "bf16"
+        assert why in engine["dtype_because"]
     assert losses(stopped) == losses(straight)
     part = "checkpoints/step-00000012/part-00000.safetensors"
     assert (stopped / part).read_bytes() == (straight / part).read_bytes()
