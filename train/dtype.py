@@ -85,10 +85,11 @@ def kept(saved: Saved, best: Chosen, device: torch.device) -> Chosen:
 
 
 def saved_there(places: Places) -> Saved | None:
-    """Of the newest checkpoint."""
+    """Of the newest checkpoint; what is no dtype is left to be refused where all of it is compared."""
     found = newest_whole(places.checkpoints)
-    dtype = found.saved["identity"].get("dtype") if found else None
-    return Saved(storage.join(places.checkpoints, found.name), dtype) if dtype else None
+    identity = found.saved.get("identity") if found else None
+    dtype = identity.get("dtype") if isinstance(identity, dict) else None
+    return Saved(storage.join(places.checkpoints, found.name), dtype) if dtype in tuple(DTYPES) else None
 
 
 def only_fp32(engine: Mapping[str, Any]) -> str | None:
