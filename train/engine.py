@@ -18,20 +18,23 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
+from train.dtype import DTYPES
 from train.flops import of_training
 from train.fragments import Fragment
 from train.optim import AdamW, set_lr
 from train.option_checks import NotNegative, OneOf, Within, refuse_wrong
 from train.ranks import Ranks
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scaler
 OFFLOAD = ("none", "optimizer", "all")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What we rely on of DeepSpeed, each field spelled out: its own defaults clip gradients at 1.0, for one."""
+    """What we rely on of DeepSpeed, each field spelled out: its own defaults clip gradients at 1.0, for one.
+
+    dtype: as dtype.py has chosen it.
+    """
 
     zero_stage: Annotated[int, OneOf((0, 1, 2, 3))] = 1
     dtype: Annotated[str, OneOf(tuple(DTYPES))] = "fp32"
@@ -50,7 +53,7 @@ class EngineConfig:
                 f"engine: DeepSpeed keeps no fp32 master weights for {self.dtype} at ZeRO stage 0; take engine=zero1."
             )
         if self.dtype == "fp16" and not torch.cuda.is_available():
-            raise UserError("engine.dtype=fp16 needs a GPU: take engine.dtype=bf16.")
+            raise UserError("engine.dtype=fp16 needs a GPU: take engine.dtype=auto.")
         self._check_offload()
         if self.compile and self.zero_stage == 3:
             raise UserError("engine.compile=true does not go with ZeRO stage 3: take engine=zero2.")

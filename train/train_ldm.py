@@ -23,8 +23,9 @@ from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.samples import collated
+from train.dtype import DTYPES
 from train.ema import Ema
-from train.engine import DTYPES, Engine
+from train.engine import Engine
 from train.evaluation.generate import Asked, Generator
 from train.evaluation.report import curve_line, plot_curves
 from train.evaluation.trained_run import build_network, used_conditions, uses_clip
@@ -72,10 +73,10 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     if cfg.start_from is not None:
         load_weights(network, cfg.start_from)
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
-    run = RunFolder(cfg.output, "train_ldm", config, ranks)
+    run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
-        print(f"attention: {attention_used(network.unet, DTYPES[cfg.engine.dtype], ranks)}", flush=True)
-    averaged = copy.deepcopy(network).to(ranks.device, DTYPES[cfg.engine.dtype]).eval().requires_grad_(False)
+        print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
+    averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
     heldout = read(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:

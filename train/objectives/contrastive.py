@@ -29,8 +29,8 @@ class Contrastive(nn.Module):
         images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
         if self.shift:
             images = self.shifted(images, random)
-        image, text, scale = self.clip(images, batch.captions)
-        loss = self.clip_loss(image.float(), text.float(), scale.float())
+        image, text, scale = (part.float() for part in self.clip(images, batch.captions))
+        loss = self.clip_loss(image, text, scale)
         right = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
         parts = {"loss": loss.detach(), "batch_top1": right.float().mean()}
         return LossTerms(loss, parts, loss.detach().expand(len(image)))
