@@ -67,7 +67,7 @@ def write_latents(
     save_file(null, root / "null.safetensors")
     fields = {name: {"dtype": "float32", "shape": list(shape)} for name, shape in shapes.items()}
     channels = shapes["moments.npy"][0] // 2
-    conditions = {"text": {"_target_": "data_pipeline.conditions.Text"}}
+    conditions = {"text": {"name": "text"}}
     info = {"latents": {"mean": [0.0] * channels, "std": [1.0] * channels}, "conditions": conditions}
     made_of = {"autoencoder": "none", "text_encoder": "none"}
     Manifest("latents", tuple(shards), {**fields, "json": {}}, info, made_of).save(root)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.saved_names import named
 from train.checkpoint_files import MANIFEST, STEP, Facts, Places, step_of
 from train.checkpoint_stores import store_of
 from train.checkpoint_writer import Writer, Writing, part_name
@@ -70,7 +71,7 @@ class Checkpoints:
         places: Places | None = None,
         scratch: str | None = None,
     ) -> None:
-        self.ranks, self.identity, self.asynchronous, self.may_change = ranks, identity, asynchronous, may_change
+        self.ranks, self.identity, self.asynchronous, self.may_change = ranks, named(identity), asynchronous, may_change
         self.places = places or Places.of(folder.parent, None)
         self.store = store_of(self.places.checkpoints, scratch, ranks.rank)
         self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, keep, keep_every)
@@ -296,7 +297,7 @@ class Checkpoints:
         return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}
 
     def _refuse_what_differs(self, saved: dict[str, Any]) -> None:
-        now, before = _flat(self.identity), _flat(saved["identity"])
+        now, before = _flat(self.identity), _flat(named(saved["identity"]))
         if unknown := set(self.may_change) - (now | before).keys() - {"run_id"}:
             raise UserError(
                 f"training.may_change: {', '.join(sorted(unknown))} is no name of what is compared. That is "

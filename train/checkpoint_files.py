@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import DataError, UserError
+from train.saved_objects import read_config, refuse_wrong_kinds
 
 Facts = dict[str, Any]  # of a file, as its manifest has them: bytes, sha256
 MANIFEST = "manifest.json"
@@ -41,7 +41,8 @@ class Places(NamedTuple):
     def of_run(cls, run: Path) -> Places:
         """As its configuration has it, where it has one."""
         config = run / "config.yaml"
-        training = yaml.safe_load(config.read_text()).get("training", {}) if config.exists() else {}
+        training = (read_config(config).get("training") or {}) if config.exists() else {}
+        refuse_wrong_kinds({"checkpoints": None, **training}, {"checkpoints": str | None}, f"{config}: training")
         return cls.of(run, training.get("checkpoints"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
@@ -24,7 +23,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"single_file={file}: only .safetensors is written; end the name with it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output={output} is there already: choose a new or empty folder.")
-    run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     pipeline = pipeline_of(run)
     pipeline.refuse_unfit(single_file=file is not None)
     pipeline.save_folder(output)
@@ -46,7 +45,8 @@ def pipeline_of(run: TrainedRun) -> Pipeline:
     refuse_trained_conditioners(run.generator.network.conditioner)
     autoencoder = None if run.facts.stored_as == "pixels" else run.image.cpu()
     text = run.text if "text" in run.config["conditioning"] else None
-    scheduler = scheduler_config(run.config["process"], run.config["parameterization"])
+    objective = run.config["objective"]
+    scheduler = scheduler_config(objective["process"], objective["parameterization"])
     return Pipeline.of(run.generator.network.unet.cpu(), autoencoder, text, run.facts.scaling, scheduler)
 
 

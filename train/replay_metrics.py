@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from omegaconf import DictConfig
 
 from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
 from train.reporters import WeightsAndBiases, read_metrics, rows_by_step
+from train.saved_objects import read_config
 
 
 @entry("replay_metrics")
@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
         if not (run / name).exists():
             raise UserError(f"input={run} is not a run's folder: {name} is missing; give the output= of a training.")
     rows = list(rows_by_step(read_metrics(run / "metrics.jsonl"), run / "samples"))
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = read_config(run / "config.yaml")
     project = cfg.project or config["training"].get("wandb_project")
     if not project:
         raise UserError("the run has no training.wandb_project: add project=....")

@@ -13,6 +13,7 @@ from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor, collated
+from data_pipeline.saved_names import named
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves
@@ -83,7 +84,7 @@ def belongs_to(facts: LatentFacts, config: dict[str, Any]) -> dict[str, Any]:
         "mean": facts.mean,
         "std": facts.std,
         "fold": facts.fold,
-        "process": config["process"],
+        "process": named(config["process"]),
     }
     return {"belongs_to": belongs, "class_names": list(facts.classes("label"))}
 

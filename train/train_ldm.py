@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -35,6 +34,7 @@ from train.online_latents import OnlineLatents, first_batches
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
+from train.saved_objects import read_config
 from train.train_state import TrainState
 from train.trainer import Action
 from train.weights.published import load_weights
@@ -133,7 +133,8 @@ def latents_of(cfg: DictConfig, config: dict[str, Any], data: Manifest, ranks: R
 
 def refuse_other_encoders(facts: LatentFacts, config: dict[str, Any], autoencoder: nn.Module | None) -> None:
     """Encoders that did not make these latents, as far as their folders or the loaded first stage tell."""
-    needed, path = uses_clip(used_conditions(config, facts, instantiate)), config["clip"].get("path")
+    where = f"{config['input']}/train/manifest.json"
+    needed, path = uses_clip(used_conditions(config, facts, where)), config["clip"].get("path")
     if needed and path is None:
         encoder = facts.fingerprints["text_encoder"]
         raise UserError(f"clip.path must be given: {encoder} made what is conditioned on; add clip.path=....")
@@ -182,7 +183,7 @@ def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
 
 def refuse_other_classes(cfg: DictConfig, known: LatentFacts, facts: LatentFacts) -> None:
     """A run to start from has a vector for each of its classes, by number: others would be taken for them."""
-    theirs = yaml.safe_load((Path(cfg.start_from) / "config.yaml").read_text()).get("conditioning", {})
+    theirs = read_config(Path(cfg.start_from) / "config.yaml").get("conditioning", {})
     for name in sorted(set(theirs) & set(cfg.conditioning)):
         was, now = (of.conditions.get(name, {}).get("classes") for of in (known, facts))
         if was != now:
