@@ -6,6 +6,8 @@ import pytest
 
 from train.quickstart import Stage, run_chain
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def chain(tmp_path: Path) -> tuple[list[Stage], Path]:
