@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.quickstart")  # imports the rest when the options are right, and ends
+
 import json
 import resource
 import subprocess
@@ -14,7 +19,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.storage import write_atomically
 
@@ -59,7 +63,6 @@ def stages(output: str, extra: DictConfig) -> list[Stage]:
     return [Stage(script, [*arguments, *extra[Path(script).stem]]) for script, arguments in chain]
 
 
-@entry("quickstart")
 def main(cfg: DictConfig) -> None:
     chain = stages(cfg.output, cfg.demo)
     names = [stage.name for stage in chain]
@@ -148,7 +151,3 @@ def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:
         ("all figures", "summary.json"),
     ):
         print(f"  {what:<24} {output / where}")
-
-
-if __name__ == "__main__":
-    main()
