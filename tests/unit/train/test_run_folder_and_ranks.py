@@ -173,7 +173,7 @@ def test_who_does_not_come_to_the_meeting_is_named(no_launcher, monkeypatch):
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "MEETING_TIMEOUT", timedelta(seconds=0.5))
-    with pytest.raises(TimeoutError, match=r"rank\(s\) 1, 2 did not come to 127.0.0.1:[1-9]"):
+    with pytest.raises(TimeoutError, match=r"rank\(s\) 1, 2 did not come to 127.0.0.1"):
         find_ranks()
 
 
