@@ -4,13 +4,11 @@ import io
 import itertools
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic import run
 
 from data_pipeline.errors import UserError
 from data_pipeline.filters import (
@@ -26,8 +24,6 @@ from data_pipeline.filters import (
 )
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def never():
@@ -141,12 +137,11 @@ FILTERS = [
 ]
 
 
+@pytest.mark.processes
 def test_processed_filtered_and_set_aside_are_all_that_was_listed(table_of_pictures, tmp_path):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "data_pipeline.make_shards", "source=table", f"input={table_of_pictures}",
-               f"output={output}", "size=32", "max_aside_fraction=0.1", *FILTERS]  # fmt: skip
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    given = ["source=table", f"input={table_of_pictures}", "size=32", "max_aside_fraction=0.1"]
+    done = run("data_pipeline/make_shards.py", *given, f"output={output}", *FILTERS)
     rated_low = [i for i in range(40) if i % 3 == 0 and i not in (9, 10)]  # 9 lacks a caption: set aside first
     filtered = dict.fromkeys(rated_low, "aesthetic under 5.5")
     filtered |= {4: "shortest side under 32", 5: "aspect over 3", 8: "like a picture before it"}
@@ -169,9 +164,8 @@ def test_processed_filtered_and_set_aside_are_all_that_was_listed(table_of_pictu
     first = min(samples, key=lambda s: s["key"])
     assert (first["caption"], first["meta"]) == ('scene 1, of "forty"', {"file": "p01.png", "aesthetic": 6.0})
 
-    done = subprocess.run([*command[:-4], "filters=[caption_length]", "filters.caption_length.at_least=99",
-                           f"output={tmp_path / 'none'}"], cwd=REPOSITORY, capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
+    none = ["filters=[caption_length]", "filters.caption_length.at_least=99", f"output={tmp_path / 'none'}"]
+    done = run("data_pipeline/make_shards.py", *given, *none, check=False)
     assert done.returncode == 2, done.stderr
     assert "check the source and filters=" in done.stderr
 

@@ -4,27 +4,22 @@ import hashlib
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import img2dataset_run
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic import run
 
 from data_pipeline.epoch_plan import Place
 from data_pipeline.index_shards import AGAIN, KnownKeys
 from data_pipeline.loader import Loader, SampleReader, read_dataset
 from data_pipeline.manifest import Manifest
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-
 
 def start(*arguments):
-    command = [sys.executable, "-m", "data_pipeline.index_shards", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return run("data_pipeline/index_shards.py", *arguments, check=False)
 
 
 def sentence(done, code):
@@ -80,6 +75,7 @@ def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.tar")}
 
 
+@pytest.mark.processes
 def test_foreign_tars_become_a_data_set_untouched(tars):
     before = digests(tars)
     done = start(f"input={tars}", "size=16", "max_aside_fraction=0.1")
@@ -113,6 +109,7 @@ def test_foreign_tars_become_a_data_set_untouched(tars):
     assert "was made otherwise (size: 16 -> 32): remove it" in sentence(start(f"input={tars}", "size=32"), 2)
 
 
+@pytest.mark.processes
 def test_into_another_folder_with_filters(tars, tmp_path):
     output = tmp_path / "set" / "train"
     filters = ["filters=[columns,aspect]", "filters.columns.bounds={aesthetic: {min: 0.5}}", "filters.aspect.at_most=2"]
@@ -134,6 +131,7 @@ def test_into_another_folder_with_filters(tars, tmp_path):
     assert Manifest.load(other).fingerprint != manifest.fingerprint  # the same tars, but other samples
 
 
+@pytest.mark.processes
 def test_past_the_cap_it_stops_with_the_reasons(tars):
     error = sentence(start(f"input={tars}", "max_aside_fraction=0.05"), 3)
     assert "3 of about 44 samples can't be used" in error
@@ -142,6 +140,7 @@ def test_past_the_cap_it_stops_with_the_reasons(tars):
     assert not (tars / "manifest.json").exists()
 
 
+@pytest.mark.processes
 def test_a_run_stops_early_where_most_is_damaged(tmp_path):
     """By what the whole will likely be: not after all tars, and not for the first few samples."""
     for shard in range(4):
@@ -152,6 +151,7 @@ def test_a_run_stops_early_where_most_is_damaged(tmp_path):
     assert not (tmp_path / "00003.idx").exists()
 
 
+@pytest.mark.processes
 def test_all_damaged_tars_are_named_at_once(tars):
     for name in ("00001", "00002"):
         data = (tars / f"{name}.tar").read_bytes()
@@ -163,11 +163,13 @@ def test_all_damaged_tars_are_named_at_once(tars):
     assert not (tars / "manifest.json").exists()
 
 
+@pytest.mark.processes
 def test_fewer_samples_than_img2dataset_says_are_named(tars):
     (tars / "00001_stats.json").write_text(json.dumps({"count": 15, "successes": 13}))
     assert "00001.tar has 12 samples, but" in sentence(start(f"input={tars}", "max_aside_fraction=0.1"), 3)
 
 
+@pytest.mark.processes
 def test_tars_that_all_count_from_zero(tmp_path):
     for shard in range(2):
         write_tar(tmp_path / f"{shard:05d}.tar", [(f"{i:04d}", good(i + shard)) for i in range(4)])
@@ -178,6 +180,7 @@ def test_tars_that_all_count_from_zero(tmp_path):
     assert keys == [f"{shard:05d}/{i:04d}" for shard in range(2) for i in range(4)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -238,6 +241,7 @@ def fetched(tmp_path_factory):
     return stand_in(root)
 
 
+@pytest.mark.processes
 def test_what_img2dataset_wrote_goes_in_untouched(fetched):
     before = digests(fetched)
     done = start(f"input={fetched}", "size=24", "filters=[columns]", "filters.columns.bounds={aesthetic: {max: 5}}")

@@ -80,13 +80,14 @@ def test_starting_at_a_cursor_goes_on_where_it_stopped(images):
         same(one, other)
 
 
+@pytest.mark.processes
 def test_workers_change_nothing_and_hand_on_a_damaged_shard(images):
     without = take(Loader(images, 8, 4, accumulation=2), 10)
     for one, other in zip(take(Loader(images, 8, 4, accumulation=2, num_workers=2), 10), without, strict=True):
         same(one, other)
     spoil(images, "png")
     with pytest.raises(DataError, match=r"^sample key0008 of shard .*000001\.tar: undecodable \.png"):
-        take(Loader(images, 8, 4, num_workers=2), 10)
+        take(Loader(images, 8, 4, num_workers=1), 10)
 
 
 def spoil(root, member, value=b"x", restamp=True):
@@ -103,8 +104,9 @@ def spoil(root, member, value=b"x", restamp=True):
         replace(manifest, shards=tuple(shards)).save(root)
 
 
+@pytest.mark.processes
 def test_a_stop_that_reaches_the_workers_does_not_end_them(images):
-    batches = iter(Loader(images, 8, 4, num_workers=2))
+    batches = iter(Loader(images, 8, 4, num_workers=1))
     got = [next(batches)]
     for worker in multiprocessing.active_children():
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -165,13 +167,14 @@ def test_each_shard_is_opened_once_an_epoch_and_few_are_held(tmp_path, make_imag
     assert max(held) <= 12
 
 
+@pytest.mark.processes
 def test_a_process_that_leaves_takes_its_workers_with_it(images, tmp_path):
     """Workers ignore TERM, by which Python would end them before it waits for them."""
     script = tmp_path / "leaves.py"
     script.write_text(
         "from data_pipeline.loader import Loader\n"
         "if __name__ == '__main__':\n"
-        f"    batches = iter(Loader({str(images)!r}, 8, 4, num_workers=2))\n"
+        f"    batches = iter(Loader({str(images)!r}, 8, 4, num_workers=1))\n"
         "    next(batches)\n"
         "    raise SystemExit(7)\n"
     )

@@ -52,16 +52,21 @@ def live(root, folder, workers, until):
     return process.exitcode
 
 
+WITH_WORKERS = {6: {3: 2}, 20: {7: 1, 13: 3}}  # kills -> in which lives there are worker processes, and how many
+
+
+@pytest.mark.processes
 @pytest.mark.timeout(120)
-def test_twenty_random_kills_change_no_batch(tmp_path, make_images):
-    """Real processes and SIGKILLs, two of the lives with worker processes of their own."""
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_random_kills_change_no_batch(tmp_path, make_images, kills):
+    """Real processes and SIGKILLs."""
     root = make_images(tmp_path / "set", SIZES)
     random.seed(0)
     lives = 0
-    for life in range(20):
-        workers = {7: 1, 13: 3}.get(life, 0)
+    for life in range(kills):
+        workers = WITH_WORKERS[kills].get(life, 0)
         lives += live(root, tmp_path, workers, random.randint(0, 6)) == -signal.SIGKILL
-    assert lives == 20
+    assert lives == kills
     assert live(root, tmp_path, 0, STEPS) == 0
     steps = {}
     for line in lines(tmp_path):
@@ -79,6 +84,7 @@ def test_twenty_random_kills_change_no_batch(tmp_path, make_images):
         assert set(came.values()) == {1}
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(60)
 def test_a_killed_worker_is_named(tmp_path, make_images):
     batches = iter(Loader(make_images(tmp_path / "set", SIZES), 8, 4, num_workers=2, prefetch=1))
@@ -90,6 +96,7 @@ def test_a_killed_worker_is_named(tmp_path, make_images):
     assert not [p for p in multiprocessing.active_children() if p.name.startswith("loader worker")]
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(60)
 def test_workers_end_with_a_process_that_is_killed(tmp_path, make_images):
     root = make_images(tmp_path / "set", SIZES)

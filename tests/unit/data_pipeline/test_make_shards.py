@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic import run
 
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
@@ -18,9 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def start(*arguments, script="make_shards"):
-    """As `python -m`; the script form is tried once below."""
-    command = [sys.executable, "-m", f"data_pipeline.{script}", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return run(f"data_pipeline/{script}.py", *arguments, check=False)
 
 
 def sentence(done, code):
@@ -45,6 +44,7 @@ def pictures(tmp_path):
     return folder
 
 
+@pytest.mark.processes
 def test_folder_end_to_end(pictures, tmp_path):
     output = tmp_path / "shards"
     arguments = ["source=folder", f"input={pictures}", f"output={output}", "size=8", "shard_size=16"]
@@ -78,6 +78,7 @@ def test_folder_end_to_end(pictures, tmp_path):
     )  # another source, though the same command
 
 
+@pytest.mark.processes
 def test_half_made_output_is_finished_not_taken_for_whole(pictures, tmp_path):
     output = tmp_path / "shards"
     arguments = ["source=folder", f"input={pictures}", f"output={output}", "size=8", "shard_size=16"]
@@ -93,6 +94,7 @@ def test_half_made_output_is_finished_not_taken_for_whole(pictures, tmp_path):
     assert [path.name for path in (output / "aside").iterdir()] == ["make_shards.jsonl"]
 
 
+@pytest.mark.processes
 def test_past_the_cap_the_run_stops_and_says_why(pictures, tmp_path):
     arguments = ["source=folder", f"input={pictures}", f"output={tmp_path / 'out'}", "max_aside_fraction=0.03"]
     error = sentence(start(*arguments), 3)
@@ -101,6 +103,7 @@ def test_past_the_cap_the_run_stops_and_says_why(pictures, tmp_path):
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
 
 
+@pytest.mark.processes
 def test_a_wrong_path_and_a_missing_output_get_a_sentence(tmp_path):
     error = sentence(start("source=folder", "input=/no/such/folder", f"output={tmp_path / 'out'}"), 2)
     assert "/no/such/folder is not a folder" in error
@@ -110,12 +113,10 @@ def test_a_wrong_path_and_a_missing_output_get_a_sentence(tmp_path):
     assert "holds no data set" in sentence(start(*arguments, script="precompute_latents"), 2)
 
 
-def test_as_a_script_on_openmoji(tmp_path):
-    command = [sys.executable, "data_pipeline/make_shards.py", f"output={tmp_path / 'out'}", "size=16"]
-    things = "source.things={hearts: [red heart, blue heart], flags: [Japan]}"
-    done = subprocess.run(
-        [*command, things, "heldout_every=3"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
+@pytest.mark.processes
+def test_some_of_openmoji(tmp_path):
+    given = [f"output={tmp_path / 'out'}", "size=16"]
+    done = start(*given, "source.things={hearts: [red heart, blue heart], flags: [Japan]}", "heldout_every=3")
     assert done.returncode == 0, done.stderr
     assert [s["caption"] for s in read_dataset(str(tmp_path / "out" / "train"))] == ["red heart", "blue heart"]
     flag = read_dataset(str(tmp_path / "out" / "heldout"))[0]
@@ -124,10 +125,7 @@ def test_as_a_script_on_openmoji(tmp_path):
     assert red[0] > 150
     assert red[1:].max() < 100
     assert (white == 255).all()
-    unknown = subprocess.run(
-        [*command, "source.things={a: [no such thing]}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
-    assert "no such thing" in sentence(unknown, 2)
+    assert "no such thing" in sentence(start(*given, "source.things={a: [no such thing]}"), 2)
 
 
 def test_openmoji_lists_each_thing_once_without_skin_tones():
@@ -149,8 +147,11 @@ def test_folder_captions_that_can_not_be_read_are_missing(pictures):
     assert [key for key, caption in captions.items() if caption is None] == ["p01", "p02", "p05", "p07"]
 
 
+@pytest.mark.processes
 def test_help_says_what_it_does_and_writes_nothing():
+    """As a module; as scripts: tests/unit/test_what_is_imported.py."""
     for script in ("make_shards", "precompute_latents"):
-        done = start("--help", script=script)
+        command = [sys.executable, "-m", f"data_pipeline.{script}", "--help"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0
         assert f"python data_pipeline/{script}.py" in done.stdout

@@ -165,6 +165,7 @@ def test_what_can_not_be_planned(option, said):
         refuse_impossible(composed(option))
 
 
+@pytest.mark.processes
 def test_the_entry_point_beside_a_data_set_that_was_written(images, tmp_path):
     cfg = composed("autoencoder=kl_f4_demo", "clip=demo")
     manifest = written(images, tmp_path / "latents", encoders(cfg, "cpu"))

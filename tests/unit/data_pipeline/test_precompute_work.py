@@ -372,7 +372,7 @@ def test_stored_latents_equal_those_encoded_online(tmp_path, picture):
     images = write(tmp_path / "images", [(f"{i:03d}", each, f"c {i}", {}) for i, each in enumerate(smooth)])
     pixels = collated([{"key": "", "image": each} for each in smooth])["image"]
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(80):
         mean, _ = model.encode_stored(pixels).chunk(2, 1)
         optimizer.zero_grad()
         (model.decode(mean) - pixels).square().mean().backward()

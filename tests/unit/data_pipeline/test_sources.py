@@ -170,13 +170,13 @@ class Endless:
 def test_a_source_is_looked_through_item_by_item():
     cfg = OmegaConf.create({"output": "a", "heldout_every": 10, "filters": {}})
     peaks = {}
-    for count in (1000, 20_000):
+    for count in (1000, 5000):
         tracemalloc.start()
         _, listed, heldout = look_through(cfg, Endless(count))
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert (listed, heldout) == (count, count // 10)
-    assert (peaks[20_000] - peaks[1000]) / 19_000 < 50  # bytes an item: its key's digest, sorted
+    assert (peaks[5000] - peaks[1000]) / 4000 < 50  # bytes an item: its key's digest, sorted
 
 
 def drawing(colour):

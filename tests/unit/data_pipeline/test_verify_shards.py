@@ -131,6 +131,7 @@ def test_every_check_was_made(made):
 # The entry point.
 
 
+@pytest.mark.processes
 def test_a_report_with_pictures_and_psnr(made, drawing, tmp_path):
     done = run("data_pipeline/verify_shards.py", f"input={made}/latents", f"output={tmp_path}", "samples=5",
                f"shards={made}/images", f"autoencoder.path={made}/autoencoder")  # fmt: skip
@@ -151,6 +152,7 @@ def test_a_report_with_pictures_and_psnr(made, drawing, tmp_path):
     assert (sheet[8:136, 144:272] == originals[0].repeat(4, 0).repeat(4, 1)).all()
 
 
+@pytest.mark.processes
 def test_buckets_of_several_shapes_through_the_entry_point(made, tmp_path):
     """Wide and square pictures, in two buckets; a sheet for each, and what is missing from one is missed."""
     for split, count in (("train", 7), ("heldout", 3)):
@@ -180,6 +182,7 @@ def test_buckets_of_several_shapes_through_the_entry_point(made, tmp_path):
     assert "has 3 samples and 0 were set aside, of 7 listed" in done.stdout
 
 
+@pytest.mark.processes
 def test_the_input_is_no_place_for_the_report(made):
     done = run("data_pipeline/verify_shards.py", f"input={made}/latents", f"output={made}/latents/", check=False)
     assert done.returncode == 2
@@ -197,6 +200,7 @@ def test_cells_of_tiny_and_huge_pictures(shape, size):
     assert len(np.unique(dark[:, 0])) == size[1]
 
 
+@pytest.mark.processes
 def test_damage_ends_with_3_and_is_said(copy, tmp_path):
     path = copy / "images/train/shards/000001.tar"
     path.write_bytes(path.read_bytes()[:-512])

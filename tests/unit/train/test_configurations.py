@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.entry import CONF
 from data_pipeline.errors import UserError
+from data_pipeline.option_errors import top_keys
 from data_pipeline.samples import Batch, DataCursor
 from train.evaluation.generate import Asked, Generator
 from train.evaluation.trained_run import build_network
@@ -39,6 +43,12 @@ LOADED, BUILT = ("trained", "identity", "stable_diffusion"), {"autoencoder": "tr
 
 
 def composed(root: str, *overrides: str) -> OmegaConf:
+    """A third of a second the first time."""
+    return copy.deepcopy(_composed(root, *overrides))
+
+
+@functools.cache
+def _composed(root: str, *overrides: str) -> OmegaConf:
     with initialize_config_dir(CONF, version_base="1.3"):
         given = GIVEN.get(root, ["input=a", "output=b"])
         if "~autoencoder.path" in overrides:  # without a first stage there is no path to one
@@ -156,13 +166,16 @@ def works(config: OmegaConf) -> None:
 
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_every_experiment_takes_a_step_and_draws(experiment: str) -> None:
-    works(composed("train_ldm", f"experiment={experiment}", *(["~autoencoder.path"] if "pixel" in experiment else [])))
+    without = ["~autoencoder.path"] if "pixel" in experiment else []
+    config = composed("train_ldm", f"experiment={experiment}", *without)
+    assert set(config) <= top_keys(Path(CONF), "train_ldm")  # else the entry would refuse it
+    works(config)
 
 
-KIND = {"rectified_flow": "flow"}
+KIND = {"rectified_flow": "flow", "cosine": "sample", "linear": "epsilon"}
 OPTIONS = [
     *[("process", p, f"parameterization={KIND.get(p, 'velocity')}") for p in GROUPS["process"]],
-    ("parameterization", "sample", "process=cosine"), ("parameterization", "epsilon", "process=linear"),
+    ("parameterization", "velocity", "process=cosine"), ("parameterization", "velocity", "process=linear"),
     *[("loss", name, "seed=0") for name in GROUPS["loss"]],
     *[("weighting", name, "objective.offset_noise=0.1") for name in GROUPS["weighting"]],
     *[("time_sampling", name, "objective.stratified_times=true") for name in GROUPS["time_sampling"]],
@@ -173,22 +186,49 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+def together(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """As few choices of an option of each group as have them all; a list has all of its own at once."""
+    groups: dict[str, list[str]] = {}
+    for group, option in pairs:
+        groups.setdefault(group, []).append(option)
+    groups = {group: [f"[{','.join(names)}]"] if group in LISTS else names for group, names in groups.items()}
+    most = max(map(len, groups.values()))
+    return [{group: names[i % len(names)] for group, names in groups.items()} for i in range(most)]
+
+
+TOGETHER = together((group, option) for group, option, _ in OPTIONS if group != "parameterization")
+
+
+@pytest.mark.parametrize("chosen", TOGETHER, ids=lambda chosen: chosen["process"])
+def test_every_option_takes_a_step_and_draws(chosen: dict[str, str]) -> None:
+    """Several at once."""
+    given = {"parameterization": KIND.get(chosen["process"], "velocity"), "fold": 1, "guidance.rescale": 0.7}
+    given |= {"objective.offset_noise": 0.1, "objective.stratified_times": "true"}
+    works(composed("train_ldm", *(f"{name}={value}" for name, value in {**chosen, **given}.items())))
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("group", "option", "more"), OPTIONS, ids=lambda value: value)
-def test_every_option_takes_a_step_and_draws(group: str, option: str, more: str) -> None:
+def test_each_option_by_itself(group: str, option: str, more: str) -> None:
     works(composed("train_ldm", f"{group}={option}", more))
 
 
 TRAINED = {(group, option) for group, option, _ in OPTIONS} | {("experiment", name) for name in GROUPS["experiment"]}
+TRAINED |= {("parameterization", name) for name in KIND.values()}
+OTHERS = [
+    (root, chosen)
+    for root in ROOTS
+    if (pairs := [pair for pair, owner in CHOICES.items() if owner == root and pair not in TRAINED])
+    for chosen in together(pairs)
+]
 
 
-@pytest.mark.parametrize(
-    ("group", "option"), [pair for pair in CHOICES if pair not in TRAINED], ids=lambda value: value
-)
-def test_every_other_option_of_every_group_composes(group: str, option: str) -> None:
-    given = [f"{group}=[{option}]" if group in LISTS else f"{group}={option}"]
-    if option in ("identity", "pixel_space"):
+@pytest.mark.parametrize(("root", "chosen"), OTHERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_other_option_of_every_group_composes(root: str, chosen: dict[str, str]) -> None:
+    given = [f"{group}={option}" for group, option in chosen.items()]
+    if chosen.get("autoencoder") == "identity":
         given = ["~autoencoder.path", *given]
-    OmegaConf.to_container(composed(CHOICES[group, option], *given), resolve=True)
+    OmegaConf.to_container(composed(root, *given), resolve=True)
 
 
 @pytest.mark.parametrize(

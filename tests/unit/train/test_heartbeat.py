@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from synthetic import ROOT
+from synthetic import run
 
 from train.heartbeat import HUNG, Heart, Heartbeat, Sign, read_signs, slowest
 from train.ranks import Ranks
@@ -89,22 +87,26 @@ with Heartbeat(folder, Ranks(0, world_size, 0, torch.device("cpu")), 2.0) as hea
 
 
 def hang(tmp_path, phase, world_size=1, seconds=60.0):
-    line = [sys.executable, "-c", HANG, str(tmp_path), phase, str(world_size), str(seconds)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    script = tmp_path / "hang.py"
+    script.write_text(HANG)
+    return run(str(script), str(tmp_path), phase, str(world_size), str(seconds), check=False)
 
 
+@pytest.mark.processes
 def test_past_its_time_a_rank_ends_itself(tmp_path):
     done = hang(tmp_path, "step")
     assert done.returncode == HUNG
     assert "no progress on rank 0" in done.stderr
     assert "in phase step after step 7 (training.hang_timeout_s=2)" in done.stderr
-    assert 'File "<string>", line 9 in <module>' in done.stderr  # where it stood: in sleep
+    assert f'File "{tmp_path}/hang.py", line 9 in <module>' in done.stderr  # where it stood: in sleep
 
 
+@pytest.mark.processes
 def test_what_is_slow_has_more_time(tmp_path):
     assert hang(tmp_path, "save", seconds=4.0).returncode == 0
 
 
+@pytest.mark.processes
 def test_it_waits_for_a_rank_that_is_at_slow_work(tmp_path):
     """Rank 1 draws, and says so."""
     busy = Sign(1, "node1", "actions", 7, "", time.time(), time.time() + 3600)

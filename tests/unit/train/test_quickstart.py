@@ -9,6 +9,7 @@ from train import quickstart
 from train.quickstart import Stage, run_chain
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 import fcntl
 import logging
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -28,16 +30,15 @@ fcntl.lockf(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(600)
 """
-HOLD_AS_A_RUN = """
-import sys, time, torch
-from train.ranks import Ranks
-from train.run_folder import RunFolder
-run = RunFolder(sys.argv[1], "train_ldm", {}, Ranks(0, 1, 0, torch.device("cpu")))
-print("held", flush=True)
-time.sleep(600)
-"""
 
 
+def hold_as_a_run(folder, told):
+    run = RunFolder(folder, "train_ldm", {}, ALONE)
+    told.send(run.run_id)
+    time.sleep(600)
+
+
+@pytest.mark.processes
 def test_one_process_at_a_time(tmp_path):
     first = RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run/lock"], stdout=subprocess.PIPE) as other:
@@ -50,13 +51,18 @@ def test_one_process_at_a_time(tmp_path):
         assert RunFolder(tmp_path / "run", "train_ldm", {}, ALONE).run_id == first.run_id
 
 
+@pytest.mark.processes
 def test_who_holds_it_is_named(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLD_AS_A_RUN, tmp_path / "run"], stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
-        for _ in range(2):  # who is refused leaves the name there
-            with pytest.raises(UserError, match=f"in use by process {other.pid} on {socket.gethostname()}: stop it"):
-                RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
-        other.kill()
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    other = context.Process(target=hold_as_a_run, args=(tmp_path / "run", theirs), daemon=True)
+    other.start()
+    assert ours.recv()
+    for _ in range(2):  # who is refused leaves the name there
+        with pytest.raises(UserError, match=f"in use by process {other.pid} on {socket.gethostname()}: stop it"):
+            RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
+    other.kill()
+    other.join()
     RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
     assert (tmp_path / "run/lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
@@ -163,8 +169,7 @@ def test_a_kill_while_the_folder_is_made_is_gone_on_from(tmp_path):
 
 
 def test_who_does_not_come_to_the_meeting_is_named(no_launcher, monkeypatch):
-    place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    place["MASTER_PORT"] = str(ranks._free_port())
+    place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "MEETING_TIMEOUT", timedelta(seconds=0.5))

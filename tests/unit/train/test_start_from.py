@@ -63,8 +63,9 @@ def test_u_net_and_conditioner_are_taken_over(a_run, labelled):
     run, trained = a_run(labelled(), "label")
     other = network(labelled(), "label")
     load_weights(other, str(run))
+    taken = other.state_dict()
     for name, value in trained.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value), name
+        assert torch.equal(taken[name], value), name
 
 
 def test_a_run_without_trained_conditioners_gives_its_u_net(a_run, labelled):

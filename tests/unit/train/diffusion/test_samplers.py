@@ -1,11 +1,13 @@
 """Samplers against diffusers' schedulers, and against Gaussian data, where the exact answer is known."""
 
+import itertools
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from covering import covering
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -193,9 +195,7 @@ def test_order_from_the_end_without_signal(name, order, process, data):
     assert measured[-1] > order - 0.25
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", ODE)
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(("process", "name", "spacing"), covering(PROCESSES, ODE, SPACINGS))
 def test_deterministic_samplers_reach_the_data(process, name, spacing, data, quantiles):
     """Mean and standard deviation, on every process and spacing."""
     process = PROCESSES[process]
@@ -207,16 +207,24 @@ def test_deterministic_samplers_reach_the_data(process, name, spacing, data, qua
     assert float(x.std()) == pytest.approx(data.std, rel=0.04 if first_order else 0.025)
 
 
-@pytest.mark.parametrize("function", [samplers.sample_ddpm, lambda *a: samplers.sample_ddim(*a, eta=0.5)],
-                         ids=["ddpm", "ddim_0.5"])  # fmt: skip
-@pytest.mark.parametrize("process", PROCESSES)
-def test_stochastic_samplers_have_the_datas_mean_and_variance(process, function, data):
+STOCHASTIC = {"ddpm": samplers.sample_ddpm, "ddim_0.5": lambda *a: samplers.sample_ddim(*a, eta=0.5)}
+KINDS = ("scaled_linear", "zero_terminal_snr", "continuous_cosine", "shifted_flow")  # one of each kind of process
+
+
+@pytest.mark.parametrize(
+    ("process", "name"),
+    [
+        pytest.param(process, name, marks=() if name == "ddpm" or process in KINDS else pytest.mark.exhaustive)
+        for process, name in itertools.product(PROCESSES, STOCHASTIC)
+    ],
+)
+def test_stochastic_samplers_have_the_datas_mean_and_variance(process, name, data):
     process, count = PROCESSES[process], 20_000
     random = torch.Generator().manual_seed(0)
     shape = (count, 1, 1, 1)
     times = trailing_times(process, 1000)
     x = data.noised(process, times[0], torch.randn(shape, generator=random))
-    x = function(data.denoise(process), x, times, process, lambda i: torch.randn(shape, generator=random))
+    x = STOCHASTIC[name](data.denoise(process), x, times, process, lambda i: torch.randn(shape, generator=random))
     assert float(x.mean()) == pytest.approx(data.mean, abs=5 * data.std / count**0.5 + 0.01)
     assert float(x.std()) == pytest.approx(data.std, rel=0.02)
 

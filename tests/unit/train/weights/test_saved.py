@@ -30,7 +30,8 @@ def saved(tmp_path):
 def test_autoencoder_there_and_back(saved):
     folder, model, mark = saved
     loaded = load_autoencoder(str(folder))
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+    state = model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
     images = torch.rand(1, 3, 16, 16)
     assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
     assert loaded.fingerprint == mark

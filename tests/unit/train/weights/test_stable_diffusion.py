@@ -20,10 +20,11 @@ EVERY_FIRST_STAGE = pytest.mark.parametrize("first_stage", ["kl", "kl_attending"
 
 def refuse_no_bijection(carried, model):
     """Each of our parameters once, each of theirs once, and changes of shape that undo one another."""
-    assert sorted(name for one in carried for name in one.ours) == sorted(model.state_dict())
+    state = model.state_dict()
+    assert sorted(name for one in carried for name in one.ours) == sorted(state)
     assert len({one.theirs for one in carried}) == len(carried)
     for one in carried:
-        parts = [model.state_dict()[name] for name in one.ours]
+        parts = [state[name] for name in one.ours]
         again = one.form.to_ours(one.form.to_theirs(parts))
         assert all(torch.equal(a, b) for a, b in zip(again, parts, strict=True)), one
 
@@ -79,7 +80,8 @@ def test_fused_attention_over_pixels_is_the_same_function(unet):
 def test_first_stage_is_what_diffusers_converts(first_stage):
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    file = {f"first_stage_model.{one.theirs}": one.form.to_theirs([first_stage.state_dict()[one.ours[0]]])
+    state = first_stage.state_dict()
+    file = {f"first_stage_model.{one.theirs}": one.form.to_theirs([state[one.ours[0]]])
             for one in stable_diffusion.autoencoder_map(first_stage)}  # fmt: skip
     assert file["first_stage_model.decoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
     theirs = convert_ldm_vae_checkpoint(file, {"down_block_types": [0] * 2, "up_block_types": [0] * 2})
@@ -143,9 +145,9 @@ def test_averaged_weights(unet, tmp_path, same_weights):
     extra = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5), "betas": torch.ones(9)}
     torch.save({"state_dict": {**state, **averaged, **extra}, "global_step": 7}, tmp_path / "x.ckpt")
     assert same_weights(stable_diffusion.load_unet(tmp_path / "x.ckpt"), unet)
-    plus_one = stable_diffusion.load_unet(tmp_path / "x.ckpt", averaged=True)
+    plus_one = stable_diffusion.load_unet(tmp_path / "x.ckpt", averaged=True).state_dict()
     for name, value in unet.state_dict().items():
-        torch.testing.assert_close(plus_one.state_dict()[name], value + 1)
+        torch.testing.assert_close(plus_one[name], value + 1)
     torch.save({"state_dict": state}, tmp_path / "without.ckpt")
     with pytest.raises(UserError, match="holds no averaged weights"):
         stable_diffusion.load_unet(tmp_path / "without.ckpt", averaged=True)
