@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forked import run_forked
 from safetensors.torch import save_file
 
 from data_pipeline.manifest import Manifest
@@ -94,16 +95,24 @@ def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
     return [*launcher, script, *arguments]
 
 
-def run(script: str, *arguments: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run an entry point from the repo's root to its end; its output is shown where it fails."""
-    done = subprocess.run(
-        command(script, *arguments, ranks=ranks),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run(
+    script: str, *arguments: str, ranks: int = 1, check: bool = True, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run an entry point from the repo's root to its end; its output is shown where it fails.
+
+    fresh: by a Python of its own, and torchrun for several ranks, not forked from one that has imported all.
+    """
+    if fresh:
+        done = subprocess.run(
+            command(script, *arguments, ranks=ranks),
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    else:
+        done = run_forked([script, *arguments], environment(), ranks, timeout=300)
     if check and done.returncode:
         raise AssertionError(f"{script} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
