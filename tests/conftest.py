@@ -1,15 +1,68 @@
-"""Fast tests first."""
+"""Fast tests first; each worker of pytest-xdist with its share of the cores; what is made once for all of them.
+
+torch is not imported here: it counts its threads when it is imported, and pytest-xdist's controller needs none.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from made_once import changed_files, made_once
 
 ORDER = ("test_architecture.py", "unit", "golden", "s3", "distributed", "cluster", "e2e")
 TESTS = Path(__file__).parent
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+# Two processes with two threads each on two cores spend nine tenths of their time waiting for one another.
+THREADS = max(1, len(os.sched_getaffinity(0)) // WORKERS)
+os.environ["OMP_NUM_THREADS"] = str(min(THREADS, int(os.environ.get("OMP_NUM_THREADS") or THREADS)))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """By folder, in the order above; within a folder as collected."""
+    """By folder, in the order above; within a folder as collected. What shares a module's fixture stays together."""
     items.sort(key=lambda item: ORDER.index(item.path.relative_to(TESTS).parts[0]))
+    for item in items:
+        if _shares_a_fixture(item) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).as_posix()))
+
+
+def _shares_a_fixture(item: pytest.Item) -> bool:
+    """Whether it has a fixture that lasts for a module, which another worker would make once more."""
+    found = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    return any(definitions[-1].scope in ("module", "class") for definitions in found.values())
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Many parts set torch's threads for the process that they are in."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Callable[[Path], object]], Path]]:
+    """shared_once(name, make) -> a folder that `make(folder)` fills, once for all workers; read-only from then on."""
+    base, used = tmp_path_factory.getbasetemp(), {}
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folder lies in that of the whole run
+        base = base.parent
+
+    def shared(name: str, make: Callable[[Path], object]) -> Path:
+        used[name] = made_once(base / "shared" / name, make)
+        return used[name]
+
+    yield shared
+    changed = {name: files for name, folder in used.items() if (files := changed_files(folder))}
+    assert not changed, f"tests have written to what others read: {changed}"
+
+
+@pytest.fixture(scope="session")
+def tiny_latents(shared_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """train/ with 64 samples and heldout/ with 8, of synthetic.TINY_LATENTS."""
+    from synthetic import TINY_LATENTS, write_splits
+
+    return shared_once("tiny_latents", lambda folder: write_splits(folder, TINY_LATENTS))
