@@ -12,12 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
-
-from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,42 +74,25 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def forked(
+    command: Sequence[str], ranks: int, environment: Mapping[str, str], stdout: IO[Any], stderr: IO[Any] | None = None
+) -> Forked:
+    """Several ranks: below a torchrun that forks them, too."""
+    launcher = ["tests/forked_torchrun.py", str(ranks)] if ranks > 1 else []
+    return Forked([*launcher, *command], environment, stdout, stderr)
+
+
 def run_forked(
-    command: Sequence[str], environment: Mapping[str, str], ranks: int, timeout: float
+    command: Sequence[str], ranks: int, environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """As subprocess.run with capture_output; of several ranks one that fails takes the others down."""
+    """As subprocess.run with capture_output."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
-        places = [_place(rank, ranks, store) for rank in range(ranks)]
-        processes = [Forked(command, {**environment, **place}, out, err) for place in places]
+        process = forked(command, ranks, environment, out, err)
         try:
-            code = _first_failure(processes, time.monotonic() + timeout)
+            code = process.wait(timeout)
         finally:
-            for process in processes:
-                process.kill()
-        said = [_all_of(file) for file in (out, err)]
-    return subprocess.CompletedProcess(list(command), code, *said)
-
-
-def _place(rank: int, ranks: int, store: TCPStore | None) -> dict[str, str]:
-    """What torchrun would set of its own store; nothing for one rank."""
-    if store is None:
-        return {}
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    return {name: str(value) for name, value in {**names, **meeting}.items()}
-
-
-def _first_failure(processes: Sequence[Forked], deadline: float) -> int:
-    """The code of the first that fails, or 0 when all are through."""
-    while running := [process for process in processes if process.poll() is None]:
-        failed = [process.returncode for process in processes if process.returncode]
-        if failed:
-            return failed[0]
-        if time.monotonic() > deadline:
-            raise subprocess.TimeoutExpired(running[0].command, deadline)
-        select.select([process.end for process in running], [], [], 1)
-    return next((process.returncode for process in processes if process.returncode), 0)
+            process.kill()
+        return subprocess.CompletedProcess(list(command), code, _all_of(out), _all_of(err))
 
 
 def _all_of(file: IO[bytes]) -> str:

@@ -29,8 +29,14 @@ WORLD = (
     "train.online_latents", "train.weights.published", "train.engine", "data_pipeline.precompute_latents",
     "data_pipeline.make_shards", "data_pipeline.index_shards", "data_pipeline.verify_shards",
     "data_pipeline.plan_storage", "data_pipeline.worker_pool", "train.torchvision_beside_cpu_torch", "deepspeed",
-    "open_clip", "webdataset", "s3fs", "wandb", "matplotlib.pyplot", "safetensors.torch", "torch._dynamo",
+    "open_clip", "webdataset", "s3fs", "wandb", "matplotlib.pyplot", "safetensors.torch",
+    # What they import at the first use:
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "omegaconf._impl",
+    "deepspeed.ops.op_builder.all_ops", "matplotlib.backends.backend_agg", "torch.profiler._cupti_monitor",
+    "hydra._internal.core_plugins.basic_launcher", "data_pipeline.loader", "torch.distributed.run",
 )  # fmt: skip
+FOUND_AT: list[str] = []  # sys.path of any script, but for its own folder and PYTHONPATH
+ADDED: dict[str, str] = {}  # what imports add to the environment
 
 
 class Request(NamedTuple):
@@ -60,7 +66,10 @@ class Server:
                 os.read(self.woken, 4096)
                 self._tell()
             if self.channel in ready:
-                message, (out, err, end), _, _ = socket.recv_fds(self.channel, 1 << 20, 3) or os._exit(0)
+                message, descriptors, _, _ = socket.recv_fds(self.channel, 1 << 20, 3)
+                if not message:  # who asked has ended
+                    os._exit(0)
+                out, err, end = descriptors
                 pid = os.fork()
                 if pid == 0:
                     self._leave(out, err, end)
@@ -90,34 +99,33 @@ class Server:
             os.close(descriptor)
 
 
-def become(request: Request, found_at: list[str], added: dict[str, str]) -> None:
+def become(request: Request) -> None:
     """Run the script in this process."""
     os.chdir(request.cwd)
     os.environ.clear()
-    os.environ.update(added | request.environment)
+    os.environ.update(ADDED | request.environment)
     tempfile.tempdir = None  # TMPDIR may be another
     random.seed()
     script, folders = request.command[0], request.environment.get("PYTHONPATH", "").split(os.pathsep)
-    sys.argv, sys.path = request.command, [str(Path(script).resolve().parent), *filter(None, folders), *found_at]
+    sys.argv, sys.path = request.command, [str(Path(script).resolve().parent), *filter(None, folders), *FOUND_AT]
     main: Any = types.ModuleType("__main__")
     main.__file__, main.__builtins__ = script, builtins
     sys.modules["__main__"] = main
     exec(compile(Path(script).read_bytes(), script, "exec"), main.__dict__)
 
 
-def preload() -> dict[str, str]:
-    """Import all; what that adds to the environment."""
-    before = dict(os.environ)
+def preload() -> None:
+    before = set(os.environ)
+    FOUND_AT.extend(folder for folder in sys.path[1:] if folder not in os.environ["PYTHONPATH"].split(os.pathsep))
     for name in WORLD:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    return {name: value for name, value in os.environ.items() if name not in before}
+    ADDED.update((name, value) for name, value in os.environ.items() if name not in before)
 
 
 if __name__ == "__main__":
+    sys.modules["preloaded"] = sys.modules["__main__"]  # for forked_torchrun.py
     channel = socket.socket(fileno=int(sys.argv[1]))
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    added = preload()
-    found_at = [folder for folder in sys.path[1:] if folder not in given]
-    become(Server(channel).serve(), found_at, added)
+    preload()
+    become(Server(channel).serve())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from forked import run_forked
+from forked import Forked, forked, run_forked
 from safetensors.torch import save_file
 
 from data_pipeline.manifest import Manifest
@@ -112,10 +112,16 @@ def run(
             timeout=300,
         )
     else:
-        done = run_forked([script, *arguments], environment(), ranks, timeout=300)
+        done = run_forked([script, *arguments], ranks, environment(), timeout=300)
     if check and done.returncode:
         raise AssertionError(f"{script} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+def started(log: Path, script: str, *arguments: str, ranks: int = 1, **more: str) -> Forked:
+    """An entry point that runs, to be watched, told to stop or killed; both its outputs go to `log`."""
+    with log.open("wb") as file:
+        return forked([script, *arguments], ranks, {**environment(), **more}, file)
 
 
 def metric_rows(folder: Path) -> list[dict[str, Any]]:
