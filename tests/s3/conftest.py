@@ -77,7 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def port_of(process: subprocess.Popen, log: Path) -> int:
     """The free port that it has taken, once it listens."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while time.monotonic() < end and process.poll() is None:
         if said := re.search(r"Running on http://127\.0\.0\.1:(\d+)", log.read_text()):
             return int(said[1])
