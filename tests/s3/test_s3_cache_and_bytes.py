@@ -21,6 +21,8 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.shard_cache import ShardCache, open_shard, seen
 from data_pipeline.shard_writer import read_index
 
+pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
+
 SAMPLES, SHARD_SIZE, BATCH, STREAMS = 104, 8, 8, 8
 SHAPES = {"moments.npy": (8, 16, 16), "text.npy": (8, 32), "pooled.npy": (5,)}
 

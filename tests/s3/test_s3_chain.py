@@ -13,7 +13,7 @@ from synthetic import losses, run
 from data_pipeline import storage
 from data_pipeline.manifest import Manifest
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("s3")]
 
 FEW = ["training.steps=2", "training.batch_size=8", "training.log_every=1", "training.wandb_project=null"]
 SMALL = ["unet.channels=[16,32]", "unet.heads=2", "unet.norm_groups=8", "unet.context_dim=32", "unet.vector_dim=128",

@@ -29,6 +29,8 @@ from train.ranks import Ranks
 from train.run_folder import RunFolder
 from train.train_state import TrainState
 
+pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
+
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 LENGTH = 3000  # of the one parameter
 WRITES = 2 * 3 + 2 + 2 + 5  # two parts and notes, which go again; EMA, state; manifest, latest; the step before

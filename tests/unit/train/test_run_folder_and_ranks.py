@@ -163,8 +163,7 @@ def test_a_kill_while_the_folder_is_made_is_gone_on_from(tmp_path):
 
 
 def test_who_does_not_come_to_the_meeting_is_named(no_launcher, monkeypatch):
-    place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    place["MASTER_PORT"] = str(ranks._free_port())
+    place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "MEETING_TIMEOUT", timedelta(seconds=0.5))
