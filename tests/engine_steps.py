@@ -1,4 +1,4 @@
-"""Steps of the engine in every configuration of a launch, one after another: torchrun ... tests/engine_steps.py IN OUT.
+"""Steps of the engine in several configurations, one after another: torchrun ... engine_steps.py IN OUT NAME ...
 
 OUT/<configuration>.safetensors: the weights after them, whole; losses and gradients' norms as its metadata.
 """
@@ -79,11 +79,11 @@ def trained(root: str, how: Configuration, ranks: Ranks) -> tuple[dict[str, torc
     return engine.full_state_dict(prefix="network."), said
 
 
-def main(root: str, output: str) -> None:
+def main(root: str, output: str, *names: str) -> None:
     ranks = find_ranks()
     gc.freeze()  # stage 3 collects garbage at each start, through all that was imported: half a second
     with closing_distributed():
-        for how in CONFIGURATIONS:
+        for how in (how for how in CONFIGURATIONS if str(how) in names):
             weights, said = trained(root, how, ranks)
             if ranks.is_main:
                 facts = {name: json.dumps(values) for name, values in said.items()}

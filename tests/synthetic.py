@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forked import Forked, forked, run_forked
 from safetensors.torch import save_file
 
 from data_pipeline.manifest import Manifest
@@ -99,20 +100,34 @@ def run(
     *arguments: str,
     ranks: int = 1,
     check: bool = True,
+    fresh: bool = False,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry point from the repo's root to its end; its output is shown where it fails."""
-    done = subprocess.run(
-        command(script, *arguments, ranks=ranks),
-        cwd=ROOT,
-        env={**environment(), **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Run an entry point from the repo's root to its end; its output is shown where it fails.
+
+    fresh: by a Python of its own, and torchrun for several ranks, not forked from one that has imported all.
+    """
+    variables = {**environment(), **variables}
+    if fresh:
+        done = subprocess.run(
+            command(script, *arguments, ranks=ranks),
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    else:
+        done = run_forked([script, *arguments], ranks, variables, timeout=300)
     if check and done.returncode:
         raise AssertionError(f"{script} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+def started(log: Path, script: str, *arguments: str, ranks: int = 1, **more: str) -> Forked:
+    """An entry point that runs, to be watched, told to stop or killed; both its outputs go to `log`."""
+    with log.open("wb") as file:
+        return forked([script, *arguments], ranks, {**environment(), **more}, file)
 
 
 def metric_rows(folder: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +22,8 @@ from data_pipeline.errors import UserError
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 MEETING_TIMEOUT = timedelta(minutes=10)
+# Port 0: the one that the system gives away; one that was looked up before may be another's by then.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
@@ -49,10 +50,8 @@ def find_ranks() -> Ranks:
     meeting_place = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not meeting_place:  # else each would wait at a place of its own
         raise UserError("several ranks have no MASTER_ADDR and MASTER_PORT: start with torchrun, or slurm/*.sbatch.")
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+    for name, alone in ALONE.items():
         os.environ.setdefault(name, alone)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -77,21 +76,16 @@ def _meet(rank: int, world_size: int) -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
     store = dist.TCPStore(address, port, world_size, hosts_it, timeout=MEETING_TIMEOUT, wait_for_workers=False)
+    os.environ["MASTER_PORT"] = str(store.port)
     store.set(f"arrived/{rank}", "")
     deadline = time.monotonic() + MEETING_TIMEOUT.total_seconds()
     missing = list(range(world_size))
     while missing := [rank for rank in missing if not store.check([f"arrived/{rank}"])]:
         if time.monotonic() > deadline:
             names = ", ".join(map(str, missing))
-            raise TimeoutError(f"rank(s) {names} did not come to {address}:{port}: see what they say.")
+            raise TimeoutError(f"rank(s) {names} did not come to {address}:{store.port}: see what they say.")
         time.sleep(0.05)
     return store
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def barrier() -> None:

@@ -22,6 +22,7 @@ DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 CONTROLLER = "control"
 SUBNET = "198.18.0"
+PATIENCE_S = 150  # with what ends: beside a busy neighbour all may take several times as long as alone
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 SLURM_CONF = """
@@ -129,13 +130,13 @@ class Job:
         text = self.cluster.client("scontrol", "show", "job", "--oneliner", str(self.number))
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
-    def wait(self, seconds: float) -> dict[str, str]:
+    def wait(self) -> dict[str, str]:
         """Until it has ended: its facts then."""
-        return self.wait_for(lambda facts: facts["JobState"] in ENDED, seconds)
+        return self.wait_for(lambda facts: facts["JobState"] in ENDED)
 
-    def wait_for(self, happened: Callable[[dict[str, str]], bool], seconds: float) -> dict[str, str]:
+    def wait_for(self, happened: Callable[[dict[str, str]], bool]) -> dict[str, str]:
         """Until something has happened; that can't once the job has ended."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             facts = self.facts()
             if happened(facts):
@@ -143,7 +144,7 @@ class Job:
             if facts["JobState"] in ENDED:
                 raise AssertionError(f"the job ended before: {facts['JobState']}\n{self.output()}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"after {seconds} s: {facts}\n{self.output()}\n{self.cluster.logs()}")
+                raise TimeoutError(f"after {PATIENCE_S} s: {facts}\n{self.output()}\n{self.cluster.logs()}")
             time.sleep(0.2)
 
     def output(self) -> str:
@@ -220,11 +221,11 @@ class Cluster:
         munged = ["munged", "--foreground", "--force", f"--key-file={f}/munge.key", f"--socket={f}/munge.socket"]
         munged += [f"--log-file={f}/munged.log", f"--pid-file={f}/munged.pid", f"--seed-file={f}/munge.seed"]
         self._daemon(CONTROLLER, *munged)
-        self._until(lambda: (f / "munge.socket").exists(), 10, "munged")
+        self._until(lambda: (f / "munge.socket").exists(), "munged")
         self._daemon(CONTROLLER, "slurmctld", "-D", "-f", f"{f}/slurm.conf")
         for name in self._nodes():
             self._daemon(name, "slurmd", "-D", "-f", f"{f}/slurm.conf")
-        self._until(self._all_idle, 30, "the nodes")
+        self._until(self._all_idle, "the nodes")
 
     def _daemon(self, machine: str, *command: str) -> None:
         with (self.folder / f"{command[0]}-{machine}.out").open("wb") as out:
@@ -245,8 +246,8 @@ class Cluster:
             return False
         return states == ["idle"] * self.node_count
 
-    def _until(self, done: Callable[[], bool], seconds: float, what: str) -> None:
-        deadline = time.monotonic() + seconds
+    def _until(self, done: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
         while not done():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self.daemons):
                 raise RuntimeError(f"{what} did not come up\n{self.logs()}")
@@ -261,7 +262,7 @@ class Cluster:
             text=True,
             cwd=cwd,
             env={**self.environment, **environment},
-            timeout=30,
+            timeout=PATIENCE_S,
         )
         return done.stdout
 
@@ -285,4 +286,4 @@ class Cluster:
         for machine in self.machines.values():
             machine.close()
         for daemon in self.daemons:  # nsenter, which ends as its daemon was taken along; killed, it leaves a zombie
-            daemon.wait(10)
+            daemon.wait(PATIENCE_S)

@@ -32,12 +32,12 @@ def meet() -> int:
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if RANK == 0:
         with socket.create_server(place) as server:
-            server.settimeout(10)
+            server.settimeout(60)
             server.accept()[0].sendall(b"hello")
         return 0
-    for _ in range(100):
+    for _ in range(600):
         try:
-            with socket.create_connection(place, timeout=10) as connection:
+            with socket.create_connection(place, timeout=60) as connection:
                 return 0 if connection.recv(5) == b"hello" else 1
         except ConnectionRefusedError:
             time.sleep(0.1)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import Cluster, Job
+from slurm_cluster import PATIENCE_S, Cluster, Job
+
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("machine")]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -67,7 +69,7 @@ def starts(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 def test_ranks_meet_across_nodes(jobs: dict[str, Job], checkout: Path) -> None:
     job = jobs["meet"]
-    facts = job.wait(30)
+    facts = job.wait()
     assert facts["JobState"] == "COMPLETED", job.output()
     ranks = starts(checkout / "meet")
     assert {rank: [start["host"] for start in said] for rank, said in ranks.items()} == {0: ["node1"], 1: ["node2"]}
@@ -82,7 +84,7 @@ def test_ranks_meet_across_nodes(jobs: dict[str, Job], checkout: Path) -> None:
 
 
 def test_one_task_per_gpu(jobs: dict[str, Job], checkout: Path) -> None:
-    assert jobs["gpus"].wait(30)["JobState"] == "COMPLETED", jobs["gpus"].output()
+    assert jobs["gpus"].wait()["JobState"] == "COMPLETED", jobs["gpus"].output()
     ranks = {rank: said for rank, (said,) in starts(checkout / "gpus").items()}
     assert [(said["host"], said["LOCAL_RANK"]) for _, said in sorted(ranks.items())] == [
         ("node1", "0"),
@@ -96,12 +98,12 @@ def test_one_task_per_gpu(jobs: dict[str, Job], checkout: Path) -> None:
 
 
 def test_too_few_cpus_for_the_gpus_get_a_sentence(jobs: dict[str, Job]) -> None:
-    assert jobs["few cpus"].wait(30)["JobState"] == "FAILED"
+    assert jobs["few cpus"].wait()["JobState"] == "FAILED"
     assert "add --ntasks-per-node=2 --cpus-per-task=" in jobs["few cpus"].output()
 
 
 def test_precompute_is_a_process_a_gpu(jobs: dict[str, Job], checkout: Path) -> None:
-    assert jobs["array"].wait(30)["JobState"] == "COMPLETED", jobs["array"].output()
+    assert jobs["array"].wait()["JobState"] == "COMPLETED", jobs["array"].output()
     ranks = {
         rank: (said["WORLD_SIZE"], said["OMP_NUM_THREADS"]) for rank, (said,) in starts(checkout / "array").items()
     }
@@ -110,14 +112,14 @@ def test_precompute_is_a_process_a_gpu(jobs: dict[str, Job], checkout: Path) -> 
 
 def test_a_failed_rank_takes_the_others_down(jobs: dict[str, Job]) -> None:
     """And a data error is not tried again, though rank 0 is killed for it with a code of its own."""
-    facts = jobs["fail"].wait(30)
+    facts = jobs["fail"].wait()
     assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("FAILED", "0", "3:0"), jobs["fail"].output()
     assert "ended with code 3: the message is above" in jobs["fail"].output()
 
 
 def test_crashes_in_a_row_are_capped(jobs: dict[str, Job]) -> None:
     job = jobs["crash"]
-    facts = job.wait(60)
+    facts = job.wait()
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1"), job.output()
     assert "a rank failed; back into the queue" in job.output()
     assert "crashed 2 times in a row without getting further than 0 finished shards (MAX_CRASHES=2)" in job.output()
@@ -125,7 +127,7 @@ def test_crashes_in_a_row_are_capped(jobs: dict[str, Job]) -> None:
 
 def test_a_killed_rank_is_started_again_while_it_gets_further(jobs: dict[str, Job], checkout: Path) -> None:
     job = jobs["further"]
-    facts = job.wait(60)
+    facts = job.wait()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), job.output()
     assert job.output().count("a rank failed; back into the queue") == 2
     assert not (checkout / f".slurm/crashes-{job.number}").exists()
@@ -133,7 +135,7 @@ def test_a_killed_rank_is_started_again_while_it_gets_further(jobs: dict[str, Jo
 
 def test_requeues_are_capped(jobs: dict[str, Job], checkout: Path) -> None:
     job = jobs["again"]
-    facts = job.wait(40)
+    facts = job.wait()
     assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("FAILED", "1", "75:0")
     assert [len(said) for said in starts(checkout / "again").values()] == [2, 2]
     assert {path.name for path in (checkout / "again").glob("closed-*")} == {"closed-0", "closed-1"}
@@ -144,22 +146,22 @@ def test_requeues_are_capped(jobs: dict[str, Job], checkout: Path) -> None:
 
 def test_a_warning_stops_and_requeues(cluster: Cluster, jobs: dict[str, Job], checkout: Path) -> None:
     job, output = jobs["warned"], checkout / "warned"
-    job.wait_for(lambda facts: len(list(output.glob("ready-*"))) == 2, 20)
+    job.wait_for(lambda facts: len(list(output.glob("ready-*"))) == 2)
     cluster.client("scancel", "--batch", "--signal=USR1", str(job.number))
     young = jobs["young"]
-    young.wait_for(lambda facts: len(starts(checkout / "young")) == 1, 20)
+    young.wait_for(lambda facts: len(starts(checkout / "young")) == 1)
     cluster.client("scancel", "--batch", "--signal=USR1", str(young.number))
     for warned in (job, young):
-        facts = warned.wait(40)
+        facts = warned.wait()
         assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), warned.output()
     assert sorted(path.name for path in output.glob("child-*")) == ["child-lives"]
 
 
 def test_cancelled_is_not_requeued(cluster: Cluster, jobs: dict[str, Job], checkout: Path) -> None:
     job, output = jobs["stop"], checkout / "stop"
-    job.wait_for(lambda facts: len(list(output.glob("ready-*"))) == 2, 20)
+    job.wait_for(lambda facts: len(list(output.glob("ready-*"))) == 2)
     cluster.client("scancel", str(job.number))
-    job.wait(20)
+    job.wait()
     time.sleep(1)
     facts = job.facts()
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
@@ -169,7 +171,7 @@ def test_cancelled_is_not_requeued(cluster: Cluster, jobs: dict[str, Job], check
 def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, jobs: dict[str, Job], checkout: Path) -> None:
     """The last one, whose own job number is the array's."""
     for job in jobs.values():
-        job.wait(60)
+        job.wait()
     output = checkout / "one-of-array"
     output.mkdir()
     line = ("--array=0-2", "--cpus-per-task=1", "slurm/precompute_latents.sbatch", "output=one-of-array")
@@ -178,64 +180,64 @@ def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, jobs: dict[str
     def started() -> list[str]:
         return sorted(said["array_task"] for said in starts(output).get(0, []))
 
-    wait_until(lambda: started() == ["0", "1", "2"] and (output / "ready-0").exists(), 30)
+    wait_until(lambda: started() == ["0", "1", "2"] and (output / "ready-0").exists())
     cluster.client("scancel", "--batch", "--signal=USR1", f"{array.number}_2")
-    wait_until(lambda: started() == ["0", "1", "2", "2"], 40)
+    wait_until(lambda: started() == ["0", "1", "2", "2"])
     (output / "go").touch()
-    wait_until(lambda: not cluster.client("squeue", "--noheader", f"--jobs={array.number}").strip(), 30)
+    wait_until(lambda: not cluster.client("squeue", "--noheader", f"--jobs={array.number}").strip())
     assert started() == ["0", "1", "2", "2"]
     assert array.output().count("back into the queue") == 1
 
 
 def test_one_process_on_two_nodes_is_refused(cluster: Cluster, checkout: Path) -> None:
     job = cluster.submit(checkout, "--nodes=2", "slurm/evaluate_ldm.sbatch", "output=alone", PYTHON=sys.executable)
-    assert job.wait(30)["JobState"] == "FAILED"
+    assert job.wait()["JobState"] == "FAILED"
     assert "train/evaluate_ldm.py is one process: ask for --nodes=1." in job.output()
 
 
-def wait_until(happened: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not happened():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S} s"
         time.sleep(0.2)
 
 
 def test_from_elsewhere_gets_a_sentence(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(tmp_path, str(ROOT / "slurm" / "train_ldm.sbatch"))
-    assert job.wait(20)["JobState"] == "FAILED"
+    assert job.wait()["JobState"] == "FAILED"
     assert "submit it from the root of the repository" in job.output()
 
 
 def test_a_job_of_higher_priority_sends_it_back_into_the_queue(cluster: Cluster, jobs: dict[str, Job], checkout: Path):
     """Slurm's TERM, and time to save: whoever has saved is requeued, and goes on afterwards."""
     for job in jobs.values():
-        job.wait(60)
+        job.wait()
     low, high = checkout / "low", checkout / "high"
     low.mkdir()
     high.mkdir()
     line = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=8")
     job = cluster.submit(checkout, *line, "slurm/train_ldm.sbatch", "output=low", "do=stop", PYTHON=sys.executable)
-    job.wait_for(lambda facts: len(list(low.glob("ready-*"))) == 2, 20)
+    job.wait_for(lambda facts: len(list(low.glob("ready-*"))) == 2)
     urgent = ("--partition=urgent", "slurm/train_ldm.sbatch", "output=high", "do=nothing")
     other = cluster.submit(checkout, *line, *urgent, PYTHON=sys.executable)
-    assert other.wait(40)["JobState"] == "COMPLETED", other.output()
-    facts = job.wait(40)
+    assert other.wait()["JobState"] == "COMPLETED", other.output()
+    facts = job.wait()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert list(low.glob("child-lives"))
 
 
 def test_on_a_node_that_fails_it_is_started_again(cluster: Cluster, jobs: dict[str, Job], checkout: Path) -> None:
     for job in jobs.values():
-        job.wait(60)
+        job.wait()
     output = checkout / "node-fails"
     output.mkdir()
     line = ("--nodes=2", "slurm/train_ldm.sbatch", "output=node-fails", "do=sleep")
     job = cluster.submit(checkout, *line, PYTHON=sys.executable)
-    job.wait_for(lambda facts: len(starts(output)) == 2, 60)
+    job.wait_for(lambda facts: len(starts(output)) == 2)
     cluster.client("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    job.wait_for(lambda facts: facts["JobState"] != "RUNNING", 60)
+    job.wait_for(lambda facts: facts["JobState"] != "RUNNING")
     cluster.bring_back("node2")
-    facts = job.wait(90)
+    facts = job.wait()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert "a rank failed" not in job.output()
 
@@ -250,13 +252,13 @@ def test_a_task_passes_signals_on(checkout: Path, name: str) -> None:
     ours = {"PYTHON": sys.executable, "START_ME_AGAIN": "75", "USER_ERROR": "2", "DATA_ERROR": "3", "NOTE": str(note)}
     line = ["bash", "slurm/task.sh", "train/train_ldm.py", f"output={output}", "do=stop"]
     with subprocess.Popen(line, cwd=checkout, env={**os.environ, **slurm, **ours}, start_new_session=True) as task:
-        for _ in range(100):
+        for _ in range(600):
             if (output / "ready-0").exists():
                 break
             time.sleep(0.1)
         task.send_signal(getattr(signal, f"SIG{name}"))
         try:
-            assert task.wait(10) == 0
+            assert task.wait(PATIENCE_S) == 0
         finally:
             if task.returncode is None:
                 os.killpg(task.pid, signal.SIGKILL)

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from slurm_cluster import Cluster, Job
 
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("machine")]
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("make_shards", "train_autoencoder", "train_clip", "precompute_latents", "train_ldm", "evaluate_ldm")
 SHORT = ["training.log_every=1", "training.wandb_project=null"]
@@ -50,7 +52,7 @@ def test_the_chain_runs_through(cluster: Cluster, pictures: Path, tmp_path: Path
     jobs = start(cluster, f"output={tmp_path / 'run'}", *words[:1], f"input={pictures}", *words[1:])
     assert tuple(jobs) == STAGES
     for stage in STAGES:
-        facts = jobs[stage].wait(120)
+        facts = jobs[stage].wait()
         assert facts["JobState"] == "COMPLETED", f"{stage}: {facts}\n{jobs[stage].output()}"
     assert (tmp_path / "run/ldm/evaluation/evaluation.json").exists()
     assert "2 rank(s) on cpu" in jobs["train_ldm"].output()
@@ -61,10 +63,10 @@ def test_what_waits_for_a_failed_stage_is_cancelled(cluster: Cluster, tmp_path: 
     there = [f"{name}={tmp_path / name}" for name in ("shards", "autoencoder", "clip")]
     jobs = start(cluster, f"output={tmp_path / 'run'}", *there)
     assert tuple(jobs) == STAGES[3:]
-    facts = jobs["precompute_latents"].wait(60)
+    facts = jobs["precompute_latents"].wait()
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), jobs["precompute_latents"].output()
     for stage in STAGES[4:]:
-        assert jobs[stage].wait(60)["JobState"] == "CANCELLED"
+        assert jobs[stage].wait()["JobState"] == "CANCELLED"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from synthetic import run
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_writer import ShardWriter
 
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("machine")]
+
 ROOT = Path(__file__).parents[2]
 GIVEN = ("autoencoder=identity", "conditions=[low_resolution]", "batch_size=2")
 
@@ -39,11 +41,11 @@ def contents(root: Path) -> dict[str, str]:
 
 def test_an_array_makes_what_one_process_makes(cluster: Cluster, images: Path, tmp_path: Path) -> None:
     line = (f"input={images}", f"output={tmp_path}/array", *GIVEN)
-    array = "--array=0-2", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1"
+    array = "--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1"
     first = cluster.submit(ROOT, *array, "slurm/precompute_latents.sbatch", *line, PYTHON=sys.executable)
     run("data_pipeline/precompute_latents.py", f"input={images}", f"output={tmp_path}/one", *GIVEN)
     told = cluster.client("squeue", "--noheader", "--format=%A", "--array", f"--jobs={first.number}").split()
     for number in {first.number, *map(int, told)}:
-        Job(cluster, number, first.log).wait(90)
+        Job(cluster, number, first.log).wait()
     assert contents(tmp_path / "array") == contents(tmp_path / "one"), first.output()
-    assert first.output().count("restart 0:") == 3, first.output()
+    assert first.output().count("restart 0:") == 2, first.output()

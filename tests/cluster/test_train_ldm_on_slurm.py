@@ -13,6 +13,8 @@ import pytest
 from slurm_cluster import Cluster, Job
 from synthetic import TINY_LATENTS, write_latents
 
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("machine")]
+
 ROOT = Path(__file__).parents[2]
 STEPS = 120
 TINY = (
@@ -21,7 +23,7 @@ TINY = (
     "training.wandb_project=null preview_every=null validate_every=null validation_samples=2 "
     "autoencoder.path=none clip.path=none engine=zero2"
 ).split()
-LONG_STEPS = 600
+LONG_STEPS = 300
 LONG = (f"training.steps={LONG_STEPS}", "training.save_every=10")
 
 
@@ -37,8 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def jobs(cluster: Cluster, folder: Path) -> dict[str, Job]:
     """All at once, as two cores are busy with importing anyway."""
 
-    def submit(*arguments: str) -> Job:
-        return cluster.submit(ROOT, "--nodes=2", "slurm/train_ldm.sbatch", *arguments, PYTHON=sys.executable)
+    def submit(*arguments: str, nodes: int = 2) -> Job:
+        line = f"--nodes={nodes}", "slurm/train_ldm.sbatch", *arguments
+        return cluster.submit(ROOT, *line, PYTHON=sys.executable)
 
     given = (f"input={folder / 'latents'}", *TINY)
     return {
@@ -46,7 +49,7 @@ def jobs(cluster: Cluster, folder: Path) -> dict[str, Job]:
         "straight": submit(*given, f"output={folder / 'straight'}"),
         "killed": submit(*given, f"output={folder / 'killed'}", *LONG),
         "refused": submit(*given, f"output={folder / 'refused'}", "training.batch_size=7"),
-        "nothing": submit(),
+        "nothing": submit(nodes=1),
     }
 
 
@@ -61,48 +64,50 @@ def losses(run: Path) -> dict[int, float]:
 
 def test_a_warning_saves_requeues_and_finishes(cluster: Cluster, jobs: dict[str, Job], folder: Path) -> None:
     job, run = jobs["signalled"], folder / "signalled"
-    job.wait_for(lambda facts: len(rows(run)) >= 3, 60)
+    job.wait_for(lambda facts: len(rows(run)) >= 3)
     cluster.client("scancel", "--batch", "--signal=USR1", str(job.number))
-    facts = job.wait(60)
+    facts = job.wait()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert "back into the queue (restart 1 of at most 20)" in job.output()
     assert "resumed from step" in job.output()
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
 
 
-def rank_of(job: Job, number: int) -> psutil.Process:
-    """The Python process of a job's rank; processes may end while they are looked at."""
+def rank_of(job: Job, run: Path, number: int) -> psutil.Process:
+    """The Python process of a job's rank; processes may end while they are looked at. Another test run's Slurm may have
+    a job of that number: the run's folder tells them apart."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             environment = process.environ()
             mine = environment.get("SLURM_JOB_ID") == str(job.number) and environment.get("RANK") == str(number)
-            if mine and "train/train_ldm.py" in process.cmdline() and "bash" not in process.cmdline():
+            if mine and f"output={run}" in process.cmdline() and "bash" not in process.cmdline():
                 return process
     raise AssertionError(f"no rank {number}\n{job.output()}")
 
 
 def test_a_killed_rank_is_started_again(jobs: dict[str, Job], folder: Path) -> None:
     job, run = jobs["killed"], folder / "killed"
-    job.wait_for(lambda facts: len(rows(run)) >= 12, 60)
-    rank_of(job, 1).kill()
-    facts = job.wait(90)
+    job.wait_for(lambda facts: len(rows(run)) >= 12)
+    rank_of(job, run, 1).kill()
+    facts = job.wait()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert "a rank failed; back into the queue (restart 1 of at most 20)" in job.output()
     assert sorted(losses(run)) == list(range(1, LONG_STEPS + 1))
 
 
+@pytest.mark.exhaustive  # a failed node is in test_launch.py, going on from a checkpoint above
 def test_a_failed_node_is_survived(cluster: Cluster, jobs: dict[str, Job], folder: Path) -> None:
     """Slurm takes all jobs of the node along: the others must be through."""
     for other in jobs.values():
-        other.wait(90)
+        other.wait()
     run = folder / "node-fails"
     given = (f"input={folder / 'latents'}", f"output={run}", *TINY, *LONG)
     job = cluster.submit(ROOT, "--nodes=2", "slurm/train_ldm.sbatch", *given, PYTHON=sys.executable)
-    job.wait_for(lambda facts: len(rows(run)) >= 12, 90)
+    job.wait_for(lambda facts: len(rows(run)) >= 12)
     cluster.client("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    job.wait_for(lambda facts: facts["JobState"] != "RUNNING", 60)
+    job.wait_for(lambda facts: facts["JobState"] != "RUNNING")
     cluster.bring_back("node2")
-    facts = job.wait(90)
+    facts = job.wait()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert "resumed from step" in job.output()
     assert sorted(losses(run)) == list(range(1, LONG_STEPS + 1))
@@ -110,7 +115,7 @@ def test_a_failed_node_is_survived(cluster: Cluster, jobs: dict[str, Job], folde
 
 def test_two_nodes_train_as_one_run(jobs: dict[str, Job], folder: Path) -> None:
     job, run = jobs["straight"], folder / "straight"
-    facts = job.wait(60)
+    facts = job.wait()
     assert (facts["JobState"], facts["NodeList"]) == ("COMPLETED", "node[1-2]"), job.output()
     assert "2 rank(s) on cpu, batch 8 = 4 x 1 x 2" in job.output()
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, STEPS + 1))  # a second writer doubles
@@ -120,18 +125,18 @@ def test_two_nodes_train_as_one_run(jobs: dict[str, Job], folder: Path) -> None:
 
 def test_stopped_and_straight_are_the_same_run(jobs: dict[str, Job], folder: Path) -> None:
     """Once the two above are through."""
-    assert {jobs[name].wait(60)["JobState"] for name in ("signalled", "straight")} == {"COMPLETED"}
+    assert {jobs[name].wait()["JobState"] for name in ("signalled", "straight")} == {"COMPLETED"}
     assert losses(folder / "signalled") == pytest.approx(losses(folder / "straight"), rel=1e-5)
 
 
 def test_a_refused_override_fails_with_its_sentence(jobs: dict[str, Job], folder: Path) -> None:
-    facts = jobs["refused"].wait(60)
+    facts = jobs["refused"].wait()
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
     assert "error: batch_size=7 can't be shared by 2 ranks" in (jobs["refused"].output())
     assert "Traceback" not in jobs["refused"].output()
 
 
 def test_without_arguments_it_says_what_must_be_given(jobs: dict[str, Job]) -> None:
-    facts = jobs["nothing"].wait(60)
+    facts = jobs["nothing"].wait()
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
     assert "input, output must be given" in jobs["nothing"].output()

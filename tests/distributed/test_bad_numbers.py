@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from synthetic import NO_ENCODERS, TINY_LATENTS, TINY_UNET, losses, metric_rows, run, write_latents
 
+pytestmark = pytest.mark.processes
+
 SAMPLES, STREAMS, BATCH = 640, 8, 16
 BAD_STEPS = range(20, 23)  # counted from 0
 SETTINGS = [

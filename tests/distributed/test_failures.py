@@ -1,15 +1,13 @@
 """A rank that throws, starves or stands still takes all down within a minute; who, where and why is said.
 
-Real processes under torchrun, which gives a rank that hears no TERM half a minute: this file takes about one.
+Real processes under torch's agent, which gives a rank that hears no TERM half a minute: this file takes about one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 from failing_loader import BAD_STEP
-from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, command, environment, losses, run, write_splits
+from forked import Forked
+from synthetic import NO_ENCODERS, ROOT, TINY_UNET, losses, run
+from synthetic import started as started_process
+
+pytestmark = pytest.mark.processes
 
 HANG_TIMEOUT_S = 4
 SETTINGS = [
@@ -31,7 +33,7 @@ SETTINGS = [
 class Started:
     """Two ranks under torchrun, and what they said."""
 
-    process: subprocess.Popen
+    process: Forked
     output: Path
     log: Path
 
@@ -43,26 +45,22 @@ class Started:
         return [parent, *parent.children(recursive=True)]
 
     def rank(self, number: int) -> psutil.Process:
-        return next(p for p in self.everyone() if p.ppid() == self.process.pid and p.environ()["RANK"] == str(number))
+        return sorted(psutil.Process(self.process.pid).children(), key=lambda p: p.pid)[number]
 
     def said(self) -> str:
         return self.log.read_text()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
+def runs(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
     """All at once: most of their time they wait."""
     folder = tmp_path_factory.mktemp("failures")
-    latents = write_splits(folder / "latents", TINY_LATENTS)
     started = {}
     for name in ("crash", "damaged", "starve", "stop"):
         steps = 1_000_000 if name == "stop" else 20
         given = [f"input={latents}", f"output={folder / name}", f"training.steps={steps}", f"+data.does={name}"]
-        with (folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command("train/train_ldm.py", *SETTINGS, *given, ranks=2), cwd=ROOT, stdout=log, stderr=log,
-                env={**environment(), "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
-            )  # fmt: skip
+        arguments = ["train/train_ldm.py", *SETTINGS, *given]
+        process = started_process(folder / f"{name}.log", *arguments, ranks=2, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
         started[name] = Started(process, folder / name, folder / f"{name}.log")
     yield started
     for one in started.values():

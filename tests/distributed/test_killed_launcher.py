@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from synthetic import ROOT, command, environment
+
+pytestmark = pytest.mark.processes
 
 RANK = """
 import os, pathlib, sys, time

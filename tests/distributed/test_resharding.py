@@ -16,6 +16,8 @@ from torch import Tensor
 
 from train.fragments import gathered
 
+pytestmark = pytest.mark.processes
+
 STEPS, STREAMS = 16, 8
 SETTINGS = [
     *TINY_UNET, *NO_ENCODERS, f"training.steps={STEPS}", "training.batch_size=16", "training.log_every=1",

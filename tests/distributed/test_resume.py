@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from forked import Forked
 from synthetic import (
     NO_ENCODERS,
     ROOT,
@@ -28,12 +29,14 @@ from synthetic import (
     losses,
     metric_rows,
     run,
+    started,
 )
 
 from train.checkpoint_files import complete_checkpoints, step_of
 
-KILLS = int(os.environ.get("KILLS", "3"))
-STEPS = 200 if KILLS >= 20 else 60
+pytestmark = pytest.mark.processes
+
+STEPS = 60
 SETTINGS = [
     *TINY_UNET, *NO_ENCODERS, f"training.steps={STEPS}", "training.save_every=30", "training.batch_size=16",
     "training.log_every=1", "engine=zero2", "validate_every=null",
@@ -47,7 +50,7 @@ def undisturbed(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return output
 
 
-def kill_with_children(process: subprocess.Popen) -> None:
+def kill_with_children(process: Forked | subprocess.Popen) -> None:
     """SIGKILL to torchrun and to its ranks, which have sessions of their own."""
     everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for one in everyone:
@@ -56,9 +59,10 @@ def kill_with_children(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def killed(process: subprocess.Popen, output: Path, moments: random.Random, most: float) -> str:
-    """SIGKILL to a rank: a quarter of the kills as they start, the others up to `most` steps on. Says where it was."""
-    starting, seconds, more = moments.random() < 0.25, moments.uniform(0, 8), moments.uniform(0, most)
+def killed(process: Forked | subprocess.Popen, output: Path, moments: random.Random, most: float, start: float) -> str:
+    """SIGKILL to a rank: a quarter of the kills as they start, which takes about `start` seconds, the others up to
+    `most` steps on. Says where it was."""
+    starting, seconds, more = moments.random() < 0.25, moments.uniform(0, start), moments.uniform(0, most)
     target = max(map(step_of, complete_checkpoints(output / "checkpoints")), default=0) + more
     began, old = time.monotonic(), identity_of(output)
     while process.poll() is None and time.monotonic() - began < 120:
@@ -78,39 +82,50 @@ def identity_of(output: Path) -> int | None:
     return rows.stat().st_ino if rows.exists() else None
 
 
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+def ranks_of(process: Forked | subprocess.Popen) -> list[psutil.Process]:
     """Waits until there are two."""
     while process.poll() is None:
-        ranks = [p for p in psutil.Process(process.pid).children() if "train/train_ldm.py" in p.cmdline()]
+        ranks = psutil.Process(process.pid).children()
         if len(ranks) == 2:
             return ranks
         time.sleep(0.002)
     raise AssertionError("it ended by itself")
 
 
-@pytest.mark.timeout(300 + 90 * KILLS)
-def test_random_ranks_killed_at_random_moments(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Each time one rank of two, wherever it is: loading, training, saving; and at last all. KILLS=20 for as many."""
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_random_ranks_killed_at_random_moments(latents: Path, undisturbed: Path, tmp_path: Path, kills: int) -> None:
+    """Each time one rank of two, wherever it is: loading, training, saving; and at last all. Twenty under torchrun."""
     settings, output = [*SETTINGS, "training.save_every=4", f"input={latents}"], tmp_path / "run"
+    steps = STEPS
+    if real := kills >= 20:
+        steps, undisturbed = 200, tmp_path / "straight"
+        settings.append(f"training.steps={steps}")
+        run("train/train_ldm.py", *settings, f"output={undisturbed}", ranks=2)
     moments = random.Random(58)  # of its first three kills the second is at a start
-    for number in range(KILLS):
-        process = subprocess.Popen(
-            command("train/train_ldm.py", *settings, f"output={output}", ranks=2), cwd=ROOT, env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+    for number in range(kills):
+        arguments = ["train/train_ldm.py", *settings, f"output={output}"]
+        if real:
+            process = subprocess.Popen(
+                command(*arguments, ranks=2), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        else:
+            process = started(tmp_path / "log", *arguments, ranks=2)
         try:
-            print(f"{number + 1}: {killed(process, output, moments, STEPS / KILLS)}", flush=True)
-            if number + 1 < KILLS:
+            where = killed(process, output, moments, steps / kills, start=8 if real else 2)
+            print(f"{number + 1}: {where}", flush=True)
+            if number + 1 < kills:
                 assert process.wait(90) != 0  # torchrun takes the other down
         finally:
             kill_with_children(process) if process.poll() is None else None
-    assert 0 < max(losses(output)) < STEPS, "the kills were not spread over the run"
+    assert 0 < max(losses(output)) < steps, "the kills were not spread over the run"
     before = complete_checkpoints(output / "checkpoints")[-1]
     done = run("train/train_ldm.py", *settings, f"output={output}", "training.resume=must", ranks=2)
-    assert f"resumed from step {step_of(before)} of {STEPS}" in done.stdout
-    assert [row["step"] for row in metric_rows(output) if "loss" in row] == list(range(1, STEPS + 1))
+    assert f"resumed from step {step_of(before)} of {steps}" in done.stdout
+    assert [row["step"] for row in metric_rows(output) if "loss" in row] == list(range(1, steps + 1))
     assert losses(output) == losses(undisturbed)
-    last = f"checkpoints/step-{STEPS:08d}"
+    last = f"checkpoints/step-{steps:08d}"
     for name in ("ema.safetensors", "part-00000.safetensors", "part-00001.safetensors"):
         assert (output / last / name).read_bytes() == (undisturbed / last / name).read_bytes()
 
@@ -211,10 +226,7 @@ def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: P
 def test_sigterm_saves_and_asks_to_be_started_again(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = [f"input={latents}", f"output={output}", *SETTINGS]
-    process = subprocess.Popen(
-        command("train/train_ldm.py", *arguments), cwd=ROOT, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = started(tmp_path / "log", "train/train_ldm.py", *arguments)
     deadline = time.monotonic() + 120
     while len(losses(output)) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)

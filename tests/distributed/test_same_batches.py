@@ -21,7 +21,8 @@ from data_pipeline.shard_writer import ShardWriter
 SIZES = [9, 0, 17, 4, 11, 30, 1, 25, 8, 13, 2, 7, 19]  # an odd number of shards, one of them empty: 146 samples
 BATCH, STREAMS = 24, 24
 STEPS = 19  # 456 samples, three epochs and a little
-REAL = [(1, 0, 1), (2, 1, 3), (8, 7, 3)]  # ranks, rank, workers
+# Ranks, rank, workers.
+REAL = [(2, 1, 3), *(pytest.param(*real, marks=pytest.mark.exhaustive) for real in ((1, 0, 1), (8, 7, 3)))]
 
 
 def write_latents(root: Path, sizes: list[int]) -> str:
@@ -89,6 +90,7 @@ def test_ranks_and_workers_change_no_global_batch(
     assert [list(itertools.chain(*step)) for step in zip(*of_ranks, strict=True)] == alone
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("ranks", "rank", "workers"), REAL)
 def test_so_do_worker_processes(latents: str, alone: list[list[str]], ranks: int, rank: int, workers: int) -> None:
     own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)

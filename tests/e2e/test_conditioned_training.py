@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from synthetic import metric_rows, run
 
+pytestmark = pytest.mark.processes
+
 SMALL = ["unet.channels=[16,32]", "unet.heads=2", "unet.norm_groups=8", "training.steps=3", "training.batch_size=8",
          "preview_samples=4", "preview_every=3", "validate_every=3", "sampler.steps=2", "training.wandb_project=null",
          "training.log_every=1"]  # fmt: skip
@@ -120,7 +122,7 @@ def test_a_classifier_guides_an_unconditional_run(folder: Path) -> None:
     trained = train(folder, "unconditional", f"output={folder}/guided", "training.steps=2", factor).parent / "guided"
     few = ["training.steps=4", "training.batch_size=16", "validate_every=4", "training.log_every=2", factor]
     done = run("train/train_classifier.py", f"input={folder}/latents", f"output={folder}/classifier", *few,
-               "classifier.channels=[16,32]", variables=IN_BF16)  # fmt: skip
+               "classifier.channels=[16,32]", fresh=True, variables=IN_BF16)  # fmt: skip
     assert "right on" in done.stdout
     assert "dtype: bf16 (auto: " in done.stdout
     guide = [f"classifier.path={folder}/classifier", "labels=hearts", "sampler.steps=3"]

@@ -21,6 +21,8 @@ from train.randomness import generator_at
 from train.saved_objects import build
 from train.weights.saved import save_model
 
+pytestmark = pytest.mark.processes
+
 FIRST_STAGE = {"latent_channels": 4, "channels": [32, 32], "layers_per_block": 1, "norm_groups": 32}
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 128, "layers": 2, "heads": 2}
 CLIP_OPTIONS = {
@@ -60,7 +62,7 @@ def train_ldm(folder: Path, name: str, *more: str) -> None:
 def exported(folder: Path) -> Path:
     """exported/, exported.safetensors, and what was said."""
     done = run("train/export_diffusers.py", f"input={folder}/ldm", f"output={folder}/exported",
-               f"single_file={folder}/exported.safetensors")  # fmt: skip
+               f"single_file={folder}/exported.safetensors", fresh=True)  # fmt: skip
     assert done.stdout.count("read back, each part gives the same output") == 2
     assert "StableDiffusionPipeline.from_pretrained" in done.stdout
     return folder / "exported"

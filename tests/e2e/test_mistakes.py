@@ -11,6 +11,8 @@ from synthetic import DEMO_LATENTS, NO_ENCODERS, TINY_LATENTS, TINY_UNET, run, w
 from train.models.autoencoder import AutoencoderKL
 from train.weights.saved import save_model
 
+pytestmark = pytest.mark.processes
+
 SMALL = {"latent_channels": 4, "channels": [8, 8], "layers_per_block": 1, "norm_groups": 4, "mid_attention": False}
 
 

@@ -69,6 +69,7 @@ def train(folder: Path, data: str, *more: str) -> list[dict[str, float]]:
     return metric_rows(output)
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(400)
 def test_the_same_losses_as_on_stored_latents(folder: Path) -> None:
     run(
@@ -88,6 +89,7 @@ def test_the_same_losses_as_on_stored_latents(folder: Path) -> None:
         assert facts[0]["fingerprints"][encoder] == facts[1]["fingerprints"][encoder]
 
 
+@pytest.mark.processes
 def test_a_run_on_pictures_is_drawn_from_as_any_other(folder: Path, tmp_path: Path) -> None:
     train(folder, "shards", "conditioning=[text]", "training.save_every=8", "preview_every=8", "sampler.steps=2")
     source = folder / "run-shards-4"

@@ -19,9 +19,10 @@ from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_writer import ShardWriter
 
+pytestmark = pytest.mark.processes
+
 SHARDS, SAMPLES = 6, 16
 USABLE = SHARDS * SAMPLES - SHARDS // 2
-KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +63,14 @@ def undisturbed(images: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return made, time.monotonic() - began
 
 
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_killed_at_random_moments_and_started_again(
-    images: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
+    images: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path, kills: int
 ) -> None:
     """Nothing half-written under a final name; what was finished is not made again; the same bytes in the end."""
     whole, duration = undisturbed
     moments, hits = random.Random(0), 0
-    for attempt in range(4 * KILLS):
+    for attempt in range(4 * kills):
         root = tmp_path / str(attempt)
         process = precompute_process.started(images, root)
         time.sleep(moments.uniform(0, duration))
@@ -82,9 +84,9 @@ def test_killed_at_random_moments_and_started_again(
         precompute_process.finished(precompute_process.started(images, root))
         assert contents(root) == whole
         assert before.items() <= stamps(root).items()
-        if hits == KILLS:
+        if hits == kills:
             break
-    assert hits == KILLS
+    assert hits == kills
 
 
 def at_once(images: str, output: Path, count: int) -> list[BaseProcess]:

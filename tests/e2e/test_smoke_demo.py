@@ -1,4 +1,4 @@
-"""`make demo DEMO=smoke`: the whole chain on real pictures, by the commands that it prints."""
+"""`make demo`: the whole chain on real pictures, by the commands that it prints; DEMO=tiny, and exhaustively smoke."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +15,37 @@ import webdataset as wds
 from PIL import Image
 from synthetic import ROOT, metric_rows, run
 
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("smoke", marks=pytest.mark.exhaustive)])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """HOME and TMPDIR while the demo runs: nothing may be left in them."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, home: Path) -> tuple[Path, str]:
+def demo(name: str, tmp_path_factory: pytest.TempPathFactory, home: Path) -> tuple[Path, str]:
     """Its folder, and what it printed."""
-    output = tmp_path_factory.mktemp("smoke") / "demo"
+    output = tmp_path_factory.mktemp(name) / "demo"
     (home / "tmp").mkdir()
-    done = make_demo(output, home)
+    done = make_demo(name, output, home)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return output, done.stdout
 
 
-def make_demo(output: Path, home: Path) -> subprocess.CompletedProcess[str]:
+def make_demo(name: str, output: Path, home: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HOME": str(home), "TMPDIR": str(home / "tmp")}
-    options = ["DEMO=smoke", f"OUTPUT={output}", f"RUN={sys.executable}"]
+    options = [f"DEMO={name}", f"OUTPUT={output}", f"RUN={sys.executable}"]
+    made = f"--old-file={ROOT}/.venv/installed"  # tests have their Python, which may be another
     return subprocess.run(
-        ["make", "--no-print-directory", "demo", *options], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=560,
+        ["make", "--no-print-directory", made, "demo", *options], cwd=ROOT, env=environment, capture_output=True,
+        text=True, timeout=560,
     )  # fmt: skip
 
 
@@ -54,7 +61,7 @@ def test_it_prints_its_figures_and_where_everything_lies(demo: tuple[Path, str])
 
 
 def test_every_stage_learns(demo: tuple[Path, str]) -> None:
-    """120 steps don't draw, but each loss must fall and the autoencoder must beat a grey picture by far."""
+    """A few steps don't draw, but each loss must fall and the autoencoder must beat a grey picture by far."""
     output, _ = demo
     for stage, factor in (("autoencoder", 0.6), ("clip", 0.8), ("ldm", 0.7)):
         losses = [row["loss"] for row in metric_rows(output / stage) if "loss" in row]
@@ -98,13 +105,11 @@ def test_nothing_is_left_in_home_or_tmp(demo: tuple[Path, str], home: Path) -> N
     assert left == []
 
 
-def test_a_second_run_starts_at_once_and_does_nothing(demo: tuple[Path, str], home: Path) -> None:
+def test_a_second_run_does_nothing(name: str, demo: tuple[Path, str], home: Path) -> None:
     output, _ = demo
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != "summary.json"}
-    started = time.monotonic()
-    again = make_demo(output, home)
+    again = make_demo(name, output, home)
     assert again.stdout.count("finished before") == 7
-    assert time.monotonic() - started < 30
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != "summary.json"}
     assert {p: t for p, t in after.items() if p.is_file()} == {p: t for p, t in before.items() if p.is_file()}
 

@@ -15,6 +15,8 @@ from synthetic import metric_rows, run
 from train.models.autoencoder import VQModel
 from train.weights.saved import load_autoencoder
 
+pytestmark = pytest.mark.processes
+
 SHORT = [
     "training.batch_size=16", "training.log_every=1", "validate_every=null", "optimizer.schedule.kind=constant",
     "optimizer.lr=1e-3", "autoencoder.channels=[16,16]",

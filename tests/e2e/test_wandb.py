@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, command, environment, metric_rows, run, write_splits
+from synthetic import NO_ENCODERS, ROOT, TINY_UNET, environment, metric_rows, run, started
+
+pytestmark = pytest.mark.processes
 
 SETTINGS = [
     *TINY_UNET, *NO_ENCODERS, "training.batch_size=16", "training.log_every=1", "training.save_every=10",
@@ -26,9 +28,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_splits(tmp_path_factory.mktemp("latents"), TINY_LATENTS)
+@pytest.fixture
+def latents(tiny_latents: Path) -> Path:
+    return tiny_latents
 
 
 @pytest.fixture
@@ -68,17 +70,14 @@ def test_an_endpoint_that_swallows_everything_holds_nothing_up(latents: Path, tm
     account = {"WANDB_BASE_URL": swallower, "WANDB_API_KEY": "0123456789" * 4, "WANDB_MODE": "online"}
     output = tmp_path / "run"
     arguments = [f"input={latents}", f"output={output}", *SETTINGS, "training.steps=60", "training.save_every=null"]
-    process = subprocess.Popen(
-        command("train/train_ldm.py", *arguments), cwd=ROOT, env={**environment(), **account},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process, log = started(tmp_path / "log", "train/train_ldm.py", *arguments, **account), tmp_path / "log"
     last = output / "checkpoints/latest"
     while not last.exists() and process.poll() is None:
         time.sleep(0.02)
     assert process.poll() is None, "it ended without waiting for W&B: was it asked at all?"
     trained = time.monotonic()
-    said, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, said
+    assert process.wait(100) == 0, log.read_text()
+    said = log.read_text()
     assert time.monotonic() - trained < 60, said  # ten seconds, half a minute, and Python's end
     assert "kept offline" in said
     assert [row["_step"] for row in told(output)] == list(range(1, 61))  # it really is
@@ -137,10 +136,7 @@ def test_offline_it_holds_what_was_logged_over_a_requeue(latents: Path, tmp_path
     output = tmp_path / "run"
     offline = {"WANDB_MODE": "offline"}
     arguments = [f"input={latents}", f"output={output}", *SETTINGS, "training.steps=30"]
-    process = subprocess.Popen(
-        command("train/train_ldm.py", *arguments, "training.save_every=20"), cwd=ROOT, env={**environment(), **offline},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = started(tmp_path / "log", "train/train_ldm.py", *arguments, "training.save_every=20", **offline)
     while len(metric_rows(output)) < 25 and process.poll() is None:
         time.sleep(0.01)
     process.kill()
@@ -151,7 +147,7 @@ def test_offline_it_holds_what_was_logged_over_a_requeue(latents: Path, tmp_path
     os.environ.update(offline)
     try:
         done = run("train/train_ldm.py", *arguments, "training.save_every=20")
-        replayed = run("train/replay_metrics.py", f"input={output}", f"output={tmp_path / 'replay'}")
+        replayed = run("train/replay_metrics.py", f"input={output}", f"output={tmp_path / 'replay'}", fresh=True)
     finally:
         del os.environ["WANDB_MODE"]
     assert "resumed from step 20 of 30" in done.stdout

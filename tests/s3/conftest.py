@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,6 @@ from fault_proxy import FaultProxy
 from data_pipeline import bucket as s3
 
 ANYTHING = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
-BUCKETS = itertools.count()
 NO_OTHERS = (
     "AWS_PROFILE",
     "AWS_SESSION_TOKEN",
@@ -56,10 +55,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield Server(int(port), os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
         return
     log = tmp_path_factory.mktemp("moto") / "log.txt"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    code = "from moto.server import main; main(['-H', '127.0.0.1', '-p', '0'])"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -68,7 +64,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             stderr=output,
         )
     try:
-        wait_for(port, process, log)
+        port = port_of(process, log)
         iam = Server(port, "none", "none").client("iam")
         iam.create_user(UserName="trainer")
         made = iam.create_access_key(UserName="trainer")["AccessKey"]
@@ -79,12 +75,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process.wait()
 
 
-def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + 60
+def port_of(process: subprocess.Popen, log: Path) -> int:
+    """The free port that it has taken, once it listens."""
+    end = time.monotonic() + 300
     while time.monotonic() < end and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        if said := re.search(r"Running on http://127\.0\.0\.1:(\d+)", log.read_text()):
+            return int(said[1])
         time.sleep(0.05)
     raise AssertionError(f"moto does not listen:\n{log.read_text()}")
 
@@ -123,6 +119,6 @@ def bucket(server: Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    name = f"bucket{next(BUCKETS)}"
+    name = f"bucket-{uuid.uuid4().hex[:16]}"  # other workers may use the same server
     server.client().create_bucket(Bucket=name)
     return name

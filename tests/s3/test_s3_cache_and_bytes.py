@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
 import pytest
 import torch
 from fault_proxy import FaultProxy
-from synthetic import write_latents
+from synthetic import started, write_latents
 
 from data_pipeline import storage
 from data_pipeline.errors import DataError
@@ -18,6 +20,8 @@ from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_cache import ShardCache, open_shard, seen
 from data_pipeline.shard_writer import read_index
+
+pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
 
 SAMPLES, SHARD_SIZE, BATCH, STREAMS = 104, 8, 8, 8
 SHAPES = {"moments.npy": (8, 16, 16), "text.npy": (8, 32), "pooled.npy": (5,)}
@@ -75,6 +79,7 @@ def test_four_nodes_together_read_it_once(remote, local, proxy: FaultProxy, batc
     assert proxy.bytes_read() - listings_and_manifests < 1.05 * shard_bytes(local)
 
 
+@pytest.mark.processes
 def test_two_workers_read_it_once(remote, local, proxy: FaultProxy):
     same(epoch(remote, num_workers=2), epoch(str(local)))
     ahead = 2 * 2 * BATCH / SAMPLES  # what workers prefetch of the next epoch: two parts of a step each
@@ -116,21 +121,21 @@ def test_a_second_epoch_comes_of_the_cache(remote, local, proxy, cache):
     assert proxy.bytes_read(".tar") == shard_bytes(local)
 
 
-def first_reads(root: str, at_once: multiprocessing.Barrier) -> None:
-    at_once.wait()
-    epoch(root)
-
-
-def test_processes_of_a_node_fetch_each_shard_once(remote, local, proxy, cache):
-    context = multiprocessing.get_context("spawn")
-    at_once = context.Barrier(3)
-    processes = [context.Process(target=first_reads, args=(remote, at_once)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+@pytest.mark.processes
+def test_processes_of_a_node_fetch_each_shard_once(remote, local, proxy, cache, tmp_path):
+    arguments = ["tests/reads_an_epoch.py", remote, str(tmp_path)]
+    processes = [started(tmp_path / f"log{i}", *arguments) for i in range(3)]
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3 or any(process.poll() for process in processes))
+    (tmp_path / "go").touch()
+    assert [process.wait(60) for process in processes] == [0, 0, 0], (tmp_path / "log0").read_text()
     assert proxy.bytes_read(".tar") == shard_bytes(local)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])

@@ -13,6 +13,8 @@ from synthetic import losses, run
 from data_pipeline import storage
 from data_pipeline.manifest import Manifest
 
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("s3")]
+
 FEW = ["training.steps=2", "training.batch_size=8", "training.log_every=1", "training.wandb_project=null"]
 SMALL = ["unet.channels=[16,32]", "unet.heads=2", "unet.norm_groups=8", "unet.context_dim=32", "unet.vector_dim=128",
          "sampler.steps=2", "preview_samples=4", "preview_every=2", "validate_every=2"]  # fmt: skip
@@ -43,7 +45,7 @@ def test_the_chain_runs_in_a_bucket_and_tells_no_key(bucket, proxy, server, pict
         "data_pipeline/precompute_latents.py": [f"input={store}/shards", f"output={store}/latents",
                                                 "autoencoder=identity", *clip],
         "train/train_ldm.py": [f"input={store}/latents", f"output={tmp_path}/ldm", "experiment=pixel_space", *clip,
-                               *FEW, *SMALL, "data.num_workers=2", f"store.cache={tmp_path}/cache", "store.cache_gb=1",
+                               *FEW, *SMALL, "data.num_workers=1", f"store.cache={tmp_path}/cache", "store.cache_gb=1",
                                f"training.checkpoints={store}/runs/ldm", "training.power_ema=[0.05,0.1]"],
         "train/evaluate_ldm.py": [f"input={tmp_path}/ldm", f"shards={store}/shards", "captions=4",
                                   "heldout_captions=2"],

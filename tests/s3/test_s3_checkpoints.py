@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import threading
 import time
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load
-from synthetic import NO_ENCODERS, ROOT, TINY_LATENTS, TINY_UNET, command, environment, losses, run, write_splits
+from synthetic import NO_ENCODERS, TINY_LATENTS, TINY_UNET, losses, run, started, write_splits
 
 from data_pipeline import bucket as s3
 from data_pipeline import storage
@@ -29,6 +28,8 @@ from train.posthoc_ema import find_snapshots, rebuilt
 from train.ranks import Ranks
 from train.run_folder import RunFolder
 from train.train_state import TrainState
+
+pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 LENGTH = 3000  # of the one parameter
@@ -373,16 +374,14 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.processes
 def test_a_run_on_two_ranks_is_killed_and_goes_on_on_one(place, tmp_path, monkeypatch):
     """As users type it; then drawn from, and its averages rebuilt."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     latents, output = write_splits(tmp_path / "latents", TINY_LATENTS), tmp_path / "run"
     arguments = [f"input={latents}", f"output={output}", *SETTINGS, f"training.checkpoints={place}"]
-    process = subprocess.Popen(
-        command("train/train_ldm.py", *arguments, ranks=2), cwd=ROOT, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = started(tmp_path / "log", "train/train_ldm.py", *arguments, ranks=2)
     deadline = time.monotonic() + 120
     while len(losses(output)) < 10 and time.monotonic() < deadline:
         time.sleep(0.01)

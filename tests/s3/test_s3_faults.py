@@ -8,6 +8,8 @@ from data_pipeline import bucket as s3
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
+
 FAULTS = ["slow down", "500", "reset", "stall before", "stall", "short"]
 DATA = hashlib.shake_128(b"data").digest(200_000)
 

@@ -12,6 +12,8 @@ from data_pipeline import bucket as s3
 from data_pipeline import storage
 from data_pipeline.errors import DataError, UserError
 
+pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
+
 
 def test_what_is_written_is_read(bucket, proxy):
     path = f"s3://{bucket}/set/file"

@@ -1,0 +1,21 @@
+"""A process of a node, for tests: ROOT FOLDER. Reads an epoch of ROOT once FOLDER/go is there."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from data_pipeline.loader import Loader
+from data_pipeline.manifest import Manifest
+
+BATCH, STREAMS = 8, 8
+
+root, folder = sys.argv[1], Path(sys.argv[2])
+(folder / f"ready-{os.getpid()}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.001)
+batches = iter(Loader(root, BATCH, STREAMS, cache_mb=0, prefetch=0))
+for _ in range(Manifest.load(root).samples // BATCH):
+    next(batches)
