@@ -110,11 +110,11 @@ def cost_of_bf16(best: Chosen) -> str:
 
 
 def best_here(device: torch.device) -> Chosen:
-    """What this rank's machine is fastest in, but for less than 16 bits."""
+    """What this rank's machine is fastest in, of 16 bits or more."""
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
         return Chosen("bf16" if has else "fp16", f"this GPU has {'' if has else 'no '}bf16 instructions")
-    # That torch has kernels for bf16 is not enough, as AVX-512 alone makes it true, which emulates its instructions.
+    # Kernels in torch are not enough: it has them for AVX-512 alone, too, and emulates the instructions there.
     kernels = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return of_cpu(torch.cpu.get_capabilities(), kernels, os.environ)
 
