@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
@@ -14,8 +15,9 @@ from train.models.open_clip_alone import open_clip
 VOCABULARY = 49408  # byte pairs of OpenAI's CLIP
 
 
+@functools.cache
 def tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
-    """Captions -> (B, context_length) ids, padded with 0; open_clip carries its vocabulary."""
+    """Captions -> (B, context_length) ids, padded with 0; open_clip carries its vocabulary. Half a second to make."""
     return open_clip().SimpleTokenizer(context_length=context_length)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.samples import TextStates
 from data_pipeline.storage import write_atomically
+from train.models.clip import tokenizer
 from train.models.open_clip_alone import open_clip
 from train.weights.diffusers import write_config
 from train.weights.foreign import (
@@ -62,7 +63,7 @@ class TextEncoder(nn.Module):
         self.options, self.quick_gelu, self.pad_id = dict(options), quick_gelu, pad_id
         activation = open_clip().transformer.QuickGELU if quick_gelu else nn.GELU
         self.tower = open_clip().transformer.TextTransformer(**options, act_layer=activation, proj_type="none")
-        self.tokenizer = open_clip().SimpleTokenizer(context_length=options["context_length"])
+        self.tokenizer = tokenizer(options["context_length"])
         self.context_dim = options["width"]
 
     def tokens(self, captions: Sequence[str]) -> Tensor:

@@ -132,6 +132,11 @@ def trained(ranks, stage, steps=3, **options):
     return losses, engine.full_state_dict()
 
 
+@pytest.fixture(scope="module")
+def plainly_trained(alone):
+    return trained(alone, 0)
+
+
 @pytest.mark.parametrize(
     ("stage", "options"),
     [
@@ -150,8 +155,8 @@ def trained(ranks, stage, steps=3, **options):
         ),
     ],
 )
-def test_how_it_is_computed_does_not_change_what(alone, stage, options):
-    expected_losses, expected = trained(alone, 0)
+def test_how_it_is_computed_does_not_change_what(alone, plainly_trained, stage, options):
+    expected_losses, expected = plainly_trained
     losses, weights = trained(alone, stage, **options)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     for name, value in expected.items():

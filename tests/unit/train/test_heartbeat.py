@@ -108,7 +108,7 @@ def test_what_is_slow_has_more_time(tmp_path):
 
 @pytest.mark.processes
 def test_it_waits_for_a_rank_that_is_at_slow_work(tmp_path):
-    """Rank 1 draws, and says so."""
-    busy = Sign(1, "node1", "actions", 7, "", time.time(), time.time() + 3600)
+    """Rank 1 draws, and says so: by a clock an hour ahead, as rank 0 may take long to start here."""
+    busy = Sign(1, "node1", "actions", 7, "", time.time() + 3600, time.time() + 3600)
     (tmp_path / "rank-00001.json").write_text(json.dumps({name: getattr(busy, name) for name in Sign.__slots__}))
     assert hang(tmp_path, "step", world_size=2, seconds=5.0).returncode == 0

@@ -28,11 +28,16 @@ def inputs_of(unet):
     return (x, t) if unet.context_dim is None else (x, t, torch.randn(2, 4, unet.context_dim))
 
 
-def test_their_unet_reads_what_we_save(unet, tmp_path, relative_error):
-    diffusers.save_unet(tmp_path, unet)
-    theirs, inputs = theirs_of(tmp_path), inputs_of(unet)
+def test_their_unet_reads_what_we_save_and_ours_what_they_save(unet, tmp_path, relative_error, sha256, same_weights):
+    diffusers.save_unet(tmp_path / "ours", unet)
+    theirs, inputs = theirs_of(tmp_path / "ours"), inputs_of(unet)
     with torch.no_grad():
         assert relative_error(unet(*inputs), theirs(*inputs).sample) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = diffusers.load_unet(tmp_path / "theirs")  # with every entry of their configuration
+    assert same_weights(loaded, unet)
+    diffusers.save_unet(tmp_path / "again", loaded)
+    assert sha256(tmp_path / "again")[WEIGHTS] == sha256(tmp_path / "theirs")[WEIGHTS]  # to the byte
 
 
 def test_save_load_save_is_the_identity(unet, tmp_path, sha256, same_weights):
@@ -44,15 +49,6 @@ def test_save_load_save_is_the_identity(unet, tmp_path, sha256, same_weights):
     assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
     assert not any(p.is_meta for p in loaded.parameters())
     assert all(p.requires_grad for p in loaded.parameters())
-
-
-def test_what_they_save_is_read_and_written_again_to_the_byte(unet, tmp_path, sha256, same_weights):
-    diffusers.save_unet(tmp_path / "ours", unet)
-    theirs_of(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    loaded = diffusers.load_unet(tmp_path / "theirs")  # with every entry of their configuration
-    assert same_weights(loaded, unet)
-    diffusers.save_unet(tmp_path / "again", loaded)
-    assert sha256(tmp_path / "again")[WEIGHTS] == sha256(tmp_path / "theirs")[WEIGHTS]
 
 
 @pytest.mark.parametrize("safe", [True, False])
