@@ -28,8 +28,7 @@ WORLD = (
     "train.evaluate_ldm", "train.export_diffusers", "train.rebuild_ema", "train.replay_metrics",
     "train.online_latents", "train.weights.published", "train.engine", "data_pipeline.precompute_latents",
     "data_pipeline.make_shards", "data_pipeline.index_shards", "data_pipeline.verify_shards",
-    "data_pipeline.plan_storage", "data_pipeline.worker_pool", "train.torchvision_beside_cpu_torch", "deepspeed",
-    "open_clip", "webdataset", "s3fs", "wandb", "matplotlib.pyplot", "safetensors.torch",
+    "data_pipeline.plan_storage", "data_pipeline.worker_pool", "train.torchvision_beside_cpu_torch", "webdataset", "s3fs", "wandb", "matplotlib.pyplot", "safetensors.torch",
     # What they import at the first use:
     "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "omegaconf._impl",
     "deepspeed.ops.op_builder.all_ops", "matplotlib.backends.backend_agg", "torch.profiler._cupti_monitor",
@@ -117,6 +116,11 @@ def become(request: Request) -> None:
 def preload() -> None:
     before = set(os.environ)
     FOUND_AT.extend(folder for folder in sys.path[1:] if folder not in os.environ["PYTHONPATH"].split(os.pathsep))
+    from train.engine import quiet_deepspeed
+    from train.models.open_clip_alone import open_clip
+
+    quiet_deepspeed()
+    open_clip()  # both as the program imports them: after DS_ACCELERATOR is set, without transformers and timm
     for name in WORLD:
         importlib.import_module(name)
     gc.collect()

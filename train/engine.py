@@ -135,7 +135,7 @@ class Engine:
         batch_size: int,
         accumulation: int,
     ) -> None:
-        deepspeed = _deepspeed()
+        deepspeed = quiet_deepspeed()
         self.ranks, self.accumulation, self.optimizer = ranks, accumulation, optimizer
         self.config, self.norm = config, torch.tensor(0.0)
         micro_batch = batch_size // (ranks.world_size * accumulation)
@@ -205,7 +205,7 @@ class Engine:
 
         Collective: all ranks must call it. `prefix` keeps the names below it, and takes it off.
         """
-        safe_get_full_fp32_param = _deepspeed().utils.safe_get_full_fp32_param
+        safe_get_full_fp32_param = quiet_deepspeed().utils.safe_get_full_fp32_param
         with self._masters_replaced_by(shards):
             named = {}
             for name, parameter in self.module.named_parameters():
@@ -321,7 +321,7 @@ def _tune(module: nn.Module, config: EngineConfig) -> None:
         raise UserError("engine.compile and engine.checkpoint_activations are for the U-Net: leave them out here.")
 
 
-def _deepspeed() -> ModuleType:
+def quiet_deepspeed() -> ModuleType:
     """Its warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
     os.environ.setdefault(
         "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"

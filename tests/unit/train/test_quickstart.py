@@ -9,7 +9,6 @@ from train import quickstart
 from train.quickstart import Stage, run_chain
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-pytestmark = pytest.mark.processes
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_the_demo_says_beforehand_what_is_to_run_and_about_how_long(tmp_path, ca
     assert expected == {"train_ldm": 6.0}
 
 
-@pytest.mark.parametrize("name", ["full", "smoke"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "demo").glob("*.yaml")))
 def test_each_demo_has_arguments_and_minutes_for_every_stage(name, tmp_path):
     demo = OmegaConf.load(CONF / f"demo/{name}.yaml")
     names = {stage.name for stage in quickstart.stages(str(tmp_path), demo)}
