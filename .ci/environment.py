@@ -25,7 +25,7 @@ from pathlib import Path
 from pip_run import Refused, run_pip
 
 ROOT = Path(__file__).resolve().parents[1]
-FETCHED_GB, ON_DISK_GB = 0.4, 1.9  # with torch's build for CPUs
+FETCHED_GB, ON_DISK_GB = 0.4, 2.0  # with torch's build for CPUs
 WITHOUT_TORCH_FETCHED_GB = 0.2
 WITHOUT_TORCH_GB = 1.2  # on disk
 SCANT = 30e6  # bytes: Python's own part of a .venv
