@@ -94,12 +94,18 @@ def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
     return [*launcher, script, *arguments]
 
 
-def run(script: str, *arguments: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str,
+    *arguments: str,
+    ranks: int = 1,
+    check: bool = True,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.CompletedProcess[str]:
     """Run an entry point from the repo's root to its end; its output is shown where it fails."""
     done = subprocess.run(
         command(script, *arguments, ranks=ranks),
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), **variables},
         capture_output=True,
         text=True,
         timeout=300,

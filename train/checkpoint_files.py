@@ -61,6 +61,46 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
+def part_name(rank: int) -> str:
+    return f"part-{rank:05d}.safetensors"
+
+
+class Found(NamedTuple):
+    """A checkpoint whose files have the sizes that they should have: its name, its manifest, its state.json."""
+
+    name: str
+    files: dict[str, Facts]
+    saved: dict[str, Any]
+
+
+def look(root: str, name: str) -> tuple[Found | None, list[str]]:
+    """A published checkpoint, by a listing and its small files; or which of its files are damaged."""
+    at = storage.join(root, name)
+    manifest, text = (storage.read_if_there(storage.join(at, file)) for file in (MANIFEST, "state.json"))
+    try:
+        files = json.loads(manifest or b"")
+        whole = {(type(facts["bytes"]), type(facts["sha256"])) for facts in files.values()} == {(int, str)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole or "state.json" not in files:
+        return None, [MANIFEST]
+    sizes = storage.sizes(at)
+    damaged = [file for file, facts in files.items() if sizes.get(file) != facts["bytes"]]
+    if not damaged and hashlib.sha256(text or b"").hexdigest() != files["state.json"]["sha256"]:
+        damaged = ["state.json"]
+    if damaged:
+        return None, damaged
+    saved = json.loads(text)
+    parts = map(part_name, range(saved["layout"]["ranks"]))
+    return (Found(name, files, saved), []) if files.keys() >= set(parts) else (None, [MANIFEST])
+
+
+def newest_whole(root: str) -> Found | None:
+    """The one that a run would go on from, as far as a look tells."""
+    looks = (look(root, name)[0] for name in reversed(complete_checkpoints(root)))
+    return next((found for found in looks if found), None)
+
+
 def digest_of(path: Path) -> str:
     """sha256 of a local file."""
     with path.open("rb") as file:

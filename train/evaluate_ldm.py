@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.evaluate_ldm")  # imports the rest when the options are right, and ends
+
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,6 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
@@ -21,7 +25,6 @@ from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
 
 
-@entry("evaluate_ldm")
 def main(cfg: DictConfig) -> None:
     train = instantiate(cfg.read, root=f"{cfg.shards}/train")
     heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
@@ -129,7 +132,3 @@ def say(figures: dict[str, Any], output: Path) -> None:
     }
     print(", ".join(f"{what} {value:.2f}" for what, value in likeness.items() if value is not None))
     print(f"evaluate_ldm: grids and evaluation.json in {output}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

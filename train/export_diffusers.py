@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.export_diffusers")  # imports the rest when the options are right, and ends
+
 import json
 from pathlib import Path
 
 from omegaconf import DictConfig
 from torch import nn
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.storage import write_atomically
 from train.evaluation.trained_run import TrainedRun, open_run
@@ -16,7 +20,6 @@ from train.weights.open_clip import HEAD_WIDTH
 from train.weights.pipeline import Pipeline, reads_back, scheduler_config
 
 
-@entry("export_diffusers")
 def main(cfg: DictConfig) -> None:
     output, file = Path(cfg.output), None if cfg.single_file is None else Path(cfg.single_file)
     if file is not None and file.suffix != ".safetensors":
@@ -82,7 +85,3 @@ def what_it_is_for(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
     elif run.facts.fold > 1:
         lines.append(f"x0 is folded: pixel_unshuffle of the scaled latents by {run.facts.fold}, as in x0.json")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.sample_images")  # imports the rest when the options are right, and ends
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 
 from data_pipeline.codec import UNDECODABLE, open_image, to_rgb
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
@@ -24,7 +28,6 @@ from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
 ASKED = ("prompts", "labels", "layouts", "images", "holes")
 
 
-@entry("sample_images")
 def main(cfg: DictConfig) -> None:
     rows = asked_rows({name: cfg[name] for name in ASKED}, cfg.samples_per_prompt)
     refuse_no_numbers(cfg)
@@ -182,7 +185,3 @@ def number(name: str, value: Any) -> float:
 def file_stem(prompt: str) -> str:
     """What of a prompt can stand in a file's name."""
     return "".join(c if c.isalnum() else "-" for c in prompt.lower())[:40].strip("-") or "empty"
-
-
-if __name__ == "__main__":
-    main()

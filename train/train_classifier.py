@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.train_classifier")  # imports the rest when the options are right, and ends
+
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor, collated
@@ -30,7 +34,6 @@ from train.weights.saved import save_model
 FRACTIONS = torch.tensor([0.05, 0.25, 0.5, 0.75])
 
 
-@entry("train_classifier")
 def main(cfg: DictConfig) -> None:
     ranks = find_ranks()
     with closing_distributed():
@@ -102,7 +105,3 @@ def report(
     print(curve_line("classifier loss", rows, "loss"))
     said = ", ".join(f"{value:.2f} at t = {name[-4:]}" for name, value in figures.items())
     print(f"classifier: right on {heldout} held-out latents: {said}; fingerprint {mark}; in {folder}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
-import train.torchvision_beside_cpu_torch  # noqa: F401  # isort: skip  (before open_clip imports torchvision)
-
-import open_clip
 import torch
-from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from data_pipeline.samples import TextStates
-
-__all__ = ["CLIP", "ClipLoss"]
+from train.models.open_clip_alone import open_clip
 
 VOCABULARY = 49408  # byte pairs of OpenAI's CLIP
 
 
-def tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+def tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
     """Captions -> (B, context_length) ids, padded with 0; open_clip carries its vocabulary."""
-    return open_clip.SimpleTokenizer(context_length=context_length)
+    return open_clip().SimpleTokenizer(context_length=context_length)
 
 
 class Transformer(TypedDict, total=False):
@@ -75,7 +70,7 @@ class CLIP(nn.Module):
 
     def __init__(self, embed_dim: int, vision: VisionOptions, text: TextOptions) -> None:
         super().__init__()
-        self.towers = open_clip.model.CLIP(
+        self.towers = open_clip().model.CLIP(
             embed_dim,
             dict(vision),
             dict(text),

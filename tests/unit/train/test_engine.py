@@ -195,7 +195,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for GPUs")
 def test_fp16_is_refused_without_a_gpu():
-    with pytest.raises(UserError, match=r"fp16 needs a GPU: take engine\.dtype=bf16"):
+    with pytest.raises(UserError, match=r"fp16 needs a GPU: take engine\.dtype=auto"):
         EngineConfig(dtype="fp16")
 
 
