@@ -60,7 +60,7 @@ class Made:
 
 
 def wanted(root: Path, before: Made | None, asked: Mapping[str, str]) -> Made:
-    """What is to be there: what is not asked for by PYTHON= or SYSTEM_TORCH= stays as it was before."""
+    """What is to be there. Without PYTHON= or SYSTEM_TORCH=, these two stay as they were before."""
     python, version = this_python(root), f"{sys.version_info[0]}.{sys.version_info[1]}"
     if before and not asked.get("PYTHON") and version_of(Path(before.python)) == before.version:
         python, version = before.python, before.version

@@ -51,7 +51,7 @@ FAILURES = (
     ),
     (
         r"No matching distribution|Could not find a version",
-        "pip's package index has not what is needed for this Python: {last}; take another one (PYTHON=python3.11), or "
+        "pip's package index does not have what this Python needs: {last}; take another one (PYTHON=python3.11), or "
         "look at pip's settings (pip config list)",
     ),
     (r"Permission denied|Read-only file system|Errno 13\b", "{venv} can't be written: {last}"),
@@ -137,7 +137,7 @@ def as_seen(line: str) -> str:
 
 
 class View:
-    """A line for each large thing, for warnings and errors none; on a terminal what goes on now, written over."""
+    """A line for each large thing, none for warnings and errors; on a terminal also what pip does now, in place."""
 
     def __init__(self, out: IO[str], live: bool) -> None:
         self.out, self.live = out, live

@@ -2,13 +2,13 @@
 
 A script begins with `if __name__ == "__main__": start_entry("train.train_ldm")`. That composes the configuration, and
 answers `--help` and what can't be composed (no such option, a missing `input=`) by Hydra alone, in well under a second.
-Only when the options are right is the script imported, by its module's name and with all that stands below those two
-lines, such as torch; its `main(cfg)` is called, and the process ends. So scripts import at their top as modules do.
+When the options are right, the script is imported by its module's name, with all that stands below those two lines,
+such as torch; its `main(cfg)` is called, and the process ends. So scripts import at their top as modules do.
 
-What torch does not need and few runs do is imported where it is used, in the function that needs it: deepspeed by
-`Engine`, open_clip by `train/models/open_clip_alone.py`, wandb, matplotlib, s3fs, pyarrow and webdataset by their
-owners. A value that a dataclass refuses is then refused by torch's import and little else.
-`tests/unit/test_what_is_imported.py` holds both for all entries.
+Packages that take seconds and that few runs need are imported in the function that uses them: deepspeed by `Engine`,
+open_clip by `train/models/open_clip_alone.py`, wandb, matplotlib, s3fs, pyarrow and webdataset by their owners. So a
+value that a dataclass refuses costs the import of torch and little more.
+`tests/unit/test_what_is_imported.py` checks both for all entries.
 """
 
 from __future__ import annotations

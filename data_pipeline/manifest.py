@@ -75,7 +75,7 @@ class Manifest:
             saved.pop("samples"), saved.pop("fingerprint")
             for shard in shards:
                 refuse_outside(path, shard)
-            return cls(shards=shards, **saved)
+            return cls(shards=shards, **tables(saved))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
 
@@ -98,6 +98,16 @@ class Manifest:
         """Written last and atomically: a data set with a manifest is whole."""
         content = {"format": FORMAT, "samples": self.samples, "fingerprint": self.fingerprint, **asdict(self)}
         storage.write_atomically(storage.join(root, "manifest.json"), json.dumps(content, indent=1).encode())
+
+
+def tables(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is saved beside the shards; TypeError where a table of it is none."""
+    for name in ("fields", "info", "fingerprints"):
+        if not isinstance(saved.get(name, {}), dict):
+            raise TypeError(f"{name} is no table")
+    if not all(isinstance(field, dict) for field in saved.get("fields", {}).values()):
+        raise TypeError("a field is no table")
+    return saved
 
 
 def refuse_outside(path: str, shard: Shard) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 
 def covering(*options: Iterable[Any]) -> list[Any]:
-    """All combinations, for parametrize; those are `exhaustive` without which every two values still meet.
+    """All combinations, for parametrize. A choice in which every two values meet is kept; the others are `exhaustive`.
 
-    covering(a, b): all are kept, as each pair is one combination. Always the same choice.
+    The choice is always the same. covering(a, b) keeps all, as each pair is one combination.
     """
     numbered = [list(enumerate(values)) for values in options]
     combinations = [tuple(zip(*each, strict=True)) for each in itertools.product(*numbered)]  # (places, values)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -164,7 +165,8 @@ def ema_weights(run: Path, step: str | int = "latest") -> EmaWeights:
         return EmaWeights(str(step), load_file(step))
     folder = storage.join(Places.of_run(run).checkpoints, _chosen(run, step))
     path, manifest = storage.join(folder, "ema.safetensors"), storage.read_bytes(storage.join(folder, MANIFEST))
-    with contextlib.suppress(ValueError, KeyError), at_hand(path, json.loads(manifest)["ema.safetensors"]) as file:
+    unfit = (ValueError, KeyError, TypeError, SafetensorError)
+    with contextlib.suppress(*unfit), at_hand(path, json.loads(manifest)["ema.safetensors"]) as file:
         if file is not None:
             return EmaWeights(path, load_file(file))
     raise DataError(f"{path} is damaged: take another step= of this run, or train it again.")

@@ -45,7 +45,8 @@ def settled(engine: Mapping[str, Any], places: Places, ranks: Ranks) -> Chosen:
     saved = broadcast_object(saved_there(places) if ranks.is_main else None)
     best = common(gathered_objects(best_here(ranks.device)))
     if engine["dtype"] == "auto":
-        chosen = kept(saved, best, ranks.device) if saved else by_machine(engine, best)
+        fresh = by_machine(engine, best)
+        chosen = kept(saved, fresh, ranks.device) if saved else Chosen(fresh.dtype, f"auto: {fresh.because}")
         if ranks.is_main:
             print(f"dtype: {chosen.dtype} ({chosen.because})", flush=True)
         return chosen
@@ -57,7 +58,7 @@ def settled(engine: Mapping[str, Any], places: Places, ranks: Ranks) -> Chosen:
 def by_machine(engine: Mapping[str, Any], best: Chosen) -> Chosen:
     """The machines' best, where the other options go with it."""
     why = only_fp32(engine)
-    return Chosen("fp32" if why else best.dtype, f"auto: {why or best.because}")
+    return Chosen("fp32", why) if why else best
 
 
 def common(of_ranks: Sequence[Chosen]) -> Chosen:
@@ -70,17 +71,17 @@ def common(of_ranks: Sequence[Chosen]) -> Chosen:
     return Chosen(least.dtype, f"{least.because}, at rank(s) {', '.join(those)}; the others could take {most}")
 
 
-def kept(saved: Saved, best: Chosen, device: torch.device) -> Chosen:
-    """A resumed run's, whatever machine it goes on at."""
+def kept(saved: Saved, fresh: Chosen, device: torch.device) -> Chosen:
+    """A resumed run's, whatever machine it goes on at. fresh: what a new run would take there."""
     if saved.dtype == "fp16" and device.type != "cuda":
         raise UserError(
-            f"{saved.path} was trained in fp16, which needs a GPU: go on where there is one, or in {best.dtype} by "
-            f"engine.dtype={best.dtype} training.may_change=[dtype]."
+            f"{saved.path} was trained in fp16, which needs a GPU: go on where there is one, or in {fresh.dtype} by "
+            f"engine.dtype={fresh.dtype} training.may_change=[dtype]."
         )
     here = ""
-    if saved.dtype != best.dtype:
-        why = cost_of_bf16(best) if saved.dtype == "bf16" else best.because
-        here = f"; a new run would take {best.dtype} here, as {why}"
+    if saved.dtype != fresh.dtype:
+        why = cost_of_bf16(fresh) if saved.dtype == "bf16" else fresh.because
+        here = f"; a new run would take {fresh.dtype} here, as {why}"
     return Chosen(saved.dtype, f"auto: as in {saved.path}{here}")
 
 
@@ -109,11 +110,11 @@ def cost_of_bf16(best: Chosen) -> str:
 
 
 def best_here(device: torch.device) -> Chosen:
-    """What this rank's machine is fastest in, but for less than 16 bits."""
+    """What this rank's machine is fastest in, of 16 bits or more."""
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
         return Chosen("bf16" if has else "fp16", f"this GPU has {'' if has else 'no '}bf16 instructions")
-    # That torch has kernels for bf16 is not enough, as AVX-512 alone makes it true, which emulates its instructions.
+    # Kernels in torch are not enough: it has them for AVX-512 alone, too, and emulates the instructions there.
     kernels = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return of_cpu(torch.cpu.get_capabilities(), kernels, os.environ)
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.errors import DataError, UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.saved_names import named
 from train.models.conditioning import Conditioners
@@ -45,7 +46,9 @@ class LatentFacts:
         conditions, where = named(manifest.info.get("conditions", {})), storage.join(root, "manifest.json")
         latents = manifest.info.get("latents")
         facts = {**(latents if isinstance(latents, Mapping) else {}), "conditions": conditions}
-        refuse_wrong_kinds(facts, {name: KINDS[name] for name in ("mean", "std", "conditions")}, f"{where}: info")
+        facts |= {"shapes": shapes, "fingerprints": manifest.fingerprints, "fold": fold}
+        refuse_wrong_kinds(facts, KINDS, f"{where}: info")
+        refuse_no_latents(shapes, where)
         return cls.checked(
             shapes,
             latents,
@@ -53,7 +56,7 @@ class LatentFacts:
             scaling_factor,
             dict(manifest.fingerprints),
             conditions,
-            load(storage.read_bytes(storage.join(root, "null.safetensors"))),
+            tensors_in(storage.join(root, "null.safetensors")),
             codebook_of(root),
         )
 
@@ -153,15 +156,30 @@ class LatentFacts:
         """What `save` wrote."""
         saved = read_json(run / "latents.json")
         refuse_wrong_kinds(saved, KINDS, str(run / "latents.json"))
+        refuse_no_latents(saved["shapes"], str(run / "latents.json"))
         about = {name: saved[name] for name in KINDS} | {"conditions": named(saved["conditions"])}
-        return cls(**about, null=load((run / "null.safetensors").read_bytes()), codebook=codebook_of(run))
+        return cls(**about, null=tensors_in(str(run / "null.safetensors")), codebook=codebook_of(run))
 
 
 # Of what latents.json holds.
 KINDS = {name: hint for name, hint in get_type_hints(LatentFacts).items() if name not in ("null", "codebook")}
 
 
+def refuse_no_latents(shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """Fields none of which holds latents of (C, h, w) or codes of (h, w)."""
+    if not any(len(shapes.get(name, ())) in (2, 3) for name in STORED_AS):
+        raise DataError(f"{where} has no field of latents ({', '.join(STORED_AS)}): make it, or copy it, again.")
+
+
 def codebook_of(root: str | Path) -> Tensor | None:
     """(N, C) of a data set or run whose latents are codes."""
     path = storage.join(root, "codebook.safetensors")
-    return load(storage.read_bytes(path))["codebook"] if storage.exists(path) else None
+    return tensors_in(path)["codebook"] if storage.exists(path) else None
+
+
+def tensors_in(path: str) -> dict[str, Tensor]:
+    """Of a small safetensors file."""
+    try:
+        return load(storage.read_bytes(path))
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged ({error}): make it, or copy it, again.") from error

@@ -79,9 +79,12 @@ def find_snapshots(run: Path) -> list[Snapshot]:
     for name in storage.files(root, ".safetensors"):
         path = storage.join(root, name)
         facts = Header.of(path).metadata
-        for kind in facts["kinds"].split(","):
-            profile = Profile(float(facts["updates"]), gamma_of(float(kind.removeprefix("ema_"))))
-            found.append(Snapshot(path, kind, profile))
+        try:
+            updates = float(facts["updates"])
+            widths = {kind: float(kind.removeprefix("ema_")) for kind in facts["kinds"].split(",")}
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is no snapshot of averages: copy it again, or move it away.") from error
+        found += [Snapshot(path, kind, Profile(updates, gamma_of(width))) for kind, width in widths.items()]
     if not found:
         raise UserError(f"{run} has no snapshots of power-function averages: train with training.power_ema=[0.05,0.1].")
     return found

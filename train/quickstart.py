@@ -77,7 +77,8 @@ def main(cfg: DictConfig) -> None:
     names = [stage.name for stage in chain]
     if cfg.only is not None and cfg.only not in names:
         raise UserError(f"only={cfg.only} is no stage: take one of {', '.join(names)}.")
-    say_what_is_to_come(chain, Path(cfg.output), cfg.demo.measured)
+    asked = chain if cfg.only is None else chain[: names.index(cfg.only) + 1]
+    say_what_is_to_come(asked, Path(cfg.output), cfg.demo.measured)
     notes = run_chain(chain, Path(cfg.output), cfg.only)
     say_minutes(notes)
     if cfg.only is None:
@@ -86,7 +87,8 @@ def main(cfg: DictConfig) -> None:
 
 def say_what_is_to_come(chain: Sequence[Stage], output: Path, measured: DictConfig) -> None:
     """The stages that are to run, each with about how long it takes on this machine by a calibration of 3 seconds."""
-    ahead = [stage.name for stage in chain if finished_before(stage, output) is None]
+    left = [finished_before(stage, output) is None for stage in chain]
+    ahead = [stage.name for stage in chain[left.index(True) :]] if any(left) else []  # later ones run again
     if not ahead:
         return
     from train.calibration import calibration_seconds  # torch takes two seconds to import

@@ -30,8 +30,8 @@ Target = tuple[str, bool]  # a path, and whether it is called or is itself what 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """supplied: arguments that the program gives, and no file may: what takes one is left without it, to be called
-    later. parts: arguments that are entries themselves, and their groups. conf: the folder there, if of another name.
+    """supplied: arguments that only the program may give; what takes any is built as a partial, which it calls.
+    parts: arguments that are entries themselves, and their groups. conf: the folder there, if of another name.
     """
 
     supplied: tuple[str, ...] = ()

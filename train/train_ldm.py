@@ -187,7 +187,7 @@ def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
 
 def refuse_other_classes(cfg: DictConfig, known: LatentFacts, facts: LatentFacts) -> None:
     """A run to start from has a vector for each of its classes, by number: others would be taken for them."""
-    theirs = read_config(Path(cfg.start_from) / "config.yaml").get("conditioning", {})
+    theirs = read_config(Path(cfg.start_from) / "config.yaml").get("conditioning") or {}
     for name in sorted(set(theirs) & set(cfg.conditioning)):
         was, now = (of.conditions.get(name, {}).get("classes") for of in (known, facts))
         if was != now:

@@ -214,7 +214,7 @@ case "$2" in *exit*) exit 1;; *) echo 3.9.2;; esac
 
 @pytest.mark.parametrize(
     ("asked", "words"),
-    [({}, "python3 is 3.9.2"), ({"PYTHON": "python4"}, "python4 can not be run"), ({"PYTHON": "python3"}, "is 3.9.2")],
+    [({}, "python3 is 3.9.2"), ({"PYTHON": "python4"}, "python4 cannot be run"), ({"PYTHON": "python3"}, "is 3.9.2")],
 )
 def test_an_old_python_is_said_with_what_to_name(tmp_path, asked, words):
     done = setup_script(tmp_path, OLD, **asked)
@@ -263,7 +263,7 @@ def write_wheel(folder: Path, version: str) -> None:
     ("arguments", "sentence"),
     [
         (["--index-url=http://127.0.0.1:9/simple", "no-such-package-1"], "index could not be reached: look at the net"),
-        (["--no-index", "no-such-package-1"], "index has not what is needed for this Python: .*no-such-package-1"),
+        (["--no-index", "no-such-package-1"], "index does not have what this Python needs: .*no-such-package-1"),
         (["--no-index", "--find-links=.", "small==1", "small<1"], "no versions go together: Cannot install small"),
     ],
 )  # fmt: skip

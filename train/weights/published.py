@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from data_pipeline.errors import UserError
 from train.checkpoint_files import ema_weights
 from train.models.conditioning import ConditionedUNet
 from train.models.unet import UNet
-from train.saved_objects import read_config
+from train.saved_objects import read_config, refuse_wrong_kinds
 from train.weights import diffusers, open_clip, stable_diffusion
 from train.weights.foreign import load_exactly
 from train.weights.shapes import unet_options
@@ -46,7 +46,12 @@ def load_unet_weights(unet: UNet, path: str) -> None:
 
 
 def _of_run(unet: UNet, run: Path) -> dict[str, Tensor]:
-    options = dict(read_config(run / "config.yaml").get("unet") or {})
+    config = run / "config.yaml"
+    options = {"unet": {}, **read_config(config)}["unet"]
+    refuse_wrong_kinds({"unet": options}, {"unet": Mapping[str, Any]}, str(config))
+    kinds = {"channels": Sequence[int], "heads": int | Sequence[int]}
+    options = {"channels": [], **options}
+    refuse_wrong_kinds({"heads": 1, **options}, kinds, f"{config}: unet")
     if isinstance(options.get("heads"), int):
         options["heads"] = [options["heads"]] * len(options["channels"])
     _refuse_other_function(unet, options, run)

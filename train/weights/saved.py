@@ -85,6 +85,10 @@ def _load(path: str, group: str, option: str, made_by: str) -> nn.Module:
     if fingerprint(about["config"], state) != about["fingerprint"]:
         raise DataError(f"{folder / 'weights.safetensors'} is not what was saved there: train or copy it again.")
     model = entry.build()
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise DataError(f"{folder / 'weights.safetensors'} is not of what config.json describes ({reason}).") from error
     model.fingerprint = about["fingerprint"]
     return model.eval().requires_grad_(False)

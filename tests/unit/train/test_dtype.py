@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import train.dtype
 from data_pipeline.errors import UserError
 from train.checkpoint_files import Places
 from train.dtype import Chosen, Saved, best_here, by_machine, common, kept, of_cpu, settled
@@ -57,11 +58,11 @@ def test_this_cpu_is_what_linux_says_of_it(monkeypatch):
 @pytest.mark.parametrize(
     ("zero_stage", "offload", "dtype", "because"),
     [
-        (1, "none", "bf16", "auto: this CPU has bf16 instructions"),
-        (0, "none", "fp32", "auto: DeepSpeed keeps no fp32 master weights beside others at ZeRO stage 0"),
-        (2, "optimizer", "fp32", "auto: engine.offload=optimizer at ZeRO stage 1 or 2 goes with fp32 alone"),
-        (3, "optimizer", "bf16", "auto: this CPU has bf16 instructions"),
-        (3, "all", "bf16", "auto: this CPU has bf16 instructions"),
+        (1, "none", "bf16", "this CPU has bf16 instructions"),
+        (0, "none", "fp32", "DeepSpeed keeps no fp32 master weights beside others at ZeRO stage 0"),
+        (2, "optimizer", "fp32", "engine.offload=optimizer at ZeRO stage 1 or 2 goes with fp32 alone"),
+        (3, "optimizer", "bf16", "this CPU has bf16 instructions"),
+        (3, "all", "bf16", "this CPU has bf16 instructions"),
     ],
 )
 def test_where_other_options_go_with_fp32_alone_it_is_that(zero_stage, offload, dtype, because):
@@ -97,6 +98,14 @@ def test_a_resumed_run_keeps_its_checkpoints_on_any_machine(saved, best, device,
     found = kept(Saved("runs/a/step-00000002", saved), best, device)
     assert found.dtype == saved
     assert because in found.because
+
+
+def test_a_resumed_run_at_stage_0_is_not_said_to_be_in_bf16_if_it_were_new(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LDT_CPU_BF16", "1")
+    monkeypatch.setattr(train.dtype, "saved_there", lambda places: Saved("step-00000002", "fp32"))
+    engine = {"zero_stage": 0, "offload": "none", "dtype": "auto"}
+    assert settled(engine, Places.of(tmp_path, None), Ranks(0, 1, 0, CPU)).dtype == "fp32"
+    assert capsys.readouterr().out == "dtype: fp32 (auto: as in step-00000002)\n"
 
 
 def test_a_checkpoint_in_fp16_needs_a_gpu():

@@ -27,6 +27,7 @@ from synthetic import NO_ENCODERS, TINY_LATENTS, TINY_UNET, run, write_splits
 from data_pipeline import saved_names
 from data_pipeline.entry import CONF
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.manifest import Manifest
 from data_pipeline.saved_names import LIST, named
 from train import saved_objects
 from train.evaluation.trained_run import SECTIONS, as_the_run_draws, build_network, open_run
@@ -217,7 +218,7 @@ def places_and_kinds() -> Iterator[Any]:
             yield pytest.param(place, kind, marks=() if kept else pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize(("place", "kind"), places_and_kinds())
+@pytest.mark.parametrize(("place", "kind"), list(places_and_kinds()))
 def test_a_runs_configuration(place: str, kind: str, old_run: Any, hostile: Any, tmp_path: Path) -> None:
     folder, config, facts = old_run
     entry = hostile(kind, found_at(named(config), place))
@@ -367,6 +368,57 @@ def test_facts_of_another_kind(name: str, value: Any, old_run: Any, tmp_path: Pa
     (tmp_path / "latents.json").write_text(json.dumps({**old_run[2], name: value}))
     with pytest.raises(DataError, match=rf"latents\.json: {name}="):
         LatentFacts.of_run(tmp_path)
+
+
+def test_facts_without_latents(old_run: Any, tmp_path: Path) -> None:
+    (tmp_path / "latents.json").write_text(json.dumps({**old_run[2], "shapes": {"moments": []}}))
+    with pytest.raises(DataError, match=r"latents\.json has no field of latents \(moments"):
+        LatentFacts.of_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("info", []), ("fields", {"moments.npy": 1}), ("fields", [1]), ("fingerprints", "x"), ("fingerprints", {"a": 1}),
+     ("fields", {}), ("fields", {"moments.npy": {"shape": "abc"}})],
+)  # fmt: skip
+def test_a_manifest_of_other_kinds(name: str, value: Any, latents: Path, tmp_path: Path) -> None:
+    manifest = json.loads((latents / "train/manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, name: value}))
+    (tmp_path / "null.safetensors").symlink_to(latents / "train/null.safetensors")
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        LatentFacts.of(str(tmp_path), Manifest.load(tmp_path), 1)
+
+
+def test_tensors_that_are_none(old_run: Any, tmp_path: Path) -> None:
+    _, config, facts = old_run
+    copied = written(tmp_path / "run", config, facts)
+    (copied / "null.safetensors").write_bytes(b"none")
+    with pytest.raises(DataError, match=r"null\.safetensors is damaged"):
+        LatentFacts.of_run(copied)
+    step = copied / "checkpoints/step-00000001"
+    step.mkdir(parents=True)
+    (step / "ema.safetensors").write_bytes(b"none")
+    digest = hashlib.sha256(b"none").hexdigest()
+    for manifest in ({"ema.safetensors": {"bytes": 4, "sha256": digest}}, {"ema.safetensors": 1}, [1]):
+        (step / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=r"ema\.safetensors is damaged"):
+            open_run(str(copied), "latest")
+
+
+def test_weights_of_another_model_than_described(tmp_path: Path) -> None:
+    state = AutoencoderKL(**AUTOENCODER).state_dict()
+    save_model(tmp_path, "AutoencoderKL", {**AUTOENCODER, "channels": [8, 8]}, state, {})
+    with pytest.raises(DataError, match=r"weights\.safetensors is not of what config\.json describes \(size mismatch"):
+        load_autoencoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("unet", [[1], {"heads": 2, "channels": 3}, {"heads": "x"}, "os.system"])
+def test_a_run_to_start_from_with_another_unet(unet: Any, old_run: Any, tmp_path: Path) -> None:
+    folder, config, facts = old_run
+    copied = written(tmp_path / "run", {**config, "unet": unet}, facts)
+    network = build_network(config, LatentFacts.of_run(folder), instantiate)
+    with pytest.raises(DataError, match=r"config\.yaml: unet"):
+        load_weights(network, str(copied))
 
 
 # The list itself.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import DataError, UserError
 from train.ema import Ema, gamma_of
 from train.posthoc_ema import Profile, coefficients, find_snapshots, inner_products, rebuilt
 
@@ -70,4 +70,14 @@ def test_what_the_snapshots_can_not_make_is_refused(run, wanted):
 
 def test_a_run_without_snapshots_is_told_how_to_keep_them(tmp_path):
     with pytest.raises(UserError, match=r"training\.power_ema=\[0\.05,0\.1\]"):
+        find_snapshots(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "about", [{}, {"updates": "8"}, {"updates": "x", "kinds": "ema_0.1"}, {"updates": "8", "kinds": "weight"}]
+)
+def test_a_file_that_is_no_snapshot_is_named(tmp_path, about):
+    (tmp_path / "ema_snapshots").mkdir()
+    save_file({"w": torch.zeros(1)}, tmp_path / "ema_snapshots/other.safetensors", about)
+    with pytest.raises(DataError, match=r"other\.safetensors is no snapshot"):
         find_snapshots(tmp_path)

@@ -75,3 +75,16 @@ def test_nothing_is_announced_where_all_has_finished(chain, tmp_path, capsys):
     capsys.readouterr()
     quickstart.say_what_is_to_come(stages, tmp_path, OmegaConf.create({}))
     assert capsys.readouterr().out == ""
+
+
+def test_what_comes_after_a_changed_stage_is_announced_too(chain, tmp_path, capsys, monkeypatch):
+    stages, _ = chain
+    run_chain(stages, tmp_path)
+    stages[1] = Stage(stages[1].script, ["changed"])
+    monkeypatch.setattr("train.calibration.calibration_seconds", lambda: 1.0)
+    names = [stage.name for stage in stages]
+    monkeypatch.setattr(quickstart, "WHAT", dict.fromkeys(names, ""))
+    capsys.readouterr()
+    measured = OmegaConf.create({"calibration_s": 1.0, "minutes": dict.fromkeys(names, 1.0)})
+    quickstart.say_what_is_to_come(stages, tmp_path, measured)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == names[1:]
