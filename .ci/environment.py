@@ -25,7 +25,10 @@ from pathlib import Path
 from pip_run import Refused, run_pip
 
 ROOT = Path(__file__).resolve().parents[1]
-FETCHED_GB, ON_DISK_GB = 0.4, 1.9  # with torch's build for CPUs
+FETCHED_GB, ON_DISK_GB = 0.4, 2.0  # with torch's build for CPUs
+WITHOUT_TORCH_FETCHED_GB = 0.2
+WITHOUT_TORCH_GB = 1.2  # on disk
+SCANT = 30e6  # bytes: Python's own part of a .venv
 GPU = Path("/proc/driver/nvidia/version")
 TORCH_FAMILY = ("torch", "torchvision", "xformers", "triton")
 VENV_OPTIONS: tuple[str, ...] = ()
@@ -198,6 +201,8 @@ def make_venv(venv: Path, want: Made, system: SystemTorch | None, lock: int) -> 
     command = [want.python, "-m", "venv", *options, str(venv.resolve())]  # it takes no link
     done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock])
     if done.returncode:
+        if shutil.disk_usage(venv).free < SCANT:  # Python's words don't say so
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         said = (done.stdout + done.stderr).strip().splitlines() or [f"exit {done.returncode}"]
         raise Refused(f"{want.python} -m venv failed: {said[-1]}")
     if system and system.beyond_base:  # PYTHON= is a venv's: its packages are not those of the Python below it
@@ -244,12 +249,13 @@ def constraints_beside(venv: Path, want: Made, system: SystemTorch | None) -> Pa
 def announce(venv: Path, want: Made, system: SystemTorch | None) -> None:
     """Which Python and torch, and what it costs, before it is spent; refuses where there is no room."""
     print(f"  Python {want.version} of {want.python}; NVIDIA GPU: {'seen' if GPU.exists() else 'none seen'}")
+    fetched, on_disk = (WITHOUT_TORCH_FETCHED_GB, WITHOUT_TORCH_GB) if system else (FETCHED_GB, ON_DISK_GB)
     if system:
         print(f"  torch {system.versions['torch']}, the system's")
     else:
         print("  torch of pip's package index: its build for CPUs if it has one, else CUDA's")
-    check_room(venv, ON_DISK_GB, FETCHED_GB)
-    print(f"  about {FETCHED_GB} GB to fetch where pip's cache is empty, {ON_DISK_GB} GB on disk, 1.5 to 3 minutes")
+    check_room(venv, on_disk, fetched)
+    print(f"  up to {fetched} GB to fetch (less where pip's cache has it), {on_disk} GB on disk, 1.5 to 3 minutes")
     print(f"  pip's own words: {venv / 'pip.log'}", flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,9 @@ class EngineConfig:
         self._check_offload()
         if self.compile and self.zero_stage == 3:
             raise UserError("engine.compile=true does not go with ZeRO stage 3: take engine=zero2.")
+        compiler = os.environ.get("CXX", "g++")  # torch's choice
+        if self.compile and shutil.which(compiler) is None:
+            raise UserError(f"engine.compile=true needs {compiler}, which is not there: install it, or leave it out.")
 
     def _check_offload(self) -> None:
         if self.offload == "optimizer" and self.zero_stage == 0:

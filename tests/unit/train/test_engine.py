@@ -192,6 +192,12 @@ def test_what_an_engine_can_not_be(options, sentence):
         EngineConfig(**options)
 
 
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-c++")
+    with pytest.raises(UserError, match=r"compile=true needs no-such-c\+\+, which is not there: install it"):
+        EngineConfig(compile=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for GPUs")
 def test_fp16_is_refused_without_a_gpu():
     with pytest.raises(UserError, match=r"fp16 needs a GPU: take engine\.dtype=auto"):
