@@ -3,6 +3,8 @@ keeps them."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import os
 import shutil
@@ -327,12 +329,25 @@ def _tune(module: nn.Module, config: EngineConfig) -> None:
 
 def quiet_deepspeed() -> ModuleType:
     """Its warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
-    )  # else it guesses, and warns
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)  # else it guesses, and warns
     import deepspeed
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")  # its calls
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     return deepspeed
+
+
+@functools.cache
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports its Muon optimizer with the first engine, and so torch's compiler: seconds of every start, for
+    functions that nothing here calls."""
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_

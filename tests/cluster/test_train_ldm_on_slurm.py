@@ -16,14 +16,14 @@ from synthetic import TINY_LATENTS, write_latents
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("machine")]
 
 ROOT = Path(__file__).parents[2]
-STEPS = 120
+STEPS = 60
 TINY = (
     "unet.channels=[8,16] unet.norm_groups=4 unet.heads=2 unet.context_dim=6 unet.vector_dim=5 "
     f"training.steps={STEPS} training.batch_size=8 training.log_every=1 training.save_every=1000 "
     "training.wandb_project=null preview_every=null validate_every=null validation_samples=2 "
     "autoencoder.path=none clip.path=none engine=zero2"
 ).split()
-LONG_STEPS = 300
+LONG_STEPS = 200
 LONG = (f"training.steps={LONG_STEPS}", "training.save_every=10")
 
 
