@@ -4,7 +4,6 @@ keeps them."""
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import os
 import shutil
@@ -348,6 +347,6 @@ def _import_muon_uncompiled() -> None:
 
     compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
         compiler.compile = compile_
