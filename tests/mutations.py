@@ -10,6 +10,7 @@ Ends with 0 where the tests pass without a fault and each fault is found. docs/t
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shutil
@@ -21,10 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("mutations.yaml")
+# Imported once for all faults, none of it ours.
+COMMON = ("deepspeed", "hydra", "matplotlib.pyplot", "safetensors.torch", "torch", "webdataset", "_pytest.config")
+OWN_FOLDERS = ("", str(ROOT), str(ROOT / "tests"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
 NOT_EXHAUSTIVE = ["-m", "not exhaustive"]
 PASSED, FAILED = 0, 1  # what pytest ends with; a module that can't be imported, or a test that there is not, has others
 FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
@@ -63,14 +68,21 @@ def copied(checkout: Path) -> Iterator[Path]:
 
 
 def tested(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's code on these tests of the copy, up to the first that fails; its output.
-
-    PYTHONPATH goes before what is installed. No bytecode is kept: it is told to be old by whole seconds.
-    """
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    line = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *NOT_EXHAUSTIVE, *tests]
-    done = subprocess.run(line, cwd=copy, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return done.returncode, done.stdout
+    """pytest's code on these tests of the copy, up to the first that fails; its output. A fork: what is imported here
+    need not be there. No bytecode is kept: it is told to be old by whole seconds."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            os.chdir(copy)
+            os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+            sys.dont_write_bytecode = True
+            sys.path[:] = [str(copy), *(folder for folder in sys.path if folder not in OWN_FOLDERS)]
+            os._exit(pytest.main(["-x", "-q", "-rfE", "-p", "no:cacheprovider", *NOT_EXHAUSTIVE, *tests]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return code, output.read()
 
 
 def tried(copy: Path, fault: Fault) -> str:
@@ -97,6 +109,9 @@ def main() -> int:
     options.add_argument("--without-faults", action=argparse.BooleanOptionalAction, default=True)
     given = options.parse_args()
     chosen = [f for f in listed(given.list) if not given.words or any(word in f.name for word in given.words)]
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in COMMON:
+        importlib.import_module(name)
     missed = []
     with copied(given.checkout.resolve()) as copy:
         if given.without_faults:
