@@ -2,7 +2,7 @@
 
     python benchmarks/saving.py output=/tmp/saving channels=256,512 batch=32 repetitions=7
 
-channels: of the demo's U-Net (128,256 are its own, 16 M parameters; 256,512 make 64 M). It starts its ranks itself.
+channels: of the demo's U-Net (128,256 make 16 M parameters; 256,512 make 64 M). It starts its ranks itself.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from data_pipeline.encoders import ImageEncoder, TextEncoder
 from data_pipeline.errors import UserError
 from data_pipeline.samples import TextStates
+from data_pipeline.saved_names import entry_of
 
 Sample = Mapping[str, Any]
 
@@ -75,7 +76,7 @@ class PlainCondition:
         pass
 
     def config(self) -> dict[str, Any]:
-        return {"_target_": f"{type(self).__module__}.{type(self).__name__}"}
+        return entry_of(type(self))
 
     def reason_against(self, sample: Sample) -> str | None:
         return None

@@ -21,6 +21,7 @@ from data_pipeline.filters import accounting, summary
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.progress import Progress
 from data_pipeline.reuse import Base
+from data_pipeline.saved_names import named
 from data_pipeline.shard_notes import Places, confirmed, finished_record
 from data_pipeline.work_share import Stopped, Worker, sweep
 
@@ -76,11 +77,18 @@ def claim(root: str, made_of: dict[str, str]) -> None:
     """Note what `root` is being made of, before the first shard; refuse to go on with other encoders or pictures."""
     path = storage.join(root, "precompute.json")
     if not storage.write_first(path, json.dumps(made_of, indent=1).encode()):
-        before = json.loads(storage.read_bytes(path))
+        before = with_short_names(json.loads(storage.read_bytes(path)))
         differing = [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]
         if differing:
             what = "; ".join(f"{name} was {before.get(name)} and is {made_of.get(name)}" for name in differing)
             raise UserError(f"{root} was begun with others: {what}. Give those, or choose another output=.")
+
+
+def with_short_names(made_of: dict[str, str]) -> dict[str, str]:
+    """What an earlier version noted, with conditions by Python's paths, as it is noted now."""
+    if "conditions" not in made_of:
+        return made_of
+    return {**made_of, "conditions": json.dumps(named(json.loads(made_of["conditions"])), sort_keys=True)}
 
 
 def refuse_other_layout(places: Places) -> None:

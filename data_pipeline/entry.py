@@ -1,16 +1,27 @@
-"""What every entry script shares: where conf/ lies, and how errors reach the user."""
+"""What every entry script shares: where conf/ lies, how it answers before it loads, and how errors reach the user.
+
+A script begins with `if __name__ == "__main__": start_entry("train.train_ldm")`. That composes the configuration, and
+answers `--help` and what can't be composed (no such option, a missing `input=`) by Hydra alone, in well under a second.
+Only when the options are right is the script imported, by its module's name and with all that stands below those two
+lines, such as torch; its `main(cfg)` is called, and the process ends. So scripts import at their top as modules do.
+
+What torch does not need and few runs do is imported where it is used, in the function that needs it: deepspeed by
+`Engine`, open_clip by `train/models/open_clip_alone.py`, wandb, matplotlib, s3fs, pyarrow and webdataset by their
+owners. A value that a dataclass refuses is then refused by torch's import and little else.
+`tests/unit/test_what_is_imported.py` holds both for all entries.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
+import importlib
 import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import hydra
 from hydra.errors import InstantiationException
@@ -23,43 +34,39 @@ from data_pipeline.option_errors import advice, reworded, top_keys
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
-def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Decorate `main(cfg)` as an entry point composed from conf/<config_name>.yaml.
+def start_entry(module: str) -> NoReturn:
+    """Compose conf/<last part of the module's name>.yaml, import the module, call its `main(cfg)`, and end the process.
 
-    A UserError ends the process with its one sentence on stderr and its exit code; anything else keeps its traceback.
+    A UserError ends it with its one sentence on stderr and its exit code; anything else keeps its traceback.
     """
+    config_name, said = module.rpartition(".")[2], Said()
 
-    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        said = Said()
-
-        @functools.wraps(main)
-        def guarded(cfg: DictConfig) -> None:
-            said.stop()
-            try:
-                missing = sorted(OmegaConf.missing_keys(cfg))
-                if missing:
-                    example = " ".join(f"{key}=..." for key in missing)
-                    raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
-                _refuse_unknown(cfg, config_name)
-                storage.configure(**cfg.get("store", {}))
-                main(cfg)
-            except SystemExit as asked:
-                _leave_if_one_of_many(asked.code)
+    def guarded(cfg: DictConfig) -> None:
+        said.stop()
+        try:
+            missing = sorted(OmegaConf.missing_keys(cfg))
+            if missing:
+                example = " ".join(f"{key}=..." for key in missing)
+                raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
+            _refuse_unknown(cfg, config_name)
+            storage.configure(**cfg.get("store", {}))
+            importlib.import_module(module).main(cfg)
+        except SystemExit as asked:
+            _leave_if_one_of_many(asked.code)
+            raise
+        except Exception as error:
+            user_error = _user_error_behind(error)
+            if user_error is None:
                 raise
-            except Exception as error:
-                user_error = _user_error_behind(error)
-                if user_error is None:
-                    raise
-                print(f"error: {user_error}", file=sys.stderr, flush=True)
-                # Not sys.exit: a rank that leaves while others wait in a collective must not wait for them in turn.
-                sys.stdout.flush()
-                os._exit(user_error.exit_code)
-            _leave_if_one_of_many(0)
+            print(f"error: {user_error}", file=sys.stderr, flush=True)
+            # Not sys.exit: a rank that leaves while others wait in a collective must not wait for them in turn.
+            sys.stdout.flush()
+            os._exit(user_error.exit_code)
+        _leave_if_one_of_many(0)
 
-        started = hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)
-        return _with_codes(started, said, config_name)
-
-    return decorate
+    guarded.__module__ = module  # by which Hydra names the job
+    _with_codes(hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded), said, config_name)
+    raise SystemExit(0)
 
 
 def _refuse_unknown(cfg: DictConfig, config_name: str) -> None:
@@ -85,24 +92,19 @@ class Said:
         sys.stderr.write(self.text.getvalue())
 
 
-def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> Callable[[], None]:
+def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> None:
     """Hydra's own refusals (no such option) leave with 1: they are the user's, so with 2, and a sentence."""
-
-    @functools.wraps(started)
-    def run() -> None:
-        said.start()
-        try:
-            with said.stack:
-                started()
-        except SystemExit as asked:
-            code = asked.code
-            if code and not said.begun:
-                code = UserError.exit_code
-                print(f"error: {reworded(said.text.getvalue(), Path(CONF), config_name)}", file=sys.stderr, flush=True)
-            _leave_if_one_of_many(code)  # a crash, too: what it left open may wait for the other ranks
-            raise SystemExit(code) from None
-
-    return run
+    said.start()
+    try:
+        with said.stack:
+            started()
+    except SystemExit as asked:
+        code = asked.code
+        if code and not said.begun:
+            code = UserError.exit_code
+            print(f"error: {reworded(said.text.getvalue(), Path(CONF), config_name)}", file=sys.stderr, flush=True)
+        _leave_if_one_of_many(code)  # a crash, too: what it left open may wait for the other ranks
+        raise SystemExit(code) from None
 
 
 def _leave_if_one_of_many(code: int | str | None) -> None:

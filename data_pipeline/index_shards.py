@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("data_pipeline.index_shards")  # imports the rest when the options are right, and ends
+
 import collections
 import hashlib
 import itertools
@@ -21,7 +26,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline import codec, storage
 from data_pipeline.aside import Aside
-from data_pipeline.entry import entry
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.filters import Filters, accounting, summary, worded
 from data_pipeline.make_shards import settings_of
@@ -34,7 +38,6 @@ AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=t
 Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
-@entry("index_shards")
 def main(cfg: DictConfig) -> None:
     cfg.output = cfg.output or cfg.input
     if cfg.size < 1:
@@ -220,7 +223,3 @@ class KnownKeys:
         if len(unique):
             self.runs.append(unique)
         return known
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("data_pipeline.make_shards")  # imports the rest when the options are right, and ends
+
 import functools
 import hashlib
 import json
@@ -19,7 +24,6 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline import storage
 from data_pipeline.aside import Aside
 from data_pipeline.codec import UNDECODABLE
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.filters import Candidate, Filters, accounting, summary
 from data_pipeline.manifest import Manifest, Shard, find_splits, flat, made_otherwise
@@ -28,7 +32,6 @@ from data_pipeline.shard_writer import ShardWriter
 from data_pipeline.sources.source import Source, SourceItem
 
 
-@entry("make_shards")
 def main(cfg: DictConfig) -> None:
     for name, value in (("size", cfg.size), ("source.limit", cfg.source.get("limit") or 1)):
         if not isinstance(value, int) or value < 1:
@@ -203,7 +206,3 @@ def taken(item: SourceItem, size: int, filters: Filters, aside: Aside) -> dict[s
     except UNDECODABLE as error:
         aside.add(item.key, f"undecodable picture ({type(error).__name__})")
     return None
-
-
-if __name__ == "__main__":
-    main()

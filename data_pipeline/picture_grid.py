@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib.util
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# matplotlib brings a font that knows more than ASCII.
-FONT = str(importlib.resources.files("matplotlib") / "mpl-data/fonts/ttf/DejaVuSans.ttf")
+# matplotlib, which need not be imported for it, brings a font that knows more than ASCII.
+FONT = str(Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")
 
 
 def grid(

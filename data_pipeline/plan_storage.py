@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import CONF, start_entry
+
+if __name__ == "__main__":
+    start_entry("data_pipeline.plan_storage")  # imports the rest when the options are right, and ends
+
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +20,6 @@ from data_pipeline import storage
 from data_pipeline.conditions import Condition
 from data_pipeline.encode_batch import DTYPES, Encoders
 from data_pipeline.encoders import OnceEach
-from data_pipeline.entry import CONF, entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.storage_plan import (
@@ -33,7 +37,6 @@ from data_pipeline.storage_plan import (
 )
 
 
-@entry("plan_storage")
 def main(cfg: DictConfig) -> None:
     refuse_impossible(cfg)
     images, limit, rates = int(float(cfg.images)), int(cfg.shard_mb * MEGA), Rates(**cfg.training)
@@ -191,7 +194,3 @@ def held_against(cfg: DictConfig, layout: Layout) -> dict[str, Any]:
         f"{words(planned)} ({planned / written - 1:+.2%})."
     )
     return {"bytes": written, "planned_bytes": planned, "samples": manifest.samples, "sentence": sentence}
-
-
-if __name__ == "__main__":
-    main()

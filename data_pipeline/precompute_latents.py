@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("data_pipeline.precompute_latents")  # imports the rest when the options are right, and ends
+
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +22,6 @@ from data_pipeline.encode_batch import DTYPES, Encoders
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Places, Split, encode_split
 from data_pipeline.encoders import OnceEach, TextEncoder
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest, find_splits
 from data_pipeline.reuse import base_of
@@ -26,7 +30,6 @@ from data_pipeline.shard_writer import read_shard
 from data_pipeline.work_share import StopRequest, worker_of
 
 
-@entry("precompute_latents")
 def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise UserError(f"dtype={cfg.dtype} is unknown: take one of {', '.join(DTYPES)}.")
@@ -91,7 +94,3 @@ def chosen_device(name: str) -> torch.device:
 def usable_cpus() -> int:
     """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-if __name__ == "__main__":
-    main()

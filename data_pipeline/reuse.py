@@ -12,6 +12,7 @@ from data_pipeline.encode_batch import DTYPES, Encoders, FirstStage, Item, narro
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.sample_reader import as_sample
+from data_pipeline.saved_names import named
 from data_pipeline.shard_writer import IndexEntry, read_index, read_whole
 
 GEOMETRY = ("original_size", "crop_top_left", "target_size")
@@ -32,11 +33,12 @@ class BaseSet:
         ours = [(maker.uses_first_stage, "autoencoder", encoders.image.fingerprint)]
         ours.append((maker.uses_clip, "text_encoder", encoders.text.fingerprint if encoders.text else None))
         fields = [self.manifest.fields.get(f"{name}.npy", {}) for name in maker.fields]
+        recipes = named(self.manifest.info.get("conditions", {})).values()
         return (
             all(f.get("dtype") == encoders.dtype for f in fields if f.get("dtype") in (None, *DTYPES))
             and all(self.manifest.fingerprints.get(name) == mark for uses, name, mark in ours if uses)
             and (self.same_sizes or "picture" not in maker.made_from)
-            and (isinstance(maker, FirstStage) or maker.config() in self.manifest.info.get("conditions", {}).values())
+            and (isinstance(maker, FirstStage) or maker.config() in recipes)
         )
 
     @functools.cached_property

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("data_pipeline.verify_shards")  # imports the rest when the options are right, and ends
+
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +18,6 @@ from omegaconf import DictConfig
 
 from data_pipeline import storage
 from data_pipeline.encoders import TextEncoder
-from data_pipeline.entry import entry
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.index_shards import KnownKeys
 from data_pipeline.look_at_samples import Drawing, Seen, look_at
@@ -46,7 +50,6 @@ class DataSet(NamedTuple):
         return self.name or "samples"
 
 
-@entry("verify_shards")
 def main(cfg: DictConfig) -> None:
     if cfg.every < 1 or cfg.samples < 0:
         raise UserError(f"every={cfg.every} samples={cfg.samples} can't be: every is 1 or more, samples 0 or more.")
@@ -236,7 +239,3 @@ def table(sets: list[DataSet], seen: Mapping[str, Seen | None]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
-
-
-if __name__ == "__main__":
-    main()

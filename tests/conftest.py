@@ -15,6 +15,7 @@ from made_once import changed_files, made_once
 
 ORDER = ("test_architecture.py", "unit", "golden", "s3", "distributed", "cluster", "e2e")
 TESTS = Path(__file__).parent
+os.environ["LDT_CPU_BF16"] = "0"  # engine.dtype=auto is fp32 on any CPU, in runs that tests start, too
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 # Two processes with two threads each on two cores spend nine tenths of their time waiting for one another.
 THREADS = max(1, len(os.sched_getaffinity(0)) // WORKERS)

@@ -67,7 +67,7 @@ def write_latents(
     save_file(null, root / "null.safetensors")
     fields = {name: {"dtype": "float32", "shape": list(shape)} for name, shape in shapes.items()}
     channels = shapes["moments.npy"][0] // 2
-    conditions = {"text": {"_target_": "data_pipeline.conditions.Text"}}
+    conditions = {"text": {"name": "text"}}
     info = {"latents": {"mean": [0.0] * channels, "std": [1.0] * channels}, "conditions": conditions}
     made_of = {"autoencoder": "none", "text_encoder": "none"}
     Manifest("latents", tuple(shards), {**fields, "json": {}}, info, made_of).save(root)
@@ -94,12 +94,18 @@ def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
     return [*launcher, script, *arguments]
 
 
-def run(script: str, *arguments: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str,
+    *arguments: str,
+    ranks: int = 1,
+    check: bool = True,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.CompletedProcess[str]:
     """Run an entry point from the repo's root to its end; its output is shown where it fails."""
     done = subprocess.run(
         command(script, *arguments, ranks=ranks),
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), **variables},
         capture_output=True,
         text=True,
         timeout=300,

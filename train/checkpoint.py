@@ -15,21 +15,21 @@ waits for all notes, and then publishes (checkpoint_stores.py: by a rename, or i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import DataError, UserError
-from train.checkpoint_files import MANIFEST, STEP, Facts, Places, step_of
+from data_pipeline.saved_names import named
+from train.checkpoint_files import STEP, Found, Places, look, part_name, step_of
 from train.checkpoint_stores import store_of
-from train.checkpoint_writer import Writer, Writing, part_name
+from train.checkpoint_writer import Writer, Writing
 from train.ema import Ema
 from train.engine import Engine
 from train.fragments import Copies, copied_pieces, files_needed, fill
@@ -39,14 +39,6 @@ from train.train_state import TrainState
 
 log = logging.getLogger(__name__)
 RESUME = ("auto", "must", "never")
-
-
-class Found(NamedTuple):
-    """A checkpoint whose files have the sizes that they should have: its name, its manifest, its state.json."""
-
-    name: str
-    files: dict[str, Facts]
-    saved: dict[str, Any]
 
 
 class Checkpoints:
@@ -70,7 +62,7 @@ class Checkpoints:
         places: Places | None = None,
         scratch: str | None = None,
     ) -> None:
-        self.ranks, self.identity, self.asynchronous, self.may_change = ranks, identity, asynchronous, may_change
+        self.ranks, self.identity, self.asynchronous, self.may_change = ranks, named(identity), asynchronous, may_change
         self.places = places or Places.of(folder.parent, None)
         self.store = store_of(self.places.checkpoints, scratch, ranks.rank)
         self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, keep, keep_every)
@@ -195,31 +187,11 @@ class Checkpoints:
     def _whole_by_size(self, names: list[str]) -> Iterator[Found]:
         """Those of `names` that look whole, the same on every rank. All ranks must go through it alike."""
         for name in names:
-            found, damaged = broadcast_object(self._look(name) if self.ranks.is_main else None)
+            found, damaged = broadcast_object(look(self.store.root, name) if self.ranks.is_main else None)
             if damaged:
                 self._say_damaged(name, damaged)
             else:
                 yield found
-
-    def _look(self, name: str) -> tuple[Found | None, list[str]]:
-        """A published checkpoint, by a listing and its small files; or which of its files are damaged."""
-        manifest, text = self.store.read(name, MANIFEST), self.store.read(name, "state.json")
-        try:
-            files = json.loads(manifest or b"")
-            whole = {(type(facts["bytes"]), type(facts["sha256"])) for facts in files.values()} == {(int, str)}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            whole = False
-        if not whole or "state.json" not in files:
-            return None, [MANIFEST]
-        sizes = storage.sizes(self.store.at(name))
-        damaged = [file for file, facts in files.items() if sizes.get(file) != facts["bytes"]]
-        if not damaged and hashlib.sha256(text or b"").hexdigest() != files["state.json"]["sha256"]:
-            damaged = ["state.json"]
-        if damaged:
-            return None, damaged
-        saved = json.loads(text)
-        parts = map(part_name, range(saved["layout"]["ranks"]))
-        return (Found(name, files, saved), []) if files.keys() >= set(parts) else (None, [MANIFEST])
 
     def _say_damaged(self, name: str, files: list[str]) -> None:
         if self.ranks.is_main:
@@ -296,7 +268,7 @@ class Checkpoints:
         return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}
 
     def _refuse_what_differs(self, saved: dict[str, Any]) -> None:
-        now, before = _flat(self.identity), _flat(saved["identity"])
+        now, before = _flat(self.identity), _flat(named(saved["identity"]))
         if unknown := set(self.may_change) - (now | before).keys() - {"run_id"}:
             raise UserError(
                 f"training.may_change: {', '.join(sorted(unknown))} is no name of what is compared. That is "

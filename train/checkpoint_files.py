@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import DataError, UserError
+from train.saved_objects import read_config, refuse_wrong_kinds
 
 Facts = dict[str, Any]  # of a file, as its manifest has them: bytes, sha256
 MANIFEST = "manifest.json"
@@ -41,7 +41,8 @@ class Places(NamedTuple):
     def of_run(cls, run: Path) -> Places:
         """As its configuration has it, where it has one."""
         config = run / "config.yaml"
-        training = yaml.safe_load(config.read_text()).get("training", {}) if config.exists() else {}
+        training = (read_config(config).get("training") or {}) if config.exists() else {}
+        refuse_wrong_kinds({"checkpoints": None, **training}, {"checkpoints": str | None}, f"{config}: training")
         return cls.of(run, training.get("checkpoints"))
 
 
@@ -58,6 +59,46 @@ def complete_checkpoints(root: str | Path) -> list[str]:
 
 def step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
+
+
+def part_name(rank: int) -> str:
+    return f"part-{rank:05d}.safetensors"
+
+
+class Found(NamedTuple):
+    """A checkpoint whose files have the sizes that they should have: its name, its manifest, its state.json."""
+
+    name: str
+    files: dict[str, Facts]
+    saved: dict[str, Any]
+
+
+def look(root: str, name: str) -> tuple[Found | None, list[str]]:
+    """A published checkpoint, by a listing and its small files; or which of its files are damaged."""
+    at = storage.join(root, name)
+    manifest, text = (storage.read_if_there(storage.join(at, file)) for file in (MANIFEST, "state.json"))
+    try:
+        files = json.loads(manifest or b"")
+        whole = {(type(facts["bytes"]), type(facts["sha256"])) for facts in files.values()} == {(int, str)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole or "state.json" not in files:
+        return None, [MANIFEST]
+    sizes = storage.sizes(at)
+    damaged = [file for file, facts in files.items() if sizes.get(file) != facts["bytes"]]
+    if not damaged and hashlib.sha256(text or b"").hexdigest() != files["state.json"]["sha256"]:
+        damaged = ["state.json"]
+    if damaged:
+        return None, damaged
+    saved = json.loads(text)
+    parts = map(part_name, range(saved["layout"]["ranks"]))
+    return (Found(name, files, saved), []) if files.keys() >= set(parts) else (None, [MANIFEST])
+
+
+def newest_whole(root: str) -> Found | None:
+    """The one that a run would go on from, as far as a look tells."""
+    looks = (look(root, name)[0] for name in reversed(complete_checkpoints(root)))
+    return next((found for found in looks if found), None)
 
 
 def digest_of(path: Path) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from train.checkpoint_files import Facts, Places, complete_checkpoints, step_of
+from train.checkpoint_files import Facts, Places, complete_checkpoints, part_name, step_of
 from train.checkpoint_stores import OWNER, Store
 from train.fragments import gathered
 from train.ranks import Ranks, broadcast_object
@@ -177,10 +177,6 @@ class Writing(threading.Thread):
             raise UserError(f"the checkpoint can't be written ({self.error}): make room, and start again to go on.")
         if self.error is not None:
             raise self.error
-
-
-def part_name(rank: int) -> str:
-    return f"part-{rank:05d}.safetensors"
 
 
 def _note(part: str) -> str:

@@ -1,4 +1,5 @@
-"""The only importer of deepspeed: initialisation, one step, and the fp32 master weights wherever ZeRO keeps them."""
+"""The only importer of deepspeed, at first use: initialisation, one step, and the fp32 master weights wherever ZeRO
+keeps them."""
 
 from __future__ import annotations
 
@@ -8,34 +9,32 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
 import torch
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it guesses, and warns
-
-import deepspeed
-from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
+from train.dtype import DTYPES
 from train.flops import of_training
 from train.fragments import Fragment
 from train.optim import AdamW, set_lr
 from train.option_checks import NotNegative, OneOf, Within, refuse_wrong
 from train.ranks import Ranks
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scaler
 OFFLOAD = ("none", "optimizer", "all")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What we rely on of DeepSpeed, each field spelled out: its own defaults clip gradients at 1.0, for one."""
+    """What we rely on of DeepSpeed, each field spelled out: its own defaults clip gradients at 1.0, for one.
+
+    dtype: as dtype.py has chosen it.
+    """
 
     zero_stage: Annotated[int, OneOf((0, 1, 2, 3))] = 1
     dtype: Annotated[str, OneOf(tuple(DTYPES))] = "fp32"
@@ -54,7 +53,7 @@ class EngineConfig:
                 f"engine: DeepSpeed keeps no fp32 master weights for {self.dtype} at ZeRO stage 0; take engine=zero1."
             )
         if self.dtype == "fp16" and not torch.cuda.is_available():
-            raise UserError("engine.dtype=fp16 needs a GPU: take engine.dtype=bf16.")
+            raise UserError("engine.dtype=fp16 needs a GPU: take engine.dtype=auto.")
         self._check_offload()
         if self.compile and self.zero_stage == 3:
             raise UserError("engine.compile=true does not go with ZeRO stage 3: take engine=zero2.")
@@ -136,7 +135,7 @@ class Engine:
         batch_size: int,
         accumulation: int,
     ) -> None:
-        _quieten()
+        deepspeed = _deepspeed()
         self.ranks, self.accumulation, self.optimizer = ranks, accumulation, optimizer
         self.config, self.norm = config, torch.tensor(0.0)
         micro_batch = batch_size // (ranks.world_size * accumulation)
@@ -206,6 +205,7 @@ class Engine:
 
         Collective: all ranks must call it. `prefix` keeps the names below it, and takes it off.
         """
+        safe_get_full_fp32_param = _deepspeed().utils.safe_get_full_fp32_param
         with self._masters_replaced_by(shards):
             named = {}
             for name, parameter in self.module.named_parameters():
@@ -321,8 +321,14 @@ def _tune(module: nn.Module, config: EngineConfig) -> None:
         raise UserError("engine.compile and engine.checkpoint_activations are for the U-Net: leave them out here.")
 
 
-def _quieten() -> None:
-    """DeepSpeed's warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
+def _deepspeed() -> ModuleType:
+    """Its warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
+    )  # else it guesses, and warns
+    import deepspeed
+
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")  # its calls
-    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.evaluate_ldm")  # imports the rest when the options are right, and ends
+
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
@@ -21,13 +25,12 @@ from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
 
 
-@entry("evaluate_ldm")
 def main(cfg: DictConfig) -> None:
     train = instantiate(cfg.read, root=f"{cfg.shards}/train")
     heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
     if not train or any(sample["image"].shape[0] % RECALL_PIXELS for sample in train[:1] if "image" in sample):
         raise UserError(f"shards={cfg.shards}: pictures must be a multiple of {RECALL_PIXELS} pixels a side.")
-    run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     listed = len(train) + len(heldout)
     train, heldout = usable(run, train), usable(run, heldout)
     if not train:
@@ -37,8 +40,8 @@ def main(cfg: DictConfig) -> None:
     output = Path(cfg.output or f"{cfg.input}/evaluation")
     right = np.linspace(0, len(train), min(cfg.captions, len(train)), endpoint=False).astype(int)
     chosen = [train[i] for i in right]
-    sampler = instantiate(as_the_run_draws(run.config, "sampler", cfg.sampler))
-    guidance = instantiate(as_the_run_draws(run.config, "guidance", cfg.guidance), _convert_="all")
+    given = OmegaConf.to_container(cfg, resolve=True)
+    sampler, guidance = (as_the_run_draws(run.config, group, given[group]) for group in ("sampler", "guidance"))
     with Progress("evaluate_ldm", len(chosen) + len(heldout), "pictures") as bar:
         how = {"seed": cfg.seed, "batch_size": cfg.batch_size, "on_batch": bar.advance}
         drawn, unseen = (run.generator.draw(run.asked(s), sampler, guidance, **how) for s in (chosen, heldout))
@@ -129,7 +132,3 @@ def say(figures: dict[str, Any], output: Path) -> None:
     }
     print(", ".join(f"{what} {value:.2f}" for what, value in likeness.items() if value is not None))
     print(f"evaluate_ldm: grids and evaluation.json in {output}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

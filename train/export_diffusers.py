@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.export_diffusers")  # imports the rest when the options are right, and ends
+
 import json
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.storage import write_atomically
 from train.evaluation.trained_run import TrainedRun, open_run
@@ -17,14 +20,13 @@ from train.weights.open_clip import HEAD_WIDTH
 from train.weights.pipeline import Pipeline, reads_back, scheduler_config
 
 
-@entry("export_diffusers")
 def main(cfg: DictConfig) -> None:
     output, file = Path(cfg.output), None if cfg.single_file is None else Path(cfg.single_file)
     if file is not None and file.suffix != ".safetensors":
         raise UserError(f"single_file={file}: only .safetensors is written; end the name with it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output={output} is there already: choose a new or empty folder.")
-    run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     pipeline = pipeline_of(run)
     pipeline.refuse_unfit(single_file=file is not None)
     pipeline.save_folder(output)
@@ -46,7 +48,8 @@ def pipeline_of(run: TrainedRun) -> Pipeline:
     refuse_trained_conditioners(run.generator.network.conditioner)
     autoencoder = None if run.facts.stored_as == "pixels" else run.image.cpu()
     text = run.text if "text" in run.config["conditioning"] else None
-    scheduler = scheduler_config(run.config["process"], run.config["parameterization"])
+    objective = run.config["objective"]
+    scheduler = scheduler_config(objective["process"], objective["parameterization"])
     return Pipeline.of(run.generator.network.unet.cpu(), autoencoder, text, run.facts.scaling, scheduler)
 
 
@@ -82,7 +85,3 @@ def what_it_is_for(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
     elif run.facts.fold > 1:
         lines.append(f"x0 is folded: pixel_unshuffle of the scaled latents by {run.facts.fold}, as in x0.json")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

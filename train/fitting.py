@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
 from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.checkpoint import RESUME, Checkpoints
+from train.checkpoint_files import Places
+from train.dtype import settled
 from train.ema import Ema, gamma_of
 from train.engine import Engine, EngineConfig
 from train.heartbeat import Heart, Heartbeat
@@ -130,6 +133,7 @@ class Recipe:
     engine: EngineConfig
     make_loader: Callable[..., Iterable[Batch]]
     data_order: dict[str, Any]  # what the order of the samples depends on, beside the seed and the data set
+    dtype_because: str = "given by name"  # why the engine has its dtype
 
     @classmethod
     def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:
@@ -139,7 +143,10 @@ class Recipe:
         order = {
             name: cfg.data[name] for name in ("streams", "window_shards", "shuffle", "overlap") if name in cfg.data
         }
-        recipe = cls(build(cfg.training).over(ranks.world_size), build(cfg.optimizer), build(cfg.engine), data, order)
+        training, optimizer = build(cfg.training).over(ranks.world_size), build(cfg.optimizer)
+        chosen = settled(cfg.engine, Places.of(Path(cfg.output), training.checkpoints), ranks)
+        engine = build(cfg.engine, dtype=chosen.dtype)
+        recipe = cls(training, optimizer, engine, data, order, chosen.because)
         recipe.check(ranks)
         return recipe
 
@@ -203,6 +210,7 @@ def _fit(
     before_anew = partial(_refuse_to_begin_anew_in_silence, run, training)
     if checkpoints.resume(training.resume, engine, ema, state, before_anew):
         _say_where(what, state, ranks)
+    run.config["engine"] |= {"dtype": recipe.engine.dtype, "dtype_because": recipe.dtype_because}
     reporter = run.reporters(state.step, training.wandb_project)
     actions = make_actions(engine, ema, reporter)
     cadence = Cadence(training.log_every, training.save_every)

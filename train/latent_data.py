@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from safetensors.torch import load, save
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch import Tensor
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
+from data_pipeline.saved_names import named
 from train.models.conditioning import Conditioners
 from train.models.latents import STORED_AS, LatentScaling, StoredLatents
+from train.saved_objects import read_json, refuse_wrong_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,17 @@ class LatentFacts:
         shapes = {
             name.removesuffix(".npy"): field["shape"] for name, field in manifest.fields.items() if "shape" in field
         }
+        conditions, where = named(manifest.info.get("conditions", {})), storage.join(root, "manifest.json")
+        latents = manifest.info.get("latents")
+        facts = {**(latents if isinstance(latents, Mapping) else {}), "conditions": conditions}
+        refuse_wrong_kinds(facts, {name: KINDS[name] for name in ("mean", "std", "conditions")}, f"{where}: info")
         return cls.checked(
             shapes,
-            manifest.info["latents"],
+            latents,
             fold,
             scaling_factor,
             dict(manifest.fingerprints),
-            manifest.info.get("conditions", {}),
+            conditions,
             load(storage.read_bytes(storage.join(root, "null.safetensors"))),
             codebook_of(root),
         )
@@ -96,7 +102,9 @@ class LatentFacts:
 
     def classes(self, condition: str) -> Sequence[str]:
         """The class names of a condition; conditioners look them up by number."""
-        return self.conditions[condition]["classes"]
+        names = self.conditions.get(condition, {}).get("classes")
+        refuse_wrong_kinds({"classes": names}, {"classes": Sequence[str]}, f"what the latents hold of {condition}")
+        return names
 
     def refuse_other_encoders(self, autoencoder: str | None, clip: str | None) -> None:
         """Latents or text states that the encoders of these fingerprints did not make; None: unknown, not checked."""
@@ -143,8 +151,14 @@ class LatentFacts:
     @classmethod
     def of_run(cls, run: Path) -> LatentFacts:
         """What `save` wrote."""
-        about = json.loads((run / "latents.json").read_text())
+        saved = read_json(run / "latents.json")
+        refuse_wrong_kinds(saved, KINDS, str(run / "latents.json"))
+        about = {name: saved[name] for name in KINDS} | {"conditions": named(saved["conditions"])}
         return cls(**about, null=load((run / "null.safetensors").read_bytes()), codebook=codebook_of(run))
+
+
+# Of what latents.json holds.
+KINDS = {name: hint for name, hint in get_type_hints(LatentFacts).items() if name not in ("null", "codebook")}
 
 
 def codebook_of(root: str | Path) -> Tensor | None:

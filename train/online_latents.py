@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Batch, DataCursor, collated
 from train.latent_data import LatentFacts
+from train.saved_objects import build
 
-Build = Callable[..., Any]  # hydra's instantiate, handed in by the entry script
+Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script
 # What conditionings need to be encoded; the others need what precompute learns of a whole data set.
 CONDITIONS: Mapping[str, dict[str, Any]] = {
-    "text": {"text": {"_target_": "data_pipeline.conditions.Text"}},
+    "text": {"text": {"name": "text"}},
     "joint_text": {},
 }
 ENCODED_AT_ONCE = 64
@@ -36,7 +37,7 @@ class OnlineLatents:
     device: torch.device
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], build: Build, device: torch.device) -> OnlineLatents:
+    def of(cls, config: Mapping[str, Any], instantiate: Instantiate, device: torch.device) -> OnlineLatents:
         """By a training's configuration; what can't be encoded online is refused."""
         unknown = [name for name in config["conditioning"] if name not in CONDITIONS]
         if unknown:
@@ -50,9 +51,10 @@ class OnlineLatents:
             if "path" in config[name] and Path(config[name]["path"] or "none").name == "none":
                 raise UserError(f"input= holds pictures, which must be encoded: add {name}.path=....")
         image, text = (
-            frozen(build(config[name]), device) if name in needed else None for name in ("autoencoder", "clip")
+            frozen(instantiate(config[name]), device) if name in needed else None for name in ("autoencoder", "clip")
         )
-        return cls(image, text, build(wanted, _convert_="all"), wanted, device)
+        conditions = {name: build(made, "conditions", name) for name, made in wanted.items()}
+        return cls(image, text, conditions, wanted, device)
 
     @torch.no_grad()
     def encoded(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from data_pipeline.errors import UserError
 
@@ -75,10 +75,16 @@ def fits(value: Any, hint: Any) -> bool:
         return fits(value, parts[0]) and all(_meets(value, condition) for condition in parts[1:])
     if origin in (Union, types.UnionType):
         return any(fits(value, part) for part in parts)
-    if origin in (tuple, Sequence):
+    if origin in (tuple, list, Sequence):
         listed = isinstance(value, Sequence) and not isinstance(value, str)
         wanted = parts if origin is tuple else parts * len(value) if listed else ()
         return listed and len(value) == len(wanted) and all(map(fits, value, wanted))
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if is_typeddict(hint):
+        hints = get_type_hints(hint, include_extras=True)
+        there = isinstance(value, Mapping) and hint.__required_keys__ <= value.keys() <= hints.keys()
+        return there and all(fits(part, hints[name]) for name, part in value.items())
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -101,6 +107,10 @@ def said(hint: Any) -> str:
         return ", or ".join(map(said, parts))
     if origin is tuple:
         return f"a list of {len(parts)}, each {said(parts[0])}"
-    if origin is Sequence:
+    if origin in (list, Sequence):
         return f"a list, as [a,b], each {said(parts[0])}"
+    if origin in (dict, Mapping):
+        return f"a table, each of its values {said(parts[1])}"
+    if is_typeddict(hint):
+        return f"a table of some of {', '.join(get_type_hints(hint))}"
     return KINDS.get(hint, "something else")

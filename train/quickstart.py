@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.quickstart")  # imports the rest when the options are right, and ends
+
 import json
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.storage import write_atomically
 
 REPO = Path(__file__).resolve().parents[1]
+WHAT = {
+    "make_shards": "draw OpenMoji's pictures and write them with their names as image-text shards",
+    "train_autoencoder": "train the first stage: pictures to latents and back",
+    "train_clip": "train the text encoder: names beside pictures",
+    "precompute_latents": "encode all pictures and names once",
+    "train_ldm": "train the U-Net to draw latents from names",
+    "sample_images": "draw a few prompts",
+    "evaluate_ldm": "draw training and held-out names, and compare with the real pictures",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +72,46 @@ def stages(output: str, extra: DictConfig) -> list[Stage]:
     return [Stage(script, [*arguments, *extra[Path(script).stem]]) for script, arguments in chain]
 
 
-@entry("quickstart")
 def main(cfg: DictConfig) -> None:
     chain = stages(cfg.output, cfg.demo)
     names = [stage.name for stage in chain]
     if cfg.only is not None and cfg.only not in names:
         raise UserError(f"only={cfg.only} is no stage: take one of {', '.join(names)}.")
+    say_what_is_to_come(chain, Path(cfg.output), cfg.demo.measured)
     notes = run_chain(chain, Path(cfg.output), cfg.only)
+    say_minutes(notes)
     if cfg.only is None:
         summarise(Path(cfg.output), notes)
+
+
+def say_what_is_to_come(chain: Sequence[Stage], output: Path, measured: DictConfig) -> None:
+    """The stages that are to run, each with about how long it takes on this machine by a calibration of 3 seconds."""
+    ahead = [stage.name for stage in chain if finished_before(stage, output) is None]
+    if not ahead:
+        return
+    from train.calibration import calibration_seconds  # torch takes two seconds to import
+
+    slowness = calibration_seconds() / measured.calibration_s
+    minutes = expected_minutes(ahead, measured.minutes, slowness)
+    print(
+        f"quickstart: {len(ahead)} of {len(chain)} stages are to run, about {sum(minutes.values()):.1f} minutes on "
+        f"this machine (a calibration took {slowness:.1f} times as long as on the one that docs/demo.md names)"
+    )
+    for name, expected in minutes.items():
+        print(f"  {name:<20} {expected:5.1f} min  {WHAT[name]}")
+    sys.stdout.flush()
+
+
+def expected_minutes(names: Sequence[str], measured: Mapping[str, float], slowness: float) -> dict[str, float]:
+    """Of each stage, from the minutes of a measured run and how many times slower this machine is."""
+    return {name: slowness * measured[name] for name in names}
+
+
+def say_minutes(notes: dict[str, dict[str, Any]]) -> None:
+    """A line for each stage."""
+    print("\nquickstart: minutes taken")
+    for name, note in notes.items():
+        print(f"  {name:<20} {note['seconds'] / 60:5.1f} min")
 
 
 def run_chain(chain: Sequence[Stage], output: Path, only: str | None = None) -> dict[str, dict[str, Any]]:
@@ -148,7 +192,3 @@ def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:
         ("all figures", "summary.json"),
     ):
         print(f"  {what:<24} {output / where}")
-
-
-if __name__ == "__main__":
-    main()

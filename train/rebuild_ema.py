@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.rebuild_ema")  # imports the rest when the options are right, and ends
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +14,6 @@ from typing import Annotated, Any
 from omegaconf import DictConfig
 from safetensors.torch import save
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.storage import write_atomically
 from train.ema import gamma_of
@@ -17,7 +21,6 @@ from train.option_checks import Within, fits
 from train.posthoc_ema import Profile, Snapshot, find_snapshots, rebuilt
 
 
-@entry("rebuild_ema")
 def main(cfg: DictConfig) -> None:
     gamma = gamma_of(cfg.sigma_rel)
     snapshots = find_snapshots(Path(cfg.input))
@@ -40,7 +43,3 @@ def updates_asked(updates: Any, snapshots: Sequence[Snapshot]) -> float:
             f"one's, {max(there):.0f}."
         )
     return updates
-
-
-if __name__ == "__main__":
-    main()

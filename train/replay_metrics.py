@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.replay_metrics")  # imports the rest when the options are right, and ends
+
 from pathlib import Path
 
-import yaml
 from omegaconf import DictConfig
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
 from train.reporters import WeightsAndBiases, read_metrics, rows_by_step
+from train.saved_objects import read_config
 
 
-@entry("replay_metrics")
 def main(cfg: DictConfig) -> None:
     run = Path(cfg.input)
     for name in ("metrics.jsonl", "run_id", "config.yaml"):
         if not (run / name).exists():
             raise UserError(f"input={run} is not a run's folder: {name} is missing; give the output= of a training.")
     rows = list(rows_by_step(read_metrics(run / "metrics.jsonl"), run / "samples"))
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = read_config(run / "config.yaml")
     project = cfg.project or config["training"].get("wandb_project")
     if not project:
         raise UserError("the run has no training.wandb_project: add project=....")
@@ -36,7 +39,3 @@ def main(cfg: DictConfig) -> None:
     if wandb.error is not None:
         raise UserError(f"W&B was not told all of it ({wandb.error}): mend that, and start again.")
     print(f"replay: {len(rows)} steps told to W&B as run {run_id} of {project}; in {folder}/wandb", flush=True)
-
-
-if __name__ == "__main__":
-    main()

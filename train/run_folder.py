@@ -18,6 +18,7 @@ import yaml
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
+from data_pipeline.saved_names import named
 from data_pipeline.storage import is_s3, write_atomically
 from train.checkpoint_files import Places
 from train.checkpoint_stores import refuse_other_owner
@@ -46,7 +47,8 @@ class RunFolder:
                 f"{', '.join(secrets_in_it)} holds a secret, and a run's configuration is kept and shown: give it by "
                 "the environment (WANDB_API_KEY, AWS_SECRET_ACCESS_KEY), not by the configuration."
             )
-        self.path, self.what, self.config, self.ranks = Path(path), what, config, ranks
+        # What is built from it again goes by short names; else the code could not move (saved_names.py).
+        self.path, self.what, self.config, self.ranks = Path(path), what, named(config), ranks
         if elsewhere := self._training.get("checkpoints"):  # sampling finds them by config.yaml, from any folder
             self._training["checkpoints"] = storage.absolute(elsewhere)
         self.places = Places.of(self.path, self._training.get("checkpoints"))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.sample_images")  # imports the rest when the options are right, and ends
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +18,22 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 
 from data_pipeline.codec import UNDECODABLE, open_image, to_rgb
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.progress import Progress
+from data_pipeline.saved_names import named
 from train.evaluation.generate import ByClassifier
 from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
 
 ASKED = ("prompts", "labels", "layouts", "images", "holes")
 
 
-@entry("sample_images")
 def main(cfg: DictConfig) -> None:
     rows = asked_rows({name: cfg[name] for name in ASKED}, cfg.samples_per_prompt)
     refuse_no_numbers(cfg)
-    run = open_run(cfg.input, cfg.step, instantiate, cfg.autoencoder_path, cfg.clip_path)
-    sampler = instantiate(as_the_run_draws(run.config, "sampler", cfg.sampler))
-    guidance = instantiate(as_the_run_draws(run.config, "guidance", cfg.guidance), _convert_="all")
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
+    given = OmegaConf.to_container(cfg, resolve=True)
+    sampler, guidance = (as_the_run_draws(run.config, group, given[group]) for group in ("sampler", "guidance"))
     by_classifier = guided_by(cfg, run, rows)
     refuse_unasked(run, rows[0], also=("labels",) if by_classifier else ())
     away = rows_away_from(cfg.negative_prompt, rows)
@@ -82,7 +86,7 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> B
     classifier, about = instantiate(cfg.classifier.load, path=cfg.classifier.path)
     for name, theirs in about["belongs_to"].items():
         ours = run.facts.fingerprints["autoencoder"] if name == "autoencoder" else getattr(run.facts, name, None)
-        ours = run.config["process"] if name == "process" else ours
+        ours, theirs = (run.config["objective"]["process"], named(theirs)) if name == "process" else (ours, theirs)
         if ours != theirs:
             raise UserError(
                 f"classifier.path={cfg.classifier.path} was trained with {name} {theirs}, this run with {ours}: train "
@@ -181,7 +185,3 @@ def number(name: str, value: Any) -> float:
 def file_stem(prompt: str) -> str:
     """What of a prompt can stand in a file's name."""
     return "".join(c if c.isalnum() else "-" for c in prompt.lower())[:40].strip("-") or "empty"
-
-
-if __name__ == "__main__":
-    main()

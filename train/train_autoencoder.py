@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.train_autoencoder")  # imports the rest when the options are right, and ends
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.picture_grid import grid, save_png
@@ -32,7 +36,6 @@ from train.weights.saved import save_model
 TRAINABLE = ("train.models.autoencoder.AutoencoderKL", "train.models.autoencoder.VQModel")
 
 
-@entry("train_autoencoder")
 def main(cfg: DictConfig) -> None:
     ranks = find_ranks()
     with closing_distributed():
@@ -170,7 +173,3 @@ def said_of(latents: dict[str, Any]) -> str:
     if "kl_nats" in latents:
         return f"{std}, KL {latents['kl_nats']:.0f} nats a picture"
     return f"{std}, {latents['codes_used']} codes used, perplexity {latents['code_perplexity']:.0f}"
-
-
-if __name__ == "__main__":
-    main()

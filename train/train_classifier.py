@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.train_classifier")  # imports the rest when the options are right, and ends
+
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +14,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor, collated
+from data_pipeline.saved_names import named
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves
@@ -29,7 +34,6 @@ from train.weights.saved import save_model
 FRACTIONS = torch.tensor([0.05, 0.25, 0.5, 0.75])
 
 
-@entry("train_classifier")
 def main(cfg: DictConfig) -> None:
     ranks = find_ranks()
     with closing_distributed():
@@ -83,7 +87,7 @@ def belongs_to(facts: LatentFacts, config: dict[str, Any]) -> dict[str, Any]:
         "mean": facts.mean,
         "std": facts.std,
         "fold": facts.fold,
-        "process": config["process"],
+        "process": named(config["process"]),
     }
     return {"belongs_to": belongs, "class_names": list(facts.classes("label"))}
 
@@ -101,7 +105,3 @@ def report(
     print(curve_line("classifier loss", rows, "loss"))
     said = ", ".join(f"{value:.2f} at t = {name[-4:]}" for name, value in figures.items())
     print(f"classifier: right on {heldout} held-out latents: {said}; fingerprint {mark}; in {folder}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

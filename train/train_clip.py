@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.train_clip")  # imports the rest when the options are right, and ends
+
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.entry import entry
 from data_pipeline.manifest import Manifest
 from train.ema import Ema
 from train.engine import Engine
@@ -25,7 +29,6 @@ from train.trainer import Action
 from train.weights.saved import save_model
 
 
-@entry("train_clip")
 def main(cfg: DictConfig) -> None:
     ranks = find_ranks()
     with closing_distributed():
@@ -115,7 +118,3 @@ def report(
         + f", fingerprint {mark}; in {folder}",
         flush=True,
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.entry import start_entry
+
+if __name__ == "__main__":
+    start_entry("train.train_ldm")  # imports the rest when the options are right, and ends
+
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -9,19 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data_pipeline import storage
-from data_pipeline.entry import entry
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.samples import collated
+from train.dtype import DTYPES
 from train.ema import Ema
-from train.engine import DTYPES, Engine
+from train.engine import Engine
 from train.evaluation.generate import Asked, Generator
 from train.evaluation.report import curve_line, plot_curves
 from train.evaluation.trained_run import build_network, used_conditions, uses_clip
@@ -35,13 +39,13 @@ from train.online_latents import OnlineLatents, first_batches
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
+from train.saved_objects import read_config
 from train.train_state import TrainState
 from train.trainer import Action
 from train.weights.published import load_weights
 from train.weights.saved import saved_fingerprint
 
 
-@entry("train_ldm")
 def main(cfg: DictConfig) -> None:
     ranks = find_ranks()
     with closing_distributed():
@@ -69,10 +73,10 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     if cfg.start_from is not None:
         load_weights(network, cfg.start_from)
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
-    run = RunFolder(cfg.output, "train_ldm", config, ranks)
+    run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
-        print(f"attention: {attention_used(network.unet, DTYPES[cfg.engine.dtype], ranks)}", flush=True)
-    averaged = copy.deepcopy(network).to(ranks.device, DTYPES[cfg.engine.dtype]).eval().requires_grad_(False)
+        print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
+    averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
     heldout = read(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
     def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
@@ -133,7 +137,8 @@ def latents_of(cfg: DictConfig, config: dict[str, Any], data: Manifest, ranks: R
 
 def refuse_other_encoders(facts: LatentFacts, config: dict[str, Any], autoencoder: nn.Module | None) -> None:
     """Encoders that did not make these latents, as far as their folders or the loaded first stage tell."""
-    needed, path = uses_clip(used_conditions(config, facts, instantiate)), config["clip"].get("path")
+    where = f"{config['input']}/train/manifest.json"
+    needed, path = uses_clip(used_conditions(config, facts, where)), config["clip"].get("path")
     if needed and path is None:
         encoder = facts.fingerprints["text_encoder"]
         raise UserError(f"clip.path must be given: {encoder} made what is conditioned on; add clip.path=....")
@@ -182,7 +187,7 @@ def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
 
 def refuse_other_classes(cfg: DictConfig, known: LatentFacts, facts: LatentFacts) -> None:
     """A run to start from has a vector for each of its classes, by number: others would be taken for them."""
-    theirs = yaml.safe_load((Path(cfg.start_from) / "config.yaml").read_text()).get("conditioning", {})
+    theirs = read_config(Path(cfg.start_from) / "config.yaml").get("conditioning", {})
     for name in sorted(set(theirs) & set(cfg.conditioning)):
         was, now = (of.conditions.get(name, {}).get("classes") for of in (known, facts))
         if was != now:
@@ -253,7 +258,3 @@ def report(run: RunFolder) -> None:
     print(curve_line("train loss", rows, "loss"))
     print(curve_line("held-out loss", rows, "heldout_loss"))
     print(f"train_ldm: finished; config, metrics, samples and checkpoints in {run.path}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

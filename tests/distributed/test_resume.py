@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from synthetic import (
     NO_ENCODERS,
     ROOT,
@@ -115,16 +116,25 @@ def test_random_ranks_killed_at_random_moments(latents: Path, undisturbed: Path,
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_in_bf16_every_bit_of_weights_and_moments_is_restored(latents: Path, tmp_path: Path, stage: int) -> None:
-    settings = [
-        *SETTINGS, f"input={latents}", f"engine=zero{stage}", "engine.dtype=bf16", "training.save_every=6",
-    ]  # fmt: skip
-    straight = tmp_path / "straight"
-    run("train/train_ldm.py", *settings, f"output={straight}", "training.steps=12")
+def test_begun_where_there_is_bf16_a_run_goes_on_in_it_elsewhere_bit_for_bit(
+    latents: Path, tmp_path: Path, stage: int
+) -> None:
+    """engine.dtype=auto. Of both kinds of CPU one is a stand-in, by an environment variable."""
+    settings = [*SETTINGS, f"input={latents}", f"engine=zero{stage}", "training.save_every=6", "training.steps=12"]
+    straight, has, lacks = tmp_path / "straight", {"LDT_CPU_BF16": "1"}, {"LDT_CPU_BF16": "0"}
+    done = run("train/train_ldm.py", *settings, f"output={straight}", variables=has)
+    assert done.stdout.count("dtype: bf16 (auto: LDT_CPU_BF16=1") == 1
     stopped = shutil.copytree(straight, tmp_path / "stopped")
     shutil.rmtree(stopped / "checkpoints/step-00000012")
-    done = run("train/train_ldm.py", *settings, f"output={stopped}", "training.steps=12")
+    done = run("train/train_ldm.py", *settings, f"output={stopped}", variables=lacks)
     assert "resumed from step 6 of 12" in done.stdout
+    assert done.stdout.count("dtype: ") == 1
+    assert f"dtype: bf16 (auto: as in {stopped}/checkpoints/step-00000006; a new run would take fp32" in done.stdout
+    assert f"ZeRO stage {stage}, bf16, 1 rank" in done.stdout
+    for folder, why in ((straight, "LDT_CPU_BF16=1"), (stopped, "step-00000006; a new run")):
+        engine = yaml.safe_load((folder / "config.yaml").read_text())["engine"]
+        assert engine["dtype"] == "bf16"
+        assert why in engine["dtype_because"]
     assert losses(stopped) == losses(straight)
     part = "checkpoints/step-00000012/part-00000.safetensors"
     assert (stopped / part).read_bytes() == (straight / part).read_bytes()

@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "joint_text": ["prompts=[red heart,blue circle]", "negative_prompt=flag"],
     "unconditional": ["samples_per_prompt=2"],
 }
+IN_BF16 = {"LDT_CPU_BF16": "1"}  # by engine.dtype=auto, as on a CPU that has it
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("train/train_autoencoder.py", f"input={folder}/shards", f"output={folder}/autoencoder", *few,
         "autoencoder.channels=[16,16]")  # fmt: skip
     run("train/train_clip.py", f"input={folder}/shards", f"output={folder}/clip", *few, "clip.text.width=32",
-        "clip.text.layers=1", "clip.vision.layers=1")  # fmt: skip
+        "clip.text.layers=1", "clip.vision.layers=1", variables=IN_BF16)  # fmt: skip
     run("data_pipeline/precompute_latents.py", f"input={folder}/shards", f"output={folder}/latents", *encoders(folder),
         "conditions=[text,label,image_embedding,low_resolution,hole]")  # fmt: skip
     red = np.full((16, 16, 3), (220, 30, 40), np.uint8)
@@ -119,8 +120,9 @@ def test_a_classifier_guides_an_unconditional_run(folder: Path) -> None:
     trained = train(folder, "unconditional", f"output={folder}/guided", "training.steps=2", factor).parent / "guided"
     few = ["training.steps=4", "training.batch_size=16", "validate_every=4", "training.log_every=2", factor]
     done = run("train/train_classifier.py", f"input={folder}/latents", f"output={folder}/classifier", *few,
-               "classifier.channels=[16,32]")  # fmt: skip
+               "classifier.channels=[16,32]", variables=IN_BF16)  # fmt: skip
     assert "right on" in done.stdout
+    assert "dtype: bf16 (auto: " in done.stdout
     guide = [f"classifier.path={folder}/classifier", "labels=hearts", "sampler.steps=3"]
     pictures = []
     for scale in (0, 50):

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from synthetic import run, write_splits
 
 import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers imports torchvision)
@@ -19,6 +18,7 @@ from train.evaluation.trained_run import TrainedRun, open_run
 from train.models.autoencoder import AutoencoderKL
 from train.models.clip import CLIP
 from train.randomness import generator_at
+from train.saved_objects import build
 from train.weights.saved import save_model
 
 FIRST_STAGE = {"latent_channels": 4, "channels": [32, 32], "layers_per_block": 1, "norm_groups": 32}
@@ -68,7 +68,7 @@ def exported(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> TrainedRun:
-    return open_run(str(folder / "ldm"), "latest", instantiate)
+    return open_run(str(folder / "ldm"), "latest")
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_the_single_file_holds_the_same(exported: Path, trained: TrainedRun) -> 
     from train.weights.published import load_autoencoder, load_text_encoder, load_unet_weights
 
     file = str(exported.with_suffix(".safetensors"))
-    unet = instantiate(trained.config["unet"], _convert_="all")
+    unet = build(trained.config["unet"], "unet", "unet")
     load_unet_weights(unet, file)
     for name, value in trained.generator.network.unet.state_dict().items():
         assert torch.equal(unet.state_dict()[name], value), name
@@ -133,7 +133,7 @@ def test_a_training_starts_from_a_run(folder: Path, trained: TrainedRun) -> None
     """With a learning rate of nothing, what it is after a step is what it started from."""
     still = ["training.steps=1", "optimizer.lr=0", "training.ema_decay=0"]
     train_ldm(folder, "started", f"start_from={folder}/ldm", *still)
-    started = open_run(str(folder / "started"), "latest", instantiate).generator.network.unet
+    started = open_run(str(folder / "started"), "latest").generator.network.unet
     for name, value in trained.generator.network.unet.state_dict().items():
         assert torch.equal(started.state_dict()[name], value), name
 

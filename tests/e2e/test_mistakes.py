@@ -42,7 +42,7 @@ MISTAKES = {
         2,
         "the latents were made by autoencoder none",
     ),
-    "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "take one of fp32, bf16"),
+    "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "take one of auto, fp32, bf16, fp16"),
     "bf16 without masters": ([*LDM, "input={folder}/latents", "engine=zero0", "engine.dtype=bf16"], 2, "engine=zero1"),
     "flow on a curved process": ([*LDM, "input={folder}/latents", "process=scaled_linear"], 2, "Flow does not belong"),
     "a run of another kind": ([*LDM, "input={folder}/latents", "output={folder}/other"], 2, "is a run of train_clip"),

@@ -33,17 +33,14 @@ def curve_line(name: str, rows: Sequence[Mapping[str, float]], key: str) -> str:
 
 def plot_curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], path: Path) -> Path:
     """A panel a key over steps, as PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure  # pyplot would take as long again, and look for a window
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(4.5 * len(keys), 3), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.5 * len(keys), 3), layout="constrained")
+    axes = figure.subplots(1, len(keys), squeeze=False)
     for axis, key in zip(axes[0], keys, strict=True):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         axis.plot(*zip(*points, strict=True) if points else ([], []))
         axis.set(xlabel="step", title=key)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
-    pyplot.close(figure)
     return path

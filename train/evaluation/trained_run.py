@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import DataError, UserError
 from data_pipeline.samples import collated
-from train.checkpoint_files import ema_weights
+from data_pipeline.saved_names import named
+from train.checkpoint_files import EmaWeights, ema_weights
 from train.evaluation.generate import Asked, Generator
 from train.latent_data import LatentFacts
-from train.models.conditioning import ConditionedUNet
+from train.models.conditioning import ConditionedUNet, Conditioners
+from train.saved_objects import build, checked, read_config, targets_in
 
-Build = Callable[..., Any]  # hydra's instantiate, handed in by the entry script
+Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script: for what its user says, never for files
+SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler", "guidance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +59,34 @@ class TrainedRun:
 
 
 def open_run(
-    run: str, step: str | int, build: Build, autoencoder_path: str | None = None, clip_path: str | None = None
+    run: str, step: str | int, autoencoder_path: str | None = None, clip_path: str | None = None
 ) -> TrainedRun:
-    """Load a run's EMA weights in fp32. The encoders' paths are those it was trained with unless given."""
+    """Load a run's EMA weights in fp32. The encoders' paths are those it was trained with unless given.
+
+    The folder may be a stranger's: what its files describe is built by train/saved_objects.py alone.
+    """
     folder = Path(run)
     if not (folder / "config.yaml").exists():
         raise UserError(f"input={run} is not a run (no config.yaml there): give the output= of train_ldm.py.")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config, where = sections_of(folder / "config.yaml"), f"{folder / 'config.yaml'}: "
+    unet = checked(config["unet"], "unet", f"{where}unet")  # before the weights, which take long
+    make_objective = build(config["objective"], "objective", f"{where}objective")
+    for group in ("sampler", "guidance"):
+        build(config[group], group, where + group)
     weights = ema_weights(folder, step)
     facts = LatentFacts.of_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = build(with_path(config["autoencoder"], autoencoder_path)).to(device)
-    conditions = used_conditions(config, facts, build)
-    clip = build(with_path(config["clip"], clip_path)).to(device) if uses_clip(conditions) else None
+    conditions = used_conditions(config, facts, f"{folder / 'latents.json'}")
+    given = config["conditioning"].items()
+    parts = {name: build(entry, "conditioning", f"{where}conditioning.{name}") for name, entry in given}
+    network = network_of(unet.arguments, unet.build, parts, facts)
+    autoencoder, clip = (
+        build(with_path(config[name], path), name, name if path else where + name).to(device) if needed else None
+        for name, path, needed in (("autoencoder", autoencoder_path, True), ("clip", clip_path, uses_clip(conditions)))
+    )
     facts.refuse_other_encoders(autoencoder.fingerprint, clip.fingerprint if clip else None)
-    network = build_network(config, facts, build)
-    network.load_state_dict(weights.tensors)
+    load(network, weights, where)
     network.to(device).eval().requires_grad_(False)
-    make_objective = build(config["objective"], _partial_=True, _convert_="all")
     objective = make_objective(network=network, latents=facts.latents)
     generator = Generator(
         network,
@@ -88,22 +100,42 @@ def open_run(
     return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
 
 
-def build_network(config: Mapping[str, Any], facts: LatentFacts, build: Build) -> ConditionedUNet:
-    """The U-Net and its conditioners; what doesn't fit together is refused before the U-Net is made."""
-    make_conditioner = build(
-        {"_target_": "train.models.conditioning.Conditioners", "parts": config["conditioning"]},
-        _partial_=True,
-        _convert_="all",
-    )
-    conditioner = make_conditioner(facts)
-    facts.refuse_other_shapes(config["unet"], conditioner)
-    return ConditionedUNet(build(config["unet"], _convert_="all"), conditioner)
+def sections_of(path: Path) -> dict[str, Any]:
+    """A run's configuration, with all that it is opened by."""
+    config = read_config(path)
+    if lacking := [name for name in SECTIONS if not isinstance(config.get(name), Mapping)]:
+        raise DataError(f"{path} has no {' and no '.join(lacking)}: give the output= of train_ldm.py.")
+    return config
 
 
-def used_conditions(config: Mapping[str, Any], facts: LatentFacts, build: Build) -> dict[str, Any]:
-    """What makes the stored fields that the run is conditioned on, of all that its data set holds."""
+def load(network: nn.Module, weights: EmaWeights, where: str) -> None:
+    """Weights of another network than the configuration's are a sentence."""
+    try:
+        network.load_state_dict(weights.tensors)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise DataError(f"{weights.path} does not fit {where}unet and conditioning ({reason}).") from error
+
+
+def build_network(config: Mapping[str, Any], facts: LatentFacts, instantiate: Instantiate) -> ConditionedUNet:
+    """The U-Net and its conditioners as the user configures them."""
+    parts = instantiate(config["conditioning"], _convert_="all")
+    return network_of(config["unet"], lambda: instantiate(config["unet"], _convert_="all"), parts, facts)
+
+
+def network_of(
+    unet: Mapping[str, Any], make_unet: Callable[[], nn.Module], parts: Mapping[str, Callable], facts: LatentFacts
+) -> ConditionedUNet:
+    """What doesn't fit together is refused before the U-Net, of the arguments `unet`, is made."""
+    conditioner = Conditioners(facts, parts)
+    facts.refuse_other_shapes(unet, conditioner)
+    return ConditionedUNet(make_unet(), conditioner)
+
+
+def used_conditions(config: Mapping[str, Any], facts: LatentFacts, where: str) -> dict[str, Any]:
+    """What makes the stored fields that the run is conditioned on, of all that its data set holds. where: that file."""
     used = {name: made for name, made in facts.conditions.items() if name in config["conditioning"]}
-    return build(used, _convert_="all")
+    return {name: build(made, "conditions", f"{where}: conditions.{name}") for name, made in used.items()}
 
 
 def uses_clip(conditions: Mapping[str, Any]) -> bool:
@@ -111,11 +143,19 @@ def uses_clip(conditions: Mapping[str, Any]) -> bool:
     return any(condition.uses_clip for condition in conditions.values())
 
 
-def as_the_run_draws(config: Mapping[str, Any], group: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`sampler` or `guidance` of the run's own sample grids, but for what is given."""
-    return {**config[group], **{name: value for name, value in given.items() if value is not None}}
+def as_the_run_draws(config: Mapping[str, Any], group: str, given: Mapping[str, Any]) -> Any:
+    """`sampler` or `guidance` of the run's own sample grids, but for what the command line gives."""
+    saved, chosen = config[group], {name: value for name, value in given.items() if value is not None}
+    own: Collection[tuple[str, bool]] = targets_in(chosen)  # whatever it names: it is the user's
+    chosen = named(chosen)
+    if {"name", "_target_"} & set(chosen):
+        saved = {name: value for name, value in saved.items() if name not in ("name", "_target_")}
+    try:
+        return build({**saved, **chosen}, group, group, own)
+    except DataError as error:  # what the file says has been found in order
+        raise UserError(str(error)) from error
 
 
 def with_path(config: Mapping[str, Any], path: str | None) -> dict[str, Any]:
-    """An encoder's configuration, at another place where one is given."""
+    """An encoder's entry, at another place where one is given."""
     return {**config, **({"path": path} if path else {})}

@@ -30,7 +30,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).to(dtype)
 
 
-@torch.compiler.assume_constant_result  # else torch.compile looks into the probe, and cuts its graph at each attention
 def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend that runs forward and backward on this device, dtype and head width: "xformers" or "sdpa"."""
     return _probed(device_type, dtype, head_dim)

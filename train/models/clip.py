@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
-import train.torchvision_beside_cpu_torch  # noqa: F401  # isort: skip  (before open_clip imports torchvision)
-
-import open_clip
 import torch
-from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from data_pipeline.samples import TextStates
-
-__all__ = ["CLIP", "ClipLoss"]
+from train.models.open_clip_alone import open_clip
 
 VOCABULARY = 49408  # byte pairs of OpenAI's CLIP
 
 
-def tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+def tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
     """Captions -> (B, context_length) ids, padded with 0; open_clip carries its vocabulary."""
-    return open_clip.SimpleTokenizer(context_length=context_length)
+    return open_clip().SimpleTokenizer(context_length=context_length)
+
+
+class Transformer(TypedDict, total=False):
+    """Of either tower, by open_clip's names. No others are taken from a saved CLIP: some lead to models elsewhere."""
+
+    width: int
+    layers: int
+    mlp_ratio: float
+    ls_init_value: float | None
+    pool_type: str
+    final_ln_after_pool: bool
+    output_tokens: bool
+
+
+class VisionOptions(Transformer, total=False):
+    """Of the image tower."""
+
+    image_size: int | Sequence[int]
+    patch_size: int
+    head_width: int
+    patch_dropout: float
+    attentional_pool: bool
+    attn_pooler_queries: int
+    attn_pooler_heads: int
+    no_ln_pre: bool
+    pos_embed_type: str
+
+
+class _Length(TypedDict):
+    context_length: int
+    width: int
+
+
+class TextOptions(Transformer, _Length, total=False):
+    """Of the text tower."""
+
+    vocab_size: int
+    heads: int
+    embed_cls: bool
+    pad_id: int
+    eos_id: int
+    no_causal_mask: bool
+    proj_bias: bool
+    proj_type: str
 
 
 class CLIP(nn.Module):
@@ -29,9 +68,9 @@ class CLIP(nn.Module):
 
     fingerprint = ""  # of the weights it was loaded from
 
-    def __init__(self, embed_dim: int, vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    def __init__(self, embed_dim: int, vision: VisionOptions, text: TextOptions) -> None:
         super().__init__()
-        self.towers = open_clip.model.CLIP(
+        self.towers = open_clip().model.CLIP(
             embed_dim,
             dict(vision),
             dict(text),

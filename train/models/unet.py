@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.errors import UserError
-from train.models.attention import PixelAttention, SpatialTransformer
+from train.models.attention import PixelAttention, SpatialTransformer, attention_backend
 from train.models.resblocks import Downsample, ResnetBlock, Upsample
 
 
@@ -232,7 +232,8 @@ class UNet(nn.Module):
     def tune(self, compiled: bool, checkpoint_activations: bool) -> None:
         """How it is trained. Checkpointing keeps only what goes into a block, and computes each a second time."""
         self.checkpoint_activations = checkpoint_activations
-        if compiled:
+        if compiled:  # the first else looks into the probe, and cuts its graph at each attention
+            torch.compiler.assume_constant_result(attention_backend)
             self.compile()
 
     def _through(self, block: nn.Module, *arguments: Any) -> Any:

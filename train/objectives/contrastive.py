@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from data_pipeline.samples import Batch
-from train.models.clip import CLIP, ClipLoss
+from train.models.clip import CLIP
+from train.models.open_clip_alone import open_clip
 from train.objectives.terms import LossTerms
 from train.randomness import StreamRandom
 
@@ -18,7 +19,8 @@ class Contrastive(nn.Module):
         super().__init__()
         self.clip, self.shift, self.seed = clip, shift, seed
         # Each rank scores its own rows against all ranks' columns; averaged gradients are then those of the whole.
-        self.clip_loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+        clip_loss = open_clip().loss.ClipLoss
+        self.clip_loss = clip_loss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
 
     def forward(self, batch: Batch) -> LossTerms:
         images = batch.tensors["image"]
@@ -27,8 +29,8 @@ class Contrastive(nn.Module):
         images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
         if self.shift:
             images = self.shifted(images, random)
-        image, text, scale = self.clip(images, batch.captions)
-        loss = self.clip_loss(image.float(), text.float(), scale.float())
+        image, text, scale = (part.float() for part in self.clip(images, batch.captions))
+        loss = self.clip_loss(image, text, scale)
         right = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
         parts = {"loss": loss.detach(), "batch_top1": right.float().mean()}
         return LossTerms(loss, parts, loss.detach().expand(len(image)))

@@ -12,15 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import train.torchvision_beside_cpu_torch  # noqa: F401  # isort: skip  (before open_clip imports torchvision)
-
-import open_clip
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.samples import TextStates
 from data_pipeline.storage import write_atomically
+from train.models.open_clip_alone import open_clip
 from train.weights.diffusers import write_config
 from train.weights.foreign import (
     Carried,
@@ -62,9 +60,9 @@ class TextEncoder(nn.Module):
     def __init__(self, options: Mapping[str, Any], quick_gelu: bool, pad_id: int) -> None:
         super().__init__()
         self.options, self.quick_gelu, self.pad_id = dict(options), quick_gelu, pad_id
-        activation = open_clip.transformer.QuickGELU if quick_gelu else nn.GELU
-        self.tower = open_clip.transformer.TextTransformer(**options, act_layer=activation, proj_type="none")
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=options["context_length"])
+        activation = open_clip().transformer.QuickGELU if quick_gelu else nn.GELU
+        self.tower = open_clip().transformer.TextTransformer(**options, act_layer=activation, proj_type="none")
+        self.tokenizer = open_clip().SimpleTokenizer(context_length=options["context_length"])
         self.context_dim = options["width"]
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
@@ -250,7 +248,7 @@ def tower_of(model: nn.Module) -> TextEncoder:
         "layers": len(towers.transformer.resblocks),
         "mlp_ratio": layer.mlp.c_fc.out_features / model.context_dim,
     }
-    quick = isinstance(layer.mlp.gelu, open_clip.transformer.QuickGELU)
+    quick = isinstance(layer.mlp.gelu, open_clip().transformer.QuickGELU)
     encoder = TextEncoder(options, quick, pad_id=0)
     return _filled(encoder, {n: v for n, v in state.items() if n not in ("text_projection", "logit_scale")}, "clip")
 

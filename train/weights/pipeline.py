@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from data_pipeline.saved_names import named
 from train.models.latents import LatentScaling
 from train.models.unet import UNet
 from train.weights import diffusers, open_clip, stable_diffusion
 from train.weights.shapes import autoencoder_options, is_vq, unet_options
 
-_PREDICTION_TYPES = {"Epsilon": "epsilon", "Velocity": "v_prediction", "Sample": "sample"}
+_PREDICTION_TYPES = {"epsilon": "epsilon", "velocity": "v_prediction", "sample": "sample"}
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 
@@ -116,11 +117,12 @@ _MODEL_INDEX = {
 
 def scheduler_config(process: Mapping[str, Any], parameterization: Mapping[str, Any]) -> dict[str, Any]:
     """Their scheduler_config.json of a run's process and parameterization, as its configuration names them."""
-    kind, predicts = (part["_target_"].rpartition(".")[2] for part in (process, parameterization))
-    if kind == "RectifiedFlow" and predicts == "Flow":
+    process, parameterization = named(process), named(parameterization)
+    kind, predicts = (part.get("name", part.get("_target_")) for part in (process, parameterization))
+    if (kind, predicts) == ("rectified_flow", "flow"):
         shift = {"shift": process.get("shift", 1.0)}
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **shift}
-    if kind != "DiscreteVP" or predicts not in _PREDICTION_TYPES:
+    if kind != "discrete_vp" or predicts not in _PREDICTION_TYPES:
         raise UserError(f"diffusers has no scheduler for {predicts} on {kind}: export a model of one of its processes.")
     return {
         "_class_name": "DDIMScheduler",

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from train.checkpoint_files import ema_weights
 from train.models.conditioning import ConditionedUNet
 from train.models.unet import UNet
+from train.saved_objects import read_config
 from train.weights import diffusers, open_clip, stable_diffusion
 from train.weights.foreign import load_exactly
 from train.weights.shapes import unet_options
@@ -46,7 +46,7 @@ def load_unet_weights(unet: UNet, path: str) -> None:
 
 
 def _of_run(unet: UNet, run: Path) -> dict[str, Tensor]:
-    options = dict(yaml.safe_load((run / "config.yaml").read_text()).get("unet", {}))
+    options = dict(read_config(run / "config.yaml").get("unet") or {})
     if isinstance(options.get("heads"), int):
         options["heads"] = [options["heads"]] * len(options["channels"])
     _refuse_other_function(unet, options, run)

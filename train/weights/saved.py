@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.saved_names import LIST
 from data_pipeline.storage import write_atomically
+from train.saved_objects import checked, read_json, refuse_wrong_kinds
 from train.tensor_files import save_tensors
-
-# Class -> the module it lives in; by what makes them.
-_FIRST_STAGES = {"AutoencoderKL": "train.models.autoencoder", "VQModel": "train.models.autoencoder"}
-_CLIPS = {"CLIP": "train.models.clip"}
-_CLASSIFIERS = {"NoisyClassifier": "train.models.classifier"}
 
 
 def fingerprint(config: dict[str, Any], state: dict[str, Tensor]) -> str:
@@ -47,18 +43,20 @@ def save_model(folder: Path, kind: str, config: dict[str, Any], state: dict[str,
 
 def load_autoencoder(path: str) -> nn.Module:
     """A trained first stage, AutoencoderKL or VQModel, in eval mode, its `fingerprint` checked."""
-    return _load(path, _FIRST_STAGES, "autoencoder.path", "train_autoencoder.py")
+    return _load(path, "first_stage", "autoencoder.path", "train_autoencoder.py")
 
 
 def load_clip(path: str) -> nn.Module:
     """A trained CLIP in eval mode, its `fingerprint` checked."""
-    return _load(path, _CLIPS, "clip.path", "train_clip.py")
+    return _load(path, "text_encoder", "clip.path", "train_clip.py")
 
 
 def load_classifier(path: str) -> tuple[nn.Module, dict[str, Any]]:
     """A trained classifier of noised latents in eval mode, and what was saved about it."""
-    model = _load(path, _CLASSIFIERS, "classifier.path", "train_classifier.py")
-    return model, json.loads((Path(path) / "config.json").read_text())
+    model, config = _load(path, "classifier", "classifier.path", "train_classifier.py"), Path(path) / "config.json"
+    about = read_json(config)
+    refuse_wrong_kinds(about, {"belongs_to": Mapping[str, Any], "class_names": Sequence[str]}, str(config))
+    return model, about
 
 
 def saved_fingerprint(path: str | None) -> str | None:
@@ -66,25 +64,27 @@ def saved_fingerprint(path: str | None) -> str | None:
     if path is None:
         return None
     about = Path(path) / "config.json"
-    return json.loads(about.read_text()).get("fingerprint") if about.exists() else None
+    return read_json(about).get("fingerprint") if about.exists() else None
 
 
-def _load(path: str, modules: Mapping[str, str], option: str, made_by: str) -> nn.Module:
-    """modules: where each class lives that the folder may hold."""
-    folder, kinds = Path(path), " or ".join(modules)
+def _load(path: str, group: str, option: str, made_by: str) -> nn.Module:
+    """group: of the list in saved_names.py, the classes that the folder may hold."""
+    folder, kinds = Path(path), " or ".join(LIST[group])
     if not (folder / "config.json").exists():
         raise UserError(f"{option}={path} holds no {kinds}: give the output= of a finished {made_by} run.")
-    about = json.loads((folder / "config.json").read_text())
-    kind = about.get("class")
-    if kind not in modules:
+    about = read_json(folder / "config.json")
+    kind = str(about.get("class"))
+    if kind not in LIST[group]:
         raise UserError(f"{option}={path} holds a {kind}, not a {kinds}: give the output= of a {made_by} run.")
+    refuse_wrong_kinds(about, {"config": Mapping[str, Any], "fingerprint": str}, str(folder / "config.json"))
+    entry = checked({**about["config"], "name": kind}, group, f"{folder / 'config.json'}: {kind}")
     try:
         state = load_file(folder / "weights.safetensors")
     except (SafetensorError, OSError):
         state = {}
     if fingerprint(about["config"], state) != about["fingerprint"]:
         raise DataError(f"{folder / 'weights.safetensors'} is not what was saved there: train or copy it again.")
-    model = getattr(importlib.import_module(modules[kind]), kind)(**about["config"])
+    model = entry.build()
     model.load_state_dict(state)
     model.fingerprint = about["fingerprint"]
     return model.eval().requires_grad_(False)

@@ -5,12 +5,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from torch.nn import functional as F
 
 from data_pipeline.conditions import Hole, ImageEmbedding, Label, Layout, LowResolution, Text, well_formed
 from data_pipeline.errors import UserError
 from data_pipeline.samples import TextStates
+from train.saved_objects import build
 
 
 class Tools:
@@ -51,7 +51,7 @@ def pictures(count, size=16):
 
 def again(condition):
     """The same condition from its saved configuration, as sampling builds it."""
-    return instantiate(condition.config(), _convert_="all")
+    return build(condition.config(), "conditions", "a condition")
 
 
 def test_text_encodes_each_caption_once_and_knows_its_null():

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from precompute_process import SMALL, Table
@@ -39,6 +38,7 @@ from train.evaluation.distances import psnr
 from train.latent_data import LatentFacts
 from train.models.autoencoder import AutoencoderKL
 from train.models.conditioning import StoredText
+from train.saved_objects import build
 
 
 class Counted:
@@ -317,12 +317,43 @@ def test_each_stage_accounts_for_what_it_was_given(tmp_path, picture):
     assert "made_with" not in info
 
 
+OF_BEFORE = {"text": {"_target_": "data_pipeline.conditions.Text", "pooled": False}}
+
+
+def test_an_output_begun_by_an_earlier_version_is_gone_on_with(tmp_path, picture, capsys):
+    images, out = write(tmp_path / "images", samples_of(picture, 12)), tmp_path / "out"
+    precompute(images, out, using(conditions={"text": Text(False)}))
+    note = json.loads((out / "precompute.json").read_text())
+    assert json.loads(note["conditions"]) == {"text": {"name": "text", "pooled": False}}
+    whole = (out / "manifest.json").read_bytes()
+    for path in (out / "manifest.json", out / "shards/000001.tar", out / "shards/000001.tar.done.json"):
+        path.unlink()
+    (out / "precompute.json").write_text(json.dumps({**note, "conditions": json.dumps(OF_BEFORE, sort_keys=True)}))
+    precompute(images, out, using(conditions={"text": Text(False)}))
+    assert "6 encoded, 6 there already" in capsys.readouterr().out
+    assert (out / "manifest.json").read_bytes() == whole
+    with pytest.raises(UserError, match=r"conditions was .*pooled.* and is"):
+        precompute(images, out, using())
+
+
+def test_latents_of_an_earlier_version_lend(tmp_path, picture, capsys):
+    images, base = write(tmp_path / "images", samples_of(picture, 12)), tmp_path / "base"
+    precompute(images, base, using(conditions={"text": Text(False)}))
+    manifest = json.loads((base / "manifest.json").read_text())
+    manifest["info"]["conditions"] = OF_BEFORE
+    (base / "manifest.json").write_text(json.dumps(manifest))
+    text = Counted()
+    precompute(images, tmp_path / "out", using(text=text, conditions={"text": Text(False)}), base=base)
+    assert "0 encoded, 12 copied from base=" in capsys.readouterr().out
+    assert set(text.captions) <= {""}
+
+
 def test_text_without_the_pooled_vector(tmp_path, picture):
     precompute(write(tmp_path / "i", samples_of(picture, 6)), tmp_path / "out", using(conditions={"text": Text(False)}))
     manifest = Manifest.load(tmp_path / "out")
     assert set(manifest.fields) == {"moments.npy", "text.npy", "json"}
     assert set(load_file(tmp_path / "out/null.safetensors")) == {"text"}
-    again = instantiate(manifest.info["conditions"]["text"])
+    again = build(manifest.info["conditions"]["text"], "conditions", "text")
     assert again.fields == ("text",)
     conditioner = StoredText(LatentFacts.of(str(tmp_path / "out"), manifest, 1))
     assert (conditioner.context_dim, conditioner.vector_dim) == (1, None)

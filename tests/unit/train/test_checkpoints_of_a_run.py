@@ -1,6 +1,7 @@
 """Saving and resuming over damage and kills, by a stand-in for the engine that has one weight."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -63,9 +64,12 @@ class OneWeight:
 def start(tmp_path):
     """start(keep=2): as a process that is started in the same run folder; save(step) and resume(how) as it would."""
 
-    def make(keep=2, world_size=1, seed=0, **options):
-        ranks = Ranks(0, world_size, 0, torch.device("cpu"))
-        checkpoints = Checkpoints(tmp_path / "checkpoints", ranks, {"seed": seed}, "", keep, **options)
+    def make(keep=2, world_size=1, seed=0, unet=None, **options):
+        ranks, identity = (
+            Ranks(0, world_size, 0, torch.device("cpu")),
+            {"seed": seed} | ({"unet": unet} if unet else {}),
+        )
+        checkpoints = Checkpoints(tmp_path / "checkpoints", ranks, identity, "", keep, **options)
         engine, state = OneWeight(), TrainState(1000)
         ema = Ema([engine.weight], 0.9)
 
@@ -448,6 +452,22 @@ def test_what_training_can_not_be(options, sentence):
 
 def test_accumulation_follows_from_the_micro_batch():
     assert [Training(10, 16, micro_batch=2).over(ranks).accumulation for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+
+
+def test_a_checkpoint_names_no_path_of_code_and_one_of_before_that_does_is_gone_on_from(start, tmp_path):
+    unet = {"_target_": "train.models.unet.UNet", "channels": [8]}
+    start(unet=unet).save(10)
+    step = tmp_path / "checkpoints/step-00000010"
+    state, manifest = (json.loads((step / name).read_text()) for name in ("state.json", "manifest.json"))
+    assert state["identity"]["unet"] == {"name": "unet", "channels": [8]}
+    state["identity"]["unet"] = unet
+    data = json.dumps(state).encode()
+    (step / "state.json").write_bytes(data)
+    manifest["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"unet\._target_ was None and is os\.system; unet\.name was unet"):
+        start(unet={"_target_": "os.system", "channels": [8]}).resume()
+    assert start(unet=unet).resume() == 10
 
 
 def test_identity_holds_what_may_not_change_on_resume():

@@ -189,7 +189,7 @@ def test_what_an_engine_can_not_be(options, sentence):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for GPUs")
 def test_fp16_is_refused_without_a_gpu():
-    with pytest.raises(UserError, match=r"fp16 needs a GPU: take engine\.dtype=bf16"):
+    with pytest.raises(UserError, match=r"fp16 needs a GPU: take engine\.dtype=auto"):
         EngineConfig(dtype="fp16")
 
 

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from train import quickstart
 from train.quickstart import Stage, run_chain
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
 
 
 @pytest.fixture
@@ -45,3 +49,29 @@ def test_a_failure_ends_the_chain_with_its_code(chain, tmp_path, capsys):
     assert stopped.value.code == 1
     assert "two ended with code 1" in capsys.readouterr().err
     assert ran.read_text().split() == ["one", "two"]
+
+
+def test_the_demo_says_beforehand_what_is_to_run_and_about_how_long(tmp_path, capsys):
+    demo = OmegaConf.load(CONF / "demo/smoke.yaml")
+    stages = quickstart.stages(str(tmp_path), demo)
+    quickstart.say_what_is_to_come(stages, tmp_path, demo.measured)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("quickstart: 7 of 7 stages are to run, about ")
+    assert [line.split()[0] for line in said[1:]] == [stage.name for stage in stages]
+    expected = quickstart.expected_minutes(["train_ldm"], {"train_ldm": 4.0}, slowness=1.5)
+    assert expected == {"train_ldm": 6.0}
+
+
+@pytest.mark.parametrize("name", ["full", "smoke"])
+def test_each_demo_has_arguments_and_minutes_for_every_stage(name, tmp_path):
+    demo = OmegaConf.load(CONF / f"demo/{name}.yaml")
+    names = {stage.name for stage in quickstart.stages(str(tmp_path), demo)}
+    assert set(demo.measured.minutes) == names == set(quickstart.WHAT)
+
+
+def test_nothing_is_announced_where_all_has_finished(chain, tmp_path, capsys):
+    stages, _ = chain
+    run_chain(stages, tmp_path)
+    capsys.readouterr()
+    quickstart.say_what_is_to_come(stages, tmp_path, OmegaConf.create({}))
+    assert capsys.readouterr().out == ""

@@ -195,4 +195,9 @@ def test_the_classifier_halves_between_all_its_levels(channels):
     assert [block.downsamplers is not None for block in classifier.down_blocks] == [True] * (len(channels) - 1) + [
         False
     ]
-    assert classifier(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 500.0])).shape == (2, 3)
+    noisy, times = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 500.0])
+    logits = classifier(noisy, times)
+    assert logits.shape == (2, 3)
+    in_bf16 = classifier.bfloat16()(noisy, times)
+    assert in_bf16.dtype == torch.float32
+    torch.testing.assert_close(in_bf16, logits, rtol=0.05, atol=0.02)

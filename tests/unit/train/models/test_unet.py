@@ -132,7 +132,7 @@ def test_bf16_is_as_near_to_fp32_as_theirs(name, relative_error):
         ("ldm_imagenet", 400_920_579),  # 400 M in Rombach et al. 2022, table 14
         ("ldm_unconditional", 274_056_163),  # 274 M in table 12
         ("ldm_text", 872_300_484),
-        ("demo", 16_115_088),
+        ("demo", 4_162_256),
     ],
 )
 def test_published_configurations_have_their_number_of_parameters(name, count):

@@ -245,6 +245,19 @@ def test_contrastive_loss_is_symmetric_cross_entropy(clip, image_batch, mirrored
     assert gradient.abs().max() > 0
 
 
+def test_contrastive_loss_in_bf16_is_that_in_fp32_to_its_rounding(clip, image_batch):
+    batch, objective = image_batch(step=1, captions=[f"picture {i}" for i in range(8)]), Contrastive(clip)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        objective.to(dtype).zero_grad()
+        terms = objective(batch)
+        terms.total.backward()
+        losses.append(terms.per_sample)
+        assert all(p.grad.isfinite().all() and p.grad.dtype == dtype for p in objective.parameters())
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0.0)
+
+
 def test_shifted_pictures_keep_their_pixels_over_white(clip):
     objective = Contrastive(clip, shift=2)
     rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")

@@ -48,8 +48,8 @@ def test_rectified_flow_is_their_flow_matching():
 @pytest.mark.parametrize(
     ("process", "parameterization", "words"),
     [
-        ("continuous_vp", "velocity", "Velocity on ContinuousVP"),
-        ("rectified_flow", "sample", "Sample on RectifiedFlow"),
+        ("continuous_vp", "velocity", "velocity on continuous_vp"),
+        ("rectified_flow", "sample", "sample on rectified_flow"),
     ],
 )
 def test_a_process_that_they_have_not(process, parameterization, words):
