@@ -10,6 +10,7 @@ Ends with 0 where the tests pass without a fault and each fault is found. docs/t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("mutations.yaml")
-# Imported once for all faults, none of it ours.
-COMMON = ("deepspeed", "hydra", "matplotlib.pyplot", "safetensors.torch", "torch", "webdataset", "_pytest.config")
+# Imported once for all faults, none of it ours: they cost more than most tests.
+COMMON = (
+    "torch", "deepspeed", "hydra", "matplotlib.pyplot", "safetensors.torch", "webdataset", "torchvision", "open_clip",
+    "diffusers", "s3fs", "_pytest.config",
+)  # fmt: skip
 OWN_FOLDERS = ("", str(ROOT), str(ROOT / "tests"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
 NOT_EXHAUSTIVE = ["-m", "not exhaustive"]
 PASSED, FAILED = 0, 1  # what pytest ends with; a module that can't be imported, or a test that there is not, has others
@@ -55,7 +58,7 @@ def listed(path: Path = LIST) -> list[Fault]:
     return [Fault(**{**each, "found_by": tuple(each["found_by"])}) for each in yaml.safe_load(path.read_text())]
 
 
-@contextmanager
+@contextlib.contextmanager
 def copied(checkout: Path) -> Iterator[Path]:
     """A copy of what git knows of a checkout, as it is on the disk."""
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
@@ -65,6 +68,13 @@ def copied(checkout: Path) -> Iterator[Path]:
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(checkout / name, Path(folder) / name)
         yield Path(folder)
+
+
+def preload() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu")
+    for name in COMMON:
+        with contextlib.suppress(Exception):  # as of torchvision beside another torch; the tests say what they lack
+            importlib.import_module(name)
 
 
 def tested(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
@@ -98,7 +108,7 @@ def tried(copy: Path, fault: Fault) -> str:
         path.write_text(sound)
     if code != FAILED:
         return "(not found)" if code == PASSED else f"(pytest ended with {code}: {said.strip().splitlines()[-1]})"
-    return FIRST_FAILURE.findall(said)[0]
+    return next(iter(FIRST_FAILURE.findall(said)), "found")
 
 
 def main() -> int:
@@ -109,9 +119,7 @@ def main() -> int:
     options.add_argument("--without-faults", action=argparse.BooleanOptionalAction, default=True)
     given = options.parse_args()
     chosen = [f for f in listed(given.list) if not given.words or any(word in f.name for word in given.words)]
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in COMMON:
-        importlib.import_module(name)
+    preload()
     missed = []
     with copied(given.checkout.resolve()) as copy:
         if given.without_faults:
