@@ -93,3 +93,10 @@ def test_ranks_and_stages_may_change_on_the_way(latents: Path, undisturbed: Path
     assert written[0].keys() == written[1].keys()
     for name, value in written[1].items():
         torch.testing.assert_close(written[0][name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_heldout_loss_is_the_averages(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Without averaging the training is the same, and the held-out loss another."""
+    start(latents, tmp_path / "run", "engine=zero0", "training.steps=4", "training.ema_decay=0", ranks=1)
+    assert as_numbers(tmp_path / "run") == as_numbers(undisturbed)[:4]
+    assert abs(heldout_losses(tmp_path / "run")[0] - heldout_losses(undisturbed)[0]) > 1e-3

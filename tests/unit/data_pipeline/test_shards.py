@@ -32,7 +32,8 @@ def test_the_same_samples_give_the_same_bytes(tmp_path, make_images):
     one, two = make_images(tmp_path / "one", [3, 2]), make_images(tmp_path / "two", [3, 2])
     for name in ("shards/000000.tar", "shards/000000.idx", "shards/000001.tar", "manifest.json"):
         assert storage.read_bytes(f"{one}/{name}") == storage.read_bytes(f"{two}/{name}")
-    assert Manifest.load(one).fingerprint != Manifest.load(make_images(tmp_path / "more", [3, 3])).fingerprint
+    more, larger = make_images(tmp_path / "more", [3, 3]), make_images(tmp_path / "larger", [3, 2], size=9)
+    assert len({Manifest.load(root).fingerprint for root in (one, two, more, larger)}) == 3
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
