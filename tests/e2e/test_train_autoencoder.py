@@ -39,7 +39,7 @@ def train(shards: Path, output: Path, *options: str, ranks: int = 2, check: bool
     return [row for row in metric_rows(output) if "loss" in row]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])  # slow without bf16
 def test_adversarial_training_at_two_ranks(shards: Path, tmp_path: Path, dtype: str) -> None:
     rows = train(shards, tmp_path / "run", *ADVERSARY, "training.steps=30", f"engine.dtype={dtype}")
     assert len(rows) == 30
