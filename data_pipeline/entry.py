@@ -33,7 +33,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.option_errors import advice, reworded, top_keys
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
-# Hydra composes everything once more before a run, only to read hydra.mode: half a second. Without it --multirun decides.
+# Hydra composes everything once more, only to read hydra.mode: half a second. Without it --multirun decides.
 Hydra.get_mode = lambda *_, **__: None
 
 
