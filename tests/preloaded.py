@@ -10,6 +10,7 @@ import builtins
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import random
@@ -124,9 +125,22 @@ def preload() -> None:
     open_clip()  # both as the program imports them: after DS_ACCELERATOR is set, without transformers and timm
     for name in WORLD:
         importlib.import_module(name)
+    first_uses()
     gc.collect()
     gc.freeze()
     ADDED.update((name, value) for name, value in os.environ.items() if name not in before)
+
+
+def first_uses() -> None:
+    """What is slow once a process: a configuration and a plot."""
+    from hydra import compose, initialize_config_dir
+
+    from data_pipeline.entry import CONF
+    from train.evaluation.report import plot_curves
+
+    with initialize_config_dir(CONF, version_base="1.3"):
+        compose("train_ldm", ["input=a", "output=b"], return_hydra_config=True)
+    plot_curves([{"step": 1, "loss": 1.0}], ["loss"], io.BytesIO())
 
 
 if __name__ == "__main__":
