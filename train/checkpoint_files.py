@@ -25,7 +25,7 @@ STEP = re.compile(r"step-\d{8,}((\.removed)?\.tmp)?")  # any other name is the u
 CHUNK = 2**27  # bytes of an object that are in memory at once
 IN_STATE = {  # what a resume reads of state.json
     "state": {"step", "applied_steps", "samples_seen", "run_id", "passed_over", "rollbacks"},
-    "identity": set(), "layout": {"ranks", "zero_stage"}, "engine": {"adam_step"}, "ema": {"updates"}, "shapes": set(),
+    "identity": set(), "layout": {"ranks", "zero_stage"}, "engine": set(), "ema": set(), "shapes": set(),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""slurm/pipeline.sh: the whole chain on a real Slurm, from a folder of pictures to the evaluation. About a minute."""
+"""slurm/pipeline.sh: the whole chain on a real Slurm, from a folder of pictures to the evaluation."""
 
 from __future__ import annotations
 
@@ -38,15 +38,37 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(cluster: Cluster, *words: str) -> dict[str, Job]:
+def start(cluster: Cluster, *words: str, python: str = sys.executable) -> dict[str, Job]:
     """The jobs by stage, from what it prints; their logs lie in the cluster's folder."""
     log = cluster.folder / "pipeline-%j.log"
     line = ["bash", "slurm/pipeline.sh", *words[:1], f"--output={log}", *words[1:]]
-    said = cluster.client(*line, cwd=ROOT, PYTHON=sys.executable)
+    said = cluster.client(*line, cwd=ROOT, PYTHON=python)
     numbers = {stage: int(number) for stage, number, *_ in map(str.split, said.splitlines())}
     return {s: Job(cluster, n, Path(str(log).replace("%j", str(n)))) for s, n in numbers.items()}
 
 
+def test_each_stage_is_given_what_the_one_before_made(cluster: Cluster, tmp_path: Path) -> None:
+    """In order, with the words behind its name; instead of a Python, a script that writes down how it was called."""
+    python, called = tmp_path / "python", tmp_path / "called"
+    python.write_text(f'#!/bin/sh\nsleep 0.2\necho "$SLURM_JOB_NUM_NODES $*" >> {called}\n')
+    python.chmod(0o755)
+    named = {"make_shards": ["size=64"], "train_ldm": ["--nodes=2", "engine=zero2"], "evaluate_ldm": ["captions=4"]}
+    words = [word for stage, more in named.items() for word in (stage, *more)]
+    jobs = start(cluster, "output=run", *words, python=str(python))
+    assert [jobs[stage].wait()["JobState"] for stage in STAGES] == ["COMPLETED"] * 6, jobs["evaluate_ldm"].output()
+    encoders = "autoencoder.path=run/autoencoder clip.path=run/clip"
+    calls = called.read_text().splitlines()
+    assert calls[0] == "1 data_pipeline/make_shards.py output=run/shards size=64"
+    assert sorted(calls[1:3]) == [
+        "1 train/train_autoencoder.py input=run/shards output=run/autoencoder",
+        "1 train/train_clip.py input=run/shards output=run/clip",
+    ]
+    assert calls[3] == f"1 data_pipeline/precompute_latents.py input=run/shards output=run/latents {encoders}"
+    assert calls[4:6] == [f"2 train/train_ldm.py input=run/latents output=run/ldm {encoders} engine=zero2"] * 2
+    assert calls[6:] == ["1 train/evaluate_ldm.py input=run/ldm shards=run/shards captions=4"]
+
+
+@pytest.mark.exhaustive  # eight Pythons that start from nothing: a minute and a half
 def test_the_chain_runs_through(cluster: Cluster, pictures: Path, tmp_path: Path) -> None:
     words = [word for stage in STAGES for word in (stage, *TINY[stage])]
     jobs = start(cluster, f"output={tmp_path / 'run'}", *words[:1], f"input={pictures}", *words[1:])
