@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline import encode_shard, encode_split
-from data_pipeline.background import Ahead, Behind
 from data_pipeline.buckets import sizes_of
+from data_pipeline.common.threads import Ahead, Behind
 from data_pipeline.encode_batch import Encoders
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_writer import ShardWriter

@@ -6,8 +6,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 
 
 class Aside:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 Sides = tuple[int, int]  # height, width
 AS_STORED = "as stored"

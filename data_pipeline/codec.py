@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_pipeline.errors import DataError
+from data_pipeline.common.errors import DataError
 
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_MEMBER_BYTES = 256 * 1024 * 1024

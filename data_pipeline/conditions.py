@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import entry_of
 from data_pipeline.encoders import ImageEncoder, TextEncoder
-from data_pipeline.errors import UserError
 from data_pipeline.samples import TextStates
-from data_pipeline.saved_names import entry_of
 
 Sample = Mapping[str, Any]
 

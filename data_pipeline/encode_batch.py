@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline import codec
+from data_pipeline.common.errors import DataError
 from data_pipeline.conditions import Condition, PlainCondition, Sample, Tools
 from data_pipeline.encoders import ImageEncoder, OnceEach
-from data_pipeline.errors import DataError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = 1e6  # no first stage's moments and no encoder's states come near it

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from data_pipeline import codec
-from data_pipeline.background import Ahead
 from data_pipeline.buckets import Sides, Sizes, fitted, geometry
+from data_pipeline.common.errors import DataError
+from data_pipeline.common.threads import Ahead, in_order
 from data_pipeline.encode_batch import (
     Encoders,
     Item,
@@ -24,7 +24,6 @@ from data_pipeline.encode_batch import (
     described,
     unusable,
 )
-from data_pipeline.errors import DataError
 from data_pipeline.manifest import Shard
 from data_pipeline.reuse import Base, BaseShard
 from data_pipeline.sample_reader import as_sample
@@ -33,7 +32,6 @@ from data_pipeline.shard_notes import Places, published
 from data_pipeline.shard_writer import IndexEntry, ShardWriter, read_index, read_whole
 
 Rejected = tuple[int, str, str]  # position in the shard, key, reason
-Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,19 +180,6 @@ def part_of(items: list[Item], rejected: list[Rejected]) -> Part:
     """With the pictures put together: here, in the thread that decodes."""
     pictures = [{"key": i.sample["key"], "image": i.sample["image"]} for i in items if "image" in i.sample]
     return Part(items, collated(pictures)["image"] if pictures else None, rejected)
-
-
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Given], Made], items: Sequence[Given], ahead: int
-) -> Iterator[Made]:
-    """As map, but at most `ahead` results are made before they are taken: decoded pictures are large."""
-    running: collections.deque[Future[Made]] = collections.deque()
-    for item in items:
-        running.append(pool.submit(function, item))
-        if len(running) > ahead:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
 
 
 class Build:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
 
 
 class Place(NamedTuple):

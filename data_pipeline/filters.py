@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.aside import write_or_remove
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 HASH_SIDE, HASH_BITS = 8, 64
 CLEARLY = 300.0  # a third of a grey: terms that are zero, as of symmetric drawings, are not decided by rounding

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("data_pipeline.index_shards")  # imports the rest when the options are right, and ends
 
-import collections
 import hashlib
-import itertools
 import json
 import mmap
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import codec, storage
+from data_pipeline import codec
 from data_pipeline.aside import Aside
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.progress import Progress
+from data_pipeline.common.threads import in_order
 from data_pipeline.filters import Filters, accounting, summary, worded
 from data_pipeline.make_shards import settings_of
 from data_pipeline.manifest import Manifest, Shard, made_otherwise
-from data_pipeline.progress import Progress
 from data_pipeline.shard_writer import IndexEntry, digest_of, index_digest, scan
-from data_pipeline.sources.tars import contents, inspected, tars_in
+from data_pipeline.sources.tars import Inspected, contents, inspected, tars_in
 
 AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=true"
-Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
 def main(cfg: DictConfig) -> None:
@@ -135,7 +134,7 @@ class Index:
         prefix = f"{stem}/" if self.shard_in_keys else ""
         known = self.seen.those_known([prefix + each.key for each in entries])
         lines = []
-        for sample, again in zip(ahead(lambda each: inspected(each, data), entries), known, strict=True):
+        for sample, again in zip(self._inspected(entries, data), known, strict=True):
             key, members = prefix + sample.entry.key, sample.entry.members
             if sample.candidate is not None:
                 self.filters.look(sample.candidate.meta)
@@ -156,6 +155,12 @@ class Index:
         of_this.rows = self.aside.rows[first:]
         of_this.save(self.root, stem)
         return shard
+
+    def _inspected(self, entries: Sequence[IndexEntry], data: bytes | mmap.mmap) -> Iterator[Inspected]:
+        """Each sample looked at, by threads that are a few samples ahead (Pillow decodes without the lock)."""
+        threads = os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:
+            yield from in_order(pool, lambda each: inspected(each, data), entries, 2 * threads)
 
     def refuse_past_the_cap(self, whole: float = 1.0) -> None:
         """Stop where more is set aside than may be of all samples: `whole` times those that were listed so far."""
@@ -185,18 +190,6 @@ class Index:
         for what, counts in (("filtered", self.filters.counts), ("set aside", aside)):
             for reason, count in counts.most_common():
                 print(f"index_shards: {what} {count} x {reason}")
-
-
-def ahead(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
-    """function(item) for each, in order, by threads that are a few items ahead (Pillow decodes without the lock)."""
-    threads = os.cpu_count() or 1
-    rest = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(rest, 2 * threads))
-        while waiting:
-            made = waiting.popleft().result()
-            waiting.extend(pool.submit(function, item) for item in itertools.islice(rest, 1))
-            yield made
 
 
 class KnownKeys:

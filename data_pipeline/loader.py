@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.background import Ahead
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.threads import Ahead
 from data_pipeline.epoch_plan import EpochPlan, Place
-from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.sample_reader import SampleReader, pin
 from data_pipeline.samples import Batch, DataCursor, widened

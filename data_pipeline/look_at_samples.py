@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline import codec, storage
+from data_pipeline import codec
 from data_pipeline.buckets import fitted
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 from data_pipeline.encode_shard import picture_in
-from data_pipeline.errors import DataError
 from data_pipeline.image_transforms import square_of
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.picture_grid import grid

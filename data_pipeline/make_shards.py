@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("data_pipeline.make_shards")  # imports the rest when the options are right, and ends
@@ -21,13 +21,13 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import storage
 from data_pipeline.aside import Aside
 from data_pipeline.codec import UNDECODABLE
-from data_pipeline.errors import UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.progress import Progress
 from data_pipeline.filters import Candidate, Filters, accounting, summary
 from data_pipeline.manifest import Manifest, Shard, find_splits, flat, made_otherwise
-from data_pipeline.progress import Progress
 from data_pipeline.shard_writer import ShardWriter
 from data_pipeline.sources.source import Source, SourceItem
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
 
 FORMAT = 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import CONF, start_entry
+from data_pipeline.common.entry import CONF, start_entry
 
 if __name__ == "__main__":
     start_entry("data_pipeline.plan_storage")  # imports the rest when the options are right, and ends
@@ -16,11 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import storage
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
 from data_pipeline.conditions import Condition
 from data_pipeline.encode_batch import DTYPES, Encoders
 from data_pipeline.encoders import OnceEach
-from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.storage_plan import (
     HEADINGS,

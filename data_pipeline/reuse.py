@@ -6,13 +6,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline import codec, storage
+from data_pipeline import codec
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import named
 from data_pipeline.conditions import Condition
 from data_pipeline.encode_batch import DTYPES, Encoders, FirstStage, Item, narrowed
-from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.sample_reader import as_sample
-from data_pipeline.saved_names import named
 from data_pipeline.shard_writer import IndexEntry, read_index, read_whole
 
 GEOMETRY = ("original_size", "crop_top_left", "target_size")

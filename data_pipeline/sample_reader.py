@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from data_pipeline import codec, storage
+from data_pipeline import codec
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 from data_pipeline.epoch_plan import Place
-from data_pipeline.errors import DataError
 from data_pipeline.image_transforms import square_of
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import collated

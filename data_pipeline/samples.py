@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import DataError
+from data_pipeline.common.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)

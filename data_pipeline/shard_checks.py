@@ -14,9 +14,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from data_pipeline import codec, storage
+from data_pipeline import codec
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 from data_pipeline.encode_batch import unusable
-from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, Shard, check_size, refuse_other_claims
 from data_pipeline.shard_writer import IndexEntry, parse_index, refuse_other_bytes, scan
 from data_pipeline.stored_arrays import differing

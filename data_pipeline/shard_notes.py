@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 from data_pipeline.manifest import Shard
 from data_pipeline.shard_writer import ShardWriter, digest_of
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline import codec, storage
-from data_pipeline.errors import DataError
+from data_pipeline import codec
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 from data_pipeline.manifest import Shard, check_size
 
 END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # bytes, all zero

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.codec import BFLOAT16, ArrayHeader
-from data_pipeline.errors import DataError
+from data_pipeline.common.errors import DataError
 from data_pipeline.shard_writer import IndexEntry
 
 # Of each kind of float: its bits as whole numbers, and those of infinity; NaNs are above. The sign is the bit before.

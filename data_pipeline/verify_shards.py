@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("data_pipeline.verify_shards")  # imports the rest when the options are right, and ends
@@ -16,14 +16,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_pipeline import storage
+from data_pipeline.common import storage
+from data_pipeline.common.device import chosen_device
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.progress import Progress
 from data_pipeline.encoders import TextEncoder
-from data_pipeline.errors import DataError, UserError
 from data_pipeline.index_shards import KnownKeys
 from data_pipeline.look_at_samples import Drawing, Seen, look_at
 from data_pipeline.manifest import Manifest, find_splits
-from data_pipeline.precompute_latents import chosen_device
-from data_pipeline.progress import Progress
 from data_pipeline.shard_checks import (
     AGAIN,
     CHECKS,

@@ -7,21 +7,13 @@ same bytes, and whoever sees the other's note first drops it.
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import FrameType
 from typing import NamedTuple, TypeVar
 
-from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 T = TypeVar("T")
-EXIT_CODE = 75  # EX_TEMPFAIL: start me again; slurm/task.sh knows it
-ABANDONED_AFTER = 3600.0  # seconds after which another machine's temporary file is taken for a dead worker's
 
 
 class Worker(NamedTuple):
@@ -65,57 +57,3 @@ def worker_by_environment(environment: Mapping[str, str]) -> Worker:
     first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
     task = (number("SLURM_ARRAY_TASK_ID", first) - first) // max(step, 1) % tasks
     return Worker(task * ranks + rank, tasks * ranks)
-
-
-def sweep(folder: str) -> int:
-    """Delete temporary files that killed workers left in a local folder; returns how many.
-
-    Only those of processes of this machine that are no more, and of other machines' when they are an hour old.
-    """
-    if storage.is_s3(folder) or not os.path.isdir(folder):
-        return 0  # an S3 put that was cut off leaves nothing
-    left = [path for path in Path(folder).iterdir() if ".tmp." in path.name and abandoned(path)]
-    for path in left:
-        path.unlink(missing_ok=True)
-    return len(left)
-
-
-def abandoned(path: Path) -> bool:
-    """Whether nobody will finish a temporary file."""
-    host, _, number = path.name.partition(".tmp.")[2].rpartition(".")
-    if host == storage.HOST and number.isdecimal():
-        return not alive(int(number))
-    try:
-        return time.time() - path.stat().st_mtime > ABANDONED_AFTER
-    except FileNotFoundError:  # another worker was quicker
-        return False
-
-
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-class Stopped(SystemExit):
-    """Raised when a worker was asked to stop, and wants to be started again."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
-
-
-class StopRequest:
-    """Remembers SIGTERM or SIGUSR1: Slurm's warning before a time limit."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # a launcher hands USR1 over as TERM
-                signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.multiprocessing  # which sends tensors through shared memory, not through the pipe
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 Make = Callable[[int, int], Iterator[Any]]  # worker, of how many -> its items
 

@@ -9,14 +9,16 @@ from multiprocessing.synchronize import Event
 import torch
 
 from data_pipeline.buckets import sizes_of
+from data_pipeline.common.stop_request import StopRequest
 from data_pipeline.conditions import LowResolution, Text
 from data_pipeline.encode_batch import Encoders
 from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Places, Split, encode_split
+from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import TextStates
-from data_pipeline.work_share import StopRequest, Worker
+from data_pipeline.shard_notes import Places
+from data_pipeline.work_share import Worker
 from train.models.autoencoder import AutoencoderKL
 
 SMALL = {"latent_channels": 4, "channels": [8, 16], "layers_per_block": 1, "norm_groups": 4, "mid_attention": True}

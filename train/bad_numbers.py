@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.engine import StepResult
 from train.ranks import Ranks, gathered_objects
 from train.train_state import TrainState

@@ -24,9 +24,9 @@ from typing import Any
 
 from torch import Tensor
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.saved_names import named
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_names import named
 from train.checkpoint_files import STEP, Found, Places, look, part_name, step_of
 from train.checkpoint_stores import store_of
 from train.checkpoint_writer import Writer, Writing

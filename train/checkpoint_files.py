@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError, UserError
-from train.saved_objects import read_config, refuse_wrong_kinds
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_objects import read_config, refuse_wrong_kinds
 
 Facts = dict[str, Any]  # of a file, as its manifest has them: bytes, sha256
 MANIFEST = "manifest.json"

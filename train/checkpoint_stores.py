@@ -19,8 +19,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
 from train.checkpoint_files import MANIFEST, Facts, complete_checkpoints, fetched, is_as_written, steps_in
 from train.tensor_files import copy_some, facts_read_back
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
 from train.checkpoint_files import Facts, Places, complete_checkpoints, part_name, step_of
 from train.checkpoint_stores import OWNER, Store
 from train.fragments import gathered

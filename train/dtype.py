@@ -9,10 +9,10 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.option_checks import OneOf, refuse_wrong_values
 from train.checkpoint_files import Places, newest_whole
-from train.option_checks import OneOf, refuse_wrong_values
 from train.ranks import Ranks, broadcast_object, gathered_objects
 
 log = logging.getLogger(__name__)

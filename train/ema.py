@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 
 class Ema:

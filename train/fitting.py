@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.option_checks import (
+    Count,
+    NotNegative,
+    OneOf,
+    Positive,
+    Share,
+    Within,
+    refuse_wrong,
+    refuse_wrong_values,
+)
 from data_pipeline.samples import Batch, DataCursor
 from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.checkpoint import RESUME, Checkpoints
@@ -21,7 +31,6 @@ from train.ema import Ema, gamma_of
 from train.engine import Engine, EngineConfig
 from train.heartbeat import Heart, Heartbeat
 from train.optim import AdamW
-from train.option_checks import Count, NotNegative, OneOf, Positive, Share, Within, refuse_wrong, refuse_wrong_values
 from train.preemption import Preemption
 from train.ranks import Ranks, broadcast_object
 from train.reporters import Reporter

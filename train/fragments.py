@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data_pipeline.errors import DataError
+from data_pipeline.common.errors import DataError
 
 Shards = Sequence[Tensor]  # a rank's tensors of one kind; those of another kind are cut in the same way
 Copies = dict[tuple[str, int], Tensor]  # by kind and number of the shard, on the CPU

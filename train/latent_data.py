@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_names import named
+from data_pipeline.common.saved_objects import read_json, refuse_wrong_kinds
 from data_pipeline.manifest import Manifest
-from data_pipeline.saved_names import named
 from train.models.conditioning import Conditioners
 from train.models.latents import STORED_AS, LatentScaling, StoredLatents
-from train.saved_objects import read_json, refuse_wrong_kinds
 
 
 @dataclass(frozen=True, slots=True)

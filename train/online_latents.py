@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_objects import build
 from data_pipeline.samples import Batch, DataCursor, collated
 from train.latent_data import LatentFacts
-from train.saved_objects import build
 
 Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script
 # What conditionings need to be encoded; the others need what precompute learns of a whole data set.

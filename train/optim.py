@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from train.option_checks import NotNegative, OneOf, Share, Within, refuse_wrong
+from data_pipeline.common.option_checks import NotNegative, OneOf, Share, Within, refuse_wrong
 
 SCHEDULES = ("constant", "cosine", "linear", "linear_tail", "inverse_sqrt")
 Decay = Annotated[float, Within(0, 1, below=True)]

@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
 from train.checkpoint_files import Places, at_hand
 from train.ema import gamma_of
 from train.tensor_files import Header

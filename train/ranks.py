@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 # The heartbeats' watch comes first, and knows more; a collective that never ends is given up in any case.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from data_pipeline.storage import write_atomically
+from data_pipeline.common.storage import write_atomically
 
 log = logging.getLogger(__name__)
 _KEY_REFUSED = re.compile(r"API key|\b40[13]\b|unauthorized|forbidden|permission|logged in", re.IGNORECASE)

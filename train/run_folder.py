@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from data_pipeline import storage
-from data_pipeline.errors import UserError
-from data_pipeline.saved_names import named
-from data_pipeline.storage import is_s3, write_atomically
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import named
+from data_pipeline.common.storage import is_s3, write_atomically
 from train.checkpoint_files import Places
 from train.checkpoint_stores import refuse_other_owner
 from train.preemption import Preempted

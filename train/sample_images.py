@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.sample_images")  # imports the rest when the options are right, and ends
@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 
 from data_pipeline.codec import UNDECODABLE, open_image, to_rgb
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.progress import Progress
+from data_pipeline.common.saved_names import named
 from data_pipeline.picture_grid import grid, save_png
-from data_pipeline.progress import Progress
-from data_pipeline.saved_names import named
 from train.evaluation.generate import ByClassifier
 from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
 

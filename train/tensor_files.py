@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 from train.checkpoint_files import Facts, chunks, digest_of
 
 LONGEST_HEADER = 10**8  # bytes, as the library has it

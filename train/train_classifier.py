@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.train_classifier")  # imports the rest when the options are right, and ends
@@ -14,10 +14,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import named
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor, collated
-from data_pipeline.saved_names import named
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.train_ldm")  # imports the rest when the options are right, and ends
@@ -18,8 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_objects import read_config
 from data_pipeline.manifest import Manifest
 from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.samples import collated
@@ -39,7 +40,6 @@ from train.online_latents import OnlineLatents, first_batches
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
-from train.saved_objects import read_config
 from train.train_state import TrainState
 from train.trainer import Action
 from train.weights.published import load_weights

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.progress import Progress
+from data_pipeline.common.progress import Progress
 from data_pipeline.samples import Batch
 from train.bad_numbers import Watch
 from train.checkpoint import Checkpoints

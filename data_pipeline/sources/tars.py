@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline import codec, storage
-from data_pipeline.errors import DataError, UserError
+from data_pipeline import codec
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.filters import Candidate
 from data_pipeline.image_transforms import centre_square, upright_sides
 from data_pipeline.shard_writer import IndexEntry, Member, scan

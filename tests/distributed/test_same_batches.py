@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import loader
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch

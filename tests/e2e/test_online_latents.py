@@ -11,7 +11,7 @@ import pytest
 import torch
 from synthetic import metric_rows, run
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_writer import ShardWriter
 from train.models.autoencoder import AutoencoderKL

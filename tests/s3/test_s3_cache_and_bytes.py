@@ -14,8 +14,8 @@ import torch
 from fault_proxy import FaultProxy
 from synthetic import started, write_latents
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_cache import ShardCache, open_shard, seen

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load
 from synthetic import NO_ENCODERS, TINY_LATENTS, TINY_UNET, losses, run, started, write_splits
 
-from data_pipeline import bucket as s3
-from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.common import s3 as s3
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
 from train import checkpoint, checkpoint_writer
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import Places, complete_checkpoints, ema_weights

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.diffusion.denoiser import Denoiser, NetworkDenoiser
 from train.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from train.diffusion.parameterization import Parameterization

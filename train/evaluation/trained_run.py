@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_names import named
+from data_pipeline.common.saved_objects import build, checked, read_config, targets_in
 from data_pipeline.samples import collated
-from data_pipeline.saved_names import named
 from train.checkpoint_files import EmaWeights, ema_weights
 from train.evaluation.generate import Asked, Generator
 from train.latent_data import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners
-from train.saved_objects import build, checked, read_config, targets_in
 
 Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script: for what its user says, never for files
 SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler", "guidance")
@@ -63,7 +63,7 @@ def open_run(
 ) -> TrainedRun:
     """Load a run's EMA weights in fp32. The encoders' paths are those it was trained with unless given.
 
-    The folder may be a stranger's: what its files describe is built by train/saved_objects.py alone.
+    The folder may be a stranger's: what its files describe is built by data_pipeline/common/saved_objects.py alone.
     """
     folder = Path(run)
     if not (folder / "config.yaml").exists():

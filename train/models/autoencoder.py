@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.attention import PixelAttention
 from train.models.quantizer import Quantizer
 from train.models.resblocks import Downsample, ResnetBlock, Upsample

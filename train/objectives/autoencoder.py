@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.samples import Batch
 from train.models.autoencoder import Autoencoder, VQModel
 from train.models.quantizer import usage

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.samples import Batch
 from train.diffusion.losses import L2, Uniform
 from train.diffusion.parameterization import Parameterization

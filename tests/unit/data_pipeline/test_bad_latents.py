@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from synthetic import tar_of, write_latents
 
-from data_pipeline import codec, storage
+from data_pipeline import codec
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 from data_pipeline.epoch_plan import Place
-from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader, read_dataset
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.sample_reader import SampleReader

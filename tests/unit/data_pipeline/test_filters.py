@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from synthetic import run
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.filters import (
     Aspect,
     Candidate,

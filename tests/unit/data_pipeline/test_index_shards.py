@@ -14,8 +14,9 @@ from synthetic import run
 
 from data_pipeline.epoch_plan import Place
 from data_pipeline.index_shards import AGAIN, KnownKeys
-from data_pipeline.loader import Loader, SampleReader, read_dataset
+from data_pipeline.loader import Loader, read_dataset
 from data_pipeline.manifest import Manifest
+from data_pipeline.sample_reader import SampleReader
 
 
 def start(*arguments):

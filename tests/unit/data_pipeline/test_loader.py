@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import sample_reader, storage
+from data_pipeline import sample_reader
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.epoch_plan import EpochPlan
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.loader import Loader, SampleReader, read_dataset
+from data_pipeline.loader import Loader, read_dataset
 from data_pipeline.manifest import Manifest
+from data_pipeline.sample_reader import SampleReader
 from data_pipeline.samples import DataCursor
 from data_pipeline.shard_writer import ShardWriter, read_index, refuse_other_bytes
 

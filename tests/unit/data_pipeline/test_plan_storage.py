@@ -10,14 +10,15 @@ from hydra.utils import instantiate
 from synthetic import run
 
 from data_pipeline.buckets import sizes_of
+from data_pipeline.common.entry import CONF
+from data_pipeline.common.errors import UserError
 from data_pipeline.encode_batch import Encoders
 from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Places, Split, encode_split
+from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
-from data_pipeline.entry import CONF
-from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan_storage import encoders_of, held_against, refuse_impossible, table
+from data_pipeline.shard_notes import Places
 from data_pipeline.shard_writer import ShardWriter
 from data_pipeline.storage_plan import (
     HEADINGS,

@@ -12,16 +12,17 @@ from safetensors.torch import load_file
 
 from data_pipeline.aside import Aside
 from data_pipeline.buckets import sizes_of
+from data_pipeline.common.device import chosen_device
+from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.conditions import Text
 from data_pipeline.encode_batch import Encoders
 from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Places, Split, encode_split
+from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
-from data_pipeline.errors import DataError, UserError
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
-from data_pipeline.precompute_latents import chosen_device
 from data_pipeline.samples import TextStates
+from data_pipeline.shard_notes import Places
 from data_pipeline.shard_writer import read_index
 
 

@@ -17,28 +17,31 @@ from PIL import Image
 from precompute_process import SMALL, Table
 from safetensors.torch import load_file
 
-from data_pipeline import codec, storage
-from data_pipeline.background import Ahead, Behind
+from data_pipeline import codec
 from data_pipeline.buckets import automatic, fitted, geometry, sizes_of
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_objects import build
+from data_pipeline.common.temp_files import sweep
+from data_pipeline.common.threads import Ahead, Behind, in_order
 from data_pipeline.conditions import Hole, ImageEmbedding, Label, LowResolution, Text
 from data_pipeline.encode_batch import Encoders, FirstStage, Item, encode_batch, unusable
-from data_pipeline.encode_shard import ShardReader, in_order
-from data_pipeline.encode_split import Places, Split, encode_split
+from data_pipeline.encode_shard import ShardReader
+from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
-from data_pipeline.errors import DataError, UserError
 from data_pipeline.image_transforms import centre_square
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.precompute_latents import clip_for
 from data_pipeline.reuse import base_of
 from data_pipeline.samples import TextStates, collated
+from data_pipeline.shard_notes import Places
 from data_pipeline.shard_writer import ShardWriter
-from data_pipeline.work_share import Worker, sweep, worker_of
+from data_pipeline.work_share import Worker, worker_of
 from train.evaluation.distances import psnr
 from train.latent_data import LatentFacts
 from train.models.autoencoder import AutoencoderKL
 from train.models.conditioning import StoredText
-from train.saved_objects import build
 
 
 class Counted:

@@ -5,8 +5,9 @@ import json
 import pytest
 from test_precompute_work import Counted, precompute, samples_of, using, write
 
-from data_pipeline import shard_notes, storage
-from data_pipeline.errors import DataError
+from data_pipeline import shard_notes
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.shard_notes import Places, confirmed, finished_record

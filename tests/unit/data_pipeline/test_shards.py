@@ -11,8 +11,9 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from data_pipeline import codec, storage
-from data_pipeline.errors import DataError, UserError
+from data_pipeline import codec
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.image_transforms import centre_square
 from data_pipeline.manifest import Manifest, find_splits
 from data_pipeline.shard_writer import read_index, read_shard, read_whole

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data_pipeline.aside import Aside
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.filters import Filters
 from data_pipeline.make_shards import look_through, taken
 from data_pipeline.sources.emoji_styles import EmojiStyles, with_article

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline import codec, loader
-from data_pipeline.errors import DataError
+from data_pipeline.common.errors import DataError
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor

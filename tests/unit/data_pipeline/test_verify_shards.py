@@ -16,20 +16,21 @@ from precompute_process import SMALL, Table
 from synthetic import run
 from test_bad_latents import tar_of
 
-from data_pipeline import storage
 from data_pipeline.buckets import sizes_of
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.progress import Progress
 from data_pipeline.conditions import Text
 from data_pipeline.encode_batch import Encoders
 from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Places, Split, encode_split
+from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
-from data_pipeline.errors import UserError
 from data_pipeline.index_shards import KnownKeys
 from data_pipeline.loader import read_dataset
 from data_pipeline.look_at_samples import Drawing, evenly, look_at, sheet_of
 from data_pipeline.manifest import Manifest, Shard
-from data_pipeline.progress import Progress
 from data_pipeline.shard_checks import KEPT, Findings
+from data_pipeline.shard_notes import Places
 from data_pipeline.shard_writer import ShardWriter, read_index
 from data_pipeline.verify_shards import agree, check_encoders, check_set, opened
 from train.evaluation.distances import psnr

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data_pipeline import codec
+from data_pipeline.common.errors import UserError
 from data_pipeline.conditions import Label, Layout, Text
-from data_pipeline.errors import UserError
 from data_pipeline.image_transforms import centre_square
 from train.evaluate_ldm import usable
 from train.models.classifier import NoisyClassifier

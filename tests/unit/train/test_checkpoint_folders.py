@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
 from train.checkpoint_files import Places, complete_checkpoints, ema_weights, is_as_written, step_of
 
 

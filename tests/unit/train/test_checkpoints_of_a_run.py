@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
 from train import checkpoint_writer, tensor_files
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import is_as_written

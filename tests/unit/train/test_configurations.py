@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from data_pipeline.entry import CONF
-from data_pipeline.errors import UserError
-from data_pipeline.option_errors import top_keys
+from data_pipeline.common.entry import CONF
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.hydra_messages import top_keys
 from data_pipeline.samples import Batch, DataCursor
 from train.evaluation.generate import Asked, Generator
 from train.evaluation.trained_run import build_network

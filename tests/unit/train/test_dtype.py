@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train.dtype
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.checkpoint_files import Places
 from train.dtype import Chosen, Saved, best_here, by_machine, common, kept, of_cpu, settled
 from train.ranks import Ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.samples import DataCursor
 from train.ema import Ema, gamma_of
 from train.optim import SCHEDULES, AdamW, Schedule, set_lr

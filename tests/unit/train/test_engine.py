@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.samples import Batch, DataCursor
 from train.engine import Engine, EngineConfig
 from train.flops import peak

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
 from train.ema import Ema, gamma_of
 from train.posthoc_ema import Profile, coefficients, find_snapshots, inner_products, rebuilt
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import wandb
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train import ranks, reporters, run_folder
 from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import WeightsAndBiases

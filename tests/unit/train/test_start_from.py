@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.conditioning import ClassLabel, ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
 from train.train_ldm import scaled_as_known

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow
 from train.diffusion.samplers import sample_ddim, sample_euler

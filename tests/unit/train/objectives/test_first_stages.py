@@ -6,7 +6,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.autoencoder import AutoencoderKL, VQModel
 from train.models.clip import CLIP
 from train.models.discriminator import PatchDiscriminator

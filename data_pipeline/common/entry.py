@@ -27,11 +27,11 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import storage
-from data_pipeline.errors import UserError
-from data_pipeline.option_errors import advice, reworded, top_keys
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.hydra_messages import advice, reworded, top_keys
 
-CONF = str(Path(__file__).resolve().parents[1] / "conf")
+CONF = str(Path(__file__).resolve().parents[2] / "conf")
 
 
 def start_entry(module: str) -> NoReturn:

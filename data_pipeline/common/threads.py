@@ -1,15 +1,18 @@
-"""Threads beside the one that encodes: one reads ahead, one writes behind. Bounded, and their errors come out here."""
+"""Threads beside the one that works: some read ahead, one writes behind. Bounded, and their errors come out here."""
 
 from __future__ import annotations
 
+import collections
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 END = object()
+Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
 class Ahead(Generic[T]):
@@ -100,3 +103,16 @@ class Behind:
         self.thread.join()
         if self.error is not None and (error is None or isinstance(error, SystemExit)):
             raise self.error
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Given], Made], items: Iterable[Given], ahead: int
+) -> Iterator[Made]:
+    """As map, but at most `ahead` results are made before they are taken: decoded pictures are large."""
+    running: collections.deque[Future[Made]] = collections.deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()

@@ -1,4 +1,4 @@
-"""Builds what files of data sets, runs and models describe: of the list in data_pipeline/saved_names.py, nothing else.
+"""Builds what files of data sets, runs and models describe: of the list in saved_names.py, nothing else.
 
 A file is somebody else's word: it chooses among what is listed, and gives plain arguments, each compared with the
 annotation of its own parameter. Hydra's instantiate, which calls whatever is named, never sees it. Beyond the list only
@@ -20,11 +20,11 @@ from typing import Any, get_type_hints
 import yaml
 from torch import nn
 
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.saved_names import GETTERS, LIST, named, target_of
-from train.option_checks import fits, said
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.option_checks import fits, said
+from data_pipeline.common.saved_names import GETTERS, LIST, named, target_of
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 Target = tuple[str, bool]  # a path, and whether it is called or is itself what is meant
 
 

@@ -16,7 +16,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
 
 T = TypeVar("T")
 VARIABLES = {

@@ -1,6 +1,6 @@
 """The list of what a file of a data set, a run or a model may name: short name -> where it lies in this checkout.
 
-Whoever reads such a file builds what stands here and nothing else (train/saved_objects.py; docs/security.md says why).
+Whoever reads such a file builds what stands here and nothing else (saved_objects.py; docs/security.md says why).
 An entry of a file is {"name": "discrete_vp", "steps": 1000, ...}; Hydra's notation in files of earlier versions
 ({"_target_": "train.diffusion.process.DiscreteVP", ...}) is read as the name that it stands for.
 """

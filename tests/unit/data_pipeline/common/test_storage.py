@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipeline import storage
+from data_pipeline.common import storage
 
 
 def test_sizes_files_and_folders_directly_below(tmp_path):

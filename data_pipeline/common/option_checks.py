@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 KINDS = {
     bool: "true or false",

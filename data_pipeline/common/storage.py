@@ -10,8 +10,8 @@ import os
 import platform
 from pathlib import Path
 
-from data_pipeline import bucket
-from data_pipeline.errors import UserError
+from data_pipeline.common import s3
+from data_pipeline.common.errors import UserError
 
 HOST = platform.node()  # in temporary names: processes of two machines may have the same number
 
@@ -23,8 +23,8 @@ def configure(**settings: str | float | None) -> None:
     """
     for name, value in settings.items():
         if value is not None:
-            os.environ[bucket.VARIABLES[name]] = str(value)
-    bucket.Settings.now()
+            os.environ[s3.VARIABLES[name]] = str(value)
+    s3.Settings.now()
     if (settings.get("cache") is None) != (settings.get("cache_gb") is None):
         raise UserError("store.cache (a folder) and store.cache_gb (what it may hold) go together: give both.")
 
@@ -53,7 +53,7 @@ def read_bytes(path: str | Path, start: int = 0, length: int | None = None) -> b
     """`length` bytes from `start` (all: None). Fewer than asked for is an OSError (of a bucket: a DataError):
     nothing is read short in silence."""
     if is_s3(path):
-        return bucket.read(str(path), start, length)
+        return s3.read(str(path), start, length)
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read() if length is None else file.read(length)
@@ -65,7 +65,7 @@ def read_bytes(path: str | Path, start: int = 0, length: int | None = None) -> b
 def read_if_there(path: str | Path) -> bytes | None:
     """All bytes; None if there is no such file."""
     if is_s3(path):
-        return bucket.read_if_there(str(path))
+        return s3.read_if_there(str(path))
     try:
         return read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -74,7 +74,7 @@ def read_if_there(path: str | Path) -> bytes | None:
 
 def exists(path: str | Path) -> bool:
     """A local file or folder; an object of a bucket (which has no folders)."""
-    return bucket.size(str(path)) is not None if is_s3(path) else os.path.exists(path)
+    return s3.size(str(path)) is not None if is_s3(path) else os.path.exists(path)
 
 
 def size(path: str | Path) -> int:
@@ -88,7 +88,7 @@ def size(path: str | Path) -> int:
 def size_if_there(path: str | Path) -> int | None:
     """In bytes; None if there is no such file. One request, where exists() and size() are two."""
     if is_s3(path):
-        return bucket.size(str(path))
+        return s3.size(str(path))
     try:
         return os.path.getsize(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -98,7 +98,7 @@ def size_if_there(path: str | Path) -> int | None:
 def sizes(path: str | Path) -> dict[str, int]:
     """Bytes of each file directly below by its name; none if `path` does not exist. A thousand files a request."""
     if is_s3(path):
-        return bucket.listed(str(path))[0]
+        return s3.listed(str(path))[0]
     if not os.path.isdir(path):
         return {}
     return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
@@ -107,14 +107,14 @@ def sizes(path: str | Path) -> dict[str, int]:
 def subfolders(path: str | Path) -> list[str]:
     """Names of the folders directly below, sorted; none if `path` does not exist."""
     if is_s3(path):
-        return sorted(bucket.listed(str(path))[1])
+        return sorted(s3.listed(str(path))[1])
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
 
 
 def files(path: str | Path, ending: str) -> list[str]:
     """Names of the files directly below that end so, sorted; none if `path` does not exist."""
     if is_s3(path):
-        names = list(bucket.listed(str(path))[0])
+        names = list(s3.listed(str(path))[0])
     else:
         names = [entry.name for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []
     return sorted(name for name in names if name.endswith(ending))
@@ -123,7 +123,7 @@ def files(path: str | Path, ending: str) -> list[str]:
 def write_atomically(path: str | Path, data: bytes) -> None:
     """All of it under its name, or nothing: temporary file, fsync, rename. An S3 put is atomic by itself."""
     if is_s3(path):
-        bucket.write(str(path), data)
+        s3.write(str(path), data)
         return
     path = Path(path)
     _written_aside(path, data).replace(path)
@@ -136,7 +136,7 @@ def write_first(path: str | Path, data: bytes) -> bool:
     if is_s3(path):
         if exists(path):
             return False
-        bucket.write(str(path), data)
+        s3.write(str(path), data)
         return True
     path = Path(path)
     temporary = _written_aside(path, data)
@@ -186,6 +186,6 @@ def sync_folder(path: Path) -> None:
 def remove(path: str | Path) -> None:
     """If it is there."""
     if is_s3(path):
-        bucket.remove(str(path))
+        s3.remove(str(path))
     else:
         Path(path).unlink(missing_ok=True)

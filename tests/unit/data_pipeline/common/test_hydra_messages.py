@@ -7,10 +7,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from synthetic import run
 
-from data_pipeline import progress
-from data_pipeline.entry import CONF
-from data_pipeline.option_errors import reworded, top_keys
-from data_pipeline.progress import Progress
+from data_pipeline.common import progress
+from data_pipeline.common.entry import CONF
+from data_pipeline.common.hydra_messages import reworded, top_keys
+from data_pipeline.common.progress import Progress
 
 WRONG = {
     "filters=[shortest_sid]": "filters=shortest_sid is not to be had: take aspect, caption_length, columns, dup",
