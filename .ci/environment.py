@@ -168,7 +168,7 @@ def build(venv: Path, before: Made | None, want: Made, reason: str | None, lock:
         if reason is None:  # pip has left it as it was
             leave(venv, before)
         raise
-    check_torch(venv)
+    check_torch(venv)  # raises: the next set-up begins anew, as pip would take the broken torch for installed
     leave(venv, want)
 
 

@@ -79,18 +79,23 @@ def claim(root: str, made_of: dict[str, str]) -> None:
     """Note what `root` is being made of, before the first shard; refuse to go on with other encoders or pictures."""
     path = storage.join(root, "precompute.json")
     if not storage.write_first(path, json.dumps(made_of, indent=1).encode()):
-        before = with_short_names(json.loads(storage.read_bytes(path)))
+        before = noted_in(path)
         differing = [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]
         if differing:
             what = "; ".join(f"{name} was {before.get(name)} and is {made_of.get(name)}" for name in differing)
             raise UserError(f"{root} was begun with others: {what}. Give those, or choose another output=.")
 
 
-def with_short_names(made_of: dict[str, str]) -> dict[str, str]:
-    """What an earlier version noted, with conditions by Python's paths, as it is noted now."""
-    if "conditions" not in made_of:
-        return made_of
-    return {**made_of, "conditions": json.dumps(named(json.loads(made_of["conditions"])), sort_keys=True)}
+def noted_in(path: str) -> dict[str, str]:
+    """What a precompute.json says; what an earlier version noted, with conditions by Python's paths, as of now."""
+    note = storage.read_bytes(path)
+    try:
+        made_of = dict(json.loads(note).items())
+        if "conditions" in made_of:
+            made_of["conditions"] = json.dumps(named(json.loads(made_of["conditions"])), sort_keys=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): remove that folder, or choose another output=.") from error
+    return made_of
 
 
 def refuse_other_layout(places: Places) -> None:

@@ -26,10 +26,16 @@ os.environ["OMP_NUM_THREADS"] = str(min(THREADS, int(os.environ.get("OMP_NUM_THR
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """By folder, in the order above; within a folder as collected. What shares a module's fixture stays together."""
-    items.sort(key=lambda item: ORDER.index(item.path.relative_to(TESTS).parts[0]))
+    items.sort(key=_place_in_order)
     for item in items:
         if _shares_a_fixture(item) and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).as_posix()))
+
+
+def _place_in_order(item: pytest.Item) -> int:
+    """Folders that ORDER does not name come last."""
+    folder = item.path.relative_to(TESTS).parts[0]
+    return ORDER.index(folder) if folder in ORDER else len(ORDER)
 
 
 def pytest_collection_finish() -> None:

@@ -23,6 +23,10 @@ Facts = dict[str, Any]  # of a file, as its manifest has them: bytes, sha256
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-\d{8,}((\.removed)?\.tmp)?")  # any other name is the user's
 CHUNK = 2**27  # bytes of an object that are in memory at once
+IN_STATE = {  # what a resume reads of state.json
+    "state": {"step", "applied_steps", "samples_seen", "run_id", "passed_over", "rollbacks"},
+    "identity": set(), "layout": {"ranks", "zero_stage"}, "engine": {"adam_step"}, "ema": {"updates"}, "shapes": set(),
+}  # fmt: skip
 
 
 class Places(NamedTuple):
@@ -89,11 +93,21 @@ def look(root: str, name: str) -> tuple[Found | None, list[str]]:
     damaged = [file for file, facts in files.items() if sizes.get(file) != facts["bytes"]]
     if not damaged and hashlib.sha256(text or b"").hexdigest() != files["state.json"]["sha256"]:
         damaged = ["state.json"]
-    if damaged:
-        return None, damaged
-    saved = json.loads(text)
+    saved = None if damaged else _state_in(text or b"")
+    if saved is None:
+        return None, damaged or ["state.json"]
     parts = map(part_name, range(saved["layout"]["ranks"]))
     return (Found(name, files, saved), []) if files.keys() >= set(parts) else (None, [MANIFEST])
+
+
+def _state_in(text: bytes) -> dict[str, Any] | None:
+    """What a state.json says; None where it lacks something."""
+    try:
+        saved = json.loads(text)
+        whole = all(saved[part].keys() >= names for part, names in IN_STATE.items())
+        return saved if whole and isinstance(saved["layout"]["ranks"], int) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def newest_whole(root: str) -> Found | None:

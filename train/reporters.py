@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from data_pipeline.common.errors import DataError
 from data_pipeline.common.storage import write_atomically
 
 log = logging.getLogger(__name__)
@@ -272,9 +273,12 @@ def _line(row: dict[str, Any]) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, None for what was not finite; a last line that a kill cut short is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DataError(f'{path}, line {number} is no row of metrics ({{"step": ...}}): remove it, or mend it.')
+        rows.append(row)
     return rows

@@ -97,7 +97,7 @@ async def _get(path: str, start: int, length: int | None, client: Any) -> bytes:
     answer = await client._call_s3("get_object", **_place(path), **limits)
     async with answer["Body"] as body:
         data = await body.read()
-    if len(data) != answer["ContentLength"]:
+    if len(data) != answer["ContentLength"]:  # aiohttp says so before, where it is the client
         raise CutShort
     if length is not None and len(data) != length:
         raise DataError(f"{path} ends at byte {start + len(data)}, before {start + length}: copy or make it again.")

@@ -339,6 +339,15 @@ def test_an_output_begun_by_an_earlier_version_is_gone_on_with(tmp_path, picture
         precompute(images, out, using())
 
 
+@pytest.mark.parametrize("note", ["", "3", "[]", "null", '{"conditions": 3}', '{"conditions": "text"}'])
+def test_an_output_whose_note_is_damaged_is_refused(tmp_path, picture, note):
+    images = write(tmp_path / "images", samples_of(picture, 1))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precompute.json").write_text(note)
+    with pytest.raises(DataError, match=r"precompute\.json is damaged .*: remove that folder, or choose another out"):
+        precompute(images, tmp_path / "out", using())
+
+
 def test_latents_of_an_earlier_version_lend(tmp_path, picture, capsys):
     images, base = write(tmp_path / "images", samples_of(picture, 12)), tmp_path / "base"
     precompute(images, base, using(conditions={"text": Text(False)}))

@@ -346,6 +346,21 @@ def test_a_manifest_that_says_something_else_is_damage(start, steps, tmp_path, m
     assert start().resume() == 10
 
 
+@pytest.mark.parametrize("part", ["", "state", "state.passed_over", "layout", "layout.ranks", "ema", "identity"])
+def test_a_state_that_lacks_something_is_damage(start, steps, tmp_path, part):
+    """Whatever wrote it so: its digest is right."""
+    start().save(10, 20)
+    folder = tmp_path / "checkpoints/step-00000020"
+    state, files = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
+    above, _, last = part.rpartition(".")
+    (state[above] if above else state).pop(last, None)
+    text = json.dumps(state if part else [state]).encode()
+    files["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (folder / "state.json").write_bytes(text)
+    (folder / "manifest.json").write_text(json.dumps(files))
+    assert start().resume() == 10
+
+
 def test_a_manifest_without_a_part_is_damage(start, tmp_path):
     start().save(10, 20)
     path = tmp_path / "checkpoints/step-00000020/manifest.json"

@@ -1,5 +1,8 @@
 """metrics.jsonl over stops, cuts and resumptions."""
 
+import pytest
+
+from data_pipeline.common.errors import DataError
 from train.reporters import JsonLines, Reporters, read_metrics
 
 
@@ -50,3 +53,14 @@ def test_several_reporters_are_told_the_same(tmp_path):
     reporters.image(1, "preview", tmp_path / "p.png")
     reporters.close()
     assert paths[0].read_text() == paths[1].read_text() != ""
+
+
+@pytest.mark.parametrize("line", ["3", "[]", "null", '"step"', "{}", '{"step": "2"}'])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    """Where a run goes on, and where its rows are looked at."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 3, "loss": 1.0}}\n')
+    for do in (read_metrics, JsonLines):
+        with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is no row of metrics .*: remove it"):
+            do(path)
+    assert line in path.read_text()

@@ -94,11 +94,23 @@ def test_a_dropped_prompt_is_not_seen_and_a_kept_one_is(unet, latent_objective, 
 
 
 @torch.no_grad()
-def test_prompts_are_dropped_as_often_as_asked(unet, latent_objective, latent_batch):
-    network = unet()
-    objective = latent_objective(network, prompt_dropout=0.1)
-    draws = torch.cat([objective.random(latent_batch(step=step)).uniform("prompt") for step in range(500)])
-    assert float((draws < 0.1).float().mean()) == pytest.approx(0.1, abs=0.015)
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_prompts_are_dropped_as_often_as_asked(share, unet, latent_objective, latent_batch, null):
+    """By what reaches the network: the null states, both of them."""
+    network, nulls = unet(), []
+
+    def count(_, arguments):
+        _, _, context, vector = arguments
+        nulls.append((context == null["text"]).all((1, 2)))
+        assert torch.equal(nulls[-1], (vector == null["pooled"]).all(1))
+
+    network.register_forward_pre_hook(count)
+    objective = latent_objective(network, prompt_dropout=share)
+    for step in range(20):
+        objective(latent_batch(step=step, per_stream=25))
+    dropped = torch.cat(nulls)
+    assert len(dropped) == 2000
+    assert float(dropped.float().mean()) == pytest.approx(share, abs=0.03)
 
 
 @torch.no_grad()
