@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from data_pipeline.buckets import sizes_of
 from PIL import Image
 from torch import Tensor
 
 from data_pipeline import encode_shard, encode_split
-from data_pipeline.buckets import sizes_of
-from data_pipeline.common import threads as threads_module
-from data_pipeline.common.threads import Ahead, Behind, in_order
+from data_pipeline.common.threads import Ahead, Behind
 from data_pipeline.encode_batch import Encoders
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_writer import ShardWriter
@@ -98,9 +97,9 @@ def images_per_second(root: Path, image: Any, threads: bool) -> float:
     encoders = Encoders(image, None, {}, torch.device("cpu"), 16)
     reader = encode_shard.ShardReader(str(root / "pictures"), encoders, sizes_of(SIZE, None, 64, 8))
     if not threads:
-        threads_module.in_order = lambda pool, function, items, ahead: map(function, items)
+        encode_shard.in_order = lambda pool, function, items, ahead: map(function, items)
     else:
-        threads_module.in_order = IN_ORDER
+        encode_shard.in_order = IN_ORDER
     split = encode_split.Split("", Manifest.load(root / "pictures"), encode_split.Places(str(output)), reader)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -108,7 +107,7 @@ def images_per_second(root: Path, image: Any, threads: bool) -> float:
     return PICTURES / (time.perf_counter() - began)
 
 
-IN_ORDER = in_order
+IN_ORDER = encode_shard.in_order
 
 
 def main(output: str, repetitions: str = "7", wait_ms: str = "4") -> None:

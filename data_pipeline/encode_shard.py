@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from data_pipeline import codec
-from data_pipeline.buckets import Sides, Sizes, fitted, geometry
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.threads import Ahead, in_order
 from data_pipeline.encode_batch import (
@@ -24,6 +23,9 @@ from data_pipeline.encode_batch import (
     described,
     unusable,
 )
+from data_pipeline.images.aspect_buckets import Sizes, geometry
+from data_pipeline.images.decode import IMAGES
+from data_pipeline.images.resize import Sides, fitted
 from data_pipeline.manifest import Shard
 from data_pipeline.reuse import Base, BaseShard
 from data_pipeline.sample_reader import as_sample
@@ -129,7 +131,7 @@ class ShardReader:
     def _without_picture(self, position: int, entry: IndexEntry, data: bytes, base: BaseShard | None) -> Item:
         """A sample by all of its members but the picture, and what the base has of it. DataError: can't be used."""
         bytes_of = {name: data[at : at + size] for name, (at, size) in entry.members.items()}
-        members = {n: codec.decode(n, content) for n, content in bytes_of.items() if n not in codec.IMAGES}
+        members = {n: codec.decode(n, content) for n, content in bytes_of.items() if n not in IMAGES}
         sample = as_sample(entry.key, members)
         picture = picture_in(entry)
         if picture is None or not sample["caption"]:
@@ -173,7 +175,7 @@ def words(sides: Sides) -> str:
 
 def picture_in(entry: IndexEntry) -> str | None:
     """The name of the member that is the picture."""
-    return next((name for name in entry.members if name in codec.IMAGES), None)
+    return next((name for name in entry.members if name in IMAGES), None)
 
 
 def part_of(items: list[Item], rejected: list[Rejected]) -> Part:

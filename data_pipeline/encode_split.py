@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save
 
 from data_pipeline.aside import Aside
-from data_pipeline.buckets import Sizes
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.progress import Progress
@@ -22,6 +21,7 @@ from data_pipeline.common.threads import Ahead, Behind
 from data_pipeline.encode_batch import Encoders, combined_statistics, encode_batch
 from data_pipeline.encode_shard import Begun, Build, FoundMade, Over, Part, Rejected, ShardReader, Step
 from data_pipeline.filters import accounting, summary
+from data_pipeline.images.aspect_buckets import Sizes
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.reuse import Base
 from data_pipeline.shard_notes import Places, confirmed, finished_record

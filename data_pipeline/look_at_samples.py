@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from data_pipeline import codec
-from data_pipeline.buckets import fitted
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.encode_shard import picture_in
-from data_pipeline.image_transforms import square_of
+from data_pipeline.images import pixels
+from data_pipeline.images.decode import IMAGES
+from data_pipeline.images.grid import grid
+from data_pipeline.images.resize import fitted
 from data_pipeline.manifest import Manifest, Shard
-from data_pipeline.picture_grid import grid
 from data_pipeline.sample_reader import as_sample, fields_of, size_of
 from data_pipeline.samples import collated
 from data_pipeline.shard_checks import Findings
@@ -31,12 +32,10 @@ ALIKE_DB = 30.0  # PSNR between the two; float16 gives over 50
 
 
 class Drawing(NamedTuple):
-    """The autoencoder (posterior_of, decode, reconstruct) where there is one, and how its pictures are measured."""
+    """The autoencoder (posterior_of, decode, reconstruct) where there is one."""
 
     image: Any
     device: torch.device
-    to_uint8: Callable[[np.ndarray], np.ndarray]
-    psnr: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
     def can_decode(self, manifest: Manifest) -> bool:
         return self.image is not None or "pixels.npy" in manifest.fields
@@ -45,13 +44,13 @@ class Drawing(NamedTuple):
     def decoded(self, sample: dict[str, Any]) -> np.ndarray:
         """What a latent sample stands for, (H, W, 3) uint8: the decode of its posterior's mean."""
         if self.image is None:
-            return self.to_uint8(collated([{"pixels": sample["pixels"]}])["pixels"].numpy())[0]
+            return pixels.to_uint8(collated([{"pixels": sample["pixels"]}])["pixels"].numpy())[0]
         name = self.image.stored_as
         if name not in sample:
             raise DataError(f"it has no {name}, which this autoencoder stores")
         try:
             mean, _ = self.image.posterior_of(collated([{name: sample[name]}])[name].to(self.device))
-            return self.to_uint8(self.image.decode(mean).float().cpu().numpy())[0]
+            return pixels.to_uint8(self.image.decode(mean).float().cpu().numpy())[0]
         except (RuntimeError, IndexError) as error:
             raise DataError(f"its {name} don't fit this autoencoder ({str(error).splitlines()[0]})") from error
 
@@ -61,7 +60,7 @@ class Drawing(NamedTuple):
         if self.image is None:
             return picture
         image = collated([{"image": picture}])["image"].to(self.device)
-        return self.to_uint8(self.image.reconstruct(image).float().cpu().numpy())[0]
+        return pixels.to_uint8(self.image.reconstruct(image).float().cpu().numpy())[0]
 
 
 class Seen(NamedTuple):
@@ -84,16 +83,17 @@ def look_at(
         try:
             sample = sample_at(root, manifest, shard, number)
             if manifest.kind == "image-text":
-                pictures.append(square_of(sample["image"], size_of(manifest) or SIDE))
+                side = size_of(manifest) or SIDE
+                pictures.append(fitted(sample["image"], (side, side)).pixels)
                 labels.append(sample["caption"])
                 continue
             picture = drawing.decoded(sample)
             if originals:
                 original = originals.of(shard, sample, picture.shape[:2])
-                psnr.append(float(drawing.psnr(picture[None], original[None])[0]))
+                psnr.append(float(pixels.psnr(picture[None], original[None])[0]))
                 reconstructed = drawing.reconstructed(original)
-                own.append(float(drawing.psnr(reconstructed[None], original[None])[0]))
-                alike.append(float(drawing.psnr(picture[None], reconstructed[None])[0]))
+                own.append(float(pixels.psnr(reconstructed[None], original[None])[0]))
+                alike.append(float(pixels.psnr(picture[None], reconstructed[None])[0]))
                 pictures += [picture, original]
                 labels += [f"{sample['caption']} ({psnr[-1]:.1f} dB)", "(original)"]
             else:
@@ -124,7 +124,7 @@ def sample_at(root: str, manifest: Manifest, shard: Shard, number: int) -> dict[
     entry = read_index(root, shard)[number]
     names = [name for name in entry.members if name in fields_of(manifest)]
     members = {name: codec.decode(name, member(root, shard, entry, name)) for name in names}
-    if manifest.kind == "image-text" and not any(name in codec.IMAGES for name in members):
+    if manifest.kind == "image-text" and not any(name in IMAGES for name in members):
         raise DataError("missing picture")
     return as_sample(entry.key, members)
 

@@ -22,11 +22,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.aside import Aside
-from data_pipeline.codec import UNDECODABLE
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.filters import Candidate, Filters, accounting, summary
+from data_pipeline.images.decode import UNDECODABLE
 from data_pipeline.manifest import Manifest, Shard, find_splits, flat, made_otherwise
 from data_pipeline.shard_writer import ShardWriter
 from data_pipeline.sources.source import Source, SourceItem

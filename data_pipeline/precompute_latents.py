@@ -14,7 +14,6 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_pipeline.buckets import sizes_of
 from data_pipeline.common import storage
 from data_pipeline.common.device import chosen_device, usable_cpus
 from data_pipeline.common.errors import UserError
@@ -24,6 +23,7 @@ from data_pipeline.encode_batch import DTYPES, Encoders
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach, TextEncoder
+from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.manifest import Manifest, find_splits
 from data_pipeline.reuse import base_of
 from data_pipeline.sample_reader import as_sample

@@ -16,14 +16,15 @@ from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.epoch_plan import Place
-from data_pipeline.image_transforms import square_of
+from data_pipeline.images.decode import IMAGES
+from data_pipeline.images.resize import fitted
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import collated
 from data_pipeline.shard_cache import RemoteShard, open_shard
 from data_pipeline.shard_writer import IndexEntry, read_index, refuse_other_bytes
 from data_pipeline.stored_arrays import Layout, differing, not_finite, stacked
 
-PICTURES = (*codec.IMAGES, "txt", "json")
+PICTURES = (*IMAGES, "txt", "json")
 OPENERS = 4  # threads that open shards: a digest takes one thread 0.5 s a GB
 
 
@@ -126,7 +127,7 @@ class SampleReader:
     def _lacking(self, members: Mapping[str, Any]) -> str:
         """What a sample can't do without and does not have."""
         if self.manifest.kind == "image-text":
-            return "" if any(name in codec.IMAGES for name in members) else "a picture"
+            return "" if any(name in IMAGES for name in members) else "a picture"
         return ", ".join(name for name in self.arrays if name not in members)
 
     def _naming(self, place: Place, reason: str) -> DataError:
@@ -204,8 +205,8 @@ def as_sample(key: str, members: dict[str, Any], size: int | None = None) -> dic
     """Members by extension -> a sample by field name; a picture as its centre square of `size`, where that is given."""
     sample = {"key": key, "caption": codec.caption_in(members), "meta": members.get("json") or {}}
     for member, value in members.items():
-        if member in codec.IMAGES:
-            sample["image"] = square_of(value, size) if size else value
+        if member in IMAGES:
+            sample["image"] = fitted(value, (size, size)).pixels if size else value
         elif member.endswith(".npy"):
             sample[member.removesuffix(".npy")] = value
     return sample

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.images.pixels import from_uint8
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def collated(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     if "image" in samples[0]:
         with _naming_what_differs(samples, "image"):
             pixels = np.stack([sample["image"].transpose(2, 0, 1) for sample in samples])
-        tensors["image"] = torch.from_numpy(pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0))
+        tensors["image"] = torch.from_numpy(from_uint8(pixels))
     return tensors
 
 

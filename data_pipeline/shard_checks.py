@@ -18,6 +18,7 @@ from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.encode_batch import unusable
+from data_pipeline.images.decode import IMAGES
 from data_pipeline.manifest import Manifest, Shard, check_size, refuse_other_claims
 from data_pipeline.shard_writer import IndexEntry, parse_index, refuse_other_bytes, scan
 from data_pipeline.stored_arrays import differing
@@ -194,7 +195,7 @@ def wrong_in_sample(entry: IndexEntry, data: bytes, manifest: Manifest, codes: C
         missing = sorted(set(manifest.fields) - set(entry.members))
         if missing:
             yield "fields", f"it lacks {', '.join(missing)}"
-    elif not any(name in codec.IMAGES for name in entry.members) or not codec.caption_in(values):
+    elif not any(name in IMAGES for name in entry.members) or not codec.caption_in(values):
         yield "fields", "missing picture or caption"
 
 

@@ -55,7 +55,6 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"every={cfg.every} samples={cfg.samples} can't be: every is 1 or more, samples 0 or more.")
     if storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is input=: choose another folder for the report.")
-    drawing = instantiate(cfg.drawing)
     device = chosen_device(cfg.device)
     image = instantiate(cfg.autoencoder).to(device) if cfg.autoencoder.get("path") else None
     text = instantiate(cfg.clip) if cfg.clip.path else None
@@ -69,7 +68,7 @@ def main(cfg: DictConfig) -> None:
     for each in sets:
         check_encoders(each, image and image.fingerprint, text)
         if cfg.samples:
-            seen[each.name] = drawn(each, cfg, Drawing(image, device, **drawing))
+            seen[each.name] = drawn(each, cfg, Drawing(image, device))
     report(sets, seen, cfg)
 
 

@@ -8,13 +8,13 @@ from multiprocessing.synchronize import Event
 
 import torch
 
-from data_pipeline.buckets import sizes_of
 from data_pipeline.common.stop_request import StopRequest
 from data_pipeline.conditions import LowResolution, Text
 from data_pipeline.encode_batch import Encoders
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
+from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import TextStates
 from data_pipeline.shard_notes import Places

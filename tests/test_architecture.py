@@ -24,7 +24,7 @@ OWNERS = {
     "importlib": {
         "data_pipeline/common/saved_objects.py",
         "data_pipeline/common/entry.py",
-        "data_pipeline/picture_grid.py",
+        "data_pipeline/images/grid.py",
         "data_pipeline/sources/openmoji.py",
         "data_pipeline/sources/emoji_styles.py",
     },

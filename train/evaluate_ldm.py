@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.common.storage import write_atomically
-from data_pipeline.picture_grid import grid, save_png
-from train.evaluation.distances import RECALL_PIXELS, nearest, psnr, training_recall
+from data_pipeline.images.grid import grid, save_png
+from data_pipeline.images.pixels import psnr
+from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
 from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
 
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"

@@ -17,11 +17,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 
-from data_pipeline.codec import UNDECODABLE, open_image, to_rgb
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.common.saved_names import named
-from data_pipeline.picture_grid import grid, save_png
+from data_pipeline.images.decode import UNDECODABLE, open_image, to_rgb
+from data_pipeline.images.grid import grid, save_png
 from train.evaluation.generate import ByClassifier
 from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
 

@@ -17,12 +17,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.images.grid import grid, save_png
+from data_pipeline.images.pixels import from_uint8, psnr, to_uint8
 from data_pipeline.manifest import Manifest
-from data_pipeline.picture_grid import grid, save_png
 from train.ema import Ema
 from train.engine import Engine
-from train.evaluation.distances import psnr
-from train.evaluation.report import curve_line, plot_curves, to_uint8
+from train.evaluation.report import curve_line, plot_curves
 from train.fitting import Recipe, fit, refuse_wrong_entry
 from train.models.autoencoder import Autoencoder, DiagonalGaussian
 from train.models.quantizer import usage
@@ -105,7 +105,7 @@ def pictures_of(cfg: DictConfig, split: str, limit: int | None) -> np.ndarray:
 
 def to_model(pictures: np.ndarray, autoencoder: Autoencoder) -> Sequence[torch.Tensor]:
     """(N, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1] beside the model, 64 at a time."""
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    images = torch.from_numpy(from_uint8(pictures)).permute(0, 3, 1, 2)
     return images.to(autoencoder.last_layer.device).split(64)
 
 

@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipeline.images.pixels import from_uint8
 from data_pipeline.manifest import Manifest
 from train.ema import Ema
 from train.engine import Engine
@@ -91,7 +92,7 @@ def caption_ranks(clip: CLIP, samples: list[dict[str, Any]]) -> np.ndarray:
     images, texts = [], []
     for first in range(0, len(samples), 128):
         part = samples[first : first + 128]
-        pixels = torch.from_numpy(np.stack([s["image"] for s in part])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        pixels = torch.from_numpy(from_uint8(np.stack([s["image"] for s in part]))).permute(0, 3, 1, 2)
         image, text, _ = clip(pixels, [s["caption"] for s in part])
         images.append(image)
         texts.append(text)

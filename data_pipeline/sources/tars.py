@@ -16,7 +16,8 @@ from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.filters import Candidate
-from data_pipeline.image_transforms import centre_square, upright_sides
+from data_pipeline.images.decode import IMAGES, open_image
+from data_pipeline.images.resize import centre_square, upright_sides
 from data_pipeline.shard_writer import IndexEntry, Member, scan
 from data_pipeline.sources.source import SourceItem
 
@@ -58,7 +59,7 @@ def inspected(entry: IndexEntry, data: bytes | mmap.mmap) -> Inspected:
     """Decode a sample, and keep those of its members that are read: one picture, .txt and .json."""
     if not entry.key.isprintable() or entry.key.startswith("/") or ".." in entry.key.split("/"):
         return Inspected(entry, reason="a name that leads elsewhere, or can't be printed")
-    picture = next((name for name in entry.members if name in codec.IMAGES), None)
+    picture = next((name for name in entry.members if name in IMAGES), None)
     entry = IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n in (picture, "txt", "json")})
     try:
         facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n != picture}
@@ -125,7 +126,7 @@ class Tars:
     @staticmethod
     def _item(path: str, stem: str, number: int, entry: IndexEntry, data: bytes | mmap.mmap) -> SourceItem:
         key = f"{stem}_{number:06d}"
-        picture = next((name for name in entry.members if name in codec.IMAGES), None)
+        picture = next((name for name in entry.members if name in IMAGES), None)
         facts, caption, absent = {}, None, ""
         try:
             facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n in ("txt", "json")}
@@ -150,4 +151,4 @@ def sides_in(path: str, place: Member) -> tuple[int, int]:
 
 
 def picture_in(path: str, place: Member) -> Image.Image:
-    return codec.open_image(io.BytesIO(storage.read_bytes(path, *place)))
+    return open_image(io.BytesIO(storage.read_bytes(path, *place)))

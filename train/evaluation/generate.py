@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.images.pixels import to_uint8
 from train.diffusion.denoiser import Denoiser, NetworkDenoiser
 from train.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from train.diffusion.parameterization import Parameterization
 from train.diffusion.process import DiffusionProcess
 from train.diffusion.samplers import uniform_times
-from train.evaluation.report import to_uint8
 from train.models.classifier import NoisyClassifier
 from train.models.conditioning import ConditionedUNet, Conditioning
 from train.models.latents import LatentScaling

@@ -10,11 +10,6 @@ import numpy as np
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) of 0..255, rounded."""
-    return np.clip(np.round((images.transpose(0, 2, 3, 1) + 1.0) * 127.5), 0, 255).astype(np.uint8)
-
-
 def sparkline(values: Sequence[float], width: int = 40) -> str:
     """A line of bars from the lowest (▁) to the highest (█) value, at most `width` of them, each a mean."""
     if not values:

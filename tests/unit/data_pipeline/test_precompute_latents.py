@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.aside import Aside
-from data_pipeline.buckets import sizes_of
 from data_pipeline.common.device import chosen_device
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.conditions import Text
@@ -19,6 +18,7 @@ from data_pipeline.encode_batch import Encoders
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
+from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import TextStates

@@ -18,7 +18,6 @@ from precompute_process import SMALL, Table
 from safetensors.torch import load_file
 
 from data_pipeline import codec
-from data_pipeline.buckets import automatic, fitted, geometry, sizes_of
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_objects import build
@@ -29,7 +28,9 @@ from data_pipeline.encode_batch import Encoders, FirstStage, Item, encode_batch,
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
-from data_pipeline.image_transforms import centre_square
+from data_pipeline.images.aspect_buckets import automatic, geometry, sizes_of
+from data_pipeline.images.pixels import psnr
+from data_pipeline.images.resize import centre_square, fitted
 from data_pipeline.loader import read_dataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.precompute_latents import clip_for
@@ -38,7 +39,6 @@ from data_pipeline.samples import TextStates, collated
 from data_pipeline.shard_notes import Places
 from data_pipeline.shard_writer import ShardWriter
 from data_pipeline.work_share import Worker, worker_of
-from train.evaluation.distances import psnr
 from train.latent_data import LatentFacts
 from train.models.autoencoder import AutoencoderKL
 from train.models.conditioning import StoredText

@@ -14,7 +14,9 @@ from PIL import Image
 from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.image_transforms import centre_square
+from data_pipeline.images import decode
+from data_pipeline.images.decode import UNDECODABLE, to_rgb
+from data_pipeline.images.resize import centre_square
 from data_pipeline.manifest import Manifest, find_splits
 from data_pipeline.shard_writer import read_index, read_shard, read_whole
 
@@ -122,7 +124,7 @@ def test_16_bits_of_grey_keep_their_shades():
     Image.fromarray(grey).save(buffer, format="PNG")
     expected = np.array([[0, 1, 128], [200, 255, 255]], np.uint8)
     np.testing.assert_array_equal(codec.decode("png", buffer.getvalue()), np.stack([expected] * 3, -1))
-    np.testing.assert_array_equal(codec.to_rgb(Image.fromarray(grey.astype(np.int32))), np.stack([expected] * 3, -1))
+    np.testing.assert_array_equal(to_rgb(Image.fromarray(grey.astype(np.int32))), np.stack([expected] * 3, -1))
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (300, 40), (41, 997), (7, 30), (1, 64), (123, 8), (33, 100)])
@@ -142,7 +144,7 @@ def test_a_slender_picture_takes_no_more_memory_than_its_square():
     """Resized as a whole, 1 x 200,000 pixels would be 256 x 51 million."""
     line = Image.fromarray(np.full((1, 200_000, 3), 77, np.uint8))
     np.testing.assert_array_equal(centre_square(line, 256), np.full((256, 256, 3), 77))
-    assert issubclass(MemoryError, codec.UNDECODABLE)
+    assert issubclass(MemoryError, UNDECODABLE)
 
 
 def test_codec_returns_what_it_was_given(picture):
@@ -190,7 +192,7 @@ def test_too_many_pixels_and_transparency(monkeypatch):
     buffer = io.BytesIO()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(buffer, format="PNG")
     np.testing.assert_array_equal(codec.decode("png", buffer.getvalue()), np.full((4, 4, 3), 255))
-    monkeypatch.setattr(codec, "MAX_PIXELS", 15)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 15)
     with pytest.raises(DataError, match="4x4 pixels are more than the 15"):
         codec.decode("png", buffer.getvalue())
 

@@ -16,7 +16,6 @@ from precompute_process import SMALL, Table
 from synthetic import run
 from test_bad_latents import tar_of
 
-from data_pipeline.buckets import sizes_of
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
@@ -25,6 +24,8 @@ from data_pipeline.encode_batch import Encoders
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
+from data_pipeline.images.aspect_buckets import sizes_of
+from data_pipeline.images.pixels import to_uint8
 from data_pipeline.index_shards import KnownKeys
 from data_pipeline.loader import read_dataset
 from data_pipeline.look_at_samples import Drawing, evenly, look_at, sheet_of
@@ -33,8 +34,6 @@ from data_pipeline.shard_checks import KEPT, Findings
 from data_pipeline.shard_notes import Places
 from data_pipeline.shard_writer import ShardWriter, read_index
 from data_pipeline.verify_shards import agree, check_encoders, check_set, opened
-from train.evaluation.distances import psnr
-from train.evaluation.report import to_uint8
 from train.models.autoencoder import AutoencoderKL
 from train.weights.saved import load_autoencoder, save_model
 
@@ -93,7 +92,7 @@ def copy(made, tmp_path):
 
 @pytest.fixture(scope="module")
 def drawing(made):
-    return Drawing(load_autoencoder(str(made / "autoencoder")), torch.device("cpu"), to_uint8, psnr)
+    return Drawing(load_autoencoder(str(made / "autoencoder")), torch.device("cpu"))
 
 
 def found(root, shards=None, autoencoder=None, text=None, drawing=None):
@@ -298,7 +297,7 @@ def test_latents_that_the_autoencoder_did_not_make(copy, drawing):
 
 def test_an_autoencoder_of_other_channels(made):
     other = Drawing(AutoencoderKL(8, **{k: v for k, v in SMALL.items() if k != "latent_channels"}).eval(),
-                    torch.device("cpu"), to_uint8, psnr)  # fmt: skip
+                    torch.device("cpu"))  # fmt: skip
     assert "don't fit this autoencoder" in found(made / "latents", drawing=other)["train"]["decoding"][0]
 
 

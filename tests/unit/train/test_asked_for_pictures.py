@@ -8,10 +8,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from data_pipeline import codec
 from data_pipeline.common.errors import UserError
 from data_pipeline.conditions import Label, Layout, Text
-from data_pipeline.image_transforms import centre_square
+from data_pipeline.images import decode
+from data_pipeline.images.resize import centre_square
 from train.evaluate_ldm import usable
 from train.models.classifier import NoisyClassifier
 from train.sample_images import as_sample, asked_rows, guided_by, load_picture, rows_away_from
@@ -56,7 +56,7 @@ def test_what_is_no_picture_is_said(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")  # runs a program
     drawn(16, 16).save(tmp_path / "large.png")
-    monkeypatch.setattr(codec, "MAX_PIXELS", 200)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 200)
     for name, why in (("text.png", "Unidentified"), ("script.png", "Unidentified"), ("large.png", "16x16 pixels")):
         with pytest.raises(UserError, match=f"images: .*{name} can't be read .{why}.*: give PNG"):
             load_picture(str(tmp_path / name), (16, 16))

@@ -6,14 +6,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import numpy as np
-from PIL import Image
+from typing import Any
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.images.resize import Fitted, Sides
 
-Sides = tuple[int, int]  # height, width
 AS_STORED = "as stored"
 
 
@@ -38,14 +35,6 @@ class Sizes:
     @property
     def described(self) -> str:
         return ",".join(f"{height}x{width}" for height, width in self.sides) or AS_STORED
-
-
-class Fitted(NamedTuple):
-    """A picture brought to its size: pixels (h, w, 3), the (H, W) it was resized to, and the (top, left) cut off."""
-
-    pixels: np.ndarray
-    resized: Sides
-    offset: Sides
 
 
 def sizes_of(size: int | None, buckets: str | Sequence[str] | None, step: int, factor: int) -> Sizes:
@@ -92,22 +81,6 @@ def automatic(size: int, step: int, widest: float = 2.0) -> tuple[Sides, ...]:
         if long >= short and 2 * short * long > size * size:
             found |= {(short, long), (long, short)}
     return tuple(sorted(found))
-
-
-def fitted(pixels: np.ndarray, sides: Sides) -> Fitted:
-    """Resized (Lanczos) until it covers `sides`, the middle kept. Only the middle is resized: the whole of a slender
-    picture could take all memory. What is of that size already stays as it is."""
-    if pixels.shape[:2] == sides:
-        return Fitted(pixels, sides, (0, 0))
-    scale = max(side / before for side, before in zip(sides, pixels.shape, strict=False))
-    resized = tuple(max(side, round(before * scale)) for side, before in zip(sides, pixels.shape, strict=False))
-    offset = tuple((whole - side) // 2 for whole, side in zip(resized, sides, strict=True))
-    (top, bottom), (left, right) = (
-        (first * before / whole, (first + side) * before / whole)
-        for first, side, whole, before in zip(offset, sides, resized, pixels.shape, strict=False)
-    )
-    picture = Image.fromarray(pixels).resize(sides[::-1], Image.Resampling.LANCZOS, box=(left, top, right, bottom))
-    return Fitted(np.array(picture), resized, offset)
 
 
 def geometry(meta: Mapping[str, Any], before: Sides, fit: Fitted) -> dict[str, Any]:

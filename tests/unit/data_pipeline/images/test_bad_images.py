@@ -17,6 +17,7 @@ from synthetic import tar_of
 
 from data_pipeline import codec
 from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.images.decode import UNDECODABLE
 from data_pipeline.shard_writer import scan
 from data_pipeline.sources.tars import Tars, contents, inspected, tars_in
 
@@ -322,5 +323,5 @@ def test_the_same_samples_as_a_source_of_make_shards(tmp_path):
     assert items[0].load(8).shape == (8, 8, 3)
     assert len({item.key for item in items}) == 5
     for damaged in (items[2], items[4]):
-        with pytest.raises(codec.UNDECODABLE):
+        with pytest.raises(UNDECODABLE):
             damaged.load(8)
