@@ -27,8 +27,8 @@ from torch import Tensor
 from data_pipeline import encode_shard, encode_split
 from data_pipeline.common.threads import Ahead, Behind
 from data_pipeline.encode_batch import Encoders
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 from train.models.autoencoder import AutoencoderKL
 
 PICTURES, SHARD, SIZE = 192, 32, 256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline import codec
 from data_pipeline.common.errors import DataError
 from data_pipeline.conditions import Condition, PlainCondition, Sample, Tools
 from data_pipeline.encoders import ImageEncoder, OnceEach
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-LARGEST = 1e6  # no first stage's moments and no encoder's states come near it
+from data_pipeline.shards.arrays import as_stored, readable
 
 
 class Encoders(NamedTuple):
@@ -105,55 +102,6 @@ def merged(fresh: np.ndarray | None, lacking: Sequence[int], reused: Sequence[np
     for i, row in zip(lacking, fresh if fresh is not None else (), strict=True):
         rows[i] = row
     return np.stack(rows)
-
-
-def as_stored(value: Tensor, dtype: str) -> np.ndarray:
-    """Floats in `dtype` (too large: infinite), whole numbers in 32 bits. numpy knows no bfloat16: codec.BFLOAT16."""
-    if not value.is_floating_point():
-        return value.to(torch.int32).cpu().numpy()
-    value = value.to(DTYPES[dtype]).contiguous().cpu()
-    if dtype == "bfloat16":
-        return value.view(torch.int16).numpy().view(codec.BFLOAT16)
-    return value.numpy()
-
-
-def readable(stored: np.ndarray) -> np.ndarray:
-    """As numbers that numpy can work with."""
-    return codec.widened(stored) if stored.dtype == codec.BFLOAT16 else stored
-
-
-def narrowed(value: np.ndarray, dtype: str) -> np.ndarray:
-    """What was read of a data set of that dtype, as it is stored: the inverse of `readable`, exact."""
-    if dtype != "bfloat16" or value.dtype != np.float32:
-        return value
-    return (value.view(np.uint32) >> 16).astype(np.uint16).view(codec.BFLOAT16)
-
-
-def described(stored: np.ndarray) -> dict[str, Any]:
-    """A field's line in the manifest, of its values (B, ...)."""
-    name = "bfloat16" if stored.dtype == codec.BFLOAT16 else stored.dtype.name
-    return {"dtype": name, "shape": list(stored.shape[1:])}
-
-
-def unusable(stored: Mapping[str, np.ndarray], image: ImageEncoder, dtype: str) -> Iterator[tuple[int, str]]:
-    """(row, reason) of samples whose values can't be trained on; a row comes once."""
-    named: dict[int, str] = {}
-    for name, values in stored.items():
-        axes = tuple(range(1, values.ndim))
-        if values.dtype.kind == "i":
-            codes = len(image.codebook) if name.startswith("indices") else None
-            bad = ((values < 0) | (values >= codes)).any(axes) if codes else np.zeros(len(values), bool)
-            reasons = [(bad, f"{name} are no codes of the codebook")]
-        else:
-            numbers = readable(values)
-            finite = np.isfinite(numbers).all(axes)
-            remedy = "" if dtype == "float32" else ": use dtype=float32"
-            large = (np.abs(numbers) > LARGEST).any(axes) if numbers.dtype == np.float32 else ~finite
-            reasons = [(~finite, f"{name} is not finite in {dtype}{remedy}"), (large, f"{name} is beyond {LARGEST:g}")]
-        for bad, reason in reasons:
-            for row in np.flatnonzero(bad):
-                named.setdefault(int(row), reason)
-    yield from sorted(named.items())
 
 
 @torch.no_grad()

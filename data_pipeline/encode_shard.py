@@ -12,26 +12,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from data_pipeline import codec
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.threads import Ahead, in_order
-from data_pipeline.encode_batch import (
-    Encoders,
-    Item,
-    batch_statistics,
-    combined_statistics,
-    described,
-    unusable,
-)
+from data_pipeline.encode_batch import Encoders, Item, batch_statistics, combined_statistics
 from data_pipeline.images.aspect_buckets import Sizes, geometry
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.images.resize import Sides, fitted
-from data_pipeline.manifest import Shard
 from data_pipeline.reuse import Base, BaseShard
-from data_pipeline.sample_reader import as_sample
-from data_pipeline.samples import collated
 from data_pipeline.shard_notes import Places, published
-from data_pipeline.shard_writer import IndexEntry, ShardWriter, read_index, read_whole
+from data_pipeline.shards import codec
+from data_pipeline.shards.arrays import described, unusable
+from data_pipeline.shards.manifest import Shard
+from data_pipeline.shards.reader import read_whole
+from data_pipeline.shards.samples import as_sample, collated, picture_in
+from data_pipeline.shards.tar_index import IndexEntry, read_index
+from data_pipeline.shards.writer import ShardWriter
 
 Rejected = tuple[int, str, str]  # position in the shard, key, reason
 
@@ -173,11 +168,6 @@ def words(sides: Sides) -> str:
     return f"a picture of {sides[0]}x{sides[1]}"
 
 
-def picture_in(entry: IndexEntry) -> str | None:
-    """The name of the member that is the picture."""
-    return next((name for name in entry.members if name in IMAGES), None)
-
-
 def part_of(items: list[Item], rejected: list[Rejected]) -> Part:
     """With the pictures put together: here, in the thread that decodes."""
     pictures = [{"key": i.sample["key"], "image": i.sample["image"]} for i in items if "image" in i.sample]
@@ -199,10 +189,8 @@ class Build:
     def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
         """Put encoded samples of one bucket into its tar, in memory; returns those whose values can't be used."""
         self.copied += sum("image" not in item.sample for item in items)
-        bad = [
-            (items[row].position, items[row].sample["key"], why)
-            for row, why in unusable(stored, self.image, self.dtype)
-        ]
+        codes = len(self.image.codebook) if self.image.stored_as == "indices" else None
+        bad = [(items[row].position, items[row].sample["key"], why) for row, why in unusable(stored, codes, self.dtype)]
         self.rejected += bad
         dropped = {position for position, _, _ in bad}
         rows = [row for row, item in enumerate(items) if item.position not in dropped]

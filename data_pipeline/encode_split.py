@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save
 
-from data_pipeline.aside import Aside
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.progress import Progress
@@ -20,11 +19,11 @@ from data_pipeline.common.temp_files import sweep
 from data_pipeline.common.threads import Ahead, Behind
 from data_pipeline.encode_batch import Encoders, combined_statistics, encode_batch
 from data_pipeline.encode_shard import Begun, Build, FoundMade, Over, Part, Rejected, ShardReader, Step
-from data_pipeline.filters import accounting, summary
 from data_pipeline.images.aspect_buckets import Sizes
-from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.reuse import Base
 from data_pipeline.shard_notes import Places, confirmed, finished_record
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.rejects import Aside, accounting, summary
 from data_pipeline.work_share import Worker
 
 STEPS_AHEAD, CALLS_BEHIND = 4, 4  # batches that wait between decoding, encoding and writing

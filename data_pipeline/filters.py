@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from PIL import Image
 
-from data_pipeline.aside import write_or_remove
 from data_pipeline.common.errors import UserError
+from data_pipeline.shards.rejects import write_or_remove
 
 HASH_SIDE, HASH_BITS = 8, 64
 CLEARLY = 300.0  # a third of a grey: terms that are zero, as of symmetric drawings, are not decided by rounding
@@ -219,19 +219,3 @@ class Filters:
         """One JSON line a sample in <root>/aside/<name>.jsonl; no file where nothing was left out."""
         write_or_remove(root, name, b"".join(self.lines))
         self.lines = []
-
-
-def summary(rows: Iterable[Mapping[str, str]]) -> Counter[str]:
-    """Rows set aside by reason, without what stands in brackets: that differs from sample to sample."""
-    return Counter(row["reason"].partition(" (")[0] for row in rows)
-
-
-def worded(counts: Counter[str], most: int) -> str:
-    """The `most` common reasons, in words."""
-    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(most))
-
-
-def accounting(processed: int, filtered: Mapping[str, int], aside: Mapping[str, int], listed: int) -> dict[str, Any]:
-    """What a manifest's info says of it: processed + filtered + set aside = listed."""
-    assert processed + sum(filtered.values()) + sum(aside.values()) == listed
-    return {"listed": listed, "processed": processed, "filtered": dict(filtered), "set_aside": dict(aside)}

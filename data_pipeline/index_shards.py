@@ -18,20 +18,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import codec
-from data_pipeline.aside import Aside
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.common.threads import in_order
-from data_pipeline.filters import Filters, accounting, summary, worded
-from data_pipeline.make_shards import settings_of
-from data_pipeline.manifest import Manifest, Shard, made_otherwise
-from data_pipeline.shard_writer import IndexEntry, digest_of, index_digest, scan
+from data_pipeline.filters import Filters
+from data_pipeline.shards import codec
+from data_pipeline.shards.key_set import KnownKeys
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
+from data_pipeline.shards.rejects import Aside, accounting, summary, worded
+from data_pipeline.shards.tar_index import IndexEntry, digest_of, index_digest, scan
 from data_pipeline.sources.tars import Inspected, contents, inspected, tars_in
 
 AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=true"
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"size={cfg.size} can't be: take 1 or more.")
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}
     filters = Filters(instantiate(cfg.filters, _convert_="all"))
-    mark, settings = mark_of(cfg, sizes), settings_of(cfg)
+    mark, settings = mark_of(cfg, sizes), settings_of(OmegaConf.to_container(cfg, resolve=True))
     if finished(cfg.output, mark, settings):
         print(f"index_shards: {cfg.output} is finished already")
         return
@@ -82,10 +82,7 @@ def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
     """Whether the same configuration has made this output; a data set that was made otherwise is refused."""
     if not storage.exists(storage.join(output, "manifest.json")):
         return False
-    info = Manifest.load(output).info
-    if info.get("made_from") != mark:
-        what = made_otherwise(info.get("made_with"), settings)
-        raise UserError(f"{output}/manifest.json was made otherwise{what}: remove it, or choose another output=.")
+    refuse_made_otherwise([output], f"{output}/manifest.json was", mark, settings)
     return True
 
 
@@ -190,29 +187,3 @@ class Index:
         for what, counts in (("filtered", self.filters.counts), ("set aside", aside)):
             for reason, count in counts.most_common():
                 print(f"index_shards: {what} {count} x {reason}")
-
-
-class KnownKeys:
-    """Which keys came before: 8 bytes a key, in sorted runs of doubling length. 64 bits of a hash stand for a key: of
-    10^8 keys, two that differ are taken for one with a chance of 1 in 4,000."""
-
-    def __init__(self) -> None:
-        self.runs: list[np.ndarray] = []
-
-    def those_known(self, keys: Sequence[str]) -> np.ndarray:
-        """Which of the keys came before, also among themselves; all are known from now on."""
-        digests = b"".join(
-            hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys
-        )
-        numbers = np.frombuffer(digests, np.uint64)
-        firsts = np.unique(numbers, return_index=True)[1]
-        known = np.ones(len(numbers), bool)
-        known[firsts] = False
-        for run in self.runs:
-            known |= run[np.searchsorted(run, numbers).clip(max=len(run) - 1)] == numbers
-        unique = np.unique(numbers[~known])
-        while self.runs and len(self.runs[-1]) <= len(unique):
-            unique = np.union1d(unique, self.runs.pop())
-        if len(unique):
-            self.runs.append(unique)
-        return known

@@ -11,19 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.encode_shard import picture_in
 from data_pipeline.images import pixels
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.images.grid import grid
 from data_pipeline.images.resize import fitted
-from data_pipeline.manifest import Manifest, Shard
-from data_pipeline.sample_reader import as_sample, fields_of, size_of
-from data_pipeline.samples import collated
 from data_pipeline.shard_checks import Findings
-from data_pipeline.shard_writer import IndexEntry, read_index
+from data_pipeline.shards import codec
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.samples import as_sample, collated, fields_of, picture_in, size_of
+from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 APART_DB = 0.1  # so far the PSNR of what is stored may be from that of the autoencoder's own reconstruction
 BEST_DB = 45.0  # beyond, what is stored in few bits may differ by more, and nobody sees it

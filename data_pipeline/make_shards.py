@@ -14,21 +14,21 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.aside import Aside
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
-from data_pipeline.filters import Candidate, Filters, accounting, summary
+from data_pipeline.filters import Candidate, Filters
 from data_pipeline.images.decode import UNDECODABLE
-from data_pipeline.manifest import Manifest, Shard, find_splits, flat, made_otherwise
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.shards.manifest import Manifest, find_splits
+from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
+from data_pipeline.shards.rejects import Aside, accounting, summary
+from data_pipeline.shards.split_writer import Split
 from data_pipeline.sources.source import Source, SourceItem
 
 
@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"output={cfg.output} is input=: choose a folder of its own for the shards.")
     mark, listed, heldout = look_through(cfg, source, filters)
     filters.refuse_unknown_columns()
-    if finished(cfg.output, mark, settings_of(cfg)):
+    if finished(cfg.output, mark, settings_of(OmegaConf.to_container(cfg, resolve=True))):
         print(f"make_shards: {cfg.output} is finished already")
         return
     aside = Aside(listed, cfg.max_aside_fraction)
@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> None:
     aside.save(cfg.output, "make_shards")
     filters.save(cfg.output, "filtered")
     reasons, processed = summary(aside.rows), sum(split.samples for split in splits.values())
-    info = {"made_from": mark, "made_with": settings_of(cfg), "size": cfg.size}
+    info = {"made_from": mark, "made_with": settings_of(OmegaConf.to_container(cfg, resolve=True)), "size": cfg.size}
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
     for split in reversed(splits.values()):  # train's makes the whole complete
@@ -83,11 +83,16 @@ def report(output: str, splits: Mapping[str, Split], filtered: Counter[str], asi
         print(f"make_shards: set aside {count} x {reason}" + (f", first {where}" if where else ""))
 
 
-def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """What was asked for, option by option; but for the place of the output, and the store."""
-    left_out = ("output", "store", "max_aside_fraction")
-    asked = OmegaConf.to_container(cfg, resolve=True)
-    return flat({name: value for name, value in asked.items() if name not in left_out})
+def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the same configuration has made this output; an output that holds anything else is refused."""
+    try:
+        splits = find_splits(output)
+    except UserError:
+        if set(storage.subfolders(output)) - {"train", "heldout", "aside"}:
+            raise UserError(f"output={output} holds something else: choose another output=.") from None
+        return False
+    refuse_made_otherwise(splits.values(), f"output={output} holds shards", mark, settings)
+    return "train" in splits
 
 
 def look_through(cfg: DictConfig, source: Source, filters: Filters | None = None) -> tuple[str, int, int]:
@@ -128,62 +133,6 @@ def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
     if not every:
         return False
     return number % every == every - 1 if item.heldout is None else item.heldout
-
-
-def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the same configuration has made this output; an output that holds anything else is refused."""
-    try:
-        splits = find_splits(output)
-    except UserError:
-        if set(storage.subfolders(output)) - {"train", "heldout", "aside"}:
-            raise UserError(f"output={output} holds something else: choose another output=.") from None
-        return False
-    for path in splits.values():
-        info = Manifest.load(path).info
-        if info.get("made_from") != mark:
-            what = made_otherwise(info.get("made_with"), settings)
-            raise UserError(f"output={output} holds shards made otherwise{what}: remove it, or choose another output=.")
-    return "train" in splits
-
-
-class Split:
-    """One split while it is written: a shard of samples in memory, the rest published."""
-
-    def __init__(self, root: str, shard_size: int) -> None:
-        self.root, self.shard_size = root, shard_size
-        self.shards: list[Shard] = []
-        self.writer = ShardWriter()
-
-    @property
-    def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
-
-    def add(self, key: str, sample: dict[str, Any]) -> None:
-        self.writer.add(key, sample)
-        if self.writer.count == self.shard_size:
-            self._publish()
-
-    def close(self) -> None:
-        """Publish the rest; shards that an earlier run left behind are removed."""
-        if self.writer.count:
-            self._publish()
-        remove_leftovers(self.root, len(self.shards))
-        if not self.shards:
-            raise UserError(
-                "not one picture of a split can be used: check the source and filters=, or set heldout_every=null."
-            )
-
-    def _publish(self) -> None:
-        self.shards.append(self.writer.publish(self.root, f"shards/{len(self.shards):06d}.tar"))
-        self.writer = ShardWriter()
-
-
-def remove_leftovers(root: str | Path, number: int) -> None:
-    """Shards from `number` on: an earlier run that was cut short, and had more of them, may have left some."""
-    while storage.exists(storage.join(root, f"shards/{number:06d}.idx")):
-        for ending in ("tar", "idx"):
-            storage.remove(storage.join(root, f"shards/{number:06d}.{ending}"))
-        number += 1
 
 
 def taken(item: SourceItem, size: int, filters: Filters, aside: Aside) -> dict[str, Any] | None:

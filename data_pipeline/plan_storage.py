@@ -19,9 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.conditions import Condition
-from data_pipeline.encode_batch import DTYPES, Encoders
+from data_pipeline.encode_batch import Encoders
 from data_pipeline.encoders import OnceEach
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.arrays import DTYPES
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.storage_plan import (
     HEADINGS,
     MEGA,

@@ -19,16 +19,17 @@ from data_pipeline.common.device import chosen_device, usable_cpus
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.stop_request import StopRequest
 from data_pipeline.conditions import Condition, refuse_text_alone
-from data_pipeline.encode_batch import DTYPES, Encoders
+from data_pipeline.encode_batch import Encoders
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach, TextEncoder
 from data_pipeline.images.aspect_buckets import sizes_of
-from data_pipeline.manifest import Manifest, find_splits
 from data_pipeline.reuse import base_of
-from data_pipeline.sample_reader import as_sample
 from data_pipeline.shard_notes import Places
-from data_pipeline.shard_writer import read_shard
+from data_pipeline.shards.arrays import DTYPES
+from data_pipeline.shards.manifest import Manifest, find_splits
+from data_pipeline.shards.reader import read_shard
+from data_pipeline.shards.samples import as_sample
 from data_pipeline.work_share import worker_of
 
 

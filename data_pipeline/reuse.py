@@ -6,15 +6,17 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.conditions import Condition
-from data_pipeline.encode_batch import DTYPES, Encoders, FirstStage, Item, narrowed
-from data_pipeline.manifest import Manifest, Shard
-from data_pipeline.sample_reader import as_sample
-from data_pipeline.shard_writer import IndexEntry, read_index, read_whole
+from data_pipeline.encode_batch import Encoders, FirstStage, Item
+from data_pipeline.shards import codec
+from data_pipeline.shards.arrays import DTYPES, narrowed
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.reader import read_whole
+from data_pipeline.shards.samples import as_sample
+from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 GEOMETRY = ("original_size", "crop_top_left", "target_size")
 FACTS = (*GEOMETRY, "image_sha256", "caption")  # of a latent sample's json, beside what its source's said

@@ -12,19 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.epoch_plan import Place
 from data_pipeline.images.decode import IMAGES
-from data_pipeline.images.resize import fitted
-from data_pipeline.manifest import Manifest
-from data_pipeline.samples import collated
 from data_pipeline.shard_cache import RemoteShard, open_shard
-from data_pipeline.shard_writer import IndexEntry, read_index, refuse_other_bytes
-from data_pipeline.stored_arrays import Layout, differing, not_finite, stacked
+from data_pipeline.shards import codec
+from data_pipeline.shards.arrays import differing
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.samples import as_sample, collated, fields_of, size_of
+from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
+from data_pipeline.stored_arrays import Layout, not_finite, stacked
 
-PICTURES = (*IMAGES, "txt", "json")
 OPENERS = 4  # threads that open shards: a digest takes one thread 0.5 s a GB
 
 
@@ -199,24 +198,3 @@ def decoded(name: str, data: bytes, field: Mapping[str, Any], finite: bool = Tru
 def pin(value: Tensor, pinned: bool) -> Tensor:
     """Where CUDA is: memory that a GPU can fetch from while the CPU goes on."""
     return value.pin_memory() if pinned else value
-
-
-def as_sample(key: str, members: dict[str, Any], size: int | None = None) -> dict[str, Any]:
-    """Members by extension -> a sample by field name; a picture as its centre square of `size`, where that is given."""
-    sample = {"key": key, "caption": codec.caption_in(members), "meta": members.get("json") or {}}
-    for member, value in members.items():
-        if member in IMAGES:
-            sample["image"] = fitted(value, (size, size)).pixels if size else value
-        elif member.endswith(".npy"):
-            sample[member.removesuffix(".npy")] = value
-    return sample
-
-
-def size_of(manifest: Manifest) -> int | None:
-    """Pixels a side that pictures are cut to when they are read: shards that others wrote hold any."""
-    return manifest.info.get("size") if manifest.kind == "image-text" else None
-
-
-def fields_of(manifest: Manifest) -> tuple[str, ...]:
-    """The members of a data set's samples that are read."""
-    return PICTURES if manifest.kind == "image-text" else tuple(manifest.fields)

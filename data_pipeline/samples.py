@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from data_pipeline.common.errors import DataError
-from data_pipeline.images.pixels import from_uint8
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,35 +55,3 @@ class TextStates:
 
     tokens: Tensor
     pooled: Tensor
-
-
-def collated(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Samples' arrays as float32 or int64 tensors; pictures as (B, 3, H, W) in [-1, 1].
-
-    In numpy: torch would hand each of these small steps to a second thread, which is slow to come on busy cores.
-    """
-    tensors = {}
-    for name, first in samples[0].items():
-        if isinstance(first, np.ndarray) and name != "image":
-            with _naming_what_differs(samples, name):
-                values = np.stack([sample[name] for sample in samples])
-                wide = np.float32 if values.dtype.kind == "f" else np.int64
-                tensors[name] = torch.from_numpy(values.astype(wide, copy=False))
-    if "image" in samples[0]:
-        with _naming_what_differs(samples, "image"):
-            pixels = np.stack([sample["image"].transpose(2, 0, 1) for sample in samples])
-        tensors["image"] = torch.from_numpy(from_uint8(pixels))
-    return tensors
-
-
-@contextlib.contextmanager
-def _naming_what_differs(samples: Sequence[dict[str, Any]], name: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError) as error:
-        shapes = {sample["key"]: getattr(sample.get(name), "shape", None) for sample in samples}
-        odd = next(key for key, shape in shapes.items() if shape != shapes[samples[0]["key"]])
-        raise DataError(
-            f"sample {odd} has {name} of shape {shapes[odd]} beside {shapes[samples[0]['key']]}: one data set holds "
-            "one shape; make it again."
-        ) from error

@@ -18,8 +18,9 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.s3 import CACHE, CACHE_GB
 from data_pipeline.common.temp_files import abandoned
-from data_pipeline.manifest import Shard
-from data_pipeline.shard_writer import IndexEntry, digest_of, read_whole
+from data_pipeline.shards.manifest import Shard
+from data_pipeline.shards.reader import read_whole
+from data_pipeline.shards.tar_index import IndexEntry, digest_of
 
 LOCKS = 64  # files: shards that fall together wait for one another, and nothing has to be tidied up
 Piece = tuple[int, int]  # of a shard: first sample and one past the last

@@ -7,21 +7,19 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.encode_batch import unusable
 from data_pipeline.images.decode import IMAGES
-from data_pipeline.manifest import Manifest, Shard, check_size, refuse_other_claims
-from data_pipeline.shard_writer import IndexEntry, parse_index, refuse_other_bytes, scan
-from data_pipeline.stored_arrays import differing
+from data_pipeline.shards import codec
+from data_pipeline.shards.arrays import differing, unusable
+from data_pipeline.shards.manifest import Manifest, Shard, check_size, refuse_other_claims
+from data_pipeline.shards.tar_index import IndexEntry, parse_index, refuse_other_bytes, scan
 
 CHECKS = (
     "manifest", "sizes", "digests", "index", "webdataset", "fields", "values", "keys", "constants", "fingerprints",
@@ -210,8 +208,8 @@ def wrong_in_array(
     if header.fortran_order and len(header.shape) > 1:
         yield "fields", f"{name} is in Fortran order"
     if value.dtype.kind in "iuf":
-        batch, first_stage = {name.removesuffix(".npy"): value[None]}, SimpleNamespace(codebook=codes.codebook)
-        yield from (("values", reason) for _, reason in unusable(batch, first_stage, str(claimed)))
+        batch, known = {name.removesuffix(".npy"): value[None]}, None if codes.codebook is None else len(codes.codebook)
+        yield from (("values", reason) for _, reason in unusable(batch, known, str(claimed)))
 
 
 def check_constants(root: str, manifest: Manifest, findings: Findings) -> Codes:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.manifest import Shard
-from data_pipeline.shard_writer import ShardWriter, digest_of
+from data_pipeline.shards.manifest import Shard
+from data_pipeline.shards.tar_index import digest_of
+from data_pipeline.shards.writer import ShardWriter
 
 WAIT_FOR_NOTE = 10.0  # seconds that another worker, if it lives, has to write its note after its tar
 Record = dict[str, Any]

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline import codec
-from data_pipeline.encode_batch import DTYPES, Encoders
-from data_pipeline.shard_writer import END_OF_ARCHIVE
+from data_pipeline.encode_batch import Encoders
+from data_pipeline.shards import codec
+from data_pipeline.shards.arrays import DTYPES
+from data_pipeline.shards.tar_index import END_OF_ARCHIVE
 
 KEY = "000000000"  # as long as keys usually are
 OFFSET = 10**8  # as long as an offset within a shard

@@ -3,18 +3,16 @@ And what an array must be: as its line in the manifest says, and finite."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.codec import BFLOAT16, ArrayHeader
-from data_pipeline.common.errors import DataError
-from data_pipeline.shard_writer import IndexEntry
+from data_pipeline.shards.codec import BFLOAT16, array_header
+from data_pipeline.shards.tar_index import IndexEntry
 
 # Of each kind of float: its bits as whole numbers, and those of infinity; NaNs are above. The sign is the bit before.
 INFINITY = {
@@ -42,12 +40,9 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, data: bytes) -> Layout | None:
         """Of a .npy that can be decoded; None for values that a tensor can't hold as they are written."""
-        file = io.BytesIO(data)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(file)
+        shape, fortran_order, dtype, offset = array_header(data)
         plain = dtype in COPIED and dtype.isnative and (not fortran_order or len(shape) < 2)
-        return cls(data[: file.tell()], dtype, shape) if plain else None
+        return cls(data[:offset], dtype, shape) if plain else None
 
 
 def stacked(member: str, layout: Layout, found: Sequence[tuple[Bytes, IndexEntry]], pinned: bool) -> Tensor | None:
@@ -77,26 +72,6 @@ def empty(shape: Sequence[int], dtype: np.dtype, pinned: bool) -> tuple[np.ndarr
         values = np.empty(tuple(shape), wide)
         tensor = torch.from_numpy(values)
     return values, tensor.view(torch.bfloat16) if dtype == BFLOAT16 else tensor
-
-
-def dtype_named(name: str) -> np.dtype:
-    """The dtype of a field's line in a manifest."""
-    try:
-        return BFLOAT16 if name == "bfloat16" else np.dtype(name)
-    except TypeError as error:
-        raise DataError(f"the manifest names a dtype {name}, which there is not: make the data set again") from error
-
-
-def differing(name: str, header: ArrayHeader | Layout, field: Mapping[str, Any]) -> Iterator[str]:
-    """What a .npy's header says otherwise than its line in the manifest, byte order apart. A line that claims nothing
-    leaves any numbers of any shape."""
-    actual, claimed = header.dtype.newbyteorder("="), field.get("dtype")
-    if claimed and actual != dtype_named(claimed):
-        yield f"{name} is {actual.str}, not {dtype_named(claimed).str} as the manifest says"
-    elif actual.kind not in "fiub" and actual != BFLOAT16:
-        yield f"{name} is {actual.str}: these are no numbers"
-    if list(header.shape) != list(field.get("shape", header.shape)):
-        yield f"{name} is of shape {list(header.shape)}, not {field['shape']} as the manifest says"
 
 
 def not_finite(values: Tensor) -> int | None:

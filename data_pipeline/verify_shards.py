@@ -21,9 +21,7 @@ from data_pipeline.common.device import chosen_device
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.encoders import TextEncoder
-from data_pipeline.index_shards import KnownKeys
 from data_pipeline.look_at_samples import Drawing, Seen, look_at
-from data_pipeline.manifest import Manifest, find_splits
 from data_pipeline.shard_checks import (
     AGAIN,
     CHECKS,
@@ -34,6 +32,8 @@ from data_pipeline.shard_checks import (
     check_constants,
     check_shard,
 )
+from data_pipeline.shards.key_set import KnownKeys
+from data_pipeline.shards.manifest import Manifest, find_splits
 
 
 class DataSet(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from synthetic import TINY_LATENTS
 
 from data_pipeline.loader import Loader
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow
 from train.diffusion.time_sampling import uniform

@@ -16,7 +16,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import read_json, refuse_wrong_kinds
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest
 from train.models.conditioning import Conditioners
 from train.models.latents import STORED_AS, LatentScaling, StoredLatents
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import build
-from data_pipeline.samples import Batch, DataCursor, collated
+from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.shards.samples import collated
 from train.latent_data import LatentFacts
 
 Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import from_uint8, psnr, to_uint8
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves

@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
-from data_pipeline.manifest import Manifest
-from data_pipeline.samples import Batch, DataCursor, collated
+from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.samples import collated
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves

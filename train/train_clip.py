@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.images.pixels import from_uint8
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves

@@ -22,8 +22,8 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import read_config
 from data_pipeline.images.grid import grid, save_png
-from data_pipeline.manifest import Manifest
-from data_pipeline.samples import collated
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.samples import collated
 from train.dtype import DTYPES
 from train.ema import Ema
 from train.engine import Engine

@@ -12,7 +12,7 @@ from synthetic import run, write_splits
 
 import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers imports torchvision)
 from data_pipeline.common.saved_objects import build
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest
 from train.diffusion.samplers import sample_ddim, trailing_times
 from train.evaluation.generate import Asked, Guidance, Sampler
 from train.evaluation.trained_run import TrainedRun, open_run

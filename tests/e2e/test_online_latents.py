@@ -12,8 +12,8 @@ import torch
 from synthetic import metric_rows, run
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 from train.models.autoencoder import AutoencoderKL
 from train.models.clip import CLIP
 from train.online_latents import OnlineLatents

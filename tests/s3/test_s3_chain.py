@@ -11,7 +11,7 @@ from PIL import Image
 from synthetic import losses, run
 
 from data_pipeline.common import storage
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("s3")]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from data_pipeline.samples import Batch, DataCursor, collated
+from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.shards.samples import collated
 from train.diffusion.time_sampling import evenly_spaced
 from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import LatentDiffusion

@@ -23,7 +23,7 @@ from data_pipeline.filters import (
     perceptual_hash,
 )
 from data_pipeline.loader import read_dataset
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest
 
 
 def never():

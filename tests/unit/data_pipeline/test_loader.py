@@ -18,10 +18,11 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.epoch_plan import EpochPlan
 from data_pipeline.loader import Loader, read_dataset
-from data_pipeline.manifest import Manifest
 from data_pipeline.sample_reader import SampleReader
 from data_pipeline.samples import DataCursor
-from data_pipeline.shard_writer import ShardWriter, read_index, refuse_other_bytes
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.tar_index import read_index, refuse_other_bytes
+from data_pipeline.shards.writer import ShardWriter
 
 SIZES = [7, 5, 9, 6]
 

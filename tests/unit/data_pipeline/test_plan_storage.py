@@ -16,10 +16,10 @@ from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
 from data_pipeline.images.aspect_buckets import sizes_of
-from data_pipeline.manifest import Manifest
 from data_pipeline.plan_storage import encoders_of, held_against, refuse_impossible, table
 from data_pipeline.shard_notes import Places
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage_plan import (
     HEADINGS,
     Layout,

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.aside import Aside
 from data_pipeline.common.device import chosen_device
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.conditions import Text
@@ -20,10 +19,11 @@ from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.loader import read_dataset
-from data_pipeline.manifest import Manifest
 from data_pipeline.samples import TextStates
 from data_pipeline.shard_notes import Places
-from data_pipeline.shard_writer import read_index
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.rejects import Aside
+from data_pipeline.shards.tar_index import read_index
 
 
 class Halves:

@@ -17,14 +17,13 @@ from PIL import Image
 from precompute_process import SMALL, Table
 from safetensors.torch import load_file
 
-from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_objects import build
 from data_pipeline.common.temp_files import sweep
 from data_pipeline.common.threads import Ahead, Behind, in_order
 from data_pipeline.conditions import Hole, ImageEmbedding, Label, LowResolution, Text
-from data_pipeline.encode_batch import Encoders, FirstStage, Item, encode_batch, unusable
+from data_pipeline.encode_batch import Encoders, FirstStage, Item, encode_batch
 from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
@@ -32,12 +31,15 @@ from data_pipeline.images.aspect_buckets import automatic, geometry, sizes_of
 from data_pipeline.images.pixels import psnr
 from data_pipeline.images.resize import centre_square, fitted
 from data_pipeline.loader import read_dataset
-from data_pipeline.manifest import Manifest
 from data_pipeline.precompute_latents import clip_for
 from data_pipeline.reuse import base_of
-from data_pipeline.samples import TextStates, collated
+from data_pipeline.samples import TextStates
 from data_pipeline.shard_notes import Places
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.shards import codec
+from data_pipeline.shards.arrays import unusable
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.samples import collated
+from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.work_share import Worker, worker_of
 from train.latent_data import LatentFacts
 from train.models.autoencoder import AutoencoderKL
@@ -452,11 +454,8 @@ def test_values_that_cannot_be_trained_on_are_named_and_counted(tmp_path, pictur
 
 
 def test_codes_beyond_the_codebook_and_shapes_of_no_batch_are_named(picture):
-    class Codes(Counted):
-        stored_as, codebook = "indices", torch.zeros(16, 3)
-
     codes = np.array([[[0, 15]], [[3, 16]], [[-1, 2]]], np.int32)
-    named = list(unusable({"indices": codes}, Codes(), "float32"))
+    named = list(unusable({"indices": codes}, 16, "float32"))
     assert named == [(1, "indices are no codes of the codebook"), (2, "indices are no codes of the codebook")]
 
     class Short(Counted):
@@ -466,6 +465,10 @@ def test_codes_beyond_the_codebook_and_shapes_of_no_batch_are_named(picture):
     items = [Item(i, {"key": str(i), "image": picture(i), "caption": "a", "meta": {}}) for i in range(3)]
     with pytest.raises(DataError, match="moments of 3 samples came as \\(2, 6, 4, 4\\)"):
         encode_batch(items, collated([item.sample for item in items])["image"], using(Short(), conditions={}))
+
+    class Codes(Counted):
+        stored_as = "indices"
+
     assert FirstStage(Codes(), True).fields == ("indices", "indices_flip")
 
 

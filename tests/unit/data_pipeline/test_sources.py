@@ -8,10 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from data_pipeline.aside import Aside
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.filters import Filters
 from data_pipeline.make_shards import look_through, taken
+from data_pipeline.shards.rejects import Aside
 from data_pipeline.sources.emoji_styles import EmojiStyles, with_article
 from data_pipeline.sources.folder import ImageFolder
 from data_pipeline.sources.openmoji import drawn

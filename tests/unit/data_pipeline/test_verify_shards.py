@@ -26,13 +26,14 @@ from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.images.pixels import to_uint8
-from data_pipeline.index_shards import KnownKeys
 from data_pipeline.loader import read_dataset
 from data_pipeline.look_at_samples import Drawing, evenly, look_at, sheet_of
-from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.shard_checks import KEPT, Findings
 from data_pipeline.shard_notes import Places
-from data_pipeline.shard_writer import ShardWriter, read_index
+from data_pipeline.shards.key_set import KnownKeys
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.tar_index import read_index
+from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.verify_shards import agree, check_encoders, check_set, opened
 from train.models.autoencoder import AutoencoderKL
 from train.weights.saved import load_autoencoder, save_model
@@ -352,7 +353,7 @@ def test_index_of_shards_that_others_wrote(tmp_path):
     """Samples left out and the shard's name before keys are as it should be; another index, or none, is not."""
     from data_pipeline.filters import Filters
     from data_pipeline.index_shards import Index
-    from data_pipeline.shard_writer import scan
+    from data_pipeline.shards.tar_index import scan
 
     shards = []
     index = Index(str(tmp_path), Filters({}), True, 0.9)

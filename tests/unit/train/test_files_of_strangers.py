@@ -29,7 +29,7 @@ from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import LIST, named
 from data_pipeline.common.saved_objects import GROUPS, build, checked
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest
 from train.evaluation.trained_run import SECTIONS, as_the_run_draws, build_network, open_run
 from train.latent_data import LatentFacts
 from train.models.autoencoder import AutoencoderKL

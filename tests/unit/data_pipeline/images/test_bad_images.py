@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from synthetic import tar_of
 
-from data_pipeline import codec
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.images.decode import UNDECODABLE
-from data_pipeline.shard_writer import scan
+from data_pipeline.shards import codec
+from data_pipeline.shards.tar_index import scan
 from data_pipeline.sources.tars import Tars, contents, inspected, tars_in
 
 

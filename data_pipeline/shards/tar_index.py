@@ -1,4 +1,4 @@
-"""One WebDataset tar and its index, whole or not at all; and reading them back."""
+"""Which sample lies where in a tar: by its .idx, or by one pass over it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import io
 import json
 import mmap
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.manifest import Shard, check_size
+from data_pipeline.shards.manifest import Shard, check_size
 
 END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # bytes, all zero
 
@@ -31,45 +30,6 @@ class IndexEntry(NamedTuple):
 
     key: str
     members: dict[str, Member]
-
-
-class ShardWriter:
-    """Collects samples in memory and publishes them as one tar: a shard is some hundred MB at most.
-
-    The same samples give the same bytes: owner, mode and time are fixed.
-    """
-
-    def __init__(self) -> None:
-        import webdataset as wds  # it imports torch: a second that --help and a finished output need not wait
-
-        self.buffer = io.BytesIO()
-        self.tar = wds.TarWriter(self.buffer, user="", group="", mode=0o644, mtime=0, encoder=False)
-        self.count = 0
-
-    def __del__(self) -> None:
-        self.tar.close()  # of a shard that is given up, before its buffer goes: tarfile would complain
-
-    def add(self, key: str, members: Mapping[str, Any]) -> None:
-        """One sample; members by extension, encoded by codec.encode."""
-        encoded = {name: codec.encode(name, value) for name, value in members.items()}
-        self.tar.write({"__key__": key, **encoded})
-        self.count += 1
-
-    def publish(self, root: str | Path, name: str) -> Shard:
-        """Write <root>/<name> and its .idx, each atomically, the tar last."""
-        shard, index, data = self.contents(name)
-        storage.write_atomically(storage.join(root, shard.index_name), index)
-        storage.write_atomically(storage.join(root, name), data)
-        return shard
-
-    def contents(self, name: str) -> tuple[Shard, bytes, bytes]:
-        """Its line in the manifest, and the bytes of index and tar; nothing can be added any more."""
-        self.tar.close()
-        data = self.buffer.getvalue()
-        lines = [json.dumps([e.key, {k: list(m) for k, m in e.members.items()}]) for e in scan(data, name)]
-        index = ("\n".join(lines) + "\n").encode()
-        shard = Shard(name, self.count, len(data), digest_of(data), index_digest(index))
-        return shard, index, data
 
 
 def scan(data: bytes | mmap.mmap, name: str) -> list[IndexEntry]:
@@ -162,14 +122,6 @@ def parse_index(data: bytes, path: str) -> list[IndexEntry]:
         raise DataError(f"index {path} is damaged: delete it, and it is read from the tar instead.") from error
 
 
-def read_whole(root: str | Path, shard: Shard) -> bytes:
-    """All bytes of a shard, which are those that its manifest was written for."""
-    path = storage.join(root, shard.name)
-    data = storage.read_bytes(path, 0, shard.bytes)
-    refuse_other_bytes(data, path, shard)
-    return data
-
-
 def digest_of(data: bytes | mmap.mmap) -> str:
     """sha256, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
@@ -182,20 +134,3 @@ def refuse_other_bytes(data: bytes | mmap.mmap, path: str, shard: Shard) -> None
             f"shard {path} is damaged (its sha256 is not its manifest's): copy it again, or delete it together with "
             "the data set's manifest.json and run what made it."
         )
-
-
-def read_shard(root: str | Path, shard: Shard, fields: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
-    """All samples of a shard, decoded: __key__ and each member (of `fields`; all: None) by extension."""
-    entries = read_index(root, shard)
-    data = read_whole(root, shard)
-    samples = []
-    for entry in entries:
-        sample: dict[str, Any] = {"__key__": entry.key}
-        for name, (offset, length) in entry.members.items():
-            if fields is None or name in fields:
-                try:
-                    sample[name] = codec.decode(name, data[offset : offset + length])
-                except DataError as error:
-                    raise DataError(f"sample {entry.key} of shard {storage.join(root, shard.name)}: {error}") from error
-        samples.append(sample)
-    return samples

@@ -11,14 +11,15 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from data_pipeline import codec
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.images import decode
 from data_pipeline.images.decode import UNDECODABLE, to_rgb
 from data_pipeline.images.resize import centre_square
-from data_pipeline.manifest import Manifest, find_splits
-from data_pipeline.shard_writer import read_index, read_shard, read_whole
+from data_pipeline.shards import codec
+from data_pipeline.shards.manifest import Manifest, find_splits
+from data_pipeline.shards.reader import read_shard, read_whole
+from data_pipeline.shards.tar_index import read_index
 
 
 def test_webdataset_reads_what_we_write(tmp_path, make_images, picture):
@@ -198,7 +199,7 @@ def test_too_many_pixels_and_transparency(monkeypatch):
 
 
 def test_scan_refuses_a_tar_cut_at_a_block(tmp_path, make_images):
-    from data_pipeline.shard_writer import scan
+    from data_pipeline.shards.tar_index import scan
 
     root = make_images(tmp_path / "set", [4])
     data = storage.read_bytes(f"{root}/shards/000000.tar")

@@ -141,32 +141,6 @@ def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> Non
         )
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by their whole names: {"source": {"limit": 1}} is {"source.limit": 1}."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {prefix + name: value}
-    return found
-
-
-def made_otherwise(before: Mapping[str, Any] | None, now: Mapping[str, Any], most: int = 5) -> str:
-    """What differs between the settings that a data set was made with and others, old -> new, in brackets; "": an
-    earlier version made it, which did not write them down."""
-    if before is None:
-        return ""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if not names:
-        return " (by the same options: what input= holds has changed)"
-    shown = [f"{name}: {brief(before.get(name))} -> {brief(now.get(name))}" for name in names[:most]]
-    return f" ({', '.join(shown)}{f', and {len(names) - most} more' if len(names) > most else ''})"
-
-
-def brief(value: Any, most: int = 60) -> str:
-    """A setting in a sentence."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
 def find_splits(root: str | Path) -> dict[str, str]:
     """Name -> path of each data set in `root`: itself ("") or its sub-folders (train, heldout)."""
     if storage.exists(storage.join(root, "manifest.json")):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
@@ -42,3 +44,19 @@ def write_or_remove(root: str | Path, name: str, lines: bytes) -> None:
         storage.write_atomically(path, lines)
     else:
         storage.remove(path)
+
+
+def summary(rows: Iterable[Mapping[str, str]]) -> Counter[str]:
+    """Rows set aside by reason, without what stands in brackets: that differs from sample to sample."""
+    return Counter(row["reason"].partition(" (")[0] for row in rows)
+
+
+def worded(counts: Counter[str], most: int) -> str:
+    """The `most` common reasons, in words."""
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(most))
+
+
+def accounting(processed: int, filtered: Mapping[str, int], aside: Mapping[str, int], listed: int) -> dict[str, Any]:
+    """What a manifest's info says of it: processed + filtered + set aside = listed."""
+    assert processed + sum(filtered.values()) + sum(aside.values()) == listed
+    return {"listed": listed, "processed": processed, "filtered": dict(filtered), "set_aside": dict(aside)}
