@@ -78,7 +78,9 @@ LIST: Mapping[str, Mapping[str, str]] = {
     "classifier": {"NoisyClassifier": f"{_MODELS}.classifier.NoisyClassifier"},
 }
 # What has moved: a module, or a name in it, as files of earlier versions have it -> as LIST has it.
-MOVED: Mapping[str, str] = {}
+MOVED: Mapping[str, str] = {
+    "data_pipeline.filters": "data_pipeline.sources.filters",
+}
 # Hydra's ways to name a function without calling it: conf/ has them for spacings and time samplings.
 GETTERS = ("hydra.utils.get_method", "hydra.utils.get_object", "hydra.utils.get_class")
 _PARTIAL = ("conditioning", "sampling")  # groups that conf/ has with _partial_: true

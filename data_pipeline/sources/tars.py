@@ -14,12 +14,12 @@ from PIL import Image
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.filters import Candidate
 from data_pipeline.images.decode import open_image
 from data_pipeline.images.resize import centre_square, upright_sides
 from data_pipeline.shards import codec
 from data_pipeline.shards.samples import picture_in
 from data_pipeline.shards.tar_index import IndexEntry, Member, scan
+from data_pipeline.sources.filters import Candidate
 from data_pipeline.sources.source import SourceItem
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

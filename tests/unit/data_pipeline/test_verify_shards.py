@@ -351,9 +351,9 @@ def test_a_sample_without_caption_or_with_a_broken_picture(copy):
 
 def test_index_of_shards_that_others_wrote(tmp_path):
     """Samples left out and the shard's name before keys are as it should be; another index, or none, is not."""
-    from data_pipeline.filters import Filters
-    from data_pipeline.index_shards import Index
     from data_pipeline.shards.tar_index import scan
+    from data_pipeline.sources.filters import Filters
+    from data_pipeline.sources.tar_listing import Index
 
     shards = []
     index = Index(str(tmp_path), Filters({}), True, 0.9)

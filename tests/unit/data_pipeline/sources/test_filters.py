@@ -11,7 +11,9 @@ from PIL import Image
 from synthetic import run
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.filters import (
+from data_pipeline.loader import read_dataset
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.sources.filters import (
     Aspect,
     Candidate,
     CaptionLength,
@@ -22,8 +24,6 @@ from data_pipeline.filters import (
     as_number,
     perceptual_hash,
 )
-from data_pipeline.loader import read_dataset
-from data_pipeline.shards.manifest import Manifest
 
 
 def never():

@@ -5,15 +5,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from PIL import Image
 
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.filters import Filters
-from data_pipeline.make_shards import look_through, taken
 from data_pipeline.shards.rejects import Aside
 from data_pipeline.sources.emoji_styles import EmojiStyles, with_article
+from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.folder import ImageFolder
+from data_pipeline.sources.listing import look_through, taken
 from data_pipeline.sources.openmoji import drawn
 from data_pipeline.sources.pairs import Pairs
 from data_pipeline.sources.source import SourceItem
@@ -168,11 +167,11 @@ class Endless:
 
 
 def test_a_source_is_looked_through_item_by_item():
-    cfg = OmegaConf.create({"output": "a", "heldout_every": 10, "filters": {}})
+    options = {"output": "a", "heldout_every": 10, "filters": {}}
     peaks = {}
     for count in (1000, 5000):
         tracemalloc.start()
-        _, listed, heldout = look_through(cfg, Endless(count))
+        _, listed, heldout = look_through(options, Endless(count))
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert (listed, heldout) == (count, count // 10)
