@@ -21,7 +21,7 @@ import torch
 import webdataset as wds
 
 from data_pipeline.common.progress import Progress
-from data_pipeline.loader import Loader
+from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 

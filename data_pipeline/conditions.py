@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import entry_of
 from data_pipeline.encoders import ImageEncoder, TextEncoder
-from data_pipeline.samples import TextStates
+from data_pipeline.loading.batch import TextStates
 
 Sample = Mapping[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data_pipeline.samples import TextStates
+from data_pipeline.loading.batch import TextStates
 
 
 class ImageEncoder(Protocol):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from synthetic import TINY_LATENTS
 
-from data_pipeline.loader import Loader
+from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import Manifest
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.loader import Loader
-from data_pipeline.samples import Batch
+from data_pipeline.loading.batch import Batch
+from data_pipeline.loading.loader import Loader
 
 BAD_STEP = 5
 

@@ -15,7 +15,7 @@ from data_pipeline.encode_shard import ShardReader
 from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
 from data_pipeline.images.aspect_buckets import sizes_of
-from data_pipeline.samples import TextStates
+from data_pipeline.loading.batch import TextStates
 from data_pipeline.shard_notes import Places
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.work_share import Worker

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data_pipeline.samples import Batch
+from data_pipeline.loading.batch import Batch
 from train.objectives.latent_diffusion import LatentDiffusion
 from train.objectives.terms import LossTerms
 from train.randomness import StreamRandom

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import NotNegative, OneOf, Within, refuse_wrong
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading.batch import Batch, DataCursor
 from train.dtype import DTYPES
 from train.flops import of_training
 from train.fragments import Fragment

@@ -22,7 +22,7 @@ from data_pipeline.common.option_checks import (
     refuse_wrong,
     refuse_wrong_values,
 )
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading.batch import Batch, DataCursor
 from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.checkpoint import RESUME, Checkpoints
 from train.checkpoint_files import Places

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from data_pipeline.samples import Batch
+from data_pipeline.loading.batch import Batch
 from train.ranks import Ranks
 from train.train_state import TrainState
 

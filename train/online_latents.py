@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import build
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards.samples import collated
 from train.latent_data import LatentFacts
 

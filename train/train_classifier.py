@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import collated
 from train.ema import Ema

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from data_pipeline.samples import DataCursor
+from data_pipeline.loading.batch import DataCursor
 
 
 @dataclass(slots=True)

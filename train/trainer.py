@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.progress import Progress
-from data_pipeline.samples import Batch
+from data_pipeline.loading.batch import Batch
 from train.bad_numbers import Watch
 from train.checkpoint import Checkpoints
 from train.ema import Ema

@@ -80,6 +80,7 @@ LIST: Mapping[str, Mapping[str, str]] = {
 # What has moved: a module, or a name in it, as files of earlier versions have it -> as LIST has it.
 MOVED: Mapping[str, str] = {
     "data_pipeline.filters": "data_pipeline.sources.filters",
+    "data_pipeline.loader": "data_pipeline.loading.loader",
 }
 # Hydra's ways to name a function without calling it: conf/ has them for spacings and time samplings.
 GETTERS = ("hydra.utils.get_method", "hydra.utils.get_object", "hydra.utils.get_class")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline import loader
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.loader import Loader
-from data_pipeline.samples import Batch
+from data_pipeline.loading import loader
+from data_pipeline.loading.batch import Batch
+from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 

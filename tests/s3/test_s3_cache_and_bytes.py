@@ -16,8 +16,8 @@ from synthetic import started, write_latents
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.loader import Loader
-from data_pipeline.shard_cache import ShardCache, open_shard, seen
+from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.shard_cache import ShardCache, open_shard, seen
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.tar_index import read_index
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards.samples import collated
 from train.diffusion.time_sampling import evenly_spaced
 from train.models.conditioning import ConditionedUNet

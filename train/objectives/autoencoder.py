@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.samples import Batch
+from data_pipeline.loading.batch import Batch
 from train.models.autoencoder import Autoencoder, VQModel
 from train.models.quantizer import usage
 from train.objectives.adversary import Adversary

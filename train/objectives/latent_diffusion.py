@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.samples import Batch
+from data_pipeline.loading.batch import Batch
 from train.diffusion.losses import L2, Uniform
 from train.diffusion.parameterization import Parameterization
 from train.diffusion.process import DiffusionProcess, add_noise, like

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import build
 from data_pipeline.conditions import Hole, ImageEmbedding, Label, Layout, LowResolution, Text, well_formed
-from data_pipeline.samples import TextStates
+from data_pipeline.loading.batch import TextStates
 
 
 class Tools:

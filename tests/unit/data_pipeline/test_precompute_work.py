@@ -30,10 +30,10 @@ from data_pipeline.encoders import OnceEach
 from data_pipeline.images.aspect_buckets import automatic, geometry, sizes_of
 from data_pipeline.images.pixels import psnr
 from data_pipeline.images.resize import centre_square, fitted
-from data_pipeline.loader import read_dataset
+from data_pipeline.loading.batch import TextStates
+from data_pipeline.loading.loader import read_dataset
 from data_pipeline.precompute_latents import clip_for
 from data_pipeline.reuse import base_of
-from data_pipeline.samples import TextStates
 from data_pipeline.shard_notes import Places
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import unusable

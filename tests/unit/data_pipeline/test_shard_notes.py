@@ -8,7 +8,7 @@ from test_precompute_work import Counted, precompute, samples_of, using, write
 from data_pipeline import shard_notes
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.loader import read_dataset
+from data_pipeline.loading.loader import read_dataset
 from data_pipeline.shard_notes import Places, confirmed, finished_record
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.tar_index import digest_of

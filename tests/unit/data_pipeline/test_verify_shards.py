@@ -26,7 +26,7 @@ from data_pipeline.encode_split import Split, encode_split
 from data_pipeline.encoders import OnceEach
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.images.pixels import to_uint8
-from data_pipeline.loader import read_dataset
+from data_pipeline.loading.loader import read_dataset
 from data_pipeline.look_at_samples import Drawing, evenly, look_at, sheet_of
 from data_pipeline.shard_checks import KEPT, Findings
 from data_pipeline.shard_notes import Places

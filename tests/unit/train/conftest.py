@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers or open_clip import torchvision)
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading.batch import Batch, DataCursor
 from train.diffusion.parameterization import Velocity
 from train.diffusion.process import DiscreteVP
 from train.diffusion.time_sampling import uniform

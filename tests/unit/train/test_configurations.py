@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.hydra_messages import top_keys
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading.batch import Batch, DataCursor
 from train.evaluation.generate import Asked, Generator
 from train.evaluation.trained_run import build_network
 from train.latent_data import LatentFacts

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.samples import DataCursor
+from data_pipeline.loading.batch import DataCursor
 from train.ema import Ema, gamma_of
 from train.optim import SCHEDULES, AdamW, Schedule, set_lr
 from train.train_state import TrainState, due

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading.batch import Batch, DataCursor
 from train.engine import Engine, EngineConfig
 from train.flops import peak
 from train.models.unet import UNet

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_pipeline.samples import DataCursor
+from data_pipeline.loading.batch import DataCursor
 from train import trainer
 from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.engine import StepResult

@@ -11,7 +11,7 @@ from PIL import Image
 from synthetic import run
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.loader import read_dataset
+from data_pipeline.loading.loader import read_dataset
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.sources.filters import (
     Aspect,

@@ -11,9 +11,9 @@ from collections import Counter
 
 import pytest
 
-from data_pipeline.loader import Loader
-from data_pipeline.samples import DataCursor
-from data_pipeline.worker_pool import WorkerDied
+from data_pipeline.loading.batch import DataCursor
+from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.worker_pool import WorkerDied
 
 SIZES = [7, 5, 9, 6, 12]  # 39 samples
 STEPS = 120  # of 8: 24 epochs and a bit

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.threads import Ahead
-from data_pipeline.epoch_plan import EpochPlan, Place
-from data_pipeline.sample_reader import SampleReader, pin
-from data_pipeline.samples import Batch, DataCursor, widened
+from data_pipeline.loading.batch import Batch, DataCursor, widened
+from data_pipeline.loading.epoch_plan import EpochPlan, Place
+from data_pipeline.loading.sample_reader import SampleReader, pin
+from data_pipeline.loading.worker_pool import Workers
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.worker_pool import Workers
 
 EPOCHS_A_BATCH = 10  # a sample may well come several times in one, each with noise of its own; more is a slip
 WINDOWS_HELD = 3  # piles of a stream's shards that stay open: two that it is in, and the next

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.epoch_plan import Place
 from data_pipeline.images.decode import IMAGES
-from data_pipeline.shard_cache import RemoteShard, open_shard
+from data_pipeline.loading.array_batch import Layout, not_finite, stacked
+from data_pipeline.loading.epoch_plan import Place
+from data_pipeline.loading.shard_cache import RemoteShard, open_shard
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import as_sample, collated, fields_of, size_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
-from data_pipeline.stored_arrays import Layout, not_finite, stacked
 
 OPENERS = 4  # threads that open shards: a digest takes one thread 0.5 s a GB
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import sample_reader
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.epoch_plan import EpochPlan
-from data_pipeline.loader import Loader, read_dataset
-from data_pipeline.sample_reader import SampleReader
-from data_pipeline.samples import DataCursor
+from data_pipeline.loading import sample_reader
+from data_pipeline.loading.batch import DataCursor
+from data_pipeline.loading.epoch_plan import EpochPlan
+from data_pipeline.loading.loader import Loader, read_dataset
+from data_pipeline.loading.sample_reader import SampleReader
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.tar_index import read_index, refuse_other_bytes
 from data_pipeline.shards.writer import ShardWriter
@@ -175,7 +175,7 @@ def test_a_process_that_leaves_takes_its_workers_with_it(images, tmp_path):
     """Workers ignore TERM, by which Python would end them before it waits for them."""
     script = tmp_path / "leaves.py"
     script.write_text(
-        "from data_pipeline.loader import Loader\n"
+        "from data_pipeline.loading.loader import Loader\n"
         "if __name__ == '__main__':\n"
         f"    batches = iter(Loader({str(images)!r}, 8, 4, num_workers=1))\n"
         "    next(batches)\n"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.epoch_plan import EpochPlan
+from data_pipeline.loading.epoch_plan import EpochPlan
 
 SIZES = [7, 1, 13, 5, 5, 9, 3, 11]  # 54 samples
 

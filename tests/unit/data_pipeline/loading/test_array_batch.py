@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import loader
 from data_pipeline.common.errors import DataError
-from data_pipeline.loader import Loader
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading import loader
+from data_pipeline.loading.array_batch import Layout, empty, not_finite
+from data_pipeline.loading.batch import Batch, DataCursor
+from data_pipeline.loading.loader import Loader
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.stored_arrays import Layout, empty, not_finite
 
 DTYPES = ["float16", "float32", "float64", "int8", "uint8", "int32", "int64"]
 
