@@ -16,14 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.common import storage
-from data_pipeline.common.errors import UserError
-from data_pipeline.conditions import Condition
-from data_pipeline.encode_batch import Encoders
-from data_pipeline.encoders import OnceEach
-from data_pipeline.shards.arrays import DTYPES
-from data_pipeline.shards.manifest import Manifest
-from data_pipeline.storage_plan import (
+from data_pipeline.audit.storage_cost import (
     HEADINGS,
     MEGA,
     Layout,
@@ -36,6 +29,13 @@ from data_pipeline.storage_plan import (
     shard_bytes,
     words,
 )
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.conditions import Condition
+from data_pipeline.encode_batch import Encoders
+from data_pipeline.encoders import OnceEach
+from data_pipeline.shards.arrays import DTYPES
+from data_pipeline.shards.manifest import Manifest
 
 
 def main(cfg: DictConfig) -> None:

@@ -16,13 +16,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_pipeline.common import storage
-from data_pipeline.common.device import chosen_device
-from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.common.progress import Progress
-from data_pipeline.encoders import TextEncoder
-from data_pipeline.look_at_samples import Drawing, Seen, look_at
-from data_pipeline.shard_checks import (
+from data_pipeline.audit.sample_sheet import Drawing, Seen, look_at
+from data_pipeline.audit.shard_checks import (
     AGAIN,
     CHECKS,
     Codes,
@@ -32,6 +27,11 @@ from data_pipeline.shard_checks import (
     check_constants,
     check_shard,
 )
+from data_pipeline.common import storage
+from data_pipeline.common.device import chosen_device
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.progress import Progress
+from data_pipeline.encoders import TextEncoder
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, find_splits
 

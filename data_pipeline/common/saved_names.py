@@ -79,6 +79,7 @@ LIST: Mapping[str, Mapping[str, str]] = {
 }
 # What has moved: a module, or a name in it, as files of earlier versions have it -> as LIST has it.
 MOVED: Mapping[str, str] = {
+    "data_pipeline.conditions": "data_pipeline.encode.conditions",
     "data_pipeline.filters": "data_pipeline.sources.filters",
     "data_pipeline.loader": "data_pipeline.loading.loader",
 }

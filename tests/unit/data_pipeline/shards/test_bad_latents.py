@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from synthetic import tar_of, write_latents
 
+from data_pipeline.audit.shard_checks import Codes, Findings, check_claims, check_constants, check_shard
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.loading.epoch_plan import Place
 from data_pipeline.loading.loader import Loader, read_dataset
 from data_pipeline.loading.sample_reader import SampleReader
-from data_pipeline.shard_checks import Codes, Findings, check_claims, check_constants, check_shard
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.tar_index import scan

@@ -9,18 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from synthetic import run
 
-from data_pipeline.common.entry import CONF
-from data_pipeline.common.errors import UserError
-from data_pipeline.encode_batch import Encoders
-from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Split, encode_split
-from data_pipeline.encoders import OnceEach
-from data_pipeline.images.aspect_buckets import sizes_of
-from data_pipeline.plan_storage import encoders_of, held_against, refuse_impossible, table
-from data_pipeline.shard_notes import Places
-from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.storage_plan import (
+from data_pipeline.audit.storage_cost import (
     HEADINGS,
     Layout,
     Rates,
@@ -35,6 +24,17 @@ from data_pipeline.storage_plan import (
     tar_bytes,
     words,
 )
+from data_pipeline.common.entry import CONF
+from data_pipeline.common.errors import UserError
+from data_pipeline.encode_batch import Encoders
+from data_pipeline.encode_shard import ShardReader
+from data_pipeline.encode_split import Split, encode_split
+from data_pipeline.encoders import OnceEach
+from data_pipeline.images.aspect_buckets import sizes_of
+from data_pipeline.plan_storage import encoders_of, held_against, refuse_impossible, table
+from data_pipeline.shard_notes import Places
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 
 SIDES = (64, 64)
 

@@ -16,6 +16,8 @@ from precompute_process import SMALL, Table
 from synthetic import run
 from test_bad_latents import tar_of
 
+from data_pipeline.audit.sample_sheet import Drawing, evenly, look_at, sheet_of
+from data_pipeline.audit.shard_checks import KEPT, Findings
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
@@ -27,8 +29,6 @@ from data_pipeline.encoders import OnceEach
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.images.pixels import to_uint8
 from data_pipeline.loading.loader import read_dataset
-from data_pipeline.look_at_samples import Drawing, evenly, look_at, sheet_of
-from data_pipeline.shard_checks import KEPT, Findings
 from data_pipeline.shard_notes import Places
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, Shard

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_pipeline.audit.shard_checks import Findings
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.images import pixels
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.images.grid import grid
 from data_pipeline.images.resize import fitted
-from data_pipeline.shard_checks import Findings
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.samples import as_sample, collated, fields_of, picture_in, size_of
