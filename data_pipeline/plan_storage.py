@@ -31,9 +31,9 @@ from data_pipeline.audit.storage_cost import (
 )
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
-from data_pipeline.conditions import Condition
-from data_pipeline.encode_batch import Encoders
-from data_pipeline.encoders import OnceEach
+from data_pipeline.encode.batch_encoder import Encoders
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import Condition, use_clip
 from data_pipeline.shards.arrays import DTYPES
 from data_pipeline.shards.manifest import Manifest
 
@@ -99,10 +99,7 @@ def first_stages(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
 
 def text_encoder(cfg: DictConfig, conditions: Mapping[str, Condition]) -> OnceEach | None:
     """None where no condition needs one; loaded where it is given by a path."""
-    using = [name for name, condition in conditions.items() if condition.uses_clip]
-    if using and cfg.clip.get("path", "") is None:
-        raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
-    return OnceEach(weightless(cfg.clip), 1) if using else None
+    return OnceEach(weightless(cfg.clip), 1) if use_clip(conditions, cfg.clip) else None
 
 
 def weightless(config: DictConfig) -> Any:

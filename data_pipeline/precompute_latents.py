@@ -18,19 +18,21 @@ from data_pipeline.common import storage
 from data_pipeline.common.device import chosen_device, usable_cpus
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.stop_request import StopRequest
-from data_pipeline.conditions import Condition, refuse_text_alone
-from data_pipeline.encode_batch import Encoders
-from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Split, encode_split
-from data_pipeline.encoders import OnceEach, TextEncoder
+from data_pipeline.encode.base_dataset import base_of
+from data_pipeline.encode.batch_encoder import Encoders
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import Condition, refuse_text_alone, use_clip
+from data_pipeline.encode.encoders import TextEncoder
+from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.shard_reader import ShardReader
+from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.workers import worker_of
 from data_pipeline.images.aspect_buckets import sizes_of
-from data_pipeline.reuse import base_of
-from data_pipeline.shard_notes import Places
 from data_pipeline.shards.arrays import DTYPES
 from data_pipeline.shards.manifest import Manifest, find_splits
 from data_pipeline.shards.reader import read_shard
 from data_pipeline.shards.samples import as_sample
-from data_pipeline.work_share import worker_of
 
 
 def main(cfg: DictConfig) -> None:
@@ -66,11 +68,8 @@ def main(cfg: DictConfig) -> None:
 
 def clip_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> TextEncoder | None:
     """The CLIP, where a condition needs one."""
-    using = [name for name, condition in conditions.items() if condition.uses_clip]
-    if not using:
+    if not use_clip(conditions, cfg.clip):
         return None
-    if cfg.clip.path is None:
-        raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
     clip = instantiate(cfg.clip)
     if any(condition.uses_image_tower for condition in conditions.values()):
         refuse_text_alone(clip)  # here, before the output is claimed for it

@@ -31,7 +31,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.device import chosen_device
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.progress import Progress
-from data_pipeline.encoders import TextEncoder
+from data_pipeline.encode.encoders import TextEncoder
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, find_splits
 

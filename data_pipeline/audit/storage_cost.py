@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.encode_batch import Encoders
+from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import DTYPES
 from data_pipeline.shards.tar_index import END_OF_ARCHIVE

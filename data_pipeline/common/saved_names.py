@@ -16,12 +16,12 @@ _LOSSES, _SAMPLERS = "train.diffusion.losses", "train.diffusion.samplers"
 
 LIST: Mapping[str, Mapping[str, str]] = {
     "conditions": {
-        "text": "data_pipeline.conditions.Text",
-        "label": "data_pipeline.conditions.Label",
-        "layout": "data_pipeline.conditions.Layout",
-        "image_embedding": "data_pipeline.conditions.ImageEmbedding",
-        "low_resolution": "data_pipeline.conditions.LowResolution",
-        "hole": "data_pipeline.conditions.Hole",
+        "text": "data_pipeline.encode.conditions.Text",
+        "label": "data_pipeline.encode.conditions.Label",
+        "layout": "data_pipeline.encode.conditions.Layout",
+        "image_embedding": "data_pipeline.encode.conditions.ImageEmbedding",
+        "low_resolution": "data_pipeline.encode.conditions.LowResolution",
+        "hole": "data_pipeline.encode.conditions.Hole",
     },
     "conditioning": {
         "text": f"{_CONDITIONERS}.StoredText",

@@ -47,11 +47,3 @@ class Batch:
 def widened(value: Tensor) -> Tensor:
     """Numbers of any width as float32 or int64."""
     return value.float() if value.is_floating_point() else value.long()
-
-
-@dataclass(frozen=True, slots=True)
-class TextStates:
-    """What a text encoder makes of B captions: tokens (B, T, D), one state a token, and pooled (B, P)."""
-
-    tokens: Tensor
-    pooled: Tensor

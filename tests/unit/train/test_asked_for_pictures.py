@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.conditions import Label, Layout, Text
+from data_pipeline.encode.conditions import Label, Layout, Text
 from data_pipeline.images import decode
 from data_pipeline.images.resize import centre_square
 from train.evaluate_ldm import usable

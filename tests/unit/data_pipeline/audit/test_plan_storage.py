@@ -26,13 +26,14 @@ from data_pipeline.audit.storage_cost import (
 )
 from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
-from data_pipeline.encode_batch import Encoders
-from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Split, encode_split
-from data_pipeline.encoders import OnceEach
+from data_pipeline.encode.batch_encoder import Encoders
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.shard_reader import ShardReader
+from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.plan_storage import encoders_of, held_against, refuse_impossible, table
-from data_pipeline.shard_notes import Places
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 

@@ -21,15 +21,16 @@ from data_pipeline.audit.shard_checks import KEPT, Findings
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
-from data_pipeline.conditions import Text
-from data_pipeline.encode_batch import Encoders
-from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Split, encode_split
-from data_pipeline.encoders import OnceEach
+from data_pipeline.encode.batch_encoder import Encoders
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import Text
+from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.shard_reader import ShardReader
+from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.images.pixels import to_uint8
 from data_pipeline.loading.loader import read_dataset
-from data_pipeline.shard_notes import Places
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.tar_index import read_index

@@ -5,14 +5,14 @@ import json
 import pytest
 from test_precompute_work import Counted, precompute, samples_of, using, write
 
-from data_pipeline import shard_notes
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.encode import latent_shard
+from data_pipeline.encode.latent_shard import Places, confirmed, finished_record
+from data_pipeline.encode.workers import Worker
 from data_pipeline.loading.loader import read_dataset
-from data_pipeline.shard_notes import Places, confirmed, finished_record
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.tar_index import digest_of
-from data_pipeline.work_share import Worker
 
 
 class OtherMachine(Counted):
@@ -59,7 +59,7 @@ def test_whoever_comes_between(images, tmp_path, monkeypatch, name, call):
 
 
 def test_a_tar_whose_worker_died_before_its_note_is_replaced(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_notes, "WAIT_FOR_NOTE", 0.2)
+    monkeypatch.setattr(latent_shard, "WAIT_FOR_NOTE", 0.2)
     precompute(images, tmp_path / "other", using(OtherMachine()))
     precompute(images, tmp_path / "whole", using())
     for ending in ("tar", "idx"):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.conditions import Condition, PlainCondition, Sample, Tools
-from data_pipeline.encoders import ImageEncoder, OnceEach
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import Condition, PlainCondition, Sample, Tools
+from data_pipeline.encode.encoders import ImageEncoder
 from data_pipeline.shards.arrays import as_stored, readable
 
 

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import entry_of
-from data_pipeline.encoders import ImageEncoder, TextEncoder
-from data_pipeline.loading.batch import TextStates
+from data_pipeline.encode.encoders import ImageEncoder, TextEncoder, TextStates
 
 Sample = Mapping[str, Any]
 
@@ -259,6 +258,14 @@ class ImageEmbedding(OfPicture):
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
         refuse_text_alone(tools.text)
         return {"image_embedding": tools.text.encode_image(images)}
+
+
+def use_clip(conditions: Mapping[str, Condition], clip: Mapping[str, Any]) -> bool:
+    """Whether a condition needs a CLIP, by its configuration `clip`; one that is chosen without its path is refused."""
+    using = [name for name, condition in conditions.items() if condition.uses_clip]
+    if using and clip.get("path", "") is None:
+        raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
+    return bool(using)
 
 
 def refuse_text_alone(text: TextEncoder) -> None:

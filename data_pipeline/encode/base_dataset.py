@@ -9,8 +9,8 @@ from typing import Any
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
-from data_pipeline.conditions import Condition
-from data_pipeline.encode_batch import Encoders, FirstStage, Item
+from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item
+from data_pipeline.encode.conditions import Condition
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import DTYPES, narrowed
 from data_pipeline.shards.manifest import Manifest, Shard

@@ -22,25 +22,26 @@ from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_objects import build
 from data_pipeline.common.temp_files import sweep
 from data_pipeline.common.threads import Ahead, Behind, in_order
-from data_pipeline.conditions import Hole, ImageEmbedding, Label, LowResolution, Text
-from data_pipeline.encode_batch import Encoders, FirstStage, Item, encode_batch
-from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Split, encode_split
-from data_pipeline.encoders import OnceEach
+from data_pipeline.encode.base_dataset import base_of
+from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item, encode_batch
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import Hole, ImageEmbedding, Label, LowResolution, Text
+from data_pipeline.encode.encoders import TextStates
+from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.shard_reader import ShardReader
+from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.workers import Worker, worker_of
 from data_pipeline.images.aspect_buckets import automatic, geometry, sizes_of
 from data_pipeline.images.pixels import psnr
 from data_pipeline.images.resize import centre_square, fitted
-from data_pipeline.loading.batch import TextStates
 from data_pipeline.loading.loader import read_dataset
 from data_pipeline.precompute_latents import clip_for
-from data_pipeline.reuse import base_of
-from data_pipeline.shard_notes import Places
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import unusable
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import collated
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.work_share import Worker, worker_of
 from train.latent_data import LatentFacts
 from train.models.autoencoder import AutoencoderKL
 from train.models.conditioning import StoredText

@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 
 from data_pipeline.common.device import chosen_device
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.conditions import Text
-from data_pipeline.encode_batch import Encoders
-from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Split, encode_split
-from data_pipeline.encoders import OnceEach
+from data_pipeline.encode.batch_encoder import Encoders
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import Text
+from data_pipeline.encode.encoders import TextStates
+from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.shard_reader import ShardReader
+from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.images.aspect_buckets import sizes_of
-from data_pipeline.loading.batch import TextStates
 from data_pipeline.loading.loader import read_dataset
-from data_pipeline.shard_notes import Places
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.rejects import Aside
 from data_pipeline.shards.tar_index import read_index

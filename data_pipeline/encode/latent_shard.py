@@ -1,4 +1,6 @@
-"""Where latents go, and how a shard is published: its tars, then the note that it is finished, which say the same.
+"""A latent shard: where it goes, how it is put together, and how it is published.
+
+Its tars come first, then the note that it is finished, which say the same.
 
 Workers that compute alike write the same bytes, and it does not matter who does. Where one has a GPU and one has not,
 the last bits differ: so the first tar under a name stays, its worker's note comes beside it, and the others take both.
@@ -9,16 +11,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.encode.batch_encoder import Encoders, Item, batch_statistics, combined_statistics
+from data_pipeline.shards.arrays import described, unusable
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar_index import digest_of
 from data_pipeline.shards.writer import ShardWriter
 
 WAIT_FOR_NOTE = 10.0  # seconds that another worker, if it lives, has to write its note after its tar
 Record = dict[str, Any]
+Rejected = tuple[int, str, str]  # position in the shard, key, reason
 
 
 class Places(NamedTuple):
@@ -124,3 +132,59 @@ def confirmed(places: Places, shards: Sequence[Shard], records: Mapping[str, Rec
                     f"{places.note(shard)} and start precompute again."
                 )
     return now
+
+
+class Build:
+    """The latent shards, one a bucket, that an image-text shard becomes."""
+
+    def __init__(self, shard: Shard, encoders: Encoders) -> None:
+        self.shard, self.image, self.dtype = shard, encoders.image, encoders.dtype
+        self.writers: dict[str, ShardWriter] = {}
+        self.statistics: dict[str, list[dict[str, Any]]] = {}
+        self.fields: dict[str, dict[str, Any]] = {}
+        self.rejected: list[Rejected] = []
+        self.copied = 0  # samples whose picture was not encoded, as a base has what it would become
+        self.noted: dict[str, Any] | None = None
+
+    def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
+        """Put encoded samples of one bucket into its tar, in memory; returns those whose values can't be used."""
+        self.copied += sum("image" not in item.sample for item in items)
+        codes = len(self.image.codebook) if self.image.stored_as == "indices" else None
+        bad = [(items[row].position, items[row].sample["key"], why) for row, why in unusable(stored, codes, self.dtype)]
+        self.rejected += bad
+        dropped = {position for position, _, _ in bad}
+        rows = [row for row, item in enumerate(items) if item.position not in dropped]
+        if rows:
+            self._write(items, stored, rows)
+        return bad
+
+    def _write(self, items: Sequence[Item], stored: dict[str, np.ndarray], rows: list[int]) -> None:
+        bucket, latents = items[0].bucket, stored[self.image.stored_as]
+        writer = self.writers.setdefault(bucket, ShardWriter())
+        for row in rows:
+            sample = items[row].sample
+            members = {f"{name}.npy": values[row] for name, values in stored.items()}
+            writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
+        kept = latents if len(rows) == len(items) else latents[rows]
+        self.statistics.setdefault(bucket, []).append(batch_statistics(self.image, kept))
+        self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
+
+    def publish(self, places: Places) -> dict[str, Any]:
+        """Write its tars, and then the note that the shard is finished, which is returned; another's, if that came
+        first."""
+        record = published(places, self.shard, self.writers, self._note)
+        self.writers = {}  # some hundred MB
+        return record
+
+    def _note(self, lines: Mapping[str, Shard]) -> dict[str, Any]:
+        sets = {
+            bucket: {
+                "shard": asdict(line),
+                "latents": combined_statistics(self.statistics[bucket]),
+                "fields": self.fields[bucket],
+            }
+            for bucket, line in lines.items()
+        }
+        aside = [{"key": key, "reason": reason} for _, key, reason in sorted(self.rejected)]
+        self.noted = {"listed": self.shard.samples, "aside": aside, "sets": sets}
+        return self.noted

@@ -1,34 +1,29 @@
-"""Image-text shards read ahead as batches to encode, and the latent shards that are made of them."""
+"""Image-text shards read ahead as batches to encode."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.threads import Ahead, in_order
-from data_pipeline.encode_batch import Encoders, Item, batch_statistics, combined_statistics
+from data_pipeline.encode.base_dataset import Base, BaseShard
+from data_pipeline.encode.batch_encoder import Encoders, Item
+from data_pipeline.encode.latent_shard import Rejected
 from data_pipeline.images.aspect_buckets import Sizes, geometry
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.images.resize import Sides, fitted
-from data_pipeline.reuse import Base, BaseShard
-from data_pipeline.shard_notes import Places, published
 from data_pipeline.shards import codec
-from data_pipeline.shards.arrays import described, unusable
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.reader import read_whole
 from data_pipeline.shards.samples import as_sample, collated, picture_in
 from data_pipeline.shards.tar_index import IndexEntry, read_index
-from data_pipeline.shards.writer import ShardWriter
-
-Rejected = tuple[int, str, str]  # position in the shard, key, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,59 +167,3 @@ def part_of(items: list[Item], rejected: list[Rejected]) -> Part:
     """With the pictures put together: here, in the thread that decodes."""
     pictures = [{"key": i.sample["key"], "image": i.sample["image"]} for i in items if "image" in i.sample]
     return Part(items, collated(pictures)["image"] if pictures else None, rejected)
-
-
-class Build:
-    """The latent shards, one a bucket, that an image-text shard becomes."""
-
-    def __init__(self, shard: Shard, encoders: Encoders) -> None:
-        self.shard, self.image, self.dtype = shard, encoders.image, encoders.dtype
-        self.writers: dict[str, ShardWriter] = {}
-        self.statistics: dict[str, list[dict[str, Any]]] = {}
-        self.fields: dict[str, dict[str, Any]] = {}
-        self.rejected: list[Rejected] = []
-        self.copied = 0  # samples whose picture was not encoded, as a base has what it would become
-        self.noted: dict[str, Any] | None = None
-
-    def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
-        """Put encoded samples of one bucket into its tar, in memory; returns those whose values can't be used."""
-        self.copied += sum("image" not in item.sample for item in items)
-        codes = len(self.image.codebook) if self.image.stored_as == "indices" else None
-        bad = [(items[row].position, items[row].sample["key"], why) for row, why in unusable(stored, codes, self.dtype)]
-        self.rejected += bad
-        dropped = {position for position, _, _ in bad}
-        rows = [row for row, item in enumerate(items) if item.position not in dropped]
-        if rows:
-            self._write(items, stored, rows)
-        return bad
-
-    def _write(self, items: Sequence[Item], stored: dict[str, np.ndarray], rows: list[int]) -> None:
-        bucket, latents = items[0].bucket, stored[self.image.stored_as]
-        writer = self.writers.setdefault(bucket, ShardWriter())
-        for row in rows:
-            sample = items[row].sample
-            members = {f"{name}.npy": values[row] for name, values in stored.items()}
-            writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
-        kept = latents if len(rows) == len(items) else latents[rows]
-        self.statistics.setdefault(bucket, []).append(batch_statistics(self.image, kept))
-        self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
-
-    def publish(self, places: Places) -> dict[str, Any]:
-        """Write its tars, and then the note that the shard is finished, which is returned; another's, if that came
-        first."""
-        record = published(places, self.shard, self.writers, self._note)
-        self.writers = {}  # some hundred MB
-        return record
-
-    def _note(self, lines: Mapping[str, Shard]) -> dict[str, Any]:
-        sets = {
-            bucket: {
-                "shard": asdict(line),
-                "latents": combined_statistics(self.statistics[bucket]),
-                "fields": self.fields[bucket],
-            }
-            for bucket, line in lines.items()
-        }
-        aside = [{"key": key, "reason": reason} for _, key, reason in sorted(self.rejected)]
-        self.noted = {"listed": self.shard.samples, "aside": aside, "sets": sets}
-        return self.noted
