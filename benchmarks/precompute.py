@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_pipeline.buckets import sizes_of
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +27,8 @@ from data_pipeline.common.threads import Ahead, Behind
 from data_pipeline.encode import shard_reader, split_encoder
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 from train.models.autoencoder import AutoencoderKL
@@ -101,7 +102,7 @@ def images_per_second(root: Path, image: Any, threads: bool) -> float:
         shard_reader.in_order = lambda pool, function, items, ahead: map(function, items)
     else:
         shard_reader.in_order = IN_ORDER
-    split = Split("", Manifest.load(root / "pictures"), split_encoder.Places(str(output)), reader)
+    split = Split("", Manifest.load(root / "pictures"), Places(str(output)), reader)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         split_encoder.encode_split(split)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,6 +33,8 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.hydra_messages import advice, reworded, top_keys
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
+# Hydra composes everything once more, only to read hydra.mode: half a second. Without it --multirun decides.
+Hydra.get_mode = lambda *_, **__: None
 
 
 def start_entry(module: str) -> NoReturn:

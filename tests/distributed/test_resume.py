@@ -130,7 +130,7 @@ def test_random_ranks_killed_at_random_moments(latents: Path, undisturbed: Path,
         assert (output / last / name).read_bytes() == (undisturbed / last / name).read_bytes()
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_begun_where_there_is_bf16_a_run_goes_on_in_it_elsewhere_bit_for_bit(
     latents: Path, tmp_path: Path, stage: int
 ) -> None:

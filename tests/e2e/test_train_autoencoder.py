@@ -24,6 +24,7 @@ SHORT = [
 ADVERSARY = [
     "objective/adversary=patchgan", "objective.adversary.start=10", "objective.adversary.discriminator.channels=32",
 ]  # fmt: skip
+DTYPES = ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)]  # a minute on a CPU without bf16
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def train(shards: Path, output: Path, *options: str, ranks: int = 2, check: bool
     return [row for row in metric_rows(output) if "loss" in row]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])  # slow without bf16
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_adversarial_training_at_two_ranks(shards: Path, tmp_path: Path, dtype: str) -> None:
     rows = train(shards, tmp_path / "run", *ADVERSARY, "training.steps=30", f"engine.dtype={dtype}")
     assert len(rows) == 30
@@ -73,9 +74,10 @@ def test_partitioned_codebook(shards: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose([row[name] for row in rows], expected, rtol=1e-4, err_msg=name)
 
 
-def test_resumed_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resumed_bit_for_bit(shards: Path, tmp_path: Path, dtype: str) -> None:
     options = [*ADVERSARY, "autoencoder=vq_f4_demo", "objective.adversary.start=3", "training.save_every=6"]
-    options += ["engine.dtype=bf16"]
+    options += [f"engine.dtype={dtype}"]
     whole = train(shards, tmp_path / "whole", *options, "training.steps=12")
     train(shards, tmp_path / "parts", *options, "training.steps=6")
     parts = train(shards, tmp_path / "parts", *options, "training.steps=12", "training.resume=must")

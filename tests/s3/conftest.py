@@ -20,6 +20,7 @@ from fault_proxy import FaultProxy
 from data_pipeline.common import s3 as s3
 
 ANYTHING = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+PAGE = 50  # objects that moto lists at once: S3 lists a thousand
 NO_OTHERS = (
     "AWS_PROFILE",
     "AWS_SESSION_TOKEN",
@@ -36,6 +37,7 @@ class Server(NamedTuple):
     port: int
     key: str
     secret: str
+    page: int = 1000  # objects that it lists at once
 
     def client(self, service: str = "s3"):
         """Past the proxy, and by another library than the one that is tested."""
@@ -59,7 +61,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code],
-            env={**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "3"},  # what it takes to make a key
+            # The requests that making a key takes, and few objects a page of a listing, so that there are several.
+            env={**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "3", "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)},
             stdout=output,
             stderr=output,
         )
@@ -69,7 +72,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         iam.create_user(UserName="trainer")
         made = iam.create_access_key(UserName="trainer")["AccessKey"]
         iam.put_user_policy(UserName="trainer", PolicyName="all", PolicyDocument=json.dumps(ANYTHING))
-        yield Server(port, made["AccessKeyId"], made["SecretAccessKey"])
+        yield Server(port, made["AccessKeyId"], made["SecretAccessKey"], PAGE)
     finally:
         process.kill()
         process.wait()

@@ -33,13 +33,13 @@ def test_what_is_written_is_read(bucket, proxy):
 
 
 def test_folders_and_sizes_come_of_listings(bucket, server, proxy):
-    client = server.client()
-    with ThreadPoolExecutor(8) as pool:  # one more than a page holds
+    client, number = server.client(), server.page + 1
+    with ThreadPoolExecutor(8) as pool:
         put = functools.partial(client.put_object, Bucket=bucket)
-        list(pool.map(lambda n: put(Key=f"set/shards/{n:06d}.tar", Body=b"x" * (n % 3)), range(1001)))
+        list(pool.map(lambda n: put(Key=f"set/shards/{n:06d}.tar", Body=b"x" * (n % 3)), range(number)))
     client.put_object(Bucket=bucket, Key="set/manifest.json", Body=b"{}")
     sizes = storage.sizes(f"s3://{bucket}/set/shards")
-    assert sizes == {f"{number:06d}.tar": number % 3 for number in range(1001)}
+    assert sizes == {f"{n:06d}.tar": n % 3 for n in range(number)}
     assert len(proxy.requests) == 2
     assert storage.files(f"s3://{bucket}/set", ".json") == ["manifest.json"]
     assert storage.subfolders(f"s3://{bucket}/set/") == ["shards"]

@@ -41,6 +41,7 @@ TIMES = {"write_first": 6, "write_atomically": 3, "size_if_there": 4}  # of thre
 @pytest.mark.parametrize(("name", "call"), [(name, call) for name, count in TIMES.items() for call in range(count)])
 def test_whoever_comes_between(images, tmp_path, monkeypatch, name, call):
     """While one worker is at its `call`-th look or write, another makes all shards."""
+    monkeypatch.setattr(latent_shard, "WAIT_FOR_NOTE", 0.2)
     real, calls = getattr(storage, name), []
 
     def interrupted(path, *data):
