@@ -23,8 +23,8 @@ import psutil
 import torch
 from training_on_noise import batches, engine
 
+from train.distributed.ranks import find_ranks
 from train.ema import Ema
-from train.ranks import find_ranks
 from train.reporters import JsonLines, Reporters, WeightsAndBiases
 from train.train_state import TrainState, due
 from train.trainer import Meter

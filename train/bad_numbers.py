@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
+from train.distributed.collectives import gathered_objects
+from train.distributed.ranks import Ranks
 from train.engine import StepResult
-from train.ranks import Ranks, gathered_objects
 from train.train_state import TrainState
 
 log = logging.getLogger(__name__)

@@ -30,10 +30,11 @@ from data_pipeline.common.saved_names import named
 from train.checkpoint_files import STEP, Found, Places, look, part_name, step_of
 from train.checkpoint_stores import store_of
 from train.checkpoint_writer import Writer, Writing
+from train.distributed.collectives import barrier, broadcast_object, gathered_objects
+from train.distributed.ranks import Ranks
 from train.ema import Ema
 from train.engine import Engine
 from train.fragments import Copies, copied_pieces, files_needed, fill
-from train.ranks import Ranks, barrier, broadcast_object, gathered_objects
 from train.tensor_files import Header
 from train.train_state import TrainState
 

@@ -18,8 +18,9 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from train.checkpoint_files import Facts, Places, complete_checkpoints, part_name, step_of
 from train.checkpoint_stores import OWNER, Store
+from train.distributed.collectives import broadcast_object
+from train.distributed.ranks import Ranks
 from train.fragments import gathered
-from train.ranks import Ranks, broadcast_object
 from train.tensor_files import facts_read_back, save_tensors
 
 PATIENCE_S = 1800.0  # for the slowest rank's part

@@ -13,7 +13,8 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import OneOf, refuse_wrong_values
 from train.checkpoint_files import Places, newest_whole
-from train.ranks import Ranks, broadcast_object, gathered_objects
+from train.distributed.collectives import broadcast_object, gathered_objects
+from train.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -21,11 +21,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import NotNegative, OneOf, Within, refuse_wrong
 from data_pipeline.loading.batch import Batch, DataCursor
+from train.distributed.ranks import Ranks
 from train.dtype import DTYPES
 from train.flops import of_training
 from train.fragments import Fragment
 from train.optim import AdamW, set_lr
-from train.ranks import Ranks
 
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scaler
 OFFLOAD = ("none", "optimizer", "all")

@@ -26,13 +26,14 @@ from data_pipeline.loading.batch import Batch, DataCursor
 from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.checkpoint import RESUME, Checkpoints
 from train.checkpoint_files import Places
+from train.distributed.collectives import broadcast_object
+from train.distributed.preemption import Preemption
+from train.distributed.ranks import Ranks
 from train.dtype import settled
 from train.ema import Ema, gamma_of
 from train.engine import Engine, EngineConfig
 from train.heartbeat import Heart, Heartbeat
 from train.optim import AdamW
-from train.preemption import Preemption
-from train.ranks import Ranks, broadcast_object
 from train.reporters import Reporter
 from train.run_folder import RunFolder
 from train.train_state import TrainState

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from data_pipeline.loading.batch import Batch
-from train.ranks import Ranks
+from train.distributed.ranks import Ranks
 from train.train_state import TrainState
 
 HUNG = 76

@@ -22,8 +22,9 @@ from data_pipeline.common.saved_names import named
 from data_pipeline.common.storage import is_s3, write_atomically
 from train.checkpoint_files import Places
 from train.checkpoint_stores import refuse_other_owner
-from train.preemption import Preempted
-from train.ranks import Ranks, broadcast_object
+from train.distributed.collectives import broadcast_object
+from train.distributed.preemption import Preempted
+from train.distributed.ranks import Ranks
 from train.reporters import JsonLines, Reporters, WeightsAndBiases, read_metrics
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.images.pixels import from_uint8
 from data_pipeline.shards.manifest import Manifest
+from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves
 from train.fitting import Recipe, fit
 from train.models.clip import CLIP
-from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
 from train.train_state import TrainState

@@ -24,6 +24,7 @@ from data_pipeline.common.saved_objects import read_config
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import collated
+from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.dtype import DTYPES
 from train.ema import Ema
 from train.engine import Engine
@@ -37,7 +38,6 @@ from train.models.attention import attention_backend
 from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
 from train.online_latents import OnlineLatents, first_batches
-from train.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
 from train.train_state import TrainState

@@ -18,12 +18,12 @@ from data_pipeline.common.progress import Progress
 from data_pipeline.loading.batch import Batch
 from train.bad_numbers import Watch
 from train.checkpoint import Checkpoints
+from train.distributed.collectives import barrier, mean_over_ranks
+from train.distributed.preemption import Preempted, Preemption
 from train.ema import Ema
 from train.engine import Engine, StepResult
 from train.flops import peak
 from train.heartbeat import Heart
-from train.preemption import Preempted, Preemption
-from train.ranks import barrier, mean_over_ranks
 from train.reporters import Reporter
 from train.train_state import TrainState, due
 

@@ -21,11 +21,11 @@ from train import checkpoint, checkpoint_writer
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import Places, complete_checkpoints, ema_weights
 from train.checkpoint_stores import InBucket
+from train.distributed.ranks import Ranks
 from train.ema import Ema
 from train.engine import EngineConfig
 from train.fragments import Fragment
 from train.posthoc_ema import find_snapshots, rebuilt
-from train.ranks import Ranks
 from train.run_folder import RunFolder
 from train.train_state import TrainState
 

@@ -10,9 +10,10 @@ import torch
 from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards.samples import collated
 from train.diffusion.time_sampling import evenly_spaced
+from train.distributed.collectives import mean_over_ranks
+from train.distributed.ranks import Ranks
 from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import LatentDiffusion
-from train.ranks import Ranks, mean_over_ranks
 from train.reporters import Reporter
 from train.train_state import TrainState
 

@@ -19,12 +19,12 @@ from data_pipeline.common.errors import UserError
 from train import checkpoint_writer, tensor_files
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import is_as_written
+from train.distributed.ranks import Ranks
 from train.ema import Ema
 from train.engine import EngineConfig
 from train.fitting import Recipe, Training
 from train.fragments import Fragment
 from train.optim import AdamW, Schedule
-from train.ranks import Ranks
 from train.train_state import TrainState
 
 

@@ -12,8 +12,8 @@ import torch
 import train.dtype
 from data_pipeline.common.errors import UserError
 from train.checkpoint_files import Places
+from train.distributed.ranks import Ranks
 from train.dtype import Chosen, Saved, best_here, by_machine, common, kept, of_cpu, settled
-from train.ranks import Ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SAPPHIRE_RAPIDS = {"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": True}
@@ -137,7 +137,7 @@ import torch.distributed as dist
 from pathlib import Path
 from train.checkpoint_files import Places
 from train.dtype import settled
-from train.ranks import Ranks
+from train.distributed.ranks import Ranks
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 engine = {"dtype": "auto", "zero_stage": 1, "offload": "none"}

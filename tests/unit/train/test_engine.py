@@ -10,12 +10,12 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.loading.batch import Batch, DataCursor
+from train.distributed.ranks import find_ranks
 from train.engine import Engine, EngineConfig
 from train.flops import peak
 from train.models.unet import UNet
 from train.objectives.terms import LossTerms
 from train.optim import AdamW, Schedule
-from train.ranks import find_ranks
 
 BATCH = 4
 

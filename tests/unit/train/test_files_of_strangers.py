@@ -30,12 +30,12 @@ from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import LIST, named
 from data_pipeline.common.saved_objects import GROUPS, build, checked
 from data_pipeline.shards.manifest import Manifest
+from train.distributed.ranks import Ranks
 from train.evaluation.trained_run import SECTIONS, as_the_run_draws, build_network, open_run
 from train.latent_data import LatentFacts
 from train.models.autoencoder import AutoencoderKL
 from train.models.classifier import NoisyClassifier
 from train.models.clip import CLIP
-from train.ranks import Ranks
 from train.train_ldm import train
 from train.weights.published import load_weights
 from train.weights.saved import load_autoencoder, load_classifier, load_clip, save_model

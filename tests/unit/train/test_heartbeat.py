@@ -9,8 +9,8 @@ import pytest
 import torch
 from synthetic import run
 
+from train.distributed.ranks import Ranks
 from train.heartbeat import HUNG, Heart, Heartbeat, Sign, read_signs, slowest
-from train.ranks import Ranks
 from train.train_state import TrainState
 
 NOW = 1000.0
@@ -78,7 +78,7 @@ HANG = """
 import sys, time, torch
 from pathlib import Path
 from train.heartbeat import Heartbeat
-from train.ranks import Ranks
+from train.distributed.ranks import Ranks
 folder, phase, world_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 with Heartbeat(folder, Ranks(0, world_size, 0, torch.device("cpu")), 2.0) as heart:
     heart.beat(phase, 7)

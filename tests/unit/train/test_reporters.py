@@ -11,7 +11,7 @@ import torch
 import wandb
 
 from train import reporters
-from train.ranks import Ranks
+from train.distributed.ranks import Ranks
 from train.reporters import WeightsAndBiases, rows_by_step
 from train.run_folder import RunFolder
 

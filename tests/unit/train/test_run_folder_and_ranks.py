@@ -17,8 +17,9 @@ import torch.distributed as dist
 import wandb
 
 from data_pipeline.common.errors import UserError
-from train import ranks, reporters, run_folder
-from train.ranks import Ranks, closing_distributed, find_ranks
+from train import reporters, run_folder
+from train.distributed import ranks
+from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.reporters import WeightsAndBiases
 from train.run_folder import RunFolder
 

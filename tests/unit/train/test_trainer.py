@@ -9,8 +9,8 @@ import torch
 from data_pipeline.loading.batch import DataCursor
 from train import trainer
 from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
+from train.distributed.ranks import Ranks
 from train.engine import StepResult
-from train.ranks import Ranks
 from train.reporters import JsonLines, read_metrics
 from train.train_state import TrainState
 from train.trainer import Action, Cadence, Meter, Trainer
