@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from data_pipeline.loading.batch import Batch
 from data_pipeline.loading.loader import Loader
-from train.randomness import generator_at
+from train.diffusion.randomness import generator_at
 
 pytestmark = pytest.mark.processes
 

@@ -17,11 +17,11 @@ from train.diffusion.denoiser import Denoiser, NetworkDenoiser
 from train.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from train.diffusion.parameterization import Parameterization
 from train.diffusion.process import DiffusionProcess
+from train.diffusion.randomness import generator_at
 from train.diffusion.samplers import uniform_times
 from train.models.classifier import NoisyClassifier
 from train.models.conditioning import ConditionedUNet, Conditioning
 from train.models.latents import LatentScaling
-from train.randomness import generator_at
 
 
 @dataclass(frozen=True, slots=True)

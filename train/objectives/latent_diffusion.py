@@ -12,11 +12,11 @@ from data_pipeline.loading.batch import Batch
 from train.diffusion.losses import L2, Uniform
 from train.diffusion.parameterization import Parameterization
 from train.diffusion.process import DiffusionProcess, add_noise, like
+from train.diffusion.randomness import StreamRandom, generator_at
 from train.diffusion.time_sampling import stratified
 from train.models.conditioning import ConditionedUNet, Conditioning
 from train.models.latents import StoredLatents
 from train.objectives.terms import LossTerms
-from train.randomness import StreamRandom, generator_at
 
 Weighting = Callable[[Tensor, Tensor, Parameterization], Tensor]  # alpha (B,), sigma (B,) -> (B,)
 

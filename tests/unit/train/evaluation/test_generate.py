@@ -66,7 +66,7 @@ def test_pictures_depend_on_seed_place_prompt_and_guidance(generator, text):
 
 def test_a_drawn_picture_is_the_sampler_written_out(generator, text, null):
     """Guided Euler on rectified flow, step by step, from the same noise."""
-    from train.randomness import generator_at
+    from train.diffusion.randomness import generator_at
 
     got = generator.draw(text, Sampler(sample_euler, 4), guidance=Guidance(2.5), seed=9)
     x = torch.stack([torch.randn(16, 4, 4, generator=generator_at("cpu", 9, i, "start")) for i in range(4)])

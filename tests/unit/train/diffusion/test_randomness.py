@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from train.randomness import StreamRandom, generator_at
+from train.diffusion.randomness import StreamRandom, generator_at
 
 CPU = torch.device("cpu")
 
