@@ -28,7 +28,7 @@ WORLD = (
     "train.evaluate_ldm", "train.export_diffusers", "train.rebuild_ema", "train.replay_metrics",
     "train.online_latents", "train.weights.published", "train.engine", "data_pipeline.precompute_latents",
     "data_pipeline.make_shards", "data_pipeline.index_shards", "data_pipeline.verify_shards",
-    "data_pipeline.plan_storage", "data_pipeline.loading.worker_pool", "train.torchvision_beside_cpu_torch",
+    "data_pipeline.plan_storage", "data_pipeline.loading.worker_pool", "train.models.torchvision_patch",
     "webdataset", "s3fs", "wandb", "matplotlib.pyplot", "safetensors.torch",
     # What they import at the first use:
     "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "omegaconf._impl",

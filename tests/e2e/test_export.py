@@ -10,7 +10,7 @@ import pytest
 import torch
 from synthetic import run, write_splits
 
-import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers imports torchvision)
+import train.models.torchvision_patch  # noqa: F401  (before diffusers imports torchvision)
 from data_pipeline.common.saved_objects import build
 from data_pipeline.shards.manifest import Manifest
 from train.diffusion.randomness import generator_at

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers or open_clip import torchvision)
+import train.models.torchvision_patch  # noqa: F401  (before diffusers or open_clip import torchvision)
 from data_pipeline.loading.batch import Batch, DataCursor
 from train.diffusion.parameterization import Velocity
 from train.diffusion.process import DiscreteVP

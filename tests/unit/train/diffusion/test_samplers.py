@@ -11,7 +11,7 @@ from covering import covering
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers imports torchvision)
+import train.models.torchvision_patch  # noqa: F401  (before diffusers imports torchvision)
 from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
 from train.diffusion import samplers
