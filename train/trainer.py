@@ -72,7 +72,7 @@ class Trainer:
         self.meter = Meter(batch_size)
 
     def fit(self) -> None:
-        """Train to the end, or to a signal: then save, and leave with preemption.EXIT_CODE.
+        """Train to the end, or to a signal: then save, and leave with stop_request.EXIT_CODE.
 
         NumbersWentBad is raised by all ranks at once.
         """

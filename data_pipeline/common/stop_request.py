@@ -9,7 +9,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL: start me again; slurm/task.sh knows it
 
 
 class Stopped(SystemExit):
-    """Raised when a worker was asked to stop, and wants to be started again."""
+    """Raised when a process was asked to stop, and wants to be started again."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
@@ -21,7 +21,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # a launcher hands USR1 over as TERM
+            # A launcher that ignores USR1 for us hands it over as TERM; our children must inherit the ignoring.
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

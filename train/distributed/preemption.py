@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
-
 import torch
 import torch.distributed as dist
 
-EXIT_CODE = 75  # EX_TEMPFAIL: start me again
+from data_pipeline.common.stop_request import Stopped, StopRequest
+
 CHECK_EVERY = 10  # steps between asking the other ranks; it costs a host sync
 
 
-class Preemption:
+class Preemption(StopRequest):
     """Remembers the signal; `agreed(step)` is the same on all ranks, so that all stop at the same step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            # A launcher that ignores USR1 for us hands it over as TERM; our children must inherit the ignoring.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
 
     def agreed(self, step: int, device: torch.device) -> bool:
         """Whether any rank was asked to stop; between checks, false."""
@@ -36,8 +24,5 @@ class Preemption:
         return bool(flag)
 
 
-class Preempted(SystemExit):
+class Preempted(Stopped):
     """Raised when the state is saved and the run wants to be started again."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
