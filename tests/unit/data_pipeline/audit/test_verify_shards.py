@@ -13,8 +13,7 @@ import webdataset as wds
 from moto.server import ThreadedMotoServer
 from PIL import Image
 from precompute_process import SMALL, Table
-from synthetic import run
-from test_bad_latents import tar_of
+from synthetic import run, tar_of
 
 from data_pipeline.audit.sample_sheet import Drawing, evenly, look_at, sheet_of
 from data_pipeline.audit.shard_checks import KEPT, Findings
