@@ -24,9 +24,9 @@ import torch
 from training_on_noise import batches, engine
 
 from train.distributed.ranks import find_ranks
-from train.ema import Ema
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState, due
 from train.reporters import JsonLines, Reporters, WeightsAndBiases
-from train.train_state import TrainState, due
 from train.trainer import Meter
 
 WAYS = ("without", "offline", "swallowed")

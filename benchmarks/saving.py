@@ -21,8 +21,8 @@ from training_on_noise import batches, engine
 from train.checkpoint import Checkpoints
 from train.distributed.collectives import barrier, gathered_objects
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.ema import Ema
-from train.train_state import TrainState
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
 
 STEPS = 4  # between saves, at least
 

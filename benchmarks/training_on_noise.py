@@ -12,12 +12,13 @@ from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow
 from train.diffusion.time_sampling import uniform
 from train.distributed.ranks import Ranks
-from train.engine import Engine, EngineConfig
+from train.engine.config import EngineConfig
+from train.engine.deepspeed_engine import Engine
+from train.engine.optimizer import AdamW, Schedule
 from train.latent_data import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
 from train.objectives.latent_diffusion import LatentDiffusion
-from train.optim import AdamW, Schedule
 
 SHAPES = {"moments": (8, 16, 16), "text": (16, 192), "pooled": (128,)}
 

@@ -26,8 +26,8 @@ from train.diffusion import samplers
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import CosineVP, DiffusionProcess, RectifiedFlow, log_snr, time_at_noise
 from train.diffusion.time_sampling import stratified
-from train.ema import Ema
-from train.optim import SCHEDULES, Schedule
+from train.engine.ema import Ema
+from train.engine.optimizer import SCHEDULES, Schedule
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

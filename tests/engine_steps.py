@@ -22,12 +22,13 @@ from train.diffusion.process import RectifiedFlow
 from train.diffusion.time_sampling import uniform
 from train.distributed.collectives import mean_over_ranks
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.engine import Engine, EngineConfig
+from train.engine.config import EngineConfig
+from train.engine.deepspeed_engine import Engine
+from train.engine.optimizer import AdamW, Schedule
 from train.latent_data import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
 from train.objectives.latent_diffusion import LatentDiffusion
-from train.optim import AdamW, Schedule
 from train.tensor_files import save_tensors
 
 SEED, BATCH, STREAMS, STEPS, DROPOUT = 3, 32, 16, 2, 0.3

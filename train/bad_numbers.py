@@ -14,8 +14,8 @@ from typing import Any
 from data_pipeline.common.errors import UserError
 from train.distributed.collectives import gathered_objects
 from train.distributed.ranks import Ranks
-from train.engine import StepResult
-from train.train_state import TrainState
+from train.engine.deepspeed_engine import StepResult
+from train.engine.train_state import TrainState
 
 log = logging.getLogger(__name__)
 

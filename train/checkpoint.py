@@ -32,11 +32,11 @@ from train.checkpoint_stores import store_of
 from train.checkpoint_writer import Writer, Writing
 from train.distributed.collectives import barrier, broadcast_object, gathered_objects
 from train.distributed.ranks import Ranks
-from train.ema import Ema
-from train.engine import Engine
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
 from train.fragments import Copies, copied_pieces, files_needed, fill
 from train.tensor_files import Header
-from train.train_state import TrainState
 
 log = logging.getLogger(__name__)
 RESUME = ("auto", "must", "never")

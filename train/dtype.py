@@ -15,9 +15,9 @@ from data_pipeline.common.option_checks import OneOf, refuse_wrong_values
 from train.checkpoint_files import Places, newest_whole
 from train.distributed.collectives import broadcast_object, gathered_objects
 from train.distributed.ranks import Ranks
+from train.engine.config import DTYPES
 
 log = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = ("auto", *DTYPES)
 LEAST_FIRST = ("fp32", "fp16", "bf16")  # a machine that is best in one can do those before it
 STAND_IN = "LDT_CPU_BF16"  # 0 or 1: take this CPU for one without or with bf16 instructions, as in tests

@@ -30,13 +30,14 @@ from train.distributed.collectives import broadcast_object
 from train.distributed.preemption import Preemption
 from train.distributed.ranks import Ranks
 from train.dtype import settled
-from train.ema import Ema, gamma_of
-from train.engine import Engine, EngineConfig
+from train.engine.config import EngineConfig
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema, gamma_of
+from train.engine.optimizer import AdamW
+from train.engine.train_state import TrainState
 from train.heartbeat import Heart, Heartbeat
-from train.optim import AdamW
 from train.reporters import Reporter
 from train.run_folder import RunFolder
-from train.train_state import TrainState
 from train.trainer import Action, Cadence, Trainer
 
 log = logging.getLogger(__name__)

@@ -9,30 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from data_pipeline.common.errors import DataError
+from train.engine.param_shards import Fragment, Shards
 
-Shards = Sequence[Tensor]  # a rank's tensors of one kind; those of another kind are cut in the same way
 Copies = dict[tuple[str, int], Tensor]  # by kind and number of the shard, on the CPU
-
-
-class Fragment(NamedTuple):
-    """`length` values from `start` of the flattened parameter `name`: at `offset` of shard number `shard`."""
-
-    name: str
-    start: int
-    length: int
-    shard: int
-    offset: int
-
-    def of(self, shards: Shards) -> Tensor:
-        """The piece itself, a view."""
-        return shards[self.shard].detach().view(-1).narrow(0, self.offset, self.length)
 
 
 def copied_pieces(fragments: Sequence[Fragment], kinds: Mapping[str, Shards], copies: Copies) -> dict[str, Tensor]:

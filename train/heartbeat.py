@@ -21,7 +21,7 @@ from types import TracebackType
 
 from data_pipeline.loading.batch import Batch
 from train.distributed.ranks import Ranks
-from train.train_state import TrainState
+from train.engine.train_state import TrainState
 
 HUNG = 76
 WAITS_FOR_OTHERS = ("step",)  # a rank in this phase may be waiting in a collective

@@ -91,7 +91,7 @@ def say_what_is_to_come(chain: Sequence[Stage], output: Path, measured: DictConf
     ahead = [stage.name for stage in chain[left.index(True) :]] if any(left) else []  # later ones run again
     if not ahead:
         return
-    from train.calibration import calibration_seconds  # torch takes two seconds to import
+    from train.engine.calibration import calibration_seconds  # torch takes two seconds to import
 
     slowness = calibration_seconds() / measured.calibration_s
     minutes = expected_minutes(ahead, measured.minutes, slowness)

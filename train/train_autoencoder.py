@@ -21,15 +21,15 @@ from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import from_uint8, psnr, to_uint8
 from data_pipeline.shards.manifest import Manifest
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.ema import Ema
-from train.engine import Engine
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
 from train.evaluation.report import curve_line, plot_curves
 from train.fitting import Recipe, fit, refuse_wrong_entry
 from train.models.autoencoder import Autoencoder, DiagonalGaussian
 from train.models.quantizer import usage
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
-from train.train_state import TrainState
 from train.trainer import Action
 from train.weights.saved import save_model
 

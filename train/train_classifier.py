@@ -20,15 +20,15 @@ from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import collated
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.ema import Ema
-from train.engine import Engine
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
 from train.evaluation.report import curve_line, plot_curves
 from train.fitting import Recipe, fit
 from train.latent_data import LatentFacts
 from train.models.classifier import NoisyClassifier
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
-from train.train_state import TrainState
 from train.trainer import Action
 from train.weights.saved import save_model
 

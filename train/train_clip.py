@@ -18,14 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.images.pixels import from_uint8
 from data_pipeline.shards.manifest import Manifest
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.ema import Ema
-from train.engine import Engine
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
 from train.evaluation.report import curve_line, plot_curves
 from train.fitting import Recipe, fit
 from train.models.clip import CLIP
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
-from train.train_state import TrainState
 from train.trainer import Action
 from train.weights.saved import save_model
 

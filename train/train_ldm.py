@@ -25,9 +25,10 @@ from data_pipeline.images.grid import grid, save_png
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import collated
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.dtype import DTYPES
-from train.ema import Ema
-from train.engine import Engine
+from train.engine.config import DTYPES
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
 from train.evaluation.generate import Asked, Generator
 from train.evaluation.report import curve_line, plot_curves
 from train.evaluation.trained_run import build_network, used_conditions, uses_clip
@@ -40,7 +41,6 @@ from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
 from train.online_latents import OnlineLatents, first_batches
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
-from train.train_state import TrainState
 from train.trainer import Action
 from train.weights.published import load_weights
 from train.weights.saved import saved_fingerprint

@@ -20,12 +20,12 @@ from train.bad_numbers import Watch
 from train.checkpoint import Checkpoints
 from train.distributed.collectives import barrier, mean_over_ranks
 from train.distributed.preemption import Preempted, Preemption
-from train.ema import Ema
-from train.engine import Engine, StepResult
-from train.flops import peak
+from train.engine.deepspeed_engine import Engine, StepResult
+from train.engine.ema import Ema
+from train.engine.flops import peak
+from train.engine.train_state import TrainState, due
 from train.heartbeat import Heart
 from train.reporters import Reporter
-from train.train_state import TrainState, due
 
 log = logging.getLogger(__name__)
 

@@ -82,6 +82,8 @@ MOVED: Mapping[str, str] = {
     "data_pipeline.conditions": "data_pipeline.encode.conditions",
     "data_pipeline.filters": "data_pipeline.sources.filters",
     "data_pipeline.loader": "data_pipeline.loading.loader",
+    "train.engine.EngineConfig": "train.engine.config.EngineConfig",
+    "train.optim": "train.engine.optimizer",
 }
 # Hydra's ways to name a function without calling it: conf/ has them for spacings and time samplings.
 GETTERS = ("hydra.utils.get_method", "hydra.utils.get_object", "hydra.utils.get_class")

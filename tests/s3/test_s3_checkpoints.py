@@ -22,12 +22,12 @@ from train.checkpoint import Checkpoints
 from train.checkpoint_files import Places, complete_checkpoints, ema_weights
 from train.checkpoint_stores import InBucket
 from train.distributed.ranks import Ranks
-from train.ema import Ema
-from train.engine import EngineConfig
-from train.fragments import Fragment
+from train.engine.config import EngineConfig
+from train.engine.ema import Ema
+from train.engine.param_shards import Fragment
+from train.engine.train_state import TrainState
 from train.posthoc_ema import find_snapshots, rebuilt
 from train.run_folder import RunFolder
-from train.train_state import TrainState
 
 pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
 

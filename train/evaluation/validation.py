@@ -12,10 +12,10 @@ from data_pipeline.shards.samples import collated
 from train.diffusion.time_sampling import evenly_spaced
 from train.distributed.collectives import mean_over_ranks
 from train.distributed.ranks import Ranks
+from train.engine.train_state import TrainState
 from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import LatentDiffusion
 from train.reporters import Reporter
-from train.train_state import TrainState
 
 QUARTERS = 4
 BATCH = 64

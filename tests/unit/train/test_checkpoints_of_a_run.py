@@ -20,12 +20,12 @@ from train import checkpoint_writer, tensor_files
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import is_as_written
 from train.distributed.ranks import Ranks
-from train.ema import Ema
-from train.engine import EngineConfig
+from train.engine.config import EngineConfig
+from train.engine.ema import Ema
+from train.engine.optimizer import AdamW, Schedule
+from train.engine.param_shards import Fragment
+from train.engine.train_state import TrainState
 from train.fitting import Recipe, Training
-from train.fragments import Fragment
-from train.optim import AdamW, Schedule
-from train.train_state import TrainState
 
 
 def published(folder):

@@ -122,7 +122,7 @@ def test_what_a_run_saves_names_no_path_of_code_that_is_built_from_it(
     assert named(saved) == saved
     assert saved["sampler"]["times"] == {"name": "trailing"}
     assert saved["conditioning"]["label"] == {"name": "label", "dim": 8}
-    assert saved["optimizer"]["_target_"] == "train.optim.AdamW"  # a record: nothing is built from it
+    assert saved["optimizer"]["_target_"] == "train.engine.optimizer.AdamW"  # a record: nothing is built from it
 
 
 def test_what_has_moved_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

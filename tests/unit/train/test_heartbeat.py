@@ -10,8 +10,8 @@ import torch
 from synthetic import run
 
 from train.distributed.ranks import Ranks
+from train.engine.train_state import TrainState
 from train.heartbeat import HUNG, Heart, Heartbeat, Sign, read_signs, slowest
-from train.train_state import TrainState
 
 NOW = 1000.0
 

@@ -10,9 +10,9 @@ from data_pipeline.loading.batch import DataCursor
 from train import trainer
 from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.distributed.ranks import Ranks
-from train.engine import StepResult
+from train.engine.deepspeed_engine import StepResult
+from train.engine.train_state import TrainState
 from train.reporters import JsonLines, read_metrics
-from train.train_state import TrainState
 from train.trainer import Action, Cadence, Meter, Trainer
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import OneOf, Within, fits, said
-from train.engine import EngineConfig
+from train.engine.config import EngineConfig
+from train.engine.optimizer import AdamW, Schedule
 from train.fitting import Training, refuse_wrong_entry
-from train.optim import AdamW, Schedule
 from train.posthoc_ema import Profile, Snapshot
 from train.rebuild_ema import updates_asked
 

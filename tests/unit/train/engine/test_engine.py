@@ -11,11 +11,12 @@ from torch import nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.loading.batch import Batch, DataCursor
 from train.distributed.ranks import find_ranks
-from train.engine import Engine, EngineConfig
-from train.flops import peak
+from train.engine.config import EngineConfig
+from train.engine.deepspeed_engine import Engine
+from train.engine.flops import peak
+from train.engine.optimizer import AdamW, Schedule
 from train.models.unet import UNet
 from train.objectives.terms import LossTerms
-from train.optim import AdamW, Schedule
 
 BATCH = 4
 

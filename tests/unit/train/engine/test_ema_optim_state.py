@@ -10,9 +10,9 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.loading.batch import DataCursor
-from train.ema import Ema, gamma_of
-from train.optim import SCHEDULES, AdamW, Schedule, set_lr
-from train.train_state import TrainState, due
+from train.engine.ema import Ema, gamma_of
+from train.engine.optimizer import SCHEDULES, AdamW, Schedule, set_lr
+from train.engine.train_state import TrainState, due
 
 
 def weights_at(n):
