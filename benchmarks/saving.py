@@ -18,7 +18,7 @@ from pathlib import Path
 
 from training_on_noise import batches, engine
 
-from train.checkpoint import Checkpoints
+from train.checkpointing.checkpoints import Checkpoints
 from train.distributed.collectives import barrier, gathered_objects
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.ema import Ema

@@ -17,6 +17,7 @@ from synthetic import TINY_LATENTS
 
 from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import Manifest
+from train.checkpointing.safetensors_io import save_tensors
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow
 from train.diffusion.time_sampling import uniform
@@ -29,7 +30,6 @@ from train.latent_data import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
 from train.objectives.latent_diffusion import LatentDiffusion
-from train.tensor_files import save_tensors
 
 SEED, BATCH, STREAMS, STEPS, DROPOUT = 3, 32, 16, 2, 0.3
 # An eps above rounding: Adam divides by the gradient's own size, also where the gradient is zero but for rounding.

@@ -12,7 +12,7 @@ import torch
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import OneOf, refuse_wrong_values
-from train.checkpoint_files import Places, newest_whole
+from train.checkpointing.files import Places, newest_whole
 from train.distributed.collectives import broadcast_object, gathered_objects
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES

@@ -24,8 +24,8 @@ from data_pipeline.common.option_checks import (
 )
 from data_pipeline.loading.batch import Batch, DataCursor
 from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
-from train.checkpoint import RESUME, Checkpoints
-from train.checkpoint_files import Places
+from train.checkpointing.checkpoints import RESUME, Checkpoints
+from train.checkpointing.files import Places
 from train.distributed.collectives import broadcast_object
 from train.distributed.preemption import Preemption
 from train.distributed.ranks import Ranks

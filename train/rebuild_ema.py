@@ -17,8 +17,8 @@ from safetensors.torch import save
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import Within, fits
 from data_pipeline.common.storage import write_atomically
+from train.checkpointing.posthoc_ema import Profile, Snapshot, find_snapshots, rebuilt
 from train.engine.ema import gamma_of
-from train.posthoc_ema import Profile, Snapshot, find_snapshots, rebuilt
 
 
 def main(cfg: DictConfig) -> None:

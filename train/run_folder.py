@@ -20,8 +20,8 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.storage import is_s3, write_atomically
-from train.checkpoint_files import Places
-from train.checkpoint_stores import refuse_other_owner
+from train.checkpointing.files import Places
+from train.checkpointing.stores import refuse_other_owner
 from train.distributed.collectives import broadcast_object
 from train.distributed.preemption import Preempted
 from train.distributed.ranks import Ranks

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_pipeline.common.progress import Progress
 from data_pipeline.loading.batch import Batch
 from train.bad_numbers import Watch
-from train.checkpoint import Checkpoints
+from train.checkpointing.checkpoints import Checkpoints
 from train.distributed.collectives import barrier, mean_over_ranks
 from train.distributed.preemption import Preempted, Preemption
 from train.engine.deepspeed_engine import Engine, StepResult

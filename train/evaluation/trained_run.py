@@ -14,7 +14,7 @@ from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import build, checked, read_config, targets_in
 from data_pipeline.shards.samples import collated
-from train.checkpoint_files import EmaWeights, ema_weights
+from train.checkpointing.ema_weights import EmaWeights, ema_weights
 from train.evaluation.generate import Asked, Generator
 from train.latent_data import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners

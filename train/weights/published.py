@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import read_config, refuse_wrong_kinds
-from train.checkpoint_files import ema_weights
+from train.checkpointing.ema_weights import ema_weights
 from train.models.conditioning import ConditionedUNet
 from train.models.unet import UNet
 from train.weights import diffusers, open_clip, stable_diffusion

@@ -16,7 +16,7 @@ from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import LIST
 from data_pipeline.common.saved_objects import checked, read_json, refuse_wrong_kinds
 from data_pipeline.common.storage import write_atomically
-from train.tensor_files import save_tensors
+from train.checkpointing.safetensors_io import save_tensors
 
 
 def fingerprint(config: dict[str, Any], state: dict[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 import train.dtype
 from data_pipeline.common.errors import UserError
-from train.checkpoint_files import Places
+from train.checkpointing.files import Places
 from train.distributed.ranks import Ranks
 from train.dtype import Chosen, Saved, best_here, by_machine, common, kept, of_cpu, settled
 
@@ -135,7 +135,7 @@ import json, sys
 import torch
 import torch.distributed as dist
 from pathlib import Path
-from train.checkpoint_files import Places
+from train.checkpointing.files import Places
 from train.dtype import settled
 from train.distributed.ranks import Ranks
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import OneOf, Within, fits, said
+from train.checkpointing.posthoc_ema import Profile, Snapshot
 from train.engine.config import EngineConfig
 from train.engine.optimizer import AdamW, Schedule
 from train.fitting import Training, refuse_wrong_entry
-from train.posthoc_ema import Profile, Snapshot
 from train.rebuild_ema import updates_asked
 
 ENGINE = [

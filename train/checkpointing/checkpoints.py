@@ -27,16 +27,17 @@ from torch import Tensor
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
-from train.checkpoint_files import STEP, Found, Places, look, part_name, step_of
-from train.checkpoint_stores import store_of
-from train.checkpoint_writer import Writer, Writing
+from train.checkpointing.compatibility import _flat, _spelled
+from train.checkpointing.files import STEP, Found, Places, look, part_name, step_of
+from train.checkpointing.part_files import Copies, copied_pieces, files_needed, fill
+from train.checkpointing.safetensors_io import Header
+from train.checkpointing.stores import store_of
+from train.checkpointing.writer import Writer, Writing
 from train.distributed.collectives import barrier, broadcast_object, gathered_objects
 from train.distributed.ranks import Ranks
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
-from train.fragments import Copies, copied_pieces, files_needed, fill
-from train.tensor_files import Header
 
 log = logging.getLogger(__name__)
 RESUME = ("auto", "must", "never")
@@ -288,15 +289,3 @@ class Checkpoints:
             )
         if differing and self.ranks.is_main:
             log.warning("going on although %s (training.may_change)", "; ".join(differing.values()))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by dots, so that only the leaves that differ are named."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _spelled(layout: dict[str, Any]) -> str:
-    return f"{layout['ranks']} rank(s) and ZeRO stage {layout['zero_stage']}"

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.common.errors import DataError, UserError
-from train.checkpoint_stores import InBucket, OnDisk, refuse_other_owner, store_of
+from train.checkpointing.part_files import files_needed
+from train.checkpointing.safetensors_io import Header, copy_some, facts_read_back, save_tensors
+from train.checkpointing.stores import InBucket, OnDisk, refuse_other_owner, store_of
 from train.engine.param_shards import Fragment
-from train.fragments import files_needed
-from train.tensor_files import Header, copy_some, facts_read_back, save_tensors
 
 STEP = "step-00000010"
 KINDS = ("ema", "weight")

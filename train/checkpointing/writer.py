@@ -16,12 +16,12 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
-from train.checkpoint_files import Facts, Places, complete_checkpoints, part_name, step_of
-from train.checkpoint_stores import OWNER, Store
+from train.checkpointing.files import Facts, Places, complete_checkpoints, part_name, step_of
+from train.checkpointing.part_files import gathered
+from train.checkpointing.safetensors_io import facts_read_back, save_tensors
+from train.checkpointing.stores import OWNER, Store
 from train.distributed.collectives import broadcast_object
 from train.distributed.ranks import Ranks
-from train.fragments import gathered
-from train.tensor_files import facts_read_back, save_tensors
 
 PATIENCE_S = 1800.0  # for the slowest rank's part
 LONGEST_PAUSE = 5.0

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
-from train.checkpoint_files import MANIFEST, Facts, complete_checkpoints, fetched, is_as_written, steps_in
-from train.tensor_files import copy_some, facts_read_back
+from train.checkpointing.files import MANIFEST, Facts, complete_checkpoints, fetched, is_as_written, steps_in
+from train.checkpointing.safetensors_io import copy_some, facts_read_back
 
 log = logging.getLogger(__name__)
 OWNER = "owner"  # of a place outside the run's folder: the run's id, and which start of it writes here

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from train.checkpoint_files import Facts, chunks, digest_of
+from train.checkpointing.files import Facts, chunks, digest_of
 
 LONGEST_HEADER = 10**8  # bytes, as the library has it
 

@@ -16,9 +16,9 @@ import torch
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
-from train import checkpoint_writer, tensor_files
-from train.checkpoint import Checkpoints
-from train.checkpoint_files import is_as_written
+from train.checkpointing import safetensors_io, writer
+from train.checkpointing.checkpoints import Checkpoints
+from train.checkpointing.files import is_as_written
 from train.distributed.ranks import Ranks
 from train.engine.config import EngineConfig
 from train.engine.ema import Ema
@@ -172,14 +172,14 @@ def test_each_of_some_multiple_is_kept(start, steps):
 def test_training_goes_on_while_a_checkpoint_is_written(start, steps, monkeypatch):
     """What is saved is what was there when it was asked for, and the next save waits for it."""
     held, go_on = threading.Event(), threading.Event()
-    save_tensors = checkpoint_writer.save_tensors
+    save_tensors = writer.save_tensors
 
     def slow(tensors, path):
         held.set()
         assert go_on.wait(30)
         save_tensors(tensors, path)
 
-    monkeypatch.setattr(checkpoint_writer, "save_tensors", slow)
+    monkeypatch.setattr(writer, "save_tensors", slow)
     run = start()
     run.save_without_waiting(10)
     assert held.wait(30)
@@ -225,7 +225,7 @@ class Killed(BaseException):
 
 CALLS = [
     (os, "fsync"), (os, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (shutil, "rmtree"),
-    (checkpoint_writer, "save_tensors"), (storage, "write_atomically"),
+    (writer, "save_tensors"), (storage, "write_atomically"),
 ]  # fmt: skip
 
 
@@ -440,7 +440,7 @@ def test_where_there_is_none(start):
 
 
 def test_a_checkpoint_that_lacks_a_ranks_part_is_not_published(start, steps, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(writer, "PATIENCE_S", 0.0)
     with pytest.raises(
         UserError, match="lacks the part of rank 1: output= must be on a file system that all nodes share"
     ):
@@ -536,14 +536,14 @@ def test_a_removal_that_was_killed_half_way_leaves_nothing_that_looks_published(
 
 def test_what_the_disk_gives_back_is_compared_with_what_was_to_be_saved(start, steps, monkeypatch):
     """A digest of the file alone would be that of the wrong bytes."""
-    save_file = tensor_files.save_file
+    save_file = safetensors_io.save_file
 
     def flips(tensors, path, metadata):
         save_file({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata)
 
     run = start()
     run.save(10)
-    monkeypatch.setattr(tensor_files, "save_file", flips)
+    monkeypatch.setattr(safetensors_io, "save_file", flips)
     with pytest.raises(OSError, match=r"part-00000\.safetensors gives back another \S+ than was written"):
         run.save(20)
     assert steps() == [10]

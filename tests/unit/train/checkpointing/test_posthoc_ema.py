@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.common.errors import DataError, UserError
+from train.checkpointing.posthoc_ema import Profile, coefficients, find_snapshots, inner_products, rebuilt
 from train.engine.ema import Ema, gamma_of
-from train.posthoc_ema import Profile, coefficients, find_snapshots, inner_products, rebuilt
 
 STEPS, EVERY = 1024, 128
 

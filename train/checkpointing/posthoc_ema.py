@@ -21,9 +21,9 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from train.checkpoint_files import Places, at_hand
+from train.checkpointing.files import Places, at_hand
+from train.checkpointing.safetensors_io import Header
 from train.engine.ema import gamma_of
-from train.tensor_files import Header
 
 FARTHEST = 0.25  # of the wanted weighting function's own norm
 

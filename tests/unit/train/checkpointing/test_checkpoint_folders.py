@@ -9,7 +9,8 @@ import yaml
 from safetensors.torch import load_file, save
 
 from data_pipeline.common.errors import DataError, UserError
-from train.checkpoint_files import Places, complete_checkpoints, ema_weights, is_as_written, step_of
+from train.checkpointing.ema_weights import ema_weights
+from train.checkpointing.files import Places, complete_checkpoints, is_as_written, step_of
 
 
 def write_run(folder):
