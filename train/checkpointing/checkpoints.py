@@ -27,7 +27,7 @@ from torch import Tensor
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
-from train.checkpointing.compatibility import _flat, _spelled
+from train.checkpointing.compatibility import refuse_other_shapes, refuse_what_differs, spelled
 from train.checkpointing.files import STEP, Found, Places, look, part_name, step_of
 from train.checkpointing.part_files import Copies, copied_pieces, files_needed, fill
 from train.checkpointing.safetensors_io import Header
@@ -124,7 +124,9 @@ class Checkpoints:
                 raise UserError(
                     f"{self.store.at(found.name)} exists and resume=never: choose another output=, or resume=auto."
                 )
-            self._refuse_what_differs(found.saved)
+            changes = refuse_what_differs(self.identity, found.saved["identity"], self.may_change, self.store.root)
+            if changes and self.ranks.is_main:
+                log.warning("going on although %s (training.may_change)", "; ".join(changes))
             if self.load(found, engine, ema, state):
                 resumed = found.name
                 break
@@ -205,7 +207,7 @@ class Checkpoints:
 
         Nothing is loaded before all ranks have checked their share of the files: false, if any of them is damaged.
         """
-        self._refuse_other_shapes(found.saved["shapes"], engine.shapes)
+        refuse_other_shapes(found.saved["shapes"], engine.shapes, self.store.root)
         tensors = {**engine.tensors(), **ema.tensors()}
         parts = [part_name(rank) for rank in range(found.saved["layout"]["ranks"])]
         own = self.ranks.rank % len(parts)  # the same layout finds all that it needs there
@@ -220,7 +222,7 @@ class Checkpoints:
             self._say_damaged(found.name, damaged)
             return False
         if found.saved["layout"] != self._layout(engine) and self.ranks.is_main:
-            layout = _spelled(found.saved["layout"])
+            layout = spelled(found.saved["layout"])
             log.warning("%s was saved with %s: its parts are dealt anew", self.store.at(found.name), layout)
         fill(engine.fragments(), tensors, [self.store.local(found.name, part) for part in parts])
         engine.after_loading(found.saved["engine"])
@@ -230,17 +232,6 @@ class Checkpoints:
         self.store.forget(found.name)
         self.at = state.step
         return True
-
-    def _refuse_other_shapes(self, saved: dict[str, list[int]], own: dict[str, list[int]]) -> None:
-        """Pieces are flat: they would fit into other shapes, and mean nothing there."""
-        differing = sorted(name for name in saved | own if saved.get(name) != own.get(name))
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"can't resume from {self.store.root}: {len(differing)} parameter(s) have another shape or are new, as "
-                f"{name}, which was {saved.get(name)} and is {own.get(name)}. Restore unet, conditioning and data, or "
-                "begin another output= with start_from=."
-            )
 
     def _pieces(self, found: Found, part: str) -> dict[str, int] | None:
         try:
@@ -268,24 +259,3 @@ class Checkpoints:
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
         return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}
-
-    def _refuse_what_differs(self, saved: dict[str, Any]) -> None:
-        now, before = _flat(self.identity), _flat(named(saved["identity"]))
-        if unknown := set(self.may_change) - (now | before).keys() - {"run_id"}:
-            raise UserError(
-                f"training.may_change: {', '.join(sorted(unknown))} is no name of what is compared. That is "
-                f"{', '.join(sorted(now | before))}."
-            )
-        differing = {
-            name: f"{name} was {before.get(name)} and is {now.get(name)}"
-            for name in sorted(now | before)
-            if now.get(name) != before.get(name)
-        }
-        refused = [what for name, what in differing.items() if name not in self.may_change]
-        if refused:
-            raise UserError(
-                f"can't resume from {self.store.root}: {'; '.join(refused)}. Restore that, start in another output=, "
-                f"or name what may change: training.may_change=[{','.join(n for n in differing)}]."
-            )
-        if differing and self.ranks.is_main:
-            log.warning("going on although %s (training.may_change)", "; ".join(differing.values()))
