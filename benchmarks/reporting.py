@@ -26,7 +26,8 @@ from training_on_noise import batches, engine
 from train.distributed.ranks import find_ranks
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState, due
-from train.reporters import JsonLines, Reporters, WeightsAndBiases
+from train.runs.metrics import JsonLines, Reporters
+from train.runs.wandb_reporter import WeightsAndBiases
 from train.trainer import Meter
 
 WAYS = ("without", "offline", "swallowed")

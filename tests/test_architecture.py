@@ -14,7 +14,7 @@ FILES = sorted(p for folder in ("train", "data_pipeline") for p in (ROOT / folde
 # Foreign package -> the only files that may import it.
 OWNERS = {
     "deepspeed": {"train/engine/deepspeed_engine.py"},
-    "wandb": {"train/reporters.py"},
+    "wandb": {"train/runs/metrics.py"},
     "xformers": {"train/models/attention.py"},
     "open_clip": {"train/models/open_clip_alone.py"},
     "pyarrow": {"data_pipeline/sources/table.py"},

@@ -36,8 +36,8 @@ from train.engine.ema import Ema, gamma_of
 from train.engine.optimizer import AdamW
 from train.engine.train_state import TrainState
 from train.heartbeat import Heart, Heartbeat
-from train.reporters import Reporter
-from train.run_folder import RunFolder
+from train.runs.metrics import Reporter
+from train.runs.run_folder import RunFolder
 from train.trainer import Action, Cadence, Trainer
 
 log = logging.getLogger(__name__)

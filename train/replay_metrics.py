@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.common.saved_objects import read_config
-from train.reporters import WeightsAndBiases, read_metrics, rows_by_step
+from train.runs.metrics import read_metrics, rows_by_step
+from train.runs.wandb_reporter import WeightsAndBiases
 
 
 def main(cfg: DictConfig) -> None:

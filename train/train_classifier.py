@@ -23,12 +23,12 @@ from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
-from train.evaluation.report import curve_line, plot_curves
 from train.fitting import Recipe, fit
 from train.latent_data import LatentFacts
 from train.models.classifier import NoisyClassifier
-from train.reporters import Reporter, read_metrics
-from train.run_folder import RunFolder
+from train.runs.curves import curve_line, plot_curves
+from train.runs.metrics import Reporter, read_metrics
+from train.runs.run_folder import RunFolder
 from train.trainer import Action
 from train.weights.saved import save_model
 

@@ -30,7 +30,6 @@ from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
 from train.evaluation.generate import Asked, Generator
-from train.evaluation.report import curve_line, plot_curves
 from train.evaluation.trained_run import build_network, used_conditions, uses_clip
 from train.evaluation.validation import HeldoutLoss
 from train.fitting import Recipe, fit
@@ -39,8 +38,9 @@ from train.models.attention import attention_backend
 from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
 from train.online_latents import OnlineLatents, first_batches
-from train.reporters import Reporter, read_metrics
-from train.run_folder import RunFolder
+from train.runs.curves import curve_line, plot_curves
+from train.runs.metrics import Reporter, read_metrics
+from train.runs.run_folder import RunFolder
 from train.trainer import Action
 from train.weights.published import load_weights
 from train.weights.saved import saved_fingerprint

@@ -25,7 +25,7 @@ from train.engine.ema import Ema
 from train.engine.flops import peak
 from train.engine.train_state import TrainState, due
 from train.heartbeat import Heart
-from train.reporters import Reporter
+from train.runs.metrics import Reporter
 
 log = logging.getLogger(__name__)
 

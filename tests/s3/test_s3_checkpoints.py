@@ -29,7 +29,7 @@ from train.engine.config import EngineConfig
 from train.engine.ema import Ema
 from train.engine.param_shards import Fragment
 from train.engine.train_state import TrainState
-from train.run_folder import RunFolder
+from train.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
 

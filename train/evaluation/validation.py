@@ -15,7 +15,7 @@ from train.distributed.ranks import Ranks
 from train.engine.train_state import TrainState
 from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import LatentDiffusion
-from train.reporters import Reporter
+from train.runs.metrics import Reporter
 
 QUARTERS = 4
 BATCH = 64

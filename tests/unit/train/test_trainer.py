@@ -12,7 +12,7 @@ from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.distributed.ranks import Ranks
 from train.engine.deepspeed_engine import StepResult
 from train.engine.train_state import TrainState
-from train.reporters import JsonLines, read_metrics
+from train.runs.metrics import JsonLines, read_metrics
 from train.trainer import Action, Cadence, Meter, Trainer
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))

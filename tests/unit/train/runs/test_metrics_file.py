@@ -3,7 +3,7 @@
 import pytest
 
 from data_pipeline.common.errors import DataError
-from train.reporters import JsonLines, Reporters, read_metrics
+from train.runs.metrics import JsonLines, Reporters, read_metrics
 
 
 def test_rows_are_there_as_soon_as_they_are_logged(tmp_path):

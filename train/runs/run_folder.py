@@ -25,7 +25,8 @@ from train.checkpointing.stores import refuse_other_owner
 from train.distributed.collectives import broadcast_object
 from train.distributed.preemption import Preempted
 from train.distributed.ranks import Ranks
-from train.reporters import JsonLines, Reporters, WeightsAndBiases, read_metrics
+from train.runs.metrics import JsonLines, Reporters, read_metrics
+from train.runs.wandb_reporter import WeightsAndBiases
 
 log = logging.getLogger(__name__)
 LOCK_PATIENCE_S = 90.0  # of a job that Slurm has restarted

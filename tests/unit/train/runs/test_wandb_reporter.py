@@ -10,10 +10,11 @@ import pytest
 import torch
 import wandb
 
-from train import reporters
 from train.distributed.ranks import Ranks
-from train.reporters import WeightsAndBiases, rows_by_step
-from train.run_folder import RunFolder
+from train.runs import wandb_reporter
+from train.runs.metrics import rows_by_step
+from train.runs.run_folder import RunFolder
+from train.runs.wandb_reporter import WeightsAndBiases
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def told(monkeypatch):
 
     run = SimpleNamespace(log=log, finish=lambda: told.finished.append(True), resumed=False, step=0)
     told.run = run
-    monkeypatch.setattr(reporters, "_begin_run", lambda about, patience_s: run)
+    monkeypatch.setattr(wandb_reporter, "_begin_run", lambda about, patience_s: run)
     return told
 
 
@@ -73,7 +74,7 @@ def test_a_full_queue_drops_counts_and_says_so_once(told, tmp_path, caplog):
 
 def test_its_end_is_waited_for_no_longer_than_said(told, tmp_path, caplog, monkeypatch):
     killed = []
-    monkeypatch.setattr(reporters, "_kill_service", lambda: killed.append(True))
+    monkeypatch.setattr(wandb_reporter, "_kill_service", lambda: killed.append(True))
     told.go.clear()
     reporter = WeightsAndBiases(tmp_path, "abc", {}, "project", patience_s=0.1)
     reporter.log(1, {"loss": 1.0})
@@ -88,7 +89,7 @@ def test_trouble_with_wandb_is_not_trainings(tmp_path, monkeypatch, caplog):
     def fail(about, patience_s):
         raise wandb.errors.UsageError("no such thing")
 
-    monkeypatch.setattr(reporters, "_begin_run", fail)
+    monkeypatch.setattr(wandb_reporter, "_begin_run", fail)
     with caplog.at_level(logging.WARNING):
         reporter = WeightsAndBiases(tmp_path, "abc", {}, "project")
         reporter.log(1, {"loss": 1.0})
@@ -101,7 +102,7 @@ def test_a_resumed_run_tells_what_it_resumes_from(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run", "train_ldm", {}, Ranks(0, 1, 0, torch.device("cpu")))
     (run.path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 6)))
     given = []
-    monkeypatch.setattr("train.run_folder.WeightsAndBiases", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr("train.runs.wandb_reporter.WeightsAndBiases", lambda *arguments: given.append(arguments))
     run.reporters(2, "project")
     assert given == [(run.path, run.run_id, {}, "project", [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}])]
 

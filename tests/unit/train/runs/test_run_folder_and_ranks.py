@@ -17,11 +17,11 @@ import torch.distributed as dist
 import wandb
 
 from data_pipeline.common.errors import UserError
-from train import reporters, run_folder
 from train.distributed import ranks
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.reporters import WeightsAndBiases
-from train.run_folder import RunFolder
+from train.runs import run_folder, wandb_reporter
+from train.runs.run_folder import RunFolder
+from train.runs.wandb_reporter import WeightsAndBiases
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 HOLD = """
@@ -215,7 +215,7 @@ def test_wandb_out_of_reach_is_kept_offline(tmp_path, monkeypatch, caplog, fails
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", login)
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(reporters, "_kill_service", lambda: tried.append("the service's end"))
+    monkeypatch.setattr(wandb_reporter, "_kill_service", lambda: tried.append("the service's end"))
     with caplog.at_level(logging.WARNING):
         WeightsAndBiases(tmp_path, "abc", {}, "project").close()
     # A service that still tries to reach W&B has the id in use, and would refuse it.
