@@ -26,9 +26,9 @@ from training_on_noise import batches, engine
 from train.distributed.ranks import find_ranks
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState, due
+from train.loop.meter import Meter
 from train.runs.metrics import JsonLines, Reporters
 from train.runs.wandb_reporter import WeightsAndBiases
-from train.trainer import Meter
 
 WAYS = ("without", "offline", "swallowed")
 WARM_UP = 60  # steps

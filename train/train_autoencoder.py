@@ -24,13 +24,14 @@ from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
-from train.fitting import Recipe, fit, refuse_wrong_entry
+from train.loop.fit import fit
+from train.loop.recipe import Recipe, refuse_wrong_entry
+from train.loop.trainer import Action
 from train.models.autoencoder import Autoencoder, DiagonalGaussian
 from train.models.quantizer import usage
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import Reporter, read_metrics
 from train.runs.run_folder import RunFolder
-from train.trainer import Action
 from train.weights.saved import save_model
 
 TRAINABLE = ("train.models.autoencoder.AutoencoderKL", "train.models.autoencoder.VQModel")

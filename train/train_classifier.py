@@ -23,13 +23,14 @@ from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
-from train.fitting import Recipe, fit
 from train.latent_data import LatentFacts
+from train.loop.fit import fit
+from train.loop.recipe import Recipe
+from train.loop.trainer import Action
 from train.models.classifier import NoisyClassifier
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import Reporter, read_metrics
 from train.runs.run_folder import RunFolder
-from train.trainer import Action
 from train.weights.saved import save_model
 
 FRACTIONS = torch.tensor([0.05, 0.25, 0.5, 0.75])

@@ -32,8 +32,10 @@ from train.engine.train_state import TrainState
 from train.evaluation.generate import Asked, Generator
 from train.evaluation.trained_run import build_network, used_conditions, uses_clip
 from train.evaluation.validation import HeldoutLoss
-from train.fitting import Recipe, fit
 from train.latent_data import LatentFacts
+from train.loop.fit import fit
+from train.loop.recipe import Recipe
+from train.loop.trainer import Action
 from train.models.attention import attention_backend
 from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
@@ -41,7 +43,6 @@ from train.online_latents import OnlineLatents, first_batches
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import Reporter, read_metrics
 from train.runs.run_folder import RunFolder
-from train.trainer import Action
 from train.weights.published import load_weights
 from train.weights.saved import saved_fingerprint
 

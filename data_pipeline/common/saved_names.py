@@ -82,7 +82,9 @@ MOVED: Mapping[str, str] = {
     "data_pipeline.conditions": "data_pipeline.encode.conditions",
     "data_pipeline.filters": "data_pipeline.sources.filters",
     "data_pipeline.loader": "data_pipeline.loading.loader",
+    "train.bad_numbers": "train.loop.stability_monitor",
     "train.engine.EngineConfig": "train.engine.config.EngineConfig",
+    "train.fitting.Training": "train.loop.recipe.Training",
     "train.optim": "train.engine.optimizer",
 }
 # Hydra's ways to name a function without calling it: conf/ has them for spacings and time samplings.

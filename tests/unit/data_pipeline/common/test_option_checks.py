@@ -14,7 +14,7 @@ from data_pipeline.common.option_checks import OneOf, Within, fits, said
 from train.checkpointing.posthoc_ema import Profile, Snapshot
 from train.engine.config import EngineConfig
 from train.engine.optimizer import AdamW, Schedule
-from train.fitting import Training, refuse_wrong_entry
+from train.loop.recipe import Training, refuse_wrong_entry
 from train.rebuild_ema import updates_asked
 
 ENGINE = [
@@ -77,9 +77,9 @@ def test_what_an_entrys_own_option_can_not_be(name: str, value: object, remedy: 
 def test_what_may_be_passes() -> None:
     """As hydra hands it over: lists of its own kind, whole numbers where fractions may be."""
     made = instantiate(OmegaConf.create({
-        "_target_": "train.fitting.Training", "steps": 1, "batch_size": 8, "power_ema": [0.05, 0.1], "ema_decay": 1,
+        "_target_": "train.loop.recipe.Training", "steps": 1, "batch_size": 8, "power_ema": [0.05, 0.1], "ema_decay": 1,
         "save_every": None, "may_change": ["seed"], "hang_timeout_s": 20, "bad_numbers": {"_target_":
-        "train.bad_numbers.BadNumbers"},
+        "train.loop.stability_monitor.BadNumbers"},
     }))  # fmt: skip
     assert list(made.power_ema) == [0.05, 0.1]
     config = EngineConfig(reduce_bucket_size=5e8, zero_stage=2).for_deepspeed(1, 1, 1)

@@ -25,7 +25,7 @@ from train.engine.ema import Ema
 from train.engine.optimizer import AdamW, Schedule
 from train.engine.param_shards import Fragment
 from train.engine.train_state import TrainState
-from train.fitting import Recipe, Training
+from train.loop.recipe import Recipe, Training
 
 
 def published(folder):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.dtype
+import train.loop.dtype
 from data_pipeline.common.errors import UserError
 from train.checkpointing.files import Places
 from train.distributed.ranks import Ranks
-from train.dtype import Chosen, Saved, best_here, by_machine, common, kept, of_cpu, settled
+from train.loop.dtype import Chosen, Saved, best_here, by_machine, common, kept, of_cpu, settled
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SAPPHIRE_RAPIDS = {"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": True}
@@ -104,7 +104,7 @@ def test_a_resumed_run_keeps_its_checkpoints_on_any_machine(saved, best, device,
 
 def test_a_resumed_run_at_stage_0_is_not_said_to_be_in_bf16_if_it_were_new(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LDT_CPU_BF16", "1")
-    monkeypatch.setattr(train.dtype, "saved_there", lambda places: Saved("step-00000002", "fp32"))
+    monkeypatch.setattr(train.loop.dtype, "saved_there", lambda places: Saved("step-00000002", "fp32"))
     engine = {"zero_stage": 0, "offload": "none", "dtype": "auto"}
     assert settled(engine, Places.of(tmp_path, None), Ranks(0, 1, 0, CPU)).dtype == "fp32"
     assert capsys.readouterr().out == "dtype: fp32 (auto: as in step-00000002)\n"
@@ -136,7 +136,7 @@ import torch
 import torch.distributed as dist
 from pathlib import Path
 from train.checkpointing.files import Places
-from train.dtype import settled
+from train.loop.dtype import settled
 from train.distributed.ranks import Ranks
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

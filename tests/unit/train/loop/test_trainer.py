@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from data_pipeline.loading.batch import DataCursor
-from train import trainer
-from train.bad_numbers import BadNumbers, NumbersWentBad, Watch
 from train.distributed.ranks import Ranks
 from train.engine.deepspeed_engine import StepResult
 from train.engine.train_state import TrainState
+from train.loop import trainer
+from train.loop.meter import Meter
+from train.loop.stability_monitor import BadNumbers, NumbersWentBad, Watch
+from train.loop.trainer import Action, Cadence, Trainer
 from train.runs.metrics import JsonLines, read_metrics
-from train.trainer import Action, Cadence, Meter, Trainer
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 

@@ -11,7 +11,7 @@ from synthetic import run
 
 from train.distributed.ranks import Ranks
 from train.engine.train_state import TrainState
-from train.heartbeat import HUNG, Heart, Heartbeat, Sign, read_signs, slowest
+from train.loop.heartbeat import HUNG, Heart, Heartbeat, Sign, read_signs, slowest
 
 NOW = 1000.0
 
@@ -77,7 +77,7 @@ def test_a_heart_that_watches_nothing_passes_batches_on():
 HANG = """
 import sys, time, torch
 from pathlib import Path
-from train.heartbeat import Heartbeat
+from train.loop.heartbeat import Heartbeat
 from train.distributed.ranks import Ranks
 folder, phase, world_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 with Heartbeat(folder, Ranks(0, world_size, 0, torch.device("cpu")), 2.0) as heart:
