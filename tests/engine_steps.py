@@ -18,6 +18,7 @@ from synthetic import TINY_LATENTS
 from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import Manifest
 from train.checkpointing.safetensors_io import save_tensors
+from train.data.latent_facts import LatentFacts
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow
 from train.diffusion.time_sampling import uniform
@@ -26,7 +27,6 @@ from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.config import EngineConfig
 from train.engine.deepspeed_engine import Engine
 from train.engine.optimizer import AdamW, Schedule
-from train.latent_data import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
 from train.objectives.latent_diffusion import LatentDiffusion

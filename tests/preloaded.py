@@ -26,7 +26,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 WORLD = (
     "train.train_ldm", "train.train_autoencoder", "train.train_clip", "train.train_classifier", "train.sample_images",
     "train.evaluate_ldm", "train.export_diffusers", "train.rebuild_ema", "train.replay_metrics",
-    "train.online_latents", "train.weights.published", "train.engine.deepspeed_engine",
+    "train.data.online_encoding", "train.weights.published", "train.engine.deepspeed_engine",
     "data_pipeline.precompute_latents",
     "data_pipeline.make_shards", "data_pipeline.index_shards", "data_pipeline.verify_shards",
     "data_pipeline.plan_storage", "data_pipeline.loading.worker_pool", "train.models.torchvision_patch",

@@ -19,11 +19,11 @@ from data_pipeline.common.saved_names import named
 from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import collated
+from train.data.latent_facts import LatentFacts
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
-from train.latent_data import LatentFacts
 from train.loop.fit import fit
 from train.loop.recipe import Recipe
 from train.loop.trainer import Action

@@ -18,9 +18,9 @@ from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.hydra_messages import top_keys
 from data_pipeline.loading.batch import Batch, DataCursor
+from train.data.build import build_network
+from train.data.latent_facts import LatentFacts
 from train.evaluation.generate import Asked, Generator
-from train.evaluation.trained_run import build_network
-from train.latent_data import LatentFacts
 from train.models.latents import LatentScaling
 
 ROOTS = sorted(path.stem for path in Path(CONF).glob("*.yaml") if path.stem != "quiet")

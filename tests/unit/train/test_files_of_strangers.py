@@ -30,9 +30,10 @@ from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import LIST, named
 from data_pipeline.common.saved_objects import GROUPS, build, checked
 from data_pipeline.shards.manifest import Manifest
+from train.data.build import build_network
+from train.data.latent_facts import LatentFacts
 from train.distributed.ranks import Ranks
-from train.evaluation.trained_run import SECTIONS, as_the_run_draws, build_network, open_run
-from train.latent_data import LatentFacts
+from train.evaluation.trained_run import SECTIONS, as_the_run_draws, open_run
 from train.models.autoencoder import AutoencoderKL
 from train.models.classifier import NoisyClassifier
 from train.models.clip import CLIP

@@ -42,7 +42,7 @@ from data_pipeline.shards.arrays import unusable
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import collated
 from data_pipeline.shards.writer import ShardWriter
-from train.latent_data import LatentFacts
+from train.data.latent_facts import LatentFacts
 from train.models.autoencoder import AutoencoderKL
 from train.models.conditioning import StoredText
 

@@ -15,7 +15,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import build
 from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards.samples import collated
-from train.latent_data import LatentFacts
+from train.data.latent_facts import LatentFacts
 
 Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script
 # What conditionings need to be encoded; the others need what precompute learns of a whole data set.
