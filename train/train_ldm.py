@@ -29,7 +29,7 @@ from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
 from train.evaluation.generate import Asked, Generator
-from train.evaluation.validation import HeldoutLoss
+from train.evaluation.heldout_loss import HeldoutLoss
 from train.loop.fit import fit
 from train.loop.trainer import Action
 from train.models.attention import attention_backend
