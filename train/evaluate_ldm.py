@@ -21,7 +21,7 @@ from data_pipeline.common.storage import write_atomically
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
 from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
-from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
+from train.sampling.trained_run import TrainedRun, as_the_run_draws, open_run
 
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
 

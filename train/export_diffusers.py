@@ -15,7 +15,7 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.storage import write_atomically
-from train.evaluation.trained_run import TrainedRun, open_run
+from train.sampling.trained_run import TrainedRun, open_run
 from train.weights.open_clip import HEAD_WIDTH
 from train.weights.pipeline import Pipeline, reads_back, scheduler_config
 

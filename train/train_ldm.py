@@ -17,9 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data_pipeline.common import storage
-from data_pipeline.images.grid import grid, save_png
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.samples import collated
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.data.ldm_inputs import latents_of, refuse_other_encoders, scaled_as_known
@@ -28,16 +26,15 @@ from train.engine.config import DTYPES
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
-from train.evaluation.generate import Asked, Generator
 from train.evaluation.heldout_loss import HeldoutLoss
 from train.loop.fit import fit
 from train.loop.trainer import Action
 from train.models.attention import attention_backend
-from train.models.conditioning import ConditionedUNet
-from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
+from train.objectives.latent_diffusion import refuse_unfit
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import Reporter, read_metrics
 from train.runs.run_folder import RunFolder
+from train.sampling.preview import Preview
 from train.weights.published import load_weights
 
 
@@ -121,44 +118,6 @@ def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:
     """The backend of each head width of the U-Net, as it will run."""
     widths = {module.to_q.out_features // module.heads for module in unet.modules() if hasattr(module, "to_q")}
     return ", ".join(f"{attention_backend(ranks.device.type, dtype, w)} (head width {w})" for w in sorted(widths))
-
-
-class Preview:
-    """A grid of fixed conditions with fixed seeds, drawn by rank 0 with the averaged weights."""
-
-    def __init__(
-        self,
-        cfg: DictConfig,
-        objective: LatentDiffusion,
-        network: ConditionedUNet,
-        autoencoder: nn.Module,
-        facts: LatentFacts,
-        run: RunFolder,
-        reporter: Reporter,
-        read: Callable[..., list[dict[str, Any]]],
-    ) -> None:
-        self.run, self.reporter, self.seed = run, reporter, cfg.seed
-        self.guidance, self.sampler = instantiate(cfg.guidance, _convert_="all"), instantiate(cfg.sampler)
-        device = run.ranks.device
-        self.generator = Generator(
-            network,
-            objective.process,
-            objective.parameterization,
-            facts.scaling,
-            autoencoder.to(device).decode,
-            facts.unet_shape,
-            device,
-        )
-        count = cfg.preview_samples
-        samples = read(root=f"{cfg.input}/train", limit=count * 8)[::8][:count]
-        self.asked = Asked(collated(samples), [sample["caption"] for sample in samples])
-
-    def draw(self, state: TrainState) -> None:
-        if self.run.ranks.is_main:
-            drawn = self.generator.draw(self.asked, self.sampler, self.guidance, self.seed)
-            path = self.run.samples / f"step-{state.step:08d}.png"
-            shown = list(self.generator.beside_what_was_given(self.asked, drawn))
-            self.reporter.image(state.step, "samples", save_png(grid(shown, self.asked.captions), path))
 
 
 def report(run: RunFolder) -> None:

@@ -65,10 +65,10 @@ LIST: Mapping[str, Mapping[str, str]] = {
         "min_snr": f"{_LOSSES}.MinSnr",
         "truncated_snr": f"{_LOSSES}.TruncatedSnr",
     },
-    "sampler": {"sampler": "train.evaluation.generate.Sampler"},
+    "sampler": {"sampler": "train.sampling.generator.Sampler"},
     "sampling": {name: f"{_SAMPLERS}.sample_{name}" for name in ("ddim", "ddpm", "euler", "heun", "dpmpp_2m", "unipc")},
     "spacing": {name: f"{_SAMPLERS}.{name}_times" for name in ("uniform", "trailing", "karras")},
-    "guidance": {"classifier_free": "train.evaluation.generate.Guidance"},
+    "guidance": {"classifier_free": "train.sampling.generator.Guidance"},
     # Models as train/weights/saved.py keeps them, by their class.
     "first_stage": {
         "AutoencoderKL": f"{_MODELS}.autoencoder.AutoencoderKL",
@@ -84,6 +84,7 @@ MOVED: Mapping[str, str] = {
     "data_pipeline.loader": "data_pipeline.loading.loader",
     "train.bad_numbers": "train.loop.stability_monitor",
     "train.engine.EngineConfig": "train.engine.config.EngineConfig",
+    "train.evaluation.generate": "train.sampling.generator",
     "train.fitting.Training": "train.loop.recipe.Training",
     "train.optim": "train.engine.optimizer",
 }

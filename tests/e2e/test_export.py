@@ -15,10 +15,10 @@ from data_pipeline.common.saved_objects import build
 from data_pipeline.shards.manifest import Manifest
 from train.diffusion.randomness import generator_at
 from train.diffusion.samplers import sample_ddim, trailing_times
-from train.evaluation.generate import Asked, Guidance, Sampler
-from train.evaluation.trained_run import TrainedRun, open_run
 from train.models.autoencoder import AutoencoderKL
 from train.models.clip import CLIP
+from train.sampling.generator import Asked, Guidance, Sampler
+from train.sampling.trained_run import TrainedRun, open_run
 from train.weights.saved import save_model
 
 pytestmark = pytest.mark.processes

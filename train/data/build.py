@@ -9,8 +9,8 @@ from torch import nn
 
 from data_pipeline.common.saved_objects import build
 from train.data.latent_facts import LatentFacts
-from train.evaluation.trained_run import Instantiate
 from train.models.conditioning import ConditionedUNet, Conditioners
+from train.sampling.trained_run import Instantiate
 
 
 def build_network(config: Mapping[str, Any], facts: LatentFacts, instantiate: Instantiate) -> ConditionedUNet:

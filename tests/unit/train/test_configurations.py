@@ -20,8 +20,8 @@ from data_pipeline.common.hydra_messages import top_keys
 from data_pipeline.loading.batch import Batch, DataCursor
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
-from train.evaluation.generate import Asked, Generator
 from train.models.latents import LatentScaling
+from train.sampling.generator import Asked, Generator
 
 ROOTS = sorted(path.stem for path in Path(CONF).glob("*.yaml") if path.stem != "quiet")
 GROUPS = {

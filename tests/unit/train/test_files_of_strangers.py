@@ -33,10 +33,10 @@ from data_pipeline.shards.manifest import Manifest
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.distributed.ranks import Ranks
-from train.evaluation.trained_run import SECTIONS, as_the_run_draws, open_run
 from train.models.autoencoder import AutoencoderKL
 from train.models.classifier import NoisyClassifier
 from train.models.clip import CLIP
+from train.sampling.trained_run import SECTIONS, as_the_run_draws, open_run
 from train.train_ldm import train
 from train.weights.published import load_weights
 from train.weights.saved import load_autoencoder, load_classifier, load_clip, save_model

@@ -14,7 +14,8 @@ from data_pipeline.images import decode
 from data_pipeline.images.resize import centre_square
 from train.evaluate_ldm import usable
 from train.models.classifier import NoisyClassifier
-from train.sample_images import as_sample, asked_rows, guided_by, load_picture, rows_away_from
+from train.sample_images import guided_by
+from train.sampling.requests import as_sample, asked_rows, load_picture, rows_away_from
 from train.weights.saved import save_model
 
 

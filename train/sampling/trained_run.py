@@ -17,7 +17,7 @@ from data_pipeline.shards.samples import collated
 from train.checkpointing.ema_weights import EmaWeights, ema_weights
 from train.data.build import network_of, used_conditions, uses_clip
 from train.data.latent_facts import LatentFacts
-from train.evaluation.generate import Asked, Generator
+from train.sampling.generator import Asked, Generator
 
 Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script: for what its user says, never for files
 SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler", "guidance")

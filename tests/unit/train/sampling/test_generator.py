@@ -8,10 +8,10 @@ from data_pipeline.common.errors import UserError
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow
 from train.diffusion.samplers import sample_ddim, sample_euler
-from train.evaluation.generate import Asked, Generator, Guidance, Sampler
 from train.models.autoencoder import AutoencoderKL
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
+from train.sampling.generator import Asked, Generator, Guidance, Sampler
 
 
 @pytest.fixture
