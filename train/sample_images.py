@@ -35,14 +35,14 @@ from train.sampling.trained_run import TrainedRun, as_the_run_draws, open_run
 
 
 def main(cfg: DictConfig) -> None:
-    rows = asked_rows({name: cfg[name] for name in ASKED}, cfg.samples_per_prompt)
-    refuse_no_numbers(cfg)
-    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     given = OmegaConf.to_container(cfg, resolve=True)
+    rows = asked_rows({name: given[name] for name in ASKED}, cfg.samples_per_prompt)
+    refuse_no_numbers(cfg.guidance.scale, cfg.sampler.steps)
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     sampler, guidance = (as_the_run_draws(run.config, group, given[group]) for group in ("sampler", "guidance"))
     by_classifier = guided_by(cfg, run, rows)
     refuse_unasked(run, rows[0], also=("labels",) if by_classifier else ())
-    away = rows_away_from(cfg.negative_prompt, rows)
+    away = rows_away_from(given["negative_prompt"], rows)
     asked = run.asked([as_sample(run, row) for row in rows])
     negative = run.asked([as_sample(run, row) for row in away]) if away else None
     output = Path(cfg.output or f"{cfg.input}/drawn")

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ from train.engine.ema import Ema
 from train.engine.train_state import TrainState
 from train.evaluation.heldout_loss import HeldoutLoss
 from train.loop.fit import fit
+from train.loop.recipe import Recipe
 from train.loop.trainer import Action
 from train.models.attention import attention_backend
 from train.objectives.latent_diffusion import refuse_unfit
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import Reporter, read_metrics
 from train.runs.run_folder import RunFolder
+from train.sampling.generator import Generator, generator_of
 from train.sampling.preview import Preview
 from train.weights.published import load_weights
 
@@ -57,9 +60,11 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     sampler.times(process, sampler.steps)  # refuses steps that there can't be
     instantiate(cfg.guidance, _convert_="all")  # likewise
     data = Manifest.load(f"{cfg.input}/train")
-    recipe, read, autoencoder, facts = latents_of(cfg, config, data, ranks)
-    facts = scaled_as_known(cfg, facts)
-    refuse_other_encoders(facts, config, autoencoder)
+    recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
+    latents = latents_of(config, data, recipe.make_loader, read, instantiate, ranks.device)
+    recipe, read, autoencoder = replace(recipe, make_loader=latents.make_loader), latents.read, latents.autoencoder
+    facts = scaled_as_known(config, latents.facts)
+    refuse_other_encoders(facts, config, autoencoder, instantiate)
     torch.manual_seed(cfg.seed)
     network = build_network(config, facts, instantiate)
     if cfg.start_from is not None:
@@ -83,9 +88,10 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
             return action
 
         validation = HeldoutLoss(objective, averaged, heldout, ranks, reporter)
-        preview = (
-            Preview(cfg, objective, averaged, autoencoder, facts, run, reporter, read) if cfg.preview_every else None
-        )
+        preview = None
+        if cfg.preview_every:
+            generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
+            preview = preview_of(cfg, generator, read, run, reporter)
         return [
             Action(cfg.validate_every, with_averaged_weights(validation.measure)),
             Action(cfg.preview_every, with_averaged_weights(preview.draw) if preview else lambda state: None),
@@ -102,6 +108,19 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     )
     if ranks.is_main:
         report(run)
+
+
+def preview_of(
+    cfg: DictConfig,
+    generator: Generator,
+    read: Callable[..., list[dict[str, Any]]],
+    run: RunFolder,
+    reporter: Reporter,
+) -> Preview:
+    """Of every eighth of the first samples that are trained on."""
+    samples = read(root=f"{cfg.input}/train", limit=cfg.preview_samples * 8)[::8][: cfg.preview_samples]
+    guidance, sampler = instantiate(cfg.guidance, _convert_="all"), instantiate(cfg.sampler)
+    return Preview(generator, sampler, guidance, samples, cfg.seed, run, reporter)
 
 
 def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict[str, Any]:

@@ -124,9 +124,7 @@ class Checkpoints:
                 raise UserError(
                     f"{self.store.at(found.name)} exists and resume=never: choose another output=, or resume=auto."
                 )
-            changes = refuse_what_differs(self.identity, found.saved["identity"], self.may_change, self.store.root)
-            if changes and self.ranks.is_main:
-                log.warning("going on although %s (training.may_change)", "; ".join(changes))
+            self._compare(found.saved["identity"])
             if self.load(found, engine, ema, state):
                 resumed = found.name
                 break
@@ -256,6 +254,11 @@ class Checkpoints:
         for file in storage.sizes(self.places.snapshots):
             if STEP.fullmatch(file.partition(".")[0]) and file.partition(".")[0] > than:
                 storage.remove(storage.join(self.places.snapshots, file))
+
+    def _compare(self, identity: dict[str, Any]) -> None:
+        changed = refuse_what_differs(self.identity, identity, self.may_change, self.store.root)
+        if changed and self.ranks.is_main:
+            log.warning("going on although %s (training.may_change)", "; ".join(changed))
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
         return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}

@@ -10,7 +10,8 @@ from torch import nn
 from data_pipeline.common.saved_objects import build
 from train.data.latent_facts import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners
-from train.sampling.trained_run import Instantiate
+
+Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script: for what its user says, never for files
 
 
 def build_network(config: Mapping[str, Any], facts: LatentFacts, instantiate: Instantiate) -> ConditionedUNet:

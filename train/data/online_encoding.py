@@ -15,9 +15,9 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import build
 from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards.samples import collated
+from train.data.build import Instantiate
 from train.data.latent_facts import LatentFacts
 
-Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script
 # What conditionings need to be encoded; the others need what precompute learns of a whole data set.
 CONDITIONS: Mapping[str, dict[str, Any]] = {
     "text": {"text": {"name": "text"}},

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.pixels import to_uint8
+from train.data.latent_facts import LatentFacts
 from train.diffusion.denoiser import Denoiser, NetworkDenoiser
 from train.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from train.diffusion.parameterization import Parameterization
@@ -22,6 +23,7 @@ from train.diffusion.samplers import uniform_times
 from train.models.classifier import NoisyClassifier
 from train.models.conditioning import ConditionedUNet, Conditioning
 from train.models.latents import LatentScaling
+from train.objectives.latent_diffusion import LatentDiffusion
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +161,22 @@ class Generator:
         x = self.process.sigma(times[0]) * noise("start")
         x = sampler.function(lambda x, t: denoise(x, t, conditioning), x, times, self.process, noise)
         return to_uint8(self.decode(self.scaling.from_model(x)).float().cpu().numpy())
+
+
+def generator_of(
+    network: ConditionedUNet,
+    objective: LatentDiffusion,
+    facts: LatentFacts,
+    autoencoder: nn.Module,
+    device: torch.device,
+) -> Generator:
+    """Draws what `network` has learnt by `objective` of latents with these facts."""
+    return Generator(
+        network,
+        objective.process,
+        objective.parameterization,
+        facts.scaling,
+        autoencoder.to(device).decode,
+        facts.unet_shape,
+        device,
+    )

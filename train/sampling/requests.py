@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 
 from data_pipeline.common.errors import UserError
@@ -19,8 +18,7 @@ ASKED = ("prompts", "labels", "layouts", "images", "holes")
 
 def asked_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
     """Options that are each one value or a list -> one dictionary a picture. One value goes with all of a list."""
-    given = {name: OmegaConf.to_container(OmegaConf.create({"v": value}))["v"] for name, value in options.items()}
-    lists = {name: as_list(name, value) for name, value in given.items() if value is not None}
+    lists = {name: as_list(name, value) for name, value in options.items() if value is not None}
     if any(not values for values in lists.values()):
         empty = next(name for name, values in lists.items() if not values)
         raise UserError(f"{empty} is empty: give some, as prompts='[red heart,grinning face]'.")
@@ -47,7 +45,7 @@ def rows_away_from(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dic
         return []
     if "prompts" not in rows[0]:
         raise UserError("this run is not conditioned on prompts: leave negative_prompt= out.")
-    if OmegaConf.is_config(negative_prompt):
+    if isinstance(negative_prompt, list | dict):
         raise UserError("negative_prompt is one for all pictures: give one text.")
     return [row | {"prompts": str(negative_prompt)} for row in rows]
 
@@ -106,13 +104,13 @@ def title(row: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def refuse_no_numbers(cfg: DictConfig) -> None:
-    """Before anything is loaded."""
-    if cfg.guidance.scale is not None:
-        number("guidance.scale", cfg.guidance.scale)
-    steps = 1 if cfg.sampler.steps is None else number("sampler.steps", cfg.sampler.steps)
-    if steps < 1 or steps != int(steps):
-        raise UserError(f"sampler.steps={cfg.sampler.steps}: give a whole number from 1, as sampler.steps=30.")
+def refuse_no_numbers(guidance_scale: Any, steps: Any) -> None:
+    """Before anything is loaded; None: the run's own."""
+    if guidance_scale is not None:
+        number("guidance.scale", guidance_scale)
+    count = 1 if steps is None else number("sampler.steps", steps)
+    if count < 1 or count != int(count):
+        raise UserError(f"sampler.steps={steps}: give a whole number from 1, as sampler.steps=30.")
 
 
 def number(name: str, value: Any) -> float:

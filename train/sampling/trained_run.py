@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from data_pipeline.shards.samples import collated
 from train.checkpointing.ema_weights import EmaWeights, ema_weights
 from train.data.build import network_of, used_conditions, uses_clip
 from train.data.latent_facts import LatentFacts
-from train.sampling.generator import Asked, Generator
+from train.sampling.generator import Asked, Generator, generator_of
 
-Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script: for what its user says, never for files
 SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler", "guidance")
 
 
@@ -88,15 +87,7 @@ def open_run(
     load(network, weights, where)
     network.to(device).eval().requires_grad_(False)
     objective = make_objective(network=network, latents=facts.latents)
-    generator = Generator(
-        network,
-        objective.process,
-        objective.parameterization,
-        facts.scaling,
-        autoencoder.decode,
-        facts.unet_shape,
-        device,
-    )
+    generator = generator_of(network, objective, facts, autoencoder, device)
     return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
 
 

@@ -93,7 +93,7 @@ def test_a_negative_prompt_is_one_text_for_a_run_of_prompts():
     with pytest.raises(UserError, match=r"not conditioned on prompts: leave negative_prompt= out"):
         rows_away_from("bad", [{"labels": "fox"}])
     with pytest.raises(UserError, match="one for all pictures"):
-        rows_away_from(OmegaConf.create(["a", "b"]), rows)
+        rows_away_from(["a", "b"], rows)
 
 
 def test_a_class_whose_name_is_a_number_guides(tmp_path):
