@@ -145,7 +145,7 @@ class _StreamParts:
 
     def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[Part]:
         streams = np.array_split(self.streams, of)[worker or 0].tolist()
-        # What is not finite costs training a step, which it notes (bad_numbers.py), and not the run.
+        # What is not finite costs training a step, which it notes (stability_monitor.py), and not the run.
         reader = SampleReader(self.root, self.manifest, self.cache_mb / of, self.verify, finite=False)
         reader.pieces = self.plan.pieces
         pinned = worker is None and torch.cuda.is_available()
