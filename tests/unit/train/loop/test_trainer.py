@@ -146,7 +146,7 @@ def test_100_skipped_steps_in_a_row_end_it(make_trainer):
 def test_the_rate_leaves_out_actions_and_saves(make_trainer, monkeypatch):
     """Each batch takes 1 s, an action 100 s, another 1000 s, a save 10000 s: 8 samples a second all the same."""
     now = [0.0]
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     def passing(seconds):
         def action(*ignored):

@@ -102,7 +102,7 @@ def test_a_resumed_run_tells_what_it_resumes_from(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run", "train_ldm", {}, Ranks(0, 1, 0, torch.device("cpu")))
     (run.path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 6)))
     given = []
-    monkeypatch.setattr("train.runs.wandb_reporter.WeightsAndBiases", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr("train.runs.run_folder.WeightsAndBiases", lambda *arguments: given.append(arguments))
     run.reporters(2, "project")
     assert given == [(run.path, run.run_id, {}, "project", [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}])]
 
