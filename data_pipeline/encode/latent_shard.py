@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -64,28 +64,6 @@ def finished_record(places: Places, shard: Shard) -> Record | None:
         if storage.size_if_there(tar) != part["shard"]["bytes"]:
             return None
     return record if "sets" in record else None  # a note of an earlier version: its shard is made anew
-
-
-def published(
-    places: Places, shard: Shard, tars: Mapping[str, ShardWriter], noted: Callable[[Mapping[str, Shard]], Record]
-) -> Record:
-    """Write each bucket's tar and then the note, `noted(lines of the manifests)`; or leave that to the worker that came
-    first. Returns the note that counts."""
-    if storage.exists(places.note(shard)):
-        if record := finished_record(places, shard):
-            return record
-        storage.remove(places.note(shard))  # of a tar that is cut or gone
-    lines = {}
-    for bucket, writer in sorted(tars.items()):
-        lines[bucket], index, data = writer.contents(shard.name)
-        if not put(places.root(bucket), lines[bucket], index, data):
-            if record := waited_for(places, shard):
-                return record
-            put(places.root(bucket), lines[bucket], index, data, over=True)  # that worker is dead
-    record = noted(lines)
-    if storage.write_first(places.note(shard), json.dumps(record).encode()):
-        return record
-    return finished_record(places, shard) or record
 
 
 def put(root: str, line: Shard, index: bytes, data: bytes, over: bool = False) -> bool:
@@ -144,7 +122,7 @@ class Build:
         self.fields: dict[str, dict[str, Any]] = {}
         self.rejected: list[Rejected] = []
         self.copied = 0  # samples whose picture was not encoded, as a base has what it would become
-        self.noted: dict[str, Any] | None = None
+        self.noted: Record | None = None
 
     def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
         """Put encoded samples of one bucket into its tar, in memory; returns those whose values can't be used."""
@@ -169,14 +147,35 @@ class Build:
         self.statistics.setdefault(bucket, []).append(batch_statistics(self.image, kept))
         self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
 
-    def publish(self, places: Places) -> dict[str, Any]:
-        """Write its tars, and then the note that the shard is finished, which is returned; another's, if that came
-        first."""
-        record = published(places, self.shard, self.writers, self._note)
+    def publish(self, places: Places) -> Record:
+        """Write each bucket's tar and then the note that the shard is finished, or leave that to the worker that came
+        first. Returns the note that counts."""
+        record = self._note_of_another(places) or self._written(places)
         self.writers = {}  # some hundred MB
         return record
 
-    def _note(self, lines: Mapping[str, Shard]) -> dict[str, Any]:
+    def _note_of_another(self, places: Places) -> Record | None:
+        if not storage.exists(places.note(self.shard)):
+            return None
+        if record := finished_record(places, self.shard):
+            return record
+        storage.remove(places.note(self.shard))  # of a tar that is cut or gone
+        return None
+
+    def _written(self, places: Places) -> Record:
+        lines = {}
+        for bucket, writer in sorted(self.writers.items()):
+            lines[bucket], index, data = writer.contents(self.shard.name)
+            if not put(places.root(bucket), lines[bucket], index, data):
+                if record := waited_for(places, self.shard):
+                    return record
+                put(places.root(bucket), lines[bucket], index, data, over=True)  # that worker is dead
+        self.noted = self._note(lines)
+        if storage.write_first(places.note(self.shard), json.dumps(self.noted).encode()):
+            return self.noted
+        return finished_record(places, self.shard) or self.noted
+
+    def _note(self, lines: Mapping[str, Shard]) -> Record:
         sets = {
             bucket: {
                 "shard": asdict(line),
@@ -186,5 +185,4 @@ class Build:
             for bucket, line in lines.items()
         }
         aside = [{"key": key, "reason": reason} for _, key, reason in sorted(self.rejected)]
-        self.noted = {"listed": self.shard.samples, "aside": aside, "sets": sets}
-        return self.noted
+        return {"listed": self.shard.samples, "aside": aside, "sets": sets}
