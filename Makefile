@@ -13,9 +13,10 @@ WORKERS ?= auto
 RUN ?= .venv/bin/python
 SETUP := $(if $(filter .venv/bin/python,$(RUN)),setup)
 
-# What xdist counts by itself are physical cores, of the whole machine: one where two virtual ones may be used.
+# What xdist counts by itself are physical cores, of the whole machine: one where two virtual ones may be used. One worker
+# more than cores: some tests wait for seconds.
 CORES = $$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-PYTEST = . .ci/env && PYTEST_XDIST_AUTO_NUM_WORKERS=$(CORES) "$(RUN)" -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = . .ci/env && PYTEST_XDIST_AUTO_NUM_WORKERS=$$(($(CORES) + 1)) "$(RUN)" -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: setup demo test test-quick test-all lint clean
 setup:

@@ -136,8 +136,8 @@ def first_uses() -> None:
     """What is slow once a process: a configuration and a plot."""
     from hydra import compose, initialize_config_dir
 
-    from data_pipeline.entry import CONF
-    from train.evaluation.report import plot_curves
+    from data_pipeline.common.entry import CONF
+    from train.runs.curves import plot_curves
 
     with initialize_config_dir(CONF, version_base="1.3"):
         compose("train_ldm", ["input=a", "output=b"], return_hydra_config=True)
