@@ -18,7 +18,7 @@ from pathlib import Path
 
 from training_on_noise import batches, engine
 
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointConfig, Checkpoints
 from train.ema import Ema
 from train.ranks import Ranks, barrier, closing_distributed, find_ranks, gathered_objects
 from train.train_state import TrainState
@@ -34,10 +34,8 @@ class Training:
         self.engine, self.stream = engine(channels, batch, ranks), batches(batch, ranks)
         self.ema, self.state = Ema(self.engine.master_shards(), 0.999), TrainState(10**6)
         self.checkpoints = {
-            asynchronous: Checkpoints(
-                output / str(asynchronous) / "checkpoints", ranks, {}, "network.", 1, asynchronous=asynchronous
-            )
-            for asynchronous in (True, False)
+            how: Checkpoints(output / str(how) / "checkpoints", ranks, {}, "network.", CheckpointConfig(1, None, how))
+            for how in (True, False)  # asynchronous, or not
         }
         for checkpoints in self.checkpoints.values():
             checkpoints.resume("auto", self.engine, self.ema, self.state)

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.manifest import flat
 from data_pipeline.saved_names import named
 from train.checkpoint_files import STEP, Found, Places, look, part_name, step_of
 from train.checkpoint_stores import store_of
@@ -41,11 +43,26 @@ log = logging.getLogger(__name__)
 RESUME = ("auto", "must", "never")
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """How checkpoints are written and kept.
+
+    keep: how many of the newest; keep_every: besides those, each whose step is a multiple of it.
+    may_change: names of what may differ between a checkpoint and the run that goes on from it.
+    scratch: a folder of each node, for what goes to and comes from a bucket.
+    """
+
+    keep: int = 2
+    keep_every: int | None = None
+    asynchronous: bool = True
+    may_change: tuple[str, ...] = ()
+    scratch: str | None = None
+
+
 class Checkpoints:
     """All checkpoints of a run. Every method is called by all ranks.
 
-    identity: what may not change between a checkpoint and the run that goes on from it, by name, but for `may_change`.
-    keep: how many of the newest; keep_every: besides those, each whose step is a multiple of it.
+    identity: what must be the same in a checkpoint and the run that goes on from it, by name, but for `may_change`.
     folder: the run's own; places: where they are kept, if that is elsewhere (training.checkpoints).
     """
 
@@ -55,17 +72,13 @@ class Checkpoints:
         ranks: Ranks,
         identity: dict[str, Any],
         weights_prefix: str,
-        keep: int = 2,
-        keep_every: int | None = None,
-        asynchronous: bool = True,
-        may_change: tuple[str, ...] = (),
+        config: CheckpointConfig = CheckpointConfig(),  # noqa: B008
         places: Places | None = None,
-        scratch: str | None = None,
     ) -> None:
-        self.ranks, self.identity, self.asynchronous, self.may_change = ranks, named(identity), asynchronous, may_change
+        self.ranks, self.identity, self.config = ranks, named(identity), config
         self.places = places or Places.of(folder.parent, None)
-        self.store = store_of(self.places.checkpoints, scratch, ranks.rank)
-        self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, keep, keep_every)
+        self.store = store_of(self.places.checkpoints, config.scratch, ranks.rank)
+        self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, config.keep, config.keep_every)
         self.at: int | None = None  # the step last saved or resumed from
         self.writing: Writing | None = None
         self.copies: Copies = {}  # kept: new memory would take training several times as long to fill
@@ -88,7 +101,7 @@ class Checkpoints:
         }
         name, mark, self.at = f"step-{state.step:08d}", self.writer.next_mark(), state.step
         self.writing = Writing(lambda: self.writer.write(name, mark, pieces, about))
-        if not self.asynchronous:
+        if not self.config.asynchronous:
             self.finish()
 
     def finish(self) -> None:
@@ -104,7 +117,7 @@ class Checkpoints:
             self.writing.raise_if_failed()
 
     def _copied(self, engine: Engine, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.asynchronous else {})
+        return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.config.asynchronous else {})
 
     def resume(
         self, how: str, engine: Engine, ema: Ema, state: TrainState, before_anew: Callable[[], None] = lambda: None
@@ -139,7 +152,7 @@ class Checkpoints:
             self.writer.take_over(run_id)
             self._set_aside([name for name in any_there if name > (resumed or "")])
             self._remove_newer(resumed or "")
-        if self.asynchronous:  # so that the first save finds its memory there
+        if self.config.asynchronous:  # so that the first save finds its memory there
             self._copied(engine, {**engine.tensors(), **ema.tensors()})
         barrier()  # nobody writes before that
         if resumed:
@@ -268,8 +281,8 @@ class Checkpoints:
         return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}
 
     def _refuse_what_differs(self, saved: dict[str, Any]) -> None:
-        now, before = _flat(self.identity), _flat(named(saved["identity"]))
-        if unknown := set(self.may_change) - (now | before).keys() - {"run_id"}:
+        now, before = flat(self.identity), flat(named(saved["identity"]))
+        if unknown := set(self.config.may_change) - (now | before).keys() - {"run_id"}:
             raise UserError(
                 f"training.may_change: {', '.join(sorted(unknown))} is no name of what is compared. That is "
                 f"{', '.join(sorted(now | before))}."
@@ -279,7 +292,7 @@ class Checkpoints:
             for name in sorted(now | before)
             if now.get(name) != before.get(name)
         }
-        refused = [what for name, what in differing.items() if name not in self.may_change]
+        refused = [what for name, what in differing.items() if name not in self.config.may_change]
         if refused:
             raise UserError(
                 f"can't resume from {self.store.root}: {'; '.join(refused)}. Restore that, start in another output=, "
@@ -287,14 +300,6 @@ class Checkpoints:
             )
         if differing and self.ranks.is_main:
             log.warning("going on although %s (training.may_change)", "; ".join(differing.values()))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by dots, so that only the leaves that differ are named."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _spelled(layout: dict[str, Any]) -> str:

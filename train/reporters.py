@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import psutil
 
@@ -41,9 +41,7 @@ class JsonLines:
     """One JSON object a line, flushed at once. Rows past the step resumed from are cut: they come again."""
 
     def __init__(self, path: Path, from_step: int = 0) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= from_step] if path.exists() else []
-        write_atomically(path, "".join(map(_line, kept)).encode())
-        self.path, self.file = path, path.open("a")
+        self.path, self.file = path, _cut_after(from_step, path)
 
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(_line(row))
@@ -52,7 +50,7 @@ class JsonLines:
     def rewind(self, step: int) -> None:
         """Drop what comes after `step`: the run has gone back to it."""
         self.file.close()
-        self.__init__(self.path, step)
+        self.file = _cut_after(step, self.path)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._write({"step": step, **values})
@@ -62,6 +60,13 @@ class JsonLines:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _cut_after(from_step: int, path: Path) -> TextIO:
+    """The file at `path`, open to be added to, without the rows past that step."""
+    kept = [row for row in read_metrics(path) if row["step"] <= from_step] if path.exists() else []
+    write_atomically(path, "".join(map(_line, kept)).encode())
+    return path.open("a")
 
 
 class WeightsAndBiases:

@@ -7,6 +7,7 @@ from data_pipeline.entry import start_entry
 if __name__ == "__main__":
     start_entry("train.train_classifier")  # imports the rest when the options are right, and ends
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,19 @@ from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import Batch, DataCursor, collated
 from data_pipeline.saved_names import named
-from train.ema import Ema
-from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves
 from train.fitting import Recipe, fit
 from train.latent_data import LatentFacts
 from train.models.classifier import NoisyClassifier
-from train.ranks import Ranks, closing_distributed, find_ranks
-from train.reporters import Reporter, read_metrics
+from train.ranks import Ranks
+from train.reporters import read_metrics
 from train.run_folder import RunFolder
-from train.train_state import TrainState
 from train.trainer import Action
+from train.training_context import TrainedModel, TrainingContext
+from train.training_entry import on_all_ranks, validation
 from train.weights.saved import save_model
 
 FRACTIONS = torch.tensor([0.05, 0.25, 0.5, 0.75])
-
-
-def main(cfg: DictConfig) -> None:
-    ranks = find_ranks()
-    with closing_distributed():
-        train(cfg, ranks)
 
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
@@ -57,20 +51,20 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     heldout = heldout_batch(cfg, ranks)
     run = RunFolder(cfg.output, "train_classifier", config, ranks)
 
-    def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
-        def validate(state: TrainState) -> None:
-            measured.load_state_dict(engine.full_state_dict(ema.shards, prefix="classifier."))
-            if ranks.is_main:
-                reporter.log(state.step, objective.accuracies(measured, heldout, FRACTIONS))
-
-        return [Action(cfg.validate_every, validate)]
+    def actions(context: TrainingContext) -> list[Action]:
+        accuracies = partial(objective.accuracies, measured, heldout, FRACTIONS)
+        return [validation(context, measured, cfg.validate_every, accuracies)]
 
     same = {name: config[name] for name in ("seed", "fold", "scaling_factor", "classifier", "process", "time_sampling")}
-    weights = fit("classifier", objective, "classifier.", recipe, run, {"data": latents.fingerprint, **same}, actions)
+    model, identity = TrainedModel("classifier", objective, "classifier."), {"data": latents.fingerprint, **same}
+    weights = fit(model, recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
         arguments = {**{k: v for k, v in config["classifier"].items() if k != "_target_"}, **sizes}
         report(run.path, arguments, measured.cpu(), belongs_to(facts, config), len(heldout))
+
+
+main = on_all_ranks(train)
 
 
 def heldout_batch(cfg: DictConfig, ranks: Ranks) -> Batch:

@@ -16,23 +16,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.manifest import Manifest
-from train.ema import Ema
-from train.engine import Engine
 from train.evaluation.report import curve_line, plot_curves
 from train.fitting import Recipe, fit
 from train.models.clip import CLIP
-from train.ranks import Ranks, closing_distributed, find_ranks
-from train.reporters import Reporter, read_metrics
+from train.ranks import Ranks
+from train.reporters import read_metrics
 from train.run_folder import RunFolder
-from train.train_state import TrainState
 from train.trainer import Action
+from train.training_context import TrainedModel, TrainingContext
+from train.training_entry import on_all_ranks, validation
 from train.weights.saved import save_model
-
-
-def main(cfg: DictConfig) -> None:
-    ranks = find_ranks()
-    with closing_distributed():
-        train(cfg, ranks)
 
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
@@ -53,26 +46,17 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
     run = RunFolder(cfg.output, "train_clip", config, ranks)
 
-    def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
-        def validate(state: TrainState) -> None:
-            measured.load_state_dict(engine.full_state_dict(ema.shards, prefix="clip."))
-            if ranks.is_main:
-                reporter.log(state.step, retrieval_of(measured, splits))
+    def actions(context: TrainingContext) -> list[Action]:
+        return [validation(context, measured, cfg.validate_every, lambda: retrieval_of(measured, splits))]
 
-        return [Action(cfg.validate_every, validate)]
-
-    weights = fit(
-        "clip",
-        objective,
-        "clip.",
-        recipe,
-        run,
-        {"images": images.fingerprint, "clip": config["clip"], "seed": cfg.seed},
-        actions,
-    )
+    identity = {"images": images.fingerprint, "clip": config["clip"], "seed": cfg.seed}
+    weights = fit(TrainedModel("clip", objective, "clip."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
         report(run.path, config, weights, retrieval_of(measured, splits), images.fingerprint)
+
+
+main = on_all_ranks(train)
 
 
 def retrieval_of(clip: CLIP, splits: dict[str, list[dict[str, Any]]]) -> dict[str, float]:

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import copy
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,10 @@ from torch import nn
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
-from data_pipeline.picture_grid import grid, save_png
 from data_pipeline.samples import collated
 from train.dtype import DTYPES
-from train.ema import Ema
-from train.engine import Engine
 from train.evaluation.generate import Asked, Generator
+from train.evaluation.preview import Preview
 from train.evaluation.report import curve_line, plot_curves
 from train.evaluation.trained_run import build_network, used_conditions, uses_clip
 from train.evaluation.validation import HeldoutLoss
@@ -34,44 +33,32 @@ from train.fitting import Recipe, fit
 from train.latent_data import LatentFacts
 from train.models.attention import attention_backend
 from train.models.conditioning import ConditionedUNet
-from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
+from train.objectives.latent_diffusion import refuse_unfit
 from train.online_latents import OnlineLatents, first_batches
-from train.ranks import Ranks, closing_distributed, find_ranks
+from train.ranks import Ranks
 from train.reporters import Reporter, read_metrics
 from train.run_folder import RunFolder
 from train.saved_objects import read_config
 from train.train_state import TrainState
 from train.trainer import Action
+from train.training_context import TrainedModel, TrainingContext
+from train.training_entry import on_all_ranks, with_averaged_weights
 from train.weights.published import load_weights
 from train.weights.saved import saved_fingerprint
 
 
-def main(cfg: DictConfig) -> None:
-    ranks = find_ranks()
-    with closing_distributed():
-        train(cfg, ranks)
-
-
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Check what doesn't belong together, build, fit, and say where it lies."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    for encoder in ("autoencoder", "clip"):  # sampling finds them by the run's configuration, from any folder
-        if config[encoder].get("path"):
-            config[encoder]["path"] = storage.absolute(config[encoder]["path"])
+    config = configuration(cfg)
     make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
-    process = make_objective.keywords["process"]
-    refuse_unfit(process, make_objective.keywords["parameterization"])
-    sampler = instantiate(cfg.sampler)
-    sampler.times(process, sampler.steps)  # refuses steps that there can't be
-    instantiate(cfg.guidance, _convert_="all")  # likewise
+    refuse_unfit(make_objective.keywords["process"], make_objective.keywords["parameterization"])
+    sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
+    sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses a number of steps that it can't take
     data = Manifest.load(f"{cfg.input}/train")
     recipe, read, autoencoder, facts = latents_of(cfg, config, data, ranks)
     facts = scaled_as_known(cfg, facts)
     refuse_other_encoders(facts, config, autoencoder)
-    torch.manual_seed(cfg.seed)
-    network = build_network(config, facts, instantiate)
-    if cfg.start_from is not None:
-        load_weights(network, cfg.start_from)
+    network = initial_network(cfg, config, facts)
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
     run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
@@ -79,37 +66,54 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
     heldout = read(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
-    def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
+    def actions(context: TrainingContext) -> list[Action]:
         if ranks.is_main:  # only now is it certain that this run may go on in this folder
             facts.save(run.path)
+        validation = HeldoutLoss(objective, averaged, heldout, ranks, context.reporter)
+        found = [Action(cfg.validate_every, with_averaged_weights(context, averaged, validation.measure))]
+        if cfg.preview_every:
+            generator = Generator.of(averaged, objective, facts, autoencoder.to(ranks.device), ranks.device)
+            preview = Preview(generator, sampler, guidance, asked_of_previews(cfg, read), cfg.seed)
+            draw = partial(drawn_by_main, preview, run, context.reporter)
+            found.append(Action(cfg.preview_every, with_averaged_weights(context, averaged, draw)))
+        return found
 
-        def with_averaged_weights(do: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
-            def action(state: TrainState) -> None:
-                averaged.load_state_dict(engine.full_state_dict(ema.shards, prefix="network."))
-                do(state)
-
-            return action
-
-        validation = HeldoutLoss(objective, averaged, heldout, ranks, reporter)
-        preview = (
-            Preview(cfg, objective, averaged, autoencoder, facts, run, reporter, read) if cfg.preview_every else None
-        )
-        return [
-            Action(cfg.validate_every, with_averaged_weights(validation.measure)),
-            Action(cfg.preview_every, with_averaged_weights(preview.draw) if preview else lambda state: None),
-        ]
-
-    fit(
-        "train_ldm",
-        objective,
-        "network.",
-        recipe,
-        run,
-        identity(config, data, facts),
-        actions,
-    )
+    fit(TrainedModel("train_ldm", objective, "network."), recipe, run, identity(config, data, facts), actions)
     if ranks.is_main:
         report(run)
+
+
+main = on_all_ranks(train)
+
+
+def configuration(cfg: DictConfig) -> dict[str, Any]:
+    """As plain values. Sampling finds the encoders by it, from any folder: their paths are absolute."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    for encoder in ("autoencoder", "clip"):
+        if config[encoder].get("path"):
+            config[encoder]["path"] = storage.absolute(config[encoder]["path"])
+    return config
+
+
+def initial_network(cfg: DictConfig, config: dict[str, Any], facts: LatentFacts) -> ConditionedUNet:
+    """Of weights by the seed, the same on all ranks, or those to start from."""
+    torch.manual_seed(cfg.seed)
+    network = build_network(config, facts, instantiate)
+    if cfg.start_from is not None:
+        load_weights(network, cfg.start_from)
+    return network
+
+
+def asked_of_previews(cfg: DictConfig, read: Callable[..., list[dict[str, Any]]]) -> Asked:
+    """Every eighth sample of the training set's first."""
+    count = cfg.preview_samples
+    samples = read(root=f"{cfg.input}/train", limit=count * 8)[::8][:count]
+    return Asked(collated(samples), [sample["caption"] for sample in samples])
+
+
+def drawn_by_main(preview: Preview, run: RunFolder, reporter: Reporter, state: TrainState) -> None:
+    if run.ranks.is_main:
+        reporter.image(state.step, "samples", preview.draw(run.samples / f"step-{state.step:08d}.png"))
 
 
 class Latents(NamedTuple):
@@ -211,44 +215,6 @@ def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:
     """The backend of each head width of the U-Net, as it will run."""
     widths = {module.to_q.out_features // module.heads for module in unet.modules() if hasattr(module, "to_q")}
     return ", ".join(f"{attention_backend(ranks.device.type, dtype, w)} (head width {w})" for w in sorted(widths))
-
-
-class Preview:
-    """A grid of fixed conditions with fixed seeds, drawn by rank 0 with the averaged weights."""
-
-    def __init__(
-        self,
-        cfg: DictConfig,
-        objective: LatentDiffusion,
-        network: ConditionedUNet,
-        autoencoder: nn.Module,
-        facts: LatentFacts,
-        run: RunFolder,
-        reporter: Reporter,
-        read: Callable[..., list[dict[str, Any]]],
-    ) -> None:
-        self.run, self.reporter, self.seed = run, reporter, cfg.seed
-        self.guidance, self.sampler = instantiate(cfg.guidance, _convert_="all"), instantiate(cfg.sampler)
-        device = run.ranks.device
-        self.generator = Generator(
-            network,
-            objective.process,
-            objective.parameterization,
-            facts.scaling,
-            autoencoder.to(device).decode,
-            facts.unet_shape,
-            device,
-        )
-        count = cfg.preview_samples
-        samples = read(root=f"{cfg.input}/train", limit=count * 8)[::8][:count]
-        self.asked = Asked(collated(samples), [sample["caption"] for sample in samples])
-
-    def draw(self, state: TrainState) -> None:
-        if self.run.ranks.is_main:
-            drawn = self.generator.draw(self.asked, self.sampler, self.guidance, self.seed)
-            path = self.run.samples / f"step-{state.step:08d}.png"
-            shown = list(self.generator.beside_what_was_given(self.asked, drawn))
-            self.reporter.image(state.step, "samples", save_png(grid(shown, self.asked.captions), path))
 
 
 def report(run: RunFolder) -> None:

@@ -18,7 +18,7 @@ from data_pipeline import bucket as s3
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from train import checkpoint, checkpoint_writer
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointConfig, Checkpoints
 from train.checkpoint_files import Places, complete_checkpoints, ema_weights
 from train.checkpoint_stores import InBucket
 from train.ema import Ema
@@ -130,10 +130,9 @@ def start(place, tmp_path, together):
 
     def make(ranks=2, run_id="one", keep=2, power=(), **options):
         def one(rank):
-            checkpoints = Checkpoints(
-                tmp_path / "run/checkpoints", Ranks(rank, ranks, rank, torch.device("cpu")), {"seed": 0}, "", keep,
-                places=Places.of(tmp_path / "run", place), scratch=str(tmp_path / f"scratch{rank}"), **options,
-            )  # fmt: skip
+            config = CheckpointConfig(keep, scratch=str(tmp_path / f"scratch{rank}"), **options)
+            own, places = Ranks(rank, ranks, rank, torch.device("cpu")), Places.of(tmp_path / "run", place)
+            checkpoints = Checkpoints(tmp_path / "run/checkpoints", own, {"seed": 0}, "", config, places)
             engine = Slice(rank, ranks)
             return SimpleNamespace(
                 checkpoints=checkpoints, engine=engine, ema=Ema([engine.weight], 0.9, power),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.errors import UserError
@@ -18,9 +18,11 @@ from train.diffusion.parameterization import Parameterization
 from train.diffusion.process import DiffusionProcess
 from train.diffusion.samplers import uniform_times
 from train.evaluation.report import to_uint8
+from train.latent_data import LatentFacts
 from train.models.classifier import NoisyClassifier
 from train.models.conditioning import ConditionedUNet, Conditioning
 from train.models.latents import LatentScaling
+from train.objectives.latent_diffusion import LatentDiffusion
 from train.randomness import generator_at
 
 
@@ -107,6 +109,19 @@ class Generator:
     decode: Callable[[Tensor], Tensor]
     latent_shape: tuple[int, int, int]
     device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        network: ConditionedUNet,
+        objective: LatentDiffusion,
+        facts: LatentFacts,
+        autoencoder: nn.Module,
+        device: torch.device,
+    ) -> Generator:
+        """Of a run, by what it was trained with; network and autoencoder are on `device`."""
+        process, parameterization = objective.process, objective.parameterization
+        return cls(network, process, parameterization, facts.scaling, autoencoder.decode, facts.unet_shape, device)
 
     @torch.no_grad()
     def draw(

@@ -88,15 +88,7 @@ def open_run(
     load(network, weights, where)
     network.to(device).eval().requires_grad_(False)
     objective = make_objective(network=network, latents=facts.latents)
-    generator = Generator(
-        network,
-        objective.process,
-        objective.parameterization,
-        facts.scaling,
-        autoencoder.decode,
-        facts.unet_shape,
-        device,
-    )
+    generator = Generator.of(network, objective, facts, autoencoder, device)
     return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
 
 

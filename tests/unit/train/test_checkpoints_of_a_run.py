@@ -17,7 +17,7 @@ import torch
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from train import checkpoint_writer, tensor_files
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointConfig, Checkpoints
 from train.checkpoint_files import is_as_written
 from train.ema import Ema
 from train.engine import EngineConfig
@@ -69,7 +69,7 @@ def start(tmp_path):
             Ranks(0, world_size, 0, torch.device("cpu")),
             {"seed": seed} | ({"unet": unet} if unet else {}),
         )
-        checkpoints = Checkpoints(tmp_path / "checkpoints", ranks, identity, "", keep, **options)
+        checkpoints = Checkpoints(tmp_path / "checkpoints", ranks, identity, "", CheckpointConfig(keep, **options))
         engine, state = OneWeight(), TrainState(1000)
         ema = Ema([engine.weight], 0.9)
 
