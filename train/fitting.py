@@ -264,8 +264,7 @@ def roll_back(context: TrainingContext, watch: Watch, bad: NumbersWentBad) -> No
         raise UserError(f"{bad.why}, after {rollbacks} rollbacks: {remedy}")
     if not context.roll_back(bad.good_step):
         raise UserError(f"{bad.why}, and no checkpoint lies before it: {remedy}")
-    watch.skipped, watch.good_step = 0, state.step
-    watch.note({"step": gone_bad, "rolled_back_to": state.step, "why": bad.why})
+    watch.after_rollback(gone_bad, state.step, bad.why)
     context.reporter.rewind(state.step)
     context.say(f"{bad.why}: back to step {state.step}, past the data up to there")
 
