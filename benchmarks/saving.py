@@ -18,7 +18,7 @@ from pathlib import Path
 
 from training_on_noise import batches, engine
 
-from train.checkpointing.checkpoints import Checkpoints
+from train.checkpointing.checkpoints import CheckpointConfig, Checkpoints
 from train.distributed.collectives import barrier, gathered_objects
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.ema import Ema
@@ -35,10 +35,8 @@ class Training:
         self.engine, self.stream = engine(channels, batch, ranks), batches(batch, ranks)
         self.ema, self.state = Ema(self.engine.master_shards(), 0.999), TrainState(10**6)
         self.checkpoints = {
-            asynchronous: Checkpoints(
-                output / str(asynchronous) / "checkpoints", ranks, {}, "network.", 1, asynchronous=asynchronous
-            )
-            for asynchronous in (True, False)
+            how: Checkpoints(output / str(how) / "checkpoints", ranks, {}, "network.", CheckpointConfig(1, None, how))
+            for how in (True, False)  # asynchronous, or not
         }
         for checkpoints in self.checkpoints.values():
             checkpoints.resume("auto", self.engine, self.ema, self.state)

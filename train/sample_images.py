@@ -7,6 +7,7 @@ from data_pipeline.common.entry import start_entry
 if __name__ == "__main__":
     start_entry("train.sample_images")  # imports the rest when the options are right, and ends
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,11 @@ def main(cfg: DictConfig) -> None:
     by_classifier = guided_by(cfg, run, rows)
     refuse_unasked(run, rows[0], also=("labels",) if by_classifier else ())
     away = rows_away_from(given["negative_prompt"], rows)
-    asked = run.asked([as_sample(run, row) for row in rows])
     negative = run.asked([as_sample(run, row) for row in away]) if away else None
+    asked = replace(run.asked([as_sample(run, row) for row in rows]), negative=negative)
     output = Path(cfg.output or f"{cfg.input}/drawn")
     with Progress("sample_images", len(rows), "pictures") as bar:
-        drawn = run.generator.draw(
-            asked, sampler, guidance, cfg.seed, cfg.batch_size, bar.advance, negative, by_classifier
-        )
+        drawn = run.generator.draw(asked, sampler, guidance, cfg.seed, cfg.batch_size, bar.advance, by_classifier)
     titles = [title(row) for row in rows]
     for i, (name, picture) in enumerate(zip(titles, drawn, strict=True)):
         save_png(Image.fromarray(picture), output / f"{i:04d}-{file_stem(name)}.png")

@@ -20,27 +20,20 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
 from data_pipeline.shards.manifest import Manifest
-from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.engine.deepspeed_engine import Engine
-from train.engine.ema import Ema
-from train.engine.train_state import TrainState
+from train.distributed.ranks import Ranks
 from train.evaluation.reconstruction import latent_statistics, reconstructed, said_of
+from train.loop.context import TrainedModel, TrainingContext
 from train.loop.fit import fit
 from train.loop.recipe import Recipe, refuse_wrong_entry
 from train.loop.trainer import Action
+from train.loop.training_entry import on_all_ranks, validation
 from train.models.autoencoder import Autoencoder
 from train.runs.curves import curve_line, plot_curves
-from train.runs.metrics import Reporter, read_metrics
+from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
 from train.weights.saved import save_model
 
 TRAINABLE = ("train.models.autoencoder.AutoencoderKL", "train.models.autoencoder.VQModel")
-
-
-def main(cfg: DictConfig) -> None:
-    ranks = find_ranks()
-    with closing_distributed():
-        train(cfg, ranks)
 
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
@@ -58,22 +51,22 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
 
-    def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
-        def validate(state: TrainState) -> None:
-            measured.load_state_dict(engine.full_state_dict(ema.shards, prefix="autoencoder."))
-            if ranks.is_main:
-                decibels = psnr(heldout, reconstructed(measured, heldout)).mean()
-                reporter.log(state.step, {"heldout_psnr_db": float(decibels)})
+    def actions(context: TrainingContext) -> list[Action]:
+        def decibels() -> dict[str, float]:
+            return {"heldout_psnr_db": float(psnr(heldout, reconstructed(measured, heldout)).mean())}
 
-        return [Action(cfg.validate_every, validate)]
+        return [validation(context, measured, cfg.validate_every, decibels)]
 
     adversary = config["objective"].get("adversary") or {}
     identity = {"images": images.fingerprint, "autoencoder": config["autoencoder"], "seed": cfg.seed}
     identity |= {"discriminator": adversary["discriminator"]} if adversary else {}
-    weights = fit("autoencoder", objective, "autoencoder.", recipe, run, identity, actions)
+    weights = fit(TrainedModel("autoencoder", objective, "autoencoder."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
         report(run.path, config, measured, weights, heldout, pictures_of(cfg, "train", 512), images.fingerprint)
+
+
+main = on_all_ranks(train)
 
 
 def refuse_what_cannot_train(config: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from data_pipeline.common.entry import start_entry
 if __name__ == "__main__":
     start_entry("train.train_classifier")  # imports the rest when the options are right, and ends
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,19 @@ from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import collated
 from train.data.latent_facts import LatentFacts
-from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.engine.deepspeed_engine import Engine
-from train.engine.ema import Ema
-from train.engine.train_state import TrainState
+from train.distributed.ranks import Ranks
+from train.loop.context import TrainedModel, TrainingContext
 from train.loop.fit import fit
 from train.loop.recipe import Recipe
 from train.loop.trainer import Action
+from train.loop.training_entry import on_all_ranks, validation
 from train.models.classifier import NoisyClassifier
 from train.runs.curves import curve_line, plot_curves
-from train.runs.metrics import Reporter, read_metrics
+from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
 from train.weights.saved import save_model
 
 FRACTIONS = torch.tensor([0.05, 0.25, 0.5, 0.75])
-
-
-def main(cfg: DictConfig) -> None:
-    ranks = find_ranks()
-    with closing_distributed():
-        train(cfg, ranks)
 
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
@@ -59,20 +53,20 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     heldout = heldout_batch(cfg, ranks)
     run = RunFolder(cfg.output, "train_classifier", config, ranks)
 
-    def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
-        def validate(state: TrainState) -> None:
-            measured.load_state_dict(engine.full_state_dict(ema.shards, prefix="classifier."))
-            if ranks.is_main:
-                reporter.log(state.step, objective.accuracies(measured, heldout, FRACTIONS))
-
-        return [Action(cfg.validate_every, validate)]
+    def actions(context: TrainingContext) -> list[Action]:
+        accuracies = partial(objective.accuracies, measured, heldout, FRACTIONS)
+        return [validation(context, measured, cfg.validate_every, accuracies)]
 
     same = {name: config[name] for name in ("seed", "fold", "scaling_factor", "classifier", "process", "time_sampling")}
-    weights = fit("classifier", objective, "classifier.", recipe, run, {"data": latents.fingerprint, **same}, actions)
+    model, identity = TrainedModel("classifier", objective, "classifier."), {"data": latents.fingerprint, **same}
+    weights = fit(model, recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
         arguments = {**{k: v for k, v in config["classifier"].items() if k != "_target_"}, **sizes}
         report(run.path, arguments, measured.cpu(), belongs_to(facts, config), len(heldout))
+
+
+main = on_all_ranks(train)
 
 
 def heldout_batch(cfg: DictConfig, ranks: Ranks) -> Batch:

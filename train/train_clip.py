@@ -15,24 +15,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.shards.manifest import Manifest
-from train.distributed.ranks import Ranks, closing_distributed, find_ranks
-from train.engine.deepspeed_engine import Engine
-from train.engine.ema import Ema
-from train.engine.train_state import TrainState
+from train.distributed.ranks import Ranks
 from train.evaluation.retrieval import retrieval_of
+from train.loop.context import TrainedModel, TrainingContext
 from train.loop.fit import fit
 from train.loop.recipe import Recipe
 from train.loop.trainer import Action
+from train.loop.training_entry import on_all_ranks, validation
 from train.runs.curves import curve_line, plot_curves
-from train.runs.metrics import Reporter, read_metrics
+from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
 from train.weights.saved import save_model
-
-
-def main(cfg: DictConfig) -> None:
-    ranks = find_ranks()
-    with closing_distributed():
-        train(cfg, ranks)
 
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
@@ -53,26 +46,17 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
     run = RunFolder(cfg.output, "train_clip", config, ranks)
 
-    def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
-        def validate(state: TrainState) -> None:
-            measured.load_state_dict(engine.full_state_dict(ema.shards, prefix="clip."))
-            if ranks.is_main:
-                reporter.log(state.step, retrieval_of(measured, splits))
+    def actions(context: TrainingContext) -> list[Action]:
+        return [validation(context, measured, cfg.validate_every, lambda: retrieval_of(measured, splits))]
 
-        return [Action(cfg.validate_every, validate)]
-
-    weights = fit(
-        "clip",
-        objective,
-        "clip.",
-        recipe,
-        run,
-        {"images": images.fingerprint, "clip": config["clip"], "seed": cfg.seed},
-        actions,
-    )
+    identity = {"images": images.fingerprint, "clip": config["clip"], "seed": cfg.seed}
+    weights = fit(TrainedModel("clip", objective, "clip."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
         report(run.path, config, weights, retrieval_of(measured, splits), images.fingerprint)
+
+
+main = on_all_ranks(train)
 
 
 def report(

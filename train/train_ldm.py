@@ -8,7 +8,6 @@ if __name__ == "__main__":
     start_entry("train.train_ldm")  # imports the rest when the options are right, and ends
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,53 +21,39 @@ from data_pipeline.shards.manifest import Manifest
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.data.ldm_inputs import latents_of, refuse_other_encoders, scaled_as_known
-from train.distributed.ranks import Ranks, closing_distributed, find_ranks
+from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES
-from train.engine.deepspeed_engine import Engine
-from train.engine.ema import Ema
-from train.engine.train_state import TrainState
 from train.evaluation.heldout_loss import HeldoutLoss
+from train.loop.context import TrainedModel, TrainingContext
 from train.loop.fit import fit
 from train.loop.recipe import Recipe
 from train.loop.trainer import Action
+from train.loop.training_entry import on_all_ranks, with_averaged_weights
 from train.models.attention import attention_backend
+from train.models.conditioning import ConditionedUNet
 from train.objectives.latent_diffusion import refuse_unfit
 from train.runs.curves import curve_line, plot_curves
-from train.runs.metrics import Reporter, read_metrics
+from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
-from train.sampling.generator import Generator, generator_of
+from train.sampling.generator import generator_of
 from train.sampling.preview import Preview
 from train.weights.published import load_weights
 
 
-def main(cfg: DictConfig) -> None:
-    ranks = find_ranks()
-    with closing_distributed():
-        train(cfg, ranks)
-
-
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Check what doesn't belong together, build, fit, and say where it lies."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    for encoder in ("autoencoder", "clip"):  # sampling finds them by the run's configuration, from any folder
-        if config[encoder].get("path"):
-            config[encoder]["path"] = storage.absolute(config[encoder]["path"])
+    config = configuration(cfg)
     make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
-    process = make_objective.keywords["process"]
-    refuse_unfit(process, make_objective.keywords["parameterization"])
-    sampler = instantiate(cfg.sampler)
-    sampler.times(process, sampler.steps)  # refuses steps that there can't be
-    instantiate(cfg.guidance, _convert_="all")  # likewise
+    refuse_unfit(make_objective.keywords["process"], make_objective.keywords["parameterization"])
+    sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
+    sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses a number of steps that it can't take
     data = Manifest.load(f"{cfg.input}/train")
     recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
     latents = latents_of(config, data, recipe.make_loader, read, instantiate, ranks.device)
     recipe, read, autoencoder = replace(recipe, make_loader=latents.make_loader), latents.read, latents.autoencoder
     facts = scaled_as_known(config, latents.facts)
     refuse_other_encoders(facts, config, autoencoder, instantiate)
-    torch.manual_seed(cfg.seed)
-    network = build_network(config, facts, instantiate)
-    if cfg.start_from is not None:
-        load_weights(network, cfg.start_from)
+    network = initial_network(config, facts)
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
     run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
@@ -76,51 +61,42 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
     heldout = read(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
-    def actions(engine: Engine, ema: Ema, reporter: Reporter) -> list[Action]:
+    def actions(context: TrainingContext) -> list[Action]:
         if ranks.is_main:  # only now is it certain that this run may go on in this folder
             facts.save(run.path)
-
-        def with_averaged_weights(do: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
-            def action(state: TrainState) -> None:
-                averaged.load_state_dict(engine.full_state_dict(ema.shards, prefix="network."))
-                do(state)
-
-            return action
-
-        validation = HeldoutLoss(objective, averaged, heldout, ranks, reporter)
-        preview = None
+        validation = HeldoutLoss(objective, averaged, heldout, ranks, context.reporter)
+        found = [Action(cfg.validate_every, with_averaged_weights(context, averaged, validation.measure))]
         if cfg.preview_every:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
-            preview = preview_of(cfg, generator, read, run, reporter)
-        return [
-            Action(cfg.validate_every, with_averaged_weights(validation.measure)),
-            Action(cfg.preview_every, with_averaged_weights(preview.draw) if preview else lambda state: None),
-        ]
+            samples = read(root=f"{cfg.input}/train", limit=cfg.preview_samples * 8)[::8][: cfg.preview_samples]
+            preview = Preview(generator, sampler, guidance, samples, cfg.seed, run, context.reporter)
+            found.append(Action(cfg.preview_every, with_averaged_weights(context, averaged, preview.draw)))
+        return found
 
-    fit(
-        "train_ldm",
-        objective,
-        "network.",
-        recipe,
-        run,
-        identity(config, data, facts),
-        actions,
-    )
+    fit(TrainedModel("train_ldm", objective, "network."), recipe, run, identity(config, data, facts), actions)
     if ranks.is_main:
         report(run)
 
 
-def preview_of(
-    cfg: DictConfig,
-    generator: Generator,
-    read: Callable[..., list[dict[str, Any]]],
-    run: RunFolder,
-    reporter: Reporter,
-) -> Preview:
-    """Of every eighth of the first samples that are trained on."""
-    samples = read(root=f"{cfg.input}/train", limit=cfg.preview_samples * 8)[::8][: cfg.preview_samples]
-    guidance, sampler = instantiate(cfg.guidance, _convert_="all"), instantiate(cfg.sampler)
-    return Preview(generator, sampler, guidance, samples, cfg.seed, run, reporter)
+main = on_all_ranks(train)
+
+
+def configuration(cfg: DictConfig) -> dict[str, Any]:
+    """As plain values. Sampling finds the encoders by it, from any folder: their paths are absolute."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    for encoder in ("autoencoder", "clip"):
+        if config[encoder].get("path"):
+            config[encoder]["path"] = storage.absolute(config[encoder]["path"])
+    return config
+
+
+def initial_network(config: dict[str, Any], facts: LatentFacts) -> ConditionedUNet:
+    """With random weights of the seed, the same on all ranks, or those to start from."""
+    torch.manual_seed(config["seed"])
+    network = build_network(config, facts, instantiate)
+    if config["start_from"] is not None:
+        load_weights(network, config["start_from"])
+    return network
 
 
 def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict[str, Any]:

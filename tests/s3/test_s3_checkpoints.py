@@ -19,7 +19,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from train.checkpointing import checkpoints as checkpoint
 from train.checkpointing import writer
-from train.checkpointing.checkpoints import Checkpoints
+from train.checkpointing.checkpoints import CheckpointConfig, Checkpoints
 from train.checkpointing.ema_weights import ema_weights
 from train.checkpointing.files import Places, complete_checkpoints
 from train.checkpointing.posthoc_ema import find_snapshots, rebuilt
@@ -132,10 +132,9 @@ def start(place, tmp_path, together):
 
     def make(ranks=2, run_id="one", keep=2, power=(), **options):
         def one(rank):
-            checkpoints = Checkpoints(
-                tmp_path / "run/checkpoints", Ranks(rank, ranks, rank, torch.device("cpu")), {"seed": 0}, "", keep,
-                places=Places.of(tmp_path / "run", place), scratch=str(tmp_path / f"scratch{rank}"), **options,
-            )  # fmt: skip
+            config = CheckpointConfig(keep, scratch=str(tmp_path / f"scratch{rank}"), **options)
+            own, places = Ranks(rank, ranks, rank, torch.device("cpu")), Places.of(tmp_path / "run", place)
+            checkpoints = Checkpoints(tmp_path / "run/checkpoints", own, {"seed": 0}, "", config, places)
             engine = Slice(rank, ranks)
             return SimpleNamespace(
                 checkpoints=checkpoints, engine=engine, ema=Ema([engine.weight], 0.9, power),

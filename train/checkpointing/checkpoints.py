@@ -19,6 +19,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,26 @@ log = logging.getLogger(__name__)
 RESUME = ("auto", "must", "never")
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """How checkpoints are written and kept.
+
+    keep: how many of the newest; keep_every: besides those, each whose step is a multiple of it.
+    may_change: names of what may differ between a checkpoint and the run that goes on from it.
+    scratch: a folder of each node, for what goes to and comes from a bucket.
+    """
+
+    keep: int = 2
+    keep_every: int | None = None
+    asynchronous: bool = True
+    may_change: tuple[str, ...] = ()
+    scratch: str | None = None
+
+
 class Checkpoints:
     """All checkpoints of a run. Every method is called by all ranks.
 
-    identity: what may not change between a checkpoint and the run that goes on from it, by name, but for `may_change`.
-    keep: how many of the newest; keep_every: besides those, each whose step is a multiple of it.
+    identity: what must be the same in a checkpoint and the run that goes on from it, by name, but for `may_change`.
     folder: the run's own; places: where they are kept, if that is elsewhere (training.checkpoints).
     """
 
@@ -57,17 +73,13 @@ class Checkpoints:
         ranks: Ranks,
         identity: dict[str, Any],
         weights_prefix: str,
-        keep: int = 2,
-        keep_every: int | None = None,
-        asynchronous: bool = True,
-        may_change: tuple[str, ...] = (),
+        config: CheckpointConfig = CheckpointConfig(),  # noqa: B008
         places: Places | None = None,
-        scratch: str | None = None,
     ) -> None:
-        self.ranks, self.identity, self.asynchronous, self.may_change = ranks, named(identity), asynchronous, may_change
+        self.ranks, self.identity, self.config = ranks, named(identity), config
         self.places = places or Places.of(folder.parent, None)
-        self.store = store_of(self.places.checkpoints, scratch, ranks.rank)
-        self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, keep, keep_every)
+        self.store = store_of(self.places.checkpoints, config.scratch, ranks.rank)
+        self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, config.keep, config.keep_every)
         self.at: int | None = None  # the step last saved or resumed from
         self.writing: Writing | None = None
         self.copies: Copies = {}  # kept: new memory would take training several times as long to fill
@@ -90,7 +102,7 @@ class Checkpoints:
         }
         name, mark, self.at = f"step-{state.step:08d}", self.writer.next_mark(), state.step
         self.writing = Writing(lambda: self.writer.write(name, mark, pieces, about))
-        if not self.asynchronous:
+        if not self.config.asynchronous:
             self.finish()
 
     def finish(self) -> None:
@@ -106,7 +118,7 @@ class Checkpoints:
             self.writing.raise_if_failed()
 
     def _copied(self, engine: Engine, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.asynchronous else {})
+        return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.config.asynchronous else {})
 
     def resume(
         self, how: str, engine: Engine, ema: Ema, state: TrainState, before_anew: Callable[[], None] = lambda: None
@@ -141,7 +153,7 @@ class Checkpoints:
             self.writer.take_over(run_id)
             self._set_aside([name for name in any_there if name > (resumed or "")])
             self._remove_newer(resumed or "")
-        if self.asynchronous:  # so that the first save finds its memory there
+        if self.config.asynchronous:  # so that the first save finds its memory there
             self._copied(engine, {**engine.tensors(), **ema.tensors()})
         barrier()  # nobody writes before that
         if resumed:
@@ -256,7 +268,7 @@ class Checkpoints:
                 storage.remove(storage.join(self.places.snapshots, file))
 
     def _compare(self, identity: dict[str, Any]) -> None:
-        changed = refuse_what_differs(self.identity, identity, self.may_change, self.store.root)
+        changed = refuse_what_differs(self.identity, identity, self.config.may_change, self.store.root)
         if changed and self.ranks.is_main:
             log.warning("going on although %s (training.may_change)", "; ".join(changed))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -43,41 +43,24 @@ class LatentFacts:
         shapes = {
             name.removesuffix(".npy"): field["shape"] for name, field in manifest.fields.items() if "shape" in field
         }
-        conditions, where = named(manifest.info.get("conditions", {})), storage.join(root, "manifest.json")
-        latents = manifest.info.get("latents")
-        facts = {**(latents if isinstance(latents, Mapping) else {}), "conditions": conditions}
-        facts |= {"shapes": shapes, "fingerprints": manifest.fingerprints, "fold": fold}
+        where, latents = storage.join(root, "manifest.json"), manifest.info.get("latents")
+        facts = dict(latents) if isinstance(latents, Mapping) else {}
+        facts |= {"shapes": shapes, "fold": fold, "fingerprints": dict(manifest.fingerprints)}
+        facts |= {"conditions": named(manifest.info.get("conditions", {}))}
         refuse_wrong_kinds(facts, KINDS, f"{where}: info")
         refuse_no_latents(shapes, where)
-        return cls.checked(
-            shapes,
-            latents,
-            fold,
-            scaling_factor,
-            dict(manifest.fingerprints),
-            conditions,
-            tensors_in(storage.join(root, "null.safetensors")),
-            codebook_of(root),
-        )
+        null, codebook = tensors_in(storage.join(root, "null.safetensors")), codebook_of(root)
+        return cls(**{name: facts[name] for name in KINDS}, null=null, codebook=codebook).checked(scaling_factor)
 
-    @classmethod
-    def checked(
-        cls,
-        shapes: Mapping[str, Sequence[int]],
-        latents: Mapping[str, Any],  # "mean" and "std" as measured
-        fold: int,
-        scaling_factor: float | None,
-        *more: Any,
-    ) -> LatentFacts:
+    def checked(self, scaling_factor: float | None) -> LatentFacts:
         """With the one factor in place of what was measured, if it is given; a fold that does not fit is refused."""
-        if scaling_factor is not None:
-            channels = len(latents["mean"])
-            latents = {"mean": [0.0] * channels, "std": [1.0 / scaling_factor] * channels}
-        facts = cls(shapes, latents["mean"], latents["std"], fold, *more)
-        _, h, w = facts.latent_shape
-        if h % fold or w % fold:
-            raise UserError(f"fold={fold} does not divide latents of {h}x{w}: choose one that does.")
-        return facts
+        _, h, w = self.latent_shape
+        if h % self.fold or w % self.fold:
+            raise UserError(f"fold={self.fold} does not divide latents of {h}x{w}: choose one that does.")
+        if scaling_factor is None:
+            return self
+        channels = len(self.mean)
+        return replace(self, mean=[0.0] * channels, std=[1.0 / scaling_factor] * channels)
 
     @property
     def stored_as(self) -> str:

@@ -92,16 +92,17 @@ class OnlineLatents:
             sums = sums + torch.stack([mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))])
             count += mean.numel() // mean.shape[1]
         mean, square = sums / count
-        return LatentFacts.checked(
-            {name: list(value.shape[1:]) for name, value in fields.items()},
-            {"mean": mean.tolist(), "std": (square - mean.square()).sqrt().tolist()},
-            fold,
-            scaling_factor,
-            self.fingerprints,
-            self.conditions_config,
-            self._null(),
-            self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None,
+        facts = LatentFacts(
+            shapes={name: list(value.shape[1:]) for name, value in fields.items()},
+            mean=mean.tolist(),
+            std=(square - mean.square()).sqrt().tolist(),
+            fold=fold,
+            fingerprints=self.fingerprints,
+            conditions=self.conditions_config,
+            null=self._null(),
+            codebook=self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None,
         )
+        return facts.checked(scaling_factor)
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -47,7 +47,7 @@ class Engine(ZeroState):
         accumulation: int,
     ) -> None:
         deepspeed = quiet_deepspeed()
-        self.ranks, self.accumulation, self.optimizer = ranks, accumulation, optimizer
+        self.ranks, self.batch_size, self.accumulation, self.optimizer = ranks, batch_size, accumulation, optimizer
         self.config, self.norm = config, torch.tensor(0.0)
         micro_batch = batch_size // (ranks.world_size * accumulation)
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # over the group that ranks.py has made

@@ -1,98 +1,80 @@
-"""What the training entries share: engine, EMA, loader, checkpoints and trainer put together, and run."""
+"""A training from its first step, or its last checkpoint, to its end: what all the entries that train call."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.common.errors import UserError
 from train.checkpointing.checkpoints import Checkpoints
 from train.distributed.collectives import broadcast_object
-from train.distributed.preemption import Preemption
 from train.distributed.ranks import Ranks
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
+from train.loop.context import TrainedModel, TrainingContext
 from train.loop.heartbeat import Heart, Heartbeat
-from train.loop.recipe import MakeActions, Recipe, Training
+from train.loop.recipe import Recipe, Training
 from train.loop.stability_monitor import NumbersWentBad, Watch
-from train.loop.trainer import Cadence, Trainer
+from train.loop.trainer import Action, Cadence, Trainer
 from train.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+MakeActions = Callable[[TrainingContext], list[Action]]
 
 
 def fit(
-    what: str,
-    objective: nn.Module,
-    weights_prefix: str,  # of the trained network within the objective: its EMA is what is kept
-    recipe: Recipe,
-    run: RunFolder,
-    identity: dict[str, Any],
-    make_actions: MakeActions,
+    model: TrainedModel, recipe: Recipe, run: RunFolder, identity: dict[str, Any], make_actions: MakeActions
 ) -> dict[str, Tensor]:
-    """Train to the end, from a checkpoint where there is one. Returns the EMA weights, whole, on every rank."""
-    with Heartbeat(run.path / "heartbeats", run.ranks, recipe.training.hang_timeout_s) as heart:
-        return _fit(what, objective, weights_prefix, recipe, run, identity, make_actions, heart)
+    """Train to the end, from a checkpoint where there is one. Returns the EMA weights, whole, on every rank.
 
-
-def _fit(
-    what: str,
-    objective: nn.Module,
-    weights_prefix: str,
-    recipe: Recipe,
-    run: RunFolder,
-    identity: dict[str, Any],
-    make_actions: MakeActions,
-    heart: Heart,
-) -> dict[str, Tensor]:
+    identity: what a resumed run must have in common with its checkpoint, beside what the recipe tells.
+    """
     ranks, training = run.ranks, recipe.training
-    engine = Engine(objective, recipe.optimizer, recipe.engine, ranks, training.batch_size, training.accumulation)
+    with Heartbeat(run.path / "heartbeats", ranks, training.hang_timeout_s) as watchdog:
+        context = resumed(model, recipe, run, {**recipe.identity, **identity}, watchdog)
+        actions = make_actions(context)
+        context.say(f"{size_of(context.engine)}, {how_it_runs(recipe, ranks)}")
+        state = context.state
+        watch = Watch(training.bad_numbers, ranks, run.path / "skipped.jsonl", good_step=state.step)
+        cadence = Cadence(training.log_every, training.save_every)
+        while not state.finished:
+            batches = recipe.loader(ranks, state.cursor)
+            try:
+                Trainer(context, batches, watch, cadence, actions).fit()
+            except NumbersWentBad as bad:
+                roll_back(context, watch, bad)
+        watchdog.beat("finish", state.step)
+        context.reporter.close()
+        say_what_was_skipped(context, watch)
+        return context.averaged_weights()
+
+
+def resumed(
+    model: TrainedModel, recipe: Recipe, run: RunFolder, identity: dict[str, Any], watchdog: Heart
+) -> TrainingContext:
+    """The parts of a run, in the state of its checkpoint where there is one."""
+    ranks, training = run.ranks, recipe.training
+    engine = Engine(model.objective, recipe.optimizer, recipe.engine, ranks, training.batch_size, training.accumulation)
     ema = Ema(engine.master_shards(), training.ema_decay, training.power_ema)
     state = TrainState(training.steps, run_id=run.run_id)
-    identity = {**recipe.identity, **identity}
-    checkpoints = Checkpoints(
-        run.checkpoints, ranks, identity, weights_prefix, training.keep_checkpoints, training.keep_every,
-        training.asynchronous_save, tuple(training.may_change), run.places, training.scratch,
-    )  # fmt: skip
-    before_anew = partial(_refuse_to_begin_anew_in_silence, run, training)
-    if checkpoints.resume(training.resume, engine, ema, state, before_anew):
-        _say_where(what, state, ranks)
+    checkpoints = Checkpoints(run.checkpoints, ranks, identity, model.prefix, training.saving, run.places)
+    before_anew = partial(refuse_to_begin_anew_in_silence, run, training)
+    found = checkpoints.resume(training.resume, engine, ema, state, before_anew)
     run.config["engine"] |= {"dtype": recipe.engine.dtype, "dtype_because": recipe.dtype_because}
     reporter = run.reporters(state.step, training.wandb_project)
-    actions = make_actions(engine, ema, reporter)
-    cadence = Cadence(training.log_every, training.save_every)
-    _say_what_runs(what, engine, training, ranks)
-    watch = Watch(training.bad_numbers, ranks, run.path / "skipped.jsonl", good_step=state.step)
-    preemption = Preemption()  # one: a signal from before a rollback still counts
-    while not state.finished:
-        batches = recipe.loader(ranks, state.cursor)
-        trainer = Trainer(
-            engine, ema, batches, state, checkpoints, watch, reporter, cadence, actions, training.batch_size, what,
-            heart, preemption,
-        )  # fmt: skip
-        try:
-            trainer.fit()
-        except NumbersWentBad as bad:
-            heart.beat("start", state.step)  # reading a checkpoint may take long
-            go_back(what, bad, watch, checkpoints, engine, ema, state)
-            reporter.rewind(state.step)
-    heart.beat("finish", state.step)
-    reporter.close()
-    _say_what_was_skipped(what, state, watch)
-    return engine.full_state_dict(ema.shards, prefix=weights_prefix)
+    context = TrainingContext(model, engine, ema, state, checkpoints, reporter, watchdog)
+    if found:
+        beyond = ": nothing is left to do" * state.finished
+        context.say(f"resumed from step {state.step} of {state.total_steps}{beyond}")
+    return context
 
 
-def _say_where(what: str, state: TrainState, ranks: Ranks) -> None:
-    if ranks.is_main:
-        beyond = ": nothing is left to do" * (state.step >= state.total_steps)
-        print(f"{what}: resumed from step {state.step} of {state.total_steps}{beyond}", flush=True)
-
-
-def _refuse_to_begin_anew_in_silence(run: RunFolder, training: Training) -> None:
+def refuse_to_begin_anew_in_silence(run: RunFolder, training: Training) -> None:
     """There is no checkpoint, though there was a run: killed before its first one, or its checkpoints are lost."""
     last = broadcast_object(run.last_step_logged() if run.ranks.is_main else None)
     if training.resume == "auto" and training.save_every and last > 2 * training.save_every:
@@ -104,40 +86,44 @@ def _refuse_to_begin_anew_in_silence(run: RunFolder, training: Training) -> None
         log.warning("no checkpoint is there: the run begins anew (it had logged %d steps)", last)
 
 
-def _say_what_was_skipped(what: str, state: TrainState, watch: Watch) -> None:
+def size_of(engine: Engine) -> str:
+    """How many parameters, whole."""
+    size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
+    return f"{size / 1e6:.2f} M parameters"
+
+
+def how_it_runs(recipe: Recipe, ranks: Ranks) -> str:
+    """Where, in what precision, and how the batch is cut: size of a micro-batch x accumulation x ranks."""
+    training, world_size = recipe.training, ranks.world_size
+    micro_batch = training.batch_size // (world_size * training.accumulation)
+    return (
+        f"ZeRO stage {recipe.engine.zero_stage}, {recipe.engine.dtype}, {world_size} rank(s) on {ranks.device.type}, "
+        f"batch {training.batch_size} = {micro_batch} x {training.accumulation} x {world_size}, {training.steps} steps"
+    )
+
+
+def roll_back(context: TrainingContext, watch: Watch, bad: NumbersWentBad) -> None:
+    """To the last checkpoint before it, past the data in between; what can't be mended so is a UserError."""
+    state = context.state
+    gone_bad, rollbacks = state.step, state.rollbacks
+    remedy = "lower optimizer.lr, or look for broken values in the data (skipped.jsonl names the samples)."
+    if rollbacks >= watch.limits.max_rollbacks:
+        raise UserError(f"{bad.why}, after {rollbacks} rollbacks: {remedy}")
+    if not context.roll_back(bad.good_step):
+        raise UserError(f"{bad.why}, and no checkpoint lies before it: {remedy}")
+    watch.after_rollback(gone_bad, state.step, bad.why)
+    context.reporter.rewind(state.step)
+    context.say(f"{bad.why}: back to step {state.step}, past the data up to there")
+
+
+def say_what_was_skipped(context: TrainingContext, watch: Watch) -> None:
+    """Of all steps; where it was most of them, the run is not a result: a UserError."""
+    state = context.state
     skipped = state.step - state.applied_steps
     if 2 * skipped > state.step:
         raise UserError(
             f"{skipped} of {state.step} steps could not be applied: lower optimizer.lr, or look for broken values in "
             f"the data ({watch.notes} names the samples)."
         )
-    if skipped and watch.ranks.is_main:
-        print(f"{what}: {skipped} of {state.step} steps were skipped, see {watch.notes}", flush=True)
-
-
-def go_back(
-    what: str, bad: NumbersWentBad, watch: Watch, checkpoints: Checkpoints, engine: Engine, ema: Ema, state: TrainState
-) -> None:
-    """To the last checkpoint before it, past the data in between; what can't be mended so is a UserError."""
-    gone_bad, rollbacks = state.step, state.rollbacks
-    remedy = "lower optimizer.lr, or look for broken values in the data (skipped.jsonl names the samples)."
-    if rollbacks >= watch.limits.max_rollbacks:
-        raise UserError(f"{bad.why}, after {rollbacks} rollbacks: {remedy}")
-    if not checkpoints.roll_back(engine, ema, state, bad.good_step):
-        raise UserError(f"{bad.why}, and no checkpoint lies before it: {remedy}")
-    watch.skipped, watch.good_step = 0, state.step
-    watch.note({"step": gone_bad, "rolled_back_to": state.step, "why": bad.why})
-    if watch.ranks.is_main:
-        print(f"{what}: {bad.why}: back to step {state.step}, past the data up to there", flush=True)
-
-
-def _say_what_runs(what: str, engine: Engine, training: Training, ranks: Ranks) -> None:
-    if ranks.is_main:
-        size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
-        print(
-            f"{what}: {size / 1e6:.2f} M parameters, ZeRO stage {engine.config.zero_stage}, {engine.config.dtype}, "
-            f"{ranks.world_size} rank(s) on {ranks.device.type}, batch {training.batch_size} = "
-            f"{training.batch_size // (ranks.world_size * training.accumulation)} x {training.accumulation} x "
-            f"{ranks.world_size}, {training.steps} steps",
-            flush=True,
-        )
+    if skipped:
+        context.say(f"{skipped} of {state.step} steps were skipped, see {watch.notes}")

@@ -19,17 +19,14 @@ from data_pipeline.common.option_checks import (
     refuse_wrong_values,
 )
 from data_pipeline.loading.batch import Batch, DataCursor
-from train.checkpointing.checkpoints import RESUME
+from train.checkpointing.checkpoints import RESUME, CheckpointConfig
 from train.checkpointing.files import Places
 from train.distributed.ranks import Ranks
 from train.engine.config import EngineConfig
-from train.engine.deepspeed_engine import Engine
-from train.engine.ema import Ema, gamma_of
+from train.engine.ema import gamma_of
 from train.engine.optimizer import AdamW
 from train.loop.dtype import settled
 from train.loop.stability_monitor import BadNumbers
-from train.loop.trainer import Action
-from train.runs.metrics import Reporter
 
 # Of an entry's own options, those that some of them have; checked before anything is built of them.
 OPTIONS = {
@@ -47,7 +44,6 @@ OPTIONS = {
     "objective.offset_noise": NotNegative,
     "objective.stratified_times": bool,
 }
-MakeActions = Callable[[Engine, Ema, Reporter], list[Action]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +87,13 @@ class Training:
                 f"training.bad_numbers.spike_factor: a spike is seen every log_every={self.log_every} steps, and the "
                 f"checkpoints kept go back {kept} for sure: raise training.keep_checkpoints or training.save_every."
             )
+
+    @property
+    def saving(self) -> CheckpointConfig:
+        """How its checkpoints are written and kept."""
+        return CheckpointConfig(
+            self.keep_checkpoints, self.keep_every, self.asynchronous_save, tuple(self.may_change), self.scratch
+        )
 
     def over(self, world_size: int) -> Training:
         """With accumulation as the micro-batch asks for; a global batch that the ranks can't share is refused."""

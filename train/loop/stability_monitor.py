@@ -89,6 +89,11 @@ class Watch:
         if not self.skipped:
             self.good_step = step
 
+    def after_rollback(self, from_step: int, step: int, why: str) -> None:
+        """Begin anew at `step`, and note it."""
+        self.skipped, self.good_step = 0, step
+        self.note({"step": from_step, "rolled_back_to": step, "why": why})
+
     def note(self, row: dict[str, Any]) -> None:
         if self.ranks.is_main:
             with self.notes.open("a") as file:

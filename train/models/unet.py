@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,22 @@ class TimestepEmbedding(nn.Module):
 
 
 MakeAttention = Callable[[], nn.Module]  # a module (x (B, C, h, w), context) -> (B, C, h, w)
+
+
+class AttentionKind(NamedTuple):
+    """What the attention of all levels has in common. depth: of the transformers; 0: plain attention over pixels."""
+
+    depth: int
+    context_dim: int | None
+    linear_projection: bool
+    norm_groups: int
+
+    def of(self, channels: int, heads: int, self_attention: bool) -> MakeAttention:
+        """What makes that of a level."""
+        if self.depth == 0:
+            return partial(PixelAttention, channels, self.norm_groups, heads, eps=1e-5)
+        make = partial(SpatialTransformer, channels, self.context_dim, heads, channels // heads, self.depth)
+        return partial(make, self_attention, self.linear_projection, self.norm_groups)
 
 
 class DownBlock(nn.Module):
@@ -125,6 +141,33 @@ class UpBlock(nn.Module):
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
+def _down_blocks(
+    channels: Sequence[int], layers: int, time_dim: int, norm_groups: int, attentions: Sequence[MakeAttention | None]
+) -> nn.ModuleList:
+    """From the widest picture to the smallest; the last keeps its resolution."""
+    inputs, last = [channels[0], *channels[:-1]], len(channels) - 1
+    return nn.ModuleList(
+        DownBlock(inputs[level], width, time_dim, layers, norm_groups, attentions[level], downsample=level < last)
+        for level, width in enumerate(channels)
+    )
+
+
+def _up_blocks(
+    channels: Sequence[int], layers: int, time_dim: int, norm_groups: int, attentions: Sequence[MakeAttention | None]
+) -> nn.ModuleList:
+    """Back again, one residual block more a level; each takes the output of conv_in or of a layer on the way down."""
+    skips = [channels[0]]
+    for level, width in enumerate(channels):
+        skips += [width] * (layers + (level < len(channels) - 1))
+    blocks, below = nn.ModuleList(), channels[-1]
+    for level in reversed(range(len(channels))):
+        taken = [skips.pop() for _ in range(layers + 1)]
+        make, upsample = attentions[level], level > 0
+        blocks.append(UpBlock(below, taken, channels[level], time_dim, norm_groups, make, upsample))
+        below = channels[level]
+    return blocks
+
+
 class UNet(nn.Module):
     """(x_t (B, C, h, w), t (B,), context (B, T, D), vector (B, P)) -> (B, C, h, w).
 
@@ -148,65 +191,24 @@ class UNet(nn.Module):
         channels_last: bool = False,  # memory format of the activations: faster on CPUs and in bf16
     ) -> None:
         super().__init__()
-        levels, time_dim = len(channels), 4 * channels[0]
-        heads = [heads] * levels if isinstance(heads, int) else list(heads)
-        self_attention_levels = [True] * levels if self_attention_levels is None else self_attention_levels
+        heads = [heads] * len(channels) if isinstance(heads, int) else list(heads)
+        self_attention_levels = [True] * len(channels) if self_attention_levels is None else self_attention_levels
         _check_levels(channels, attention_levels, self_attention_levels, heads, norm_groups)
         _check_pixel_attention(transformer_depth, context_dim, self_attention_levels)
         self.in_channels, self.context_dim, self.vector_dim = in_channels, context_dim, vector_dim
         self.base_channels, self.heads, self.checkpoint_activations = channels[0], heads, False
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-        def attention(level: int, always: bool = False) -> MakeAttention | None:
-            if not (attention_levels[level] or always):
-                return None
-            if transformer_depth == 0:
-                return partial(PixelAttention, channels[level], norm_groups, heads[level], eps=1e-5)
-            return partial(
-                SpatialTransformer,
-                channels[level],
-                context_dim=context_dim,
-                heads=heads[level],
-                head_dim=channels[level] // heads[level],
-                depth=transformer_depth,
-                self_attention=self_attention_levels[level],
-                linear_projection=linear_projection,
-                norm_groups=norm_groups,
-            )
-
+        kind = AttentionKind(transformer_depth, context_dim, linear_projection, norm_groups)
+        attentions = [kind.of(*of_level) for of_level in zip(channels, heads, self_attention_levels, strict=True)]
+        time_dim = 4 * channels[0]
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], time_dim)
         if vector_dim is not None:
             self.vector_embedding = TimestepEmbedding(vector_dim, time_dim)
-
-        self.down_blocks = nn.ModuleList()
-        skip_channels = [channels[0]]
-        for level, width in enumerate(channels):
-            last = level == levels - 1
-            self.down_blocks.append(
-                DownBlock(
-                    channels[max(level - 1, 0)],
-                    width,
-                    time_dim,
-                    layers_per_block,
-                    norm_groups,
-                    attention(level),
-                    downsample=not last,
-                )
-            )
-            skip_channels += [width] * (layers_per_block + (not last))
-
-        self.mid_block = MidBlock(channels[-1], time_dim, norm_groups, attention(levels - 1, always=True))
-
-        self.up_blocks = nn.ModuleList()
-        below = channels[-1]
-        for level in reversed(range(levels)):
-            skips = [skip_channels.pop() for _ in range(layers_per_block + 1)]
-            self.up_blocks.append(
-                UpBlock(below, skips, channels[level], time_dim, norm_groups, attention(level), upsample=level > 0)
-            )
-            below = channels[level]
-
+        chosen = [make if there else None for make, there in zip(attentions, attention_levels, strict=True)]
+        self.down_blocks = _down_blocks(channels, layers_per_block, time_dim, norm_groups, chosen)
+        self.mid_block = MidBlock(channels[-1], time_dim, norm_groups, attentions[-1])
+        self.up_blocks = _up_blocks(channels, layers_per_block, time_dim, norm_groups, chosen)
         self.conv_norm_out = nn.GroupNorm(norm_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.storage import write_atomically
@@ -30,9 +30,7 @@ class JsonLines:
     """One JSON object a line, flushed at once. Rows past the step resumed from are cut: they come again."""
 
     def __init__(self, path: Path, from_step: int = 0) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= from_step] if path.exists() else []
-        write_atomically(path, "".join(map(_line, kept)).encode())
-        self.path, self.file = path, path.open("a")
+        self.path, self.file = path, _cut_after(from_step, path)
 
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(_line(row))
@@ -41,7 +39,7 @@ class JsonLines:
     def rewind(self, step: int) -> None:
         """Drop what comes after `step`: the run has gone back to it."""
         self.file.close()
-        self.__init__(self.path, step)
+        self.file = _cut_after(step, self.path)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._write({"step": step, **values})
@@ -51,6 +49,13 @@ class JsonLines:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _cut_after(from_step: int, path: Path) -> TextIO:
+    """The file at `path`, open to be added to, without the rows past that step."""
+    kept = [row for row in read_metrics(path) if row["step"] <= from_step] if path.exists() else []
+    write_atomically(path, "".join(map(_line, kept)).encode())
+    return path.open("a")
 
 
 def rows_by_step(rows: Sequence[dict[str, Any]], samples: Path) -> Iterator[dict[str, Any]]:

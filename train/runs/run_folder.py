@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -54,6 +54,7 @@ class RunFolder:
         if elsewhere := self._training.get("checkpoints"):  # sampling finds them by config.yaml, from any folder
             self._training["checkpoints"] = storage.absolute(elsewhere)
         self.places = Places.of(self.path, self._training.get("checkpoints"))
+        self.lock: TextIO | None = None  # of rank 0, held to the end of its process
         self.run_id = str(broadcast_object(self._claimed() if ranks.is_main else None))
         if not self.run_id:
             raise Preempted  # on every rank: Slurm is to start all of them again

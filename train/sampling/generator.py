@@ -84,10 +84,12 @@ class ByClassifier:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What N pictures are to be of: stored fields by name, each (N, ...), and captions."""
+    """What N pictures are to be of: stored fields by name, each (N, ...), and captions. negative: what to steer away
+    from, one for each picture; None: the null."""
 
     fields: Mapping[str, Tensor]
     captions: Sequence[str]
+    negative: Asked | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -95,7 +97,8 @@ class Asked:
     def part(self, first: int, count: int, device: torch.device) -> Asked:
         """`count` of them from `first` on."""
         rows = slice(first, first + count)
-        return Asked({n: v[rows].to(device) for n, v in self.fields.items()}, list(self.captions[rows]))
+        negative = None if self.negative is None else self.negative.part(first, count, device)
+        return Asked({n: v[rows].to(device) for n, v in self.fields.items()}, list(self.captions[rows]), negative)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,6 @@ class Generator:
         seed: int,
         batch_size: int = 64,
         on_batch: Callable[[int], None] = lambda n: None,
-        negative: Asked | None = None,  # what to steer away from, one for each picture; None: the null
         by_classifier: ByClassifier | None = None,
     ) -> np.ndarray:
         """N conditions -> (N, H, W, 3) uint8. Picture i depends on seed and i, not on the batch size."""
@@ -127,8 +129,7 @@ class Generator:
         for first in range(0, len(asked), batch_size):
             part = asked.part(first, batch_size, self.device)
             conditioning = self.network.condition(part.fields, part.captions)
-            if negative is not None:
-                away = negative.part(first, batch_size, self.device)
+            if (away := part.negative) is not None:
                 conditioning = self.network.condition_against(conditioning, away.fields, away.captions)
             denoise = guidance.of(NetworkDenoiser(self.network, self.process, self.parameterization), self.process)
             if by_classifier is not None:

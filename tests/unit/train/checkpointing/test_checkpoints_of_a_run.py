@@ -17,7 +17,7 @@ import torch
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from train.checkpointing import safetensors_io, writer
-from train.checkpointing.checkpoints import Checkpoints
+from train.checkpointing.checkpoints import CheckpointConfig, Checkpoints
 from train.checkpointing.files import is_as_written
 from train.distributed.ranks import Ranks
 from train.engine.config import EngineConfig
@@ -69,7 +69,7 @@ def start(tmp_path):
             Ranks(0, world_size, 0, torch.device("cpu")),
             {"seed": seed} | ({"unet": unet} if unet else {}),
         )
-        checkpoints = Checkpoints(tmp_path / "checkpoints", ranks, identity, "", keep, **options)
+        checkpoints = Checkpoints(tmp_path / "checkpoints", ranks, identity, "", CheckpointConfig(keep, **options))
         engine, state = OneWeight(), TrainState(1000)
         ema = Ema([engine.weight], 0.9)
 

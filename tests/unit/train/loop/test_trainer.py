@@ -1,6 +1,7 @@
 """The loop's order, what a kill costs, and its clock: with a stand-in for the engine, and no network."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from data_pipeline.loading.batch import DataCursor
 from train.distributed.ranks import Ranks
 from train.engine.deepspeed_engine import StepResult
 from train.engine.train_state import TrainState
-from train.loop import trainer
+from train.loop.context import TrainedModel, TrainingContext
+from train.loop.heartbeat import Heart
 from train.loop.meter import Meter
 from train.loop.stability_monitor import BadNumbers, NumbersWentBad, Watch
 from train.loop.trainer import Action, Cadence, Trainer
@@ -22,7 +24,7 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 class Steps:
     """An engine whose loss is the step's number, and whose steps `skipped` are not applied."""
 
-    ranks = ALONE
+    ranks, batch_size = ALONE, 8
 
     def __init__(self, skipped=()):
         self.skipped = skipped
@@ -70,9 +72,8 @@ class Saves:
 
 
 @pytest.fixture
-def make_trainer(tmp_path, monkeypatch):
+def make_trainer(tmp_path):
     """make_trainer(...): ten steps from `start` on, logged to metrics.jsonl."""
-    monkeypatch.setattr(trainer, "Preemption", lambda: SimpleNamespace(agreed=lambda step, device: False))
 
     def make(start=0, total=10, save_every=4, actions=(), saves=None, skipped=(), log_every=2):
         reporter = JsonLines(tmp_path / "metrics.jsonl", start)
@@ -84,7 +85,10 @@ def make_trainer(tmp_path, monkeypatch):
         saves = saves or Saves()
         batches = range(start + 1, total + 1)
         watch = Watch(BadNumbers(), ALONE, tmp_path / "skipped.jsonl", good_step=start)
-        return Trainer(Steps(skipped), ema, batches, state, saves, watch, reporter, cadence, listed, 8, "test"), saves
+        never = SimpleNamespace(agreed=lambda step, device: False)
+        model, engine = TrainedModel("test", None, ""), Steps(skipped)
+        context = TrainingContext(model, engine, ema, state, saves, reporter, Heart(), never)
+        return Trainer(context, batches, watch, cadence, listed), saves
 
     return make
 
@@ -137,7 +141,8 @@ def test_100_skipped_steps_in_a_row_end_it(make_trainer):
     loop, _ = make_trainer(total=250, skipped=[*range(1, 100), *range(101, 201)], save_every=None)
     with pytest.raises(NumbersWentBad, match="gradients of 100 steps in a row, up to step 200, were not") as bad:
         loop.fit()
-    assert (loop.state.step, loop.state.applied_steps, bad.value.good_step) == (200, 1, 100)
+    state = loop.context.state
+    assert (state.step, state.applied_steps, bad.value.good_step) == (200, 1, 100)
     noted = [json.loads(line) for line in loop.watch.notes.read_text().splitlines()]
     assert [row["step"] for row in noted] == [*range(1, 100), *range(101, 201)]
     assert noted[0]["keys"] == ["sample of step 1"]
@@ -160,7 +165,8 @@ def test_the_rate_leaves_out_actions_and_saves(make_trainer, monkeypatch):
     saves.save = passing(10000.0)
     loop.batches = (passing(1.0)() or step for step in range(1, 11))
     rows = []
-    loop.reporter = SimpleNamespace(log=lambda step, row: rows.append(row), close=lambda: None)
+    reporter = SimpleNamespace(log=lambda step, row: rows.append(row), close=lambda: None)
+    loop.context = replace(loop.context, reporter=reporter)
     loop.fit()
     assert rows[0]["samples_per_s"] == pytest.approx(8.0)
     assert rows[0]["data_wait"] == pytest.approx(1.0)

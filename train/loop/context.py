@@ -1,0 +1,63 @@
+"""What a run consists of: put together once by fit.py, used by the loop and by the actions within it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from train.checkpointing.checkpoints import Checkpoints
+from train.distributed.preemption import Preemption
+from train.distributed.ranks import Ranks
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
+from train.loop.heartbeat import Heart
+from train.runs.metrics import Reporter
+
+
+class TrainedModel(NamedTuple):
+    """What is trained: the parameters of `objective`, which computes the loss. `prefix` + name is a parameter of the
+    network in it whose EMA weights are the result; `name` stands before each message."""
+
+    name: str
+    objective: nn.Module
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingContext:
+    """The parts of a run: the same objects to its end, also over rollbacks. Training changes what they hold."""
+
+    model: TrainedModel
+    engine: Engine
+    ema: Ema
+    state: TrainState
+    checkpoints: Checkpoints
+    reporter: Reporter
+    watchdog: Heart
+    preemption: Preemption = field(default_factory=Preemption)  # hears signals from now on
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.engine.ranks
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The network's EMA weights by its own names, whole, fp32, on the CPU of every rank. Collective."""
+        return self.engine.full_state_dict(self.ema.shards, prefix=self.model.prefix)
+
+    def save(self) -> None:
+        """Take a checkpoint of the present state; it is written while training goes on."""
+        self.watchdog.beat("save", self.state.step)
+        self.checkpoints.save(self.engine, self.ema, self.state)
+
+    def roll_back(self, before: int) -> bool:
+        """To the newest intact checkpoint of a step up to `before`; false if there is none."""
+        self.watchdog.beat("start", self.state.step)  # reading a checkpoint may take long
+        return self.checkpoints.roll_back(self.engine, self.ema, self.state, before)
+
+    def say(self, sentence: str) -> None:
+        """To the terminal, once for all ranks."""
+        if self.ranks.is_main:
+            print(f"{self.model.name}: {sentence}", flush=True)
