@@ -35,9 +35,11 @@ def test_relative_links_lead_somewhere(page):
 
 
 def names_in(path):
-    """Functions and classes of a module, methods as Class.method."""
+    """Functions, classes and constants of a module, methods as Class.method."""
     names = set()
     for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
             names |= {f"{node.name}.{m.name}" for m in ast.iter_child_nodes(node) if isinstance(m, ast.FunctionDef)}
