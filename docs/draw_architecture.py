@@ -6,6 +6,7 @@ python docs/draw_architecture.py
 from __future__ import annotations
 
 import ast
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
 PACKAGES = ("data_pipeline", "train")
 ENTRIES = "entry scripts"  # the files that lie directly in a package
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 168, 52, 22, 44, 24
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 168, 62, 22, 40, 24
 Graph = Mapping[str, set[str]]
 
 
@@ -151,16 +152,18 @@ def box(package: str, name: str, folder: Folder, x: float, y: float) -> str:
     """A folder with its number of files, and what it imports of the other package."""
     title = f"{package}/*.py" if name == ENTRIES else f"{name}/"
     words = f"{folder.files} {ENTRIES}" if name == ENTRIES else f"{folder.files} file{'s' * (folder.files > 1)}"
-    lines = [
-        f'<rect x="{x - WIDTH / 2:.0f}" y="{y:.0f}" width="{WIDTH}" height="{HEIGHT}" rx="5"/>',
-        f'<text x="{x:.0f}" y="{y + 17:.0f}" class="name">{escape(title)}</text>',
-        f'<text x="{x:.0f}" y="{y + 32:.0f}" class="small">{escape(words)}</text>',
-    ]
-    if folder.other:
-        lines.append(
-            f'<text x="{x:.0f}" y="{y + 46:.0f}" class="other">+ {escape(", ".join(sorted(folder.other)))}</text>'
-        )
-    return "\n".join(lines)
+    other = textwrap.wrap("+ " + ", ".join(sorted(folder.other)), 30) if folder.other else []
+    lines = [("name", title), ("small", words), *(("other", line) for line in other)]
+    first = y + (HEIGHT - 14 * len(lines)) / 2 + 11
+    return "\n".join(
+        [
+            f'<rect x="{x - WIDTH / 2:.0f}" y="{y:.0f}" width="{WIDTH}" height="{HEIGHT}" rx="5"/>',
+            *(
+                f'<text x="{x:.0f}" y="{first + 14 * i:.0f}" class="{kind}">{escape(line)}</text>'
+                for i, (kind, line) in enumerate(lines)
+            ),
+        ]
+    )
 
 
 def panel(package: str, left: float, top: float) -> tuple[str, float, float]:
