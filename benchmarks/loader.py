@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import Manifest
-from data_pipeline.progress import Progress
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.common.progress import Progress
+from data_pipeline.loading.loader import Loader
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 
 SHARDS, PER_SHARD, BATCH = 16, 256, 64
 STEPS = SHARDS * PER_SHARD // BATCH

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.epoch_plan import EpochPlan
-from data_pipeline.manifest import Manifest, Shard
+from data_pipeline.loading.epoch_plan import EpochPlan
+from data_pipeline.shards.manifest import Manifest, Shard
 
 SHARDS, PER_SHARD = 100_000, 1000
 

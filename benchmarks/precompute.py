@@ -23,12 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline import encode_shard, encode_split
-from data_pipeline.background import Ahead, Behind
-from data_pipeline.buckets import sizes_of
-from data_pipeline.encode_batch import Encoders
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.common.threads import Ahead, Behind
+from data_pipeline.encode import shard_reader, split_encoder
+from data_pipeline.encode.batch_encoder import Encoders
+from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.images.aspect_buckets import sizes_of
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 from train.models.autoencoder import AutoencoderKL
 
 PICTURES, SHARD, SIZE = 192, 32, 256
@@ -92,22 +94,22 @@ def images_per_second(root: Path, image: Any, threads: bool) -> float:
     """One run into an empty folder."""
     output = root / "latents"
     shutil.rmtree(output, ignore_errors=True)
-    encode_shard.Ahead = encode_split.Ahead = Ahead if threads else AheadInline
-    encode_split.Behind = Behind if threads else BehindInline
+    shard_reader.Ahead = split_encoder.Ahead = Ahead if threads else AheadInline
+    split_encoder.Behind = Behind if threads else BehindInline
     encoders = Encoders(image, None, {}, torch.device("cpu"), 16)
-    reader = encode_shard.ShardReader(str(root / "pictures"), encoders, sizes_of(SIZE, None, 64, 8))
+    reader = shard_reader.ShardReader(str(root / "pictures"), encoders, sizes_of(SIZE, None, 64, 8))
     if not threads:
-        encode_shard.in_order = lambda pool, function, items, ahead: map(function, items)
+        shard_reader.in_order = lambda pool, function, items, ahead: map(function, items)
     else:
-        encode_shard.in_order = IN_ORDER
-    split = encode_split.Split("", Manifest.load(root / "pictures"), encode_split.Places(str(output)), reader)
+        shard_reader.in_order = IN_ORDER
+    split = Split("", Manifest.load(root / "pictures"), Places(str(output)), reader)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        encode_split.encode_split(split)
+        split_encoder.encode_split(split)
     return PICTURES / (time.perf_counter() - began)
 
 
-IN_ORDER = encode_shard.in_order
+IN_ORDER = shard_reader.in_order
 
 
 def main(output: str, repetitions: str = "7", wait_ms: str = "4") -> None:

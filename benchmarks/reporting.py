@@ -23,11 +23,12 @@ import psutil
 import torch
 from training_on_noise import batches, engine
 
-from train.ema import Ema
-from train.ranks import find_ranks
-from train.reporters import JsonLines, Reporters, WeightsAndBiases
-from train.train_state import TrainState, due
-from train.trainer import Meter
+from train.distributed.ranks import find_ranks
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState, due
+from train.loop.meter import Meter
+from train.runs.metrics import JsonLines, Reporters
+from train.runs.wandb_reporter import WeightsAndBiases
 
 WAYS = ("without", "offline", "swallowed")
 WARM_UP = 60  # steps

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from training_on_noise import batches, engine
 
-from train.checkpoint import Checkpoints
-from train.ema import Ema
-from train.ranks import Ranks, barrier, closing_distributed, find_ranks, gathered_objects
-from train.train_state import TrainState
+from train.checkpointing.checkpoints import Checkpoints
+from train.distributed.collectives import barrier, gathered_objects
+from train.distributed.ranks import Ranks, closing_distributed, find_ranks
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
 
 STEPS = 4  # between saves, at least
 

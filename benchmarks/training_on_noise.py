@@ -7,17 +7,18 @@ from collections.abc import Iterator
 
 import torch
 
-from data_pipeline.samples import Batch, DataCursor
+from data_pipeline.loading.batch import Batch, DataCursor
+from train.data.latent_facts import LatentFacts
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow
 from train.diffusion.time_sampling import uniform
-from train.engine import Engine, EngineConfig
-from train.latent_data import LatentFacts
+from train.distributed.ranks import Ranks
+from train.engine.config import EngineConfig
+from train.engine.deepspeed_engine import Engine
+from train.engine.optimizer import AdamW, Schedule
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
 from train.objectives.latent_diffusion import LatentDiffusion
-from train.optim import AdamW, Schedule
-from train.ranks import Ranks
 
 SHAPES = {"moments": (8, 16, 16), "text": (16, 192), "pooled": (128,)}
 

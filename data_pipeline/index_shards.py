@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("data_pipeline.index_shards")  # imports the rest when the options are right, and ends
 
-import collections
 import hashlib
-import itertools
 import json
-import mmap
-import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import codec, storage
-from data_pipeline.aside import Aside
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.filters import Filters, accounting, summary, worded
-from data_pipeline.make_shards import settings_of
-from data_pipeline.manifest import Manifest, Shard, made_otherwise
-from data_pipeline.progress import Progress
-from data_pipeline.shard_writer import IndexEntry, digest_of, index_digest, scan
-from data_pipeline.sources.tars import contents, inspected, tars_in
-
-AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=true"
-Given, Made = TypeVar("Given"), TypeVar("Made")
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.progress import Progress
+from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
+from data_pipeline.shards.tar_index import scan
+from data_pipeline.sources.filters import Filters
+from data_pipeline.sources.tar_listing import Index, fetched_by_img2dataset, linked
+from data_pipeline.sources.tars import contents, tars_in
 
 
 def main(cfg: DictConfig) -> None:
@@ -44,7 +32,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"size={cfg.size} can't be: take 1 or more.")
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}
     filters = Filters(instantiate(cfg.filters, _convert_="all"))
-    mark, settings = mark_of(cfg, sizes), settings_of(cfg)
+    mark, settings = mark_of(cfg, sizes), settings_of(OmegaConf.to_container(cfg, resolve=True))
     if finished(cfg.output, mark, settings):
         print(f"index_shards: {cfg.output} is finished already")
         return
@@ -83,143 +71,5 @@ def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
     """Whether the same configuration has made this output; a data set that was made otherwise is refused."""
     if not storage.exists(storage.join(output, "manifest.json")):
         return False
-    info = Manifest.load(output).info
-    if info.get("made_from") != mark:
-        what = made_otherwise(info.get("made_with"), settings)
-        raise UserError(f"{output}/manifest.json was made otherwise{what}: remove it, or choose another output=.")
+    refuse_made_otherwise([output], f"{output}/manifest.json was", mark, settings)
     return True
-
-
-def linked(source: str, output: str, name: str) -> str:
-    """The shard's name below `output`: the tar itself, or a link to it where output is another folder."""
-    if storage.absolute(source) == storage.absolute(output):
-        return name
-    if storage.is_s3(source) or storage.is_s3(output):
-        raise UserError(f"in a bucket index and tars lie together: leave out output={output}.")
-    target, link = os.path.realpath(storage.join(source, name)), Path(output, "shards", name)
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink() or os.readlink(link) != target:
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
-    return f"shards/{name}"
-
-
-def fetched_by_img2dataset(path: str, found: int) -> Counter[str]:
-    """What img2dataset wrote beside a tar of what it had listed and fetched; a tar that holds fewer is a DataError."""
-    beside = path.removesuffix(".tar") + "_stats.json"
-    if not storage.exists(beside):
-        return Counter()
-    try:
-        stats = codec.decode("json", storage.read_bytes(beside))
-        counts = Counter({name: int(stats[name]) for name in ("count", "successes")})
-    except (DataError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{beside} is damaged: remove it, or fetch the shard again.") from error
-    if counts["successes"] > found:
-        raise DataError(f"shard {path} has {found} samples, but {beside} says {counts['successes']}: fetch it again.")
-    return counts
-
-
-class Index:
-    """Takes shards one after another and accounts for each sample."""
-
-    def __init__(self, root: str, filters: Filters, shard_in_keys: bool, max_aside_fraction: float) -> None:
-        self.root, self.filters, self.shard_in_keys = root, filters, shard_in_keys
-        self.max_fraction = max_aside_fraction
-        self.aside = Aside(sys.maxsize, 1.0)  # it only counts: how many are listed is known at the end
-        self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
-
-    def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
-        """Judge a shard's samples, write its .idx and what it leaves out; returns its line of the manifest."""
-        self.listed += len(entries)
-        first, stem = len(self.aside.rows), name.removesuffix(".tar").rpartition("/")[2]
-        prefix = f"{stem}/" if self.shard_in_keys else ""
-        known = self.seen.those_known([prefix + each.key for each in entries])
-        lines = []
-        for sample, again in zip(ahead(lambda each: inspected(each, data), entries), known, strict=True):
-            key, members = prefix + sample.entry.key, sample.entry.members
-            if sample.candidate is not None:
-                self.filters.look(sample.candidate.meta)
-            if sample.candidate is None and sample.absent:
-                self.filters.add(key, sample.reason)
-            elif sample.candidate is None or again:
-                self.aside.add(key, sample.reason or AGAIN)
-            elif reason := self.filters.reason_against(sample.candidate):
-                self.filters.add(key, reason)
-            else:
-                lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
-        index = "".join(lines).encode()
-        shard = Shard(name, len(lines), len(data), digest_of(data), index_digest(index))
-        self.digest.update(index)
-        storage.write_atomically(storage.join(self.root, shard.index_name), index)
-        self.filters.save(self.root, f"{stem}.filtered")
-        of_this = Aside(sys.maxsize, 1.0)
-        of_this.rows = self.aside.rows[first:]
-        of_this.save(self.root, stem)
-        return shard
-
-    def refuse_past_the_cap(self, whole: float = 1.0) -> None:
-        """Stop where more is set aside than may be of all samples: `whole` times those that were listed so far."""
-        listed, aside = round(self.listed * whole), len(self.aside.rows)
-        if aside > self.max_fraction * listed:
-            raise DataError(
-                f"{aside} of {'about ' if whole > 1 else ''}{listed} samples can't be used "
-                f"({worded(summary(self.aside.rows), 3)}): mend the tars, or raise "
-                f"max_aside_fraction={self.max_fraction}."
-            )
-
-    def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
-        """Write the manifest, and say what became of each sample."""
-        self.refuse_past_the_cap()
-        self.filters.refuse_unknown_columns()
-        aside, processed = summary(self.aside.rows), sum(shard.samples for shard in shards)
-        if not processed:
-            why = worded(aside + self.filters.counts, 3) or "the tars are empty"
-            raise UserError(f"not one of {self.listed} samples is left ({why}): check input= and filters=.")
-        info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered otherwise, are another data set
-        info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
-        Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
-        print(
-            f"index_shards: {processed} processed, {self.filters.counts.total()} filtered, {aside.total()} set aside, "
-            f"of {self.listed} listed; in {self.root}"
-        )
-        for what, counts in (("filtered", self.filters.counts), ("set aside", aside)):
-            for reason, count in counts.most_common():
-                print(f"index_shards: {what} {count} x {reason}")
-
-
-def ahead(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
-    """function(item) for each, in order, by threads that are a few items ahead (Pillow decodes without the lock)."""
-    threads = os.cpu_count() or 1
-    rest = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(rest, 2 * threads))
-        while waiting:
-            made = waiting.popleft().result()
-            waiting.extend(pool.submit(function, item) for item in itertools.islice(rest, 1))
-            yield made
-
-
-class KnownKeys:
-    """Which keys came before: 8 bytes a key, in sorted runs of doubling length. 64 bits of a hash stand for a key: of
-    10^8 keys, two that differ are taken for one with a chance of 1 in 4,000."""
-
-    def __init__(self) -> None:
-        self.runs: list[np.ndarray] = []
-
-    def those_known(self, keys: Sequence[str]) -> np.ndarray:
-        """Which of the keys came before, also among themselves; all are known from now on."""
-        digests = b"".join(
-            hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys
-        )
-        numbers = np.frombuffer(digests, np.uint64)
-        firsts = np.unique(numbers, return_index=True)[1]
-        known = np.ones(len(numbers), bool)
-        known[firsts] = False
-        for run in self.runs:
-            known |= run[np.searchsorted(run, numbers).clip(max=len(run) - 1)] == numbers
-        unique = np.unique(numbers[~known])
-        while self.runs and len(self.runs[-1]) <= len(unique):
-            unique = np.union1d(unique, self.runs.pop())
-        if len(unique):
-            self.runs.append(unique)
-        return known

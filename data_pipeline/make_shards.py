@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("data_pipeline.make_shards")  # imports the rest when the options are right, and ends
 
-import functools
-import hashlib
-import json
-import os
-from array import array
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import storage
-from data_pipeline.aside import Aside
-from data_pipeline.codec import UNDECODABLE
-from data_pipeline.errors import UserError
-from data_pipeline.filters import Candidate, Filters, accounting, summary
-from data_pipeline.manifest import Manifest, Shard, find_splits, flat, made_otherwise
-from data_pipeline.progress import Progress
-from data_pipeline.shard_writer import ShardWriter
-from data_pipeline.sources.source import Source, SourceItem
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.progress import Progress
+from data_pipeline.shards.manifest import Manifest, find_splits
+from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
+from data_pipeline.shards.rejects import Aside, accounting, summary
+from data_pipeline.shards.split_writer import Split
+from data_pipeline.sources.filters import Filters
+from data_pipeline.sources.listing import is_heldout, look_through, taken
 
 
 def main(cfg: DictConfig) -> None:
@@ -43,9 +36,10 @@ def main(cfg: DictConfig) -> None:
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is input=: choose a folder of its own for the shards.")
-    mark, listed, heldout = look_through(cfg, source, filters)
+    options = OmegaConf.to_container(cfg, resolve=True)
+    mark, listed, heldout = look_through(options, source, filters)
     filters.refuse_unknown_columns()
-    if finished(cfg.output, mark, settings_of(cfg)):
+    if finished(cfg.output, mark, settings_of(options)):
         print(f"make_shards: {cfg.output} is finished already")
         return
     aside = Aside(listed, cfg.max_aside_fraction)
@@ -63,7 +57,7 @@ def main(cfg: DictConfig) -> None:
     aside.save(cfg.output, "make_shards")
     filters.save(cfg.output, "filtered")
     reasons, processed = summary(aside.rows), sum(split.samples for split in splits.values())
-    info = {"made_from": mark, "made_with": settings_of(cfg), "size": cfg.size}
+    info = {"made_from": mark, "made_with": settings_of(options), "size": cfg.size}
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
     for split in reversed(splits.values()):  # train's makes the whole complete
@@ -83,53 +77,6 @@ def report(output: str, splits: Mapping[str, Split], filtered: Counter[str], asi
         print(f"make_shards: set aside {count} x {reason}" + (f", first {where}" if where else ""))
 
 
-def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """What was asked for, option by option; but for the place of the output, and the store."""
-    left_out = ("output", "store", "max_aside_fraction")
-    asked = OmegaConf.to_container(cfg, resolve=True)
-    return flat({name: value for name, value in asked.items() if name not in left_out})
-
-
-def look_through(cfg: DictConfig, source: Source, filters: Filters | None = None) -> tuple[str, int, int]:
-    """Mark, count, and count of held-out items: a pass over the source before anything is decoded.
-
-    The mark is what a finished output is recognised by: the configuration, what is listed, and its files' stamps. A
-    key that comes twice is refused. It holds 8 bytes a key: 10^7 items are a few hundred MB while they are sorted.
-    """
-    config = OmegaConf.to_container(cfg, resolve=True) | {"output": None}
-    if not config["filters"]:
-        del config["filters"]
-    mark = hashlib.sha256(f"[{json.dumps(config, sort_keys=True)}, [".encode())
-    keys, heldout, number = array("Q"), 0, -1
-    for number, item in enumerate(source.items()):
-        looked_at = (item.meta,) if cfg.filters else ()
-        if filters is not None:
-            filters.look(item.meta)
-        row = json.dumps((item.key, item.caption, *getattr(item, "stamp", ()), *looked_at), sort_keys=True)
-        mark.update(f"{', ' if number else ''}{row}".encode())
-        keys.append(digest_of(item.key))
-        heldout += is_heldout(item, number, cfg.heldout_every)
-    mark.update(b"]]")
-    ordered = np.sort(np.frombuffer(keys, np.uint64))
-    again = ordered[1:][ordered[1:] == ordered[:-1]].tolist()
-    if again:
-        twice = next(item.key for item in source.items() if digest_of(item.key) == again[0])
-        raise UserError(f"two pictures have the key {twice}: rename one of them.")
-    return mark.hexdigest()[:16], number + 1, heldout
-
-
-def digest_of(key: str) -> int:
-    """64 bits that stand for a key."""
-    return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "little")
-
-
-def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
-    """As the source says; else every tenth thing (`every`; None: nothing at all)."""
-    if not every:
-        return False
-    return number % every == every - 1 if item.heldout is None else item.heldout
-
-
 def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
     """Whether the same configuration has made this output; an output that holds anything else is refused."""
     try:
@@ -138,71 +85,5 @@ def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
         if set(storage.subfolders(output)) - {"train", "heldout", "aside"}:
             raise UserError(f"output={output} holds something else: choose another output=.") from None
         return False
-    for path in splits.values():
-        info = Manifest.load(path).info
-        if info.get("made_from") != mark:
-            what = made_otherwise(info.get("made_with"), settings)
-            raise UserError(f"output={output} holds shards made otherwise{what}: remove it, or choose another output=.")
+    refuse_made_otherwise(splits.values(), f"output={output} holds shards", mark, settings)
     return "train" in splits
-
-
-class Split:
-    """One split while it is written: a shard of samples in memory, the rest published."""
-
-    def __init__(self, root: str, shard_size: int) -> None:
-        self.root, self.shard_size = root, shard_size
-        self.shards: list[Shard] = []
-        self.writer = ShardWriter()
-
-    @property
-    def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
-
-    def add(self, key: str, sample: dict[str, Any]) -> None:
-        self.writer.add(key, sample)
-        if self.writer.count == self.shard_size:
-            self._publish()
-
-    def close(self) -> None:
-        """Publish the rest; shards that an earlier run left behind are removed."""
-        if self.writer.count:
-            self._publish()
-        remove_leftovers(self.root, len(self.shards))
-        if not self.shards:
-            raise UserError(
-                "not one picture of a split can be used: check the source and filters=, or set heldout_every=null."
-            )
-
-    def _publish(self) -> None:
-        self.shards.append(self.writer.publish(self.root, f"shards/{len(self.shards):06d}.tar"))
-        self.writer = ShardWriter()
-
-
-def remove_leftovers(root: str | Path, number: int) -> None:
-    """Shards from `number` on: an earlier run that was cut short, and had more of them, may have left some."""
-    while storage.exists(storage.join(root, f"shards/{number:06d}.idx")):
-        for ending in ("tar", "idx"):
-            storage.remove(storage.join(root, f"shards/{number:06d}.{ending}"))
-        number += 1
-
-
-def taken(item: SourceItem, size: int, filters: Filters, aside: Aside) -> dict[str, Any] | None:
-    """The members of an item; None where it is filtered or set aside, which is noted under its reason."""
-    if item.absent:
-        filters.add(item.key, item.absent)
-        return None
-    if item.unusable:
-        aside.add(item.key, item.unusable, item.where)
-        return None
-    if item.caption is None:
-        aside.add(item.key, "missing caption")
-        return None
-    load = functools.cache(functools.partial(item.load, size))
-    try:
-        reason = filters.reason_against(Candidate(item.caption, item.meta, item.sides or (lambda: None), load))
-        if reason is None:
-            return {"png": load(), "txt": item.caption, "json": item.meta}
-        filters.add(item.key, reason)
-    except UNDECODABLE as error:
-        aside.add(item.key, f"undecodable picture ({type(error).__name__})")
-    return None

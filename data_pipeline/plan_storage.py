@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import CONF, start_entry
+from data_pipeline.common.entry import CONF, start_entry
 
 if __name__ == "__main__":
     start_entry("data_pipeline.plan_storage")  # imports the rest when the options are right, and ends
@@ -16,13 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import storage
-from data_pipeline.conditions import Condition
-from data_pipeline.encode_batch import DTYPES, Encoders
-from data_pipeline.encoders import OnceEach
-from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest
-from data_pipeline.storage_plan import (
+from data_pipeline.audit.storage_cost import (
     HEADINGS,
     MEGA,
     Layout,
@@ -35,6 +29,13 @@ from data_pipeline.storage_plan import (
     shard_bytes,
     words,
 )
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.encode.batch_encoder import Encoders
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import Condition, use_clip
+from data_pipeline.shards.arrays import DTYPES
+from data_pipeline.shards.manifest import Manifest
 
 
 def main(cfg: DictConfig) -> None:
@@ -98,10 +99,7 @@ def first_stages(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
 
 def text_encoder(cfg: DictConfig, conditions: Mapping[str, Condition]) -> OnceEach | None:
     """None where no condition needs one; loaded where it is given by a path."""
-    using = [name for name, condition in conditions.items() if condition.uses_clip]
-    if using and cfg.clip.get("path", "") is None:
-        raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
-    return OnceEach(weightless(cfg.clip), 1) if using else None
+    return OnceEach(weightless(cfg.clip), 1) if use_clip(conditions, cfg.clip) else None
 
 
 def weightless(config: DictConfig) -> Any:

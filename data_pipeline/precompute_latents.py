@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("data_pipeline.precompute_latents")  # imports the rest when the options are right, and ends
@@ -11,23 +11,28 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_pipeline import storage
-from data_pipeline.buckets import sizes_of
-from data_pipeline.conditions import Condition, refuse_text_alone
-from data_pipeline.encode_batch import DTYPES, Encoders
-from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Places, Split, encode_split
-from data_pipeline.encoders import OnceEach, TextEncoder
-from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest, find_splits
-from data_pipeline.reuse import base_of
-from data_pipeline.sample_reader import as_sample
-from data_pipeline.shard_writer import read_shard
-from data_pipeline.work_share import StopRequest, worker_of
+from data_pipeline.common import storage
+from data_pipeline.common.device import chosen_device, usable_cpus
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.stop_request import StopRequest
+from data_pipeline.encode.base_dataset import base_of
+from data_pipeline.encode.batch_encoder import Encoders
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import Condition, refuse_text_alone, use_clip
+from data_pipeline.encode.encoders import TextEncoder
+from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.shard_reader import ShardReader
+from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.workers import worker_of
+from data_pipeline.images.aspect_buckets import sizes_of
+from data_pipeline.shards.arrays import DTYPES
+from data_pipeline.shards.manifest import Manifest, find_splits
+from data_pipeline.shards.reader import read_shard
+from data_pipeline.shards.samples import as_sample
 
 
 def main(cfg: DictConfig) -> None:
@@ -63,11 +68,8 @@ def main(cfg: DictConfig) -> None:
 
 def clip_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> TextEncoder | None:
     """The CLIP, where a condition needs one."""
-    using = [name for name, condition in conditions.items() if condition.uses_clip]
-    if not using:
+    if not use_clip(conditions, cfg.clip):
         return None
-    if cfg.clip.path is None:
-        raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
     clip = instantiate(cfg.clip)
     if any(condition.uses_image_tower for condition in conditions.values()):
         refuse_text_alone(clip)  # here, before the output is claimed for it
@@ -79,18 +81,3 @@ def facts_of_samples(path: str, source: Manifest) -> Iterator[dict[str, Any]]:
     for shard in source.shards:
         for members in read_shard(path, shard, ("json", "txt")):
             yield as_sample(members.pop("__key__"), members)
-
-
-def chosen_device(name: str) -> torch.device:
-    """auto: the GPU where there is one; of several, that of this process's number on its machine."""
-    if name == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count) if count else torch.device("cpu")
-    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise UserError(f"device={name} is not to be had here: take device=auto or device=cpu.")
-    return torch.device(name)
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("data_pipeline.verify_shards")  # imports the rest when the options are right, and ends
@@ -16,15 +16,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_pipeline import storage
-from data_pipeline.encoders import TextEncoder
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.index_shards import KnownKeys
-from data_pipeline.look_at_samples import Drawing, Seen, look_at
-from data_pipeline.manifest import Manifest, find_splits
-from data_pipeline.precompute_latents import chosen_device
-from data_pipeline.progress import Progress
-from data_pipeline.shard_checks import (
+from data_pipeline.audit.sample_sheet import Drawing, Seen, look_at
+from data_pipeline.audit.shard_checks import (
     AGAIN,
     CHECKS,
     Codes,
@@ -34,6 +27,13 @@ from data_pipeline.shard_checks import (
     check_constants,
     check_shard,
 )
+from data_pipeline.common import storage
+from data_pipeline.common.device import chosen_device
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.progress import Progress
+from data_pipeline.encode.encoders import TextEncoder
+from data_pipeline.shards.key_set import KnownKeys
+from data_pipeline.shards.manifest import Manifest, find_splits
 
 
 class DataSet(NamedTuple):
@@ -55,7 +55,6 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"every={cfg.every} samples={cfg.samples} can't be: every is 1 or more, samples 0 or more.")
     if storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is input=: choose another folder for the report.")
-    drawing = instantiate(cfg.drawing)
     device = chosen_device(cfg.device)
     image = instantiate(cfg.autoencoder).to(device) if cfg.autoencoder.get("path") else None
     text = instantiate(cfg.clip) if cfg.clip.path else None
@@ -69,7 +68,7 @@ def main(cfg: DictConfig) -> None:
     for each in sets:
         check_encoders(each, image and image.fingerprint, text)
         if cfg.samples:
-            seen[each.name] = drawn(each, cfg, Drawing(image, device, **drawing))
+            seen[each.name] = drawn(each, cfg, Drawing(image, device))
     report(sets, seen, cfg)
 
 

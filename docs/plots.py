@@ -21,13 +21,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.picture_grid import save_png
+from data_pipeline.images.grid import save_png
 from train.diffusion import samplers
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import CosineVP, DiffusionProcess, RectifiedFlow, log_snr, time_at_noise
 from train.diffusion.time_sampling import stratified
-from train.ema import Ema
-from train.optim import SCHEDULES, Schedule
+from train.engine.ema import Ema
+from train.engine.optimizer import SCHEDULES, Schedule
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

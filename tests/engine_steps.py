@@ -15,19 +15,21 @@ from typing import NamedTuple
 import torch
 from synthetic import TINY_LATENTS
 
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import Manifest
+from data_pipeline.loading.loader import Loader
+from data_pipeline.shards.manifest import Manifest
+from train.checkpointing.safetensors_io import save_tensors
+from train.data.latent_facts import LatentFacts
 from train.diffusion.parameterization import Flow
 from train.diffusion.process import RectifiedFlow
 from train.diffusion.time_sampling import uniform
-from train.engine import Engine, EngineConfig
-from train.latent_data import LatentFacts
+from train.distributed.collectives import mean_over_ranks
+from train.distributed.ranks import Ranks, closing_distributed, find_ranks
+from train.engine.config import EngineConfig
+from train.engine.deepspeed_engine import Engine
+from train.engine.optimizer import AdamW, Schedule
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
 from train.objectives.latent_diffusion import LatentDiffusion
-from train.optim import AdamW, Schedule
-from train.ranks import Ranks, closing_distributed, find_ranks, mean_over_ranks
-from train.tensor_files import save_tensors
 
 SEED, BATCH, STREAMS, STEPS, DROPOUT = 3, 32, 16, 2, 0.3
 # An eps above rounding: Adam divides by the gradient's own size, also where the gradient is zero but for rounding.

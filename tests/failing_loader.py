@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
-from data_pipeline.samples import Batch
+from data_pipeline.common.errors import DataError
+from data_pipeline.loading.batch import Batch
+from data_pipeline.loading.loader import Loader
 
 BAD_STEP = 5
 

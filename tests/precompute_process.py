@@ -8,15 +8,18 @@ from multiprocessing.synchronize import Event
 
 import torch
 
-from data_pipeline.buckets import sizes_of
-from data_pipeline.conditions import LowResolution, Text
-from data_pipeline.encode_batch import Encoders
-from data_pipeline.encode_shard import ShardReader
-from data_pipeline.encode_split import Places, Split, encode_split
-from data_pipeline.encoders import OnceEach
-from data_pipeline.manifest import Manifest
-from data_pipeline.samples import TextStates
-from data_pipeline.work_share import StopRequest, Worker
+from data_pipeline.common.stop_request import StopRequest
+from data_pipeline.encode.batch_encoder import Encoders
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import LowResolution, Text
+from data_pipeline.encode.encoders import TextStates
+from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.shard_reader import ShardReader
+from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.workers import Worker
+from data_pipeline.images.aspect_buckets import sizes_of
+from data_pipeline.shards.manifest import Manifest
 from train.models.autoencoder import AutoencoderKL
 
 SMALL = {"latent_channels": 4, "channels": [8, 16], "layers_per_block": 1, "norm_groups": 4, "mid_attention": True}
@@ -76,7 +79,7 @@ def prepared(images: str, output: object, number: int, workers: int) -> tuple[Ba
     """A process that has all that it needs, and encodes when its event is set. No two share one: a killed process
     can take the event's lock with it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "data_pipeline.encode_split", "train.models.autoencoder"])
+    context.set_forkserver_preload(["pytest", "data_pipeline.encode.split_encoder", "train.models.autoencoder"])
     ready, go = context.Event(), context.Event()
     process = context.Process(target=work, args=(images, str(output), number, workers, ready, go), daemon=True)
     process.start()

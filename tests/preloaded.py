@@ -26,14 +26,15 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 WORLD = (
     "train.train_ldm", "train.train_autoencoder", "train.train_clip", "train.train_classifier", "train.sample_images",
     "train.evaluate_ldm", "train.export_diffusers", "train.rebuild_ema", "train.replay_metrics",
-    "train.online_latents", "train.weights.published", "train.engine", "data_pipeline.precompute_latents",
+    "train.data.online_encoding", "train.weights.published", "train.engine.deepspeed_engine",
+    "data_pipeline.precompute_latents",
     "data_pipeline.make_shards", "data_pipeline.index_shards", "data_pipeline.verify_shards",
-    "data_pipeline.plan_storage", "data_pipeline.worker_pool", "train.torchvision_beside_cpu_torch", "webdataset",
-    "s3fs", "wandb", "matplotlib.pyplot", "safetensors.torch",
+    "data_pipeline.plan_storage", "data_pipeline.loading.worker_pool", "train.models.torchvision_patch",
+    "webdataset", "s3fs", "wandb", "matplotlib.pyplot", "safetensors.torch",
     # What they import at the first use:
     "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "omegaconf._impl",
     "deepspeed.ops.op_builder.all_ops", "matplotlib.backends.backend_agg", "torch.profiler._cupti_monitor",
-    "hydra._internal.core_plugins.basic_launcher", "data_pipeline.loader", "torch.distributed.run",
+    "hydra._internal.core_plugins.basic_launcher", "data_pipeline.loading.loader", "torch.distributed.run",
 )  # fmt: skip
 FOUND_AT: list[str] = []  # sys.path of any script, but for its own folder and PYTHONPATH
 ADDED: dict[str, str] = {}  # what imports add to the environment
@@ -117,7 +118,7 @@ def become(request: Request) -> None:
 def preload() -> None:
     before = set(os.environ)
     FOUND_AT.extend(folder for folder in sys.path[1:] if folder not in os.environ["PYTHONPATH"].split(os.pathsep))
-    from train.engine import quiet_deepspeed
+    from train.engine.deepspeed_engine import quiet_deepspeed
     from train.models.open_clip_alone import open_clip
 
     quiet_deepspeed()

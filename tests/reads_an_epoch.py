@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import Manifest
+from data_pipeline.loading.loader import Loader
+from data_pipeline.shards.manifest import Manifest
 
 BATCH, STREAMS = 8, 8
 

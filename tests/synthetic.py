@@ -18,8 +18,8 @@ import torch
 from forked import Forked, forked, run_forked
 from safetensors.torch import save_file
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_LATENTS = {"moments.npy": (8, 8, 8), "text.npy": (4, 6), "pooled.npy": (5,)}

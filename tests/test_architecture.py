@@ -13,8 +13,8 @@ FILES = sorted(p for folder in ("train", "data_pipeline") for p in (ROOT / folde
 
 # Foreign package -> the only files that may import it.
 OWNERS = {
-    "deepspeed": {"train/engine.py"},
-    "wandb": {"train/reporters.py"},
+    "deepspeed": {"train/engine/deepspeed_engine.py"},
+    "wandb": {"train/runs/wandb_reporter.py"},
     "xformers": {"train/models/attention.py"},
     "open_clip": {"train/models/open_clip_alone.py"},
     "pyarrow": {"data_pipeline/sources/table.py"},
@@ -22,28 +22,50 @@ OWNERS = {
     # By name: what a file names only in the first (docs/security.md), the script that runs in the second; the others
     # look for their own package's files.
     "importlib": {
-        "train/saved_objects.py",
-        "data_pipeline/entry.py",
-        "data_pipeline/picture_grid.py",
+        "data_pipeline/common/saved_objects.py",
+        "data_pipeline/common/entry.py",
+        "data_pipeline/images/grid.py",
         "data_pipeline/sources/openmoji.py",
         "data_pipeline/sources/emoji_styles.py",
     },
     "transformers": set(),
 }
 OPENS_URLS = ("fsspec", "s3fs", "aiohttp", "botocore", "aiobotocore", "boto3", "urllib", "urllib3", "requests", "httpx")
-OWNERS |= {package: {"data_pipeline/bucket.py"} for package in (*OPENS_URLS, "http", "smart_open")}
-FROM_DATA_PIPELINE = {
-    "samples",
-    "manifest",
-    "storage",
-    "errors",
-    "progress",
-    "entry",
-    "codec",
-    "picture_grid",
-    "saved_names",
+OWNERS |= {package: {"data_pipeline/common/s3.py"} for package in (*OPENS_URLS, "http", "smart_open")}
+# Folder -> what of the same package it may import. An entry script may import any folder, and no other script.
+FOLDERS = {
+    "data_pipeline/common": "",
+    "data_pipeline/images": "common",
+    "data_pipeline/shards": "common images",
+    "data_pipeline/sources": "common images shards",
+    "data_pipeline/loading": "common images shards",
+    "data_pipeline/encode": "common images shards",
+    "data_pipeline/audit": "common images shards encode",
+    "train/distributed": "",
+    "train/diffusion": "",
+    "train/models": "",
+    "train/engine": "distributed",
+    "train/objectives": "models diffusion distributed",
+    "train/checkpointing": "engine distributed",
+    "train/weights": "models checkpointing",
+    "train/runs": "checkpointing distributed",
+    "train/loop": "engine checkpointing runs distributed",
+    "train/data": "models weights",
+    "train/evaluation": "objectives models diffusion runs distributed engine",
+    "train/sampling": "data objectives models diffusion checkpointing runs engine",
 }
-ENTRIES = {p for p in FILES if 'if __name__ == "__main__"' in p.read_text()}
+# What train/ may import of data_pipeline/: what these begin with.
+FOR_TRAINING = (
+    "common",
+    "images",
+    "shards.manifest",
+    "shards.samples",
+    "shards.provenance",
+    "loading.batch",
+    "encode.encoders",
+)
+ENTRIES = {p for p in FILES if '\nif __name__ == "__main__"' in p.read_text()}
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
 
 
 def imports(path: Path) -> set[str]:
@@ -61,25 +83,28 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def foreign(path: Path) -> list[str]:
+    """Packages that another file owns."""
+    here, packages = name(path), {(module.partition(".")[0], module) for module in imports(path)}
+    bad = [module for package, module in packages if package in OWNERS and here not in OWNERS[package]]
+    if here != "data_pipeline/common/entry.py" and path not in ENTRIES:
+        bad += [module for package, module in packages if package in ("hydra", "omegaconf")]
+    return bad
+
+
 def violations(path: Path) -> list[str]:
-    here, used = name(path), imports(path)
-    bad = []
-    for package, owners in OWNERS.items():
-        if here not in owners:
-            bad += [m for m in used if m.partition(".")[0] == package]
-    if here != "data_pipeline/entry.py" and path not in ENTRIES:
-        bad += [m for m in used if m.partition(".")[0] in ("hydra", "omegaconf")]
-    if here.startswith("data_pipeline/"):
-        bad += [m for m in used if m.partition(".")[0] == "train"]
-    else:
-        bad += [m for m in used if m.startswith("data_pipeline.") and m.split(".")[1] not in FROM_DATA_PIPELINE]
-    for layer, other in (("models", "diffusion"), ("diffusion", "models")):
-        if here.startswith(f"train/{layer}/"):
-            allowed = (f"train.{layer}", "train.torchvision_beside_cpu_torch")
-            bad += [m for m in used if m.startswith("train.") and not m.startswith(allowed)]
-            assert not any(m.startswith(f"train.{other}") for m in used), here
-    if here == "train/trainer.py":
-        bad += [m for m in used if m.startswith(("train.models", "train.diffusion", "train.objectives"))]
+    bad = foreign(path)
+    folder = name(path.parent)
+    package, _, own = folder.partition("/")
+    for module in imports(path) & MODULES.keys():
+        other, _, below = module.partition(".")
+        if other != package:
+            if package == "data_pipeline" or not below.startswith(FOR_TRAINING):
+                bad.append(module)
+        elif MODULES[module] in ENTRIES:
+            bad.append(module)
+        elif folder in FOLDERS:
+            bad += [module] if below.partition(".")[0] not in (own, *FOLDERS[folder].split()) else []
     return bad
 
 
@@ -92,8 +117,20 @@ def test_a_violation_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     wrong = tmp_path / "data_pipeline" / "wrong.py"
     wrong.parent.mkdir()
-    wrong.write_text("import deepspeed\nfrom train.models import unet\n")
-    assert {"deepspeed", "train.models"} <= set(violations(wrong))
+    wrong.write_text("import deepspeed\nfrom train.models import unet\nfrom data_pipeline import make_shards\n")
+    assert {"deepspeed", "train.models.unet", "data_pipeline.make_shards"} <= set(violations(wrong))
+
+
+def test_every_folder_has_its_line() -> None:
+    folders = {name(path.parent) for path in FILES}
+    assert folders == {*FOLDERS, "train", "data_pipeline"}
+    known: set[str] = set()
+    for folder, allowed in FOLDERS.items():  # only of lines before it, so there is no circle
+        package = folder.partition("/")[0]
+        assert {f"{package}/{each}" for each in allowed.split()} <= known, folder
+        known.add(folder)
+    scripts = {path for path in FILES if name(path.parent) in ("train", "data_pipeline") and path.stem != "__init__"}
+    assert scripts == ENTRIES  # all else lies in a folder
 
 
 @pytest.mark.parametrize("folder", ["train", "data_pipeline"])

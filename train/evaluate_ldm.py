@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.evaluate_ldm")  # imports the rest when the options are right, and ends
@@ -15,12 +15,13 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.errors import UserError
-from data_pipeline.picture_grid import grid, save_png
-from data_pipeline.progress import Progress
-from data_pipeline.storage import write_atomically
-from train.evaluation.distances import RECALL_PIXELS, nearest, psnr, training_recall
-from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.progress import Progress
+from data_pipeline.common.storage import write_atomically
+from data_pipeline.images.grid import grid, save_png
+from data_pipeline.images.pixels import psnr
+from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
+from train.sampling.trained_run import TrainedRun, as_the_run_draws, open_run
 
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.export_diffusers")  # imports the rest when the options are right, and ends
@@ -13,9 +13,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torch import nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.storage import write_atomically
-from train.evaluation.trained_run import TrainedRun, open_run
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.storage import write_atomically
+from train.sampling.trained_run import TrainedRun, open_run
 from train.weights.open_clip import HEAD_WIDTH
 from train.weights.pipeline import Pipeline, reads_back, scheduler_config
 

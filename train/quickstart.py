@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.quickstart")  # imports the rest when the options are right, and ends
@@ -19,8 +19,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from data_pipeline.errors import UserError
-from data_pipeline.storage import write_atomically
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.storage import write_atomically
 
 REPO = Path(__file__).resolve().parents[1]
 WHAT = {
@@ -91,7 +91,7 @@ def say_what_is_to_come(chain: Sequence[Stage], output: Path, measured: DictConf
     ahead = [stage.name for stage in chain[left.index(True) :]] if any(left) else []  # later ones run again
     if not ahead:
         return
-    from train.calibration import calibration_seconds  # torch takes two seconds to import
+    from train.engine.calibration import calibration_seconds  # torch takes two seconds to import
 
     slowness = calibration_seconds() / measured.calibration_s
     minutes = expected_minutes(ahead, measured.minutes, slowness)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.rebuild_ema")  # imports the rest when the options are right, and ends
@@ -14,11 +14,11 @@ from typing import Annotated, Any
 from omegaconf import DictConfig
 from safetensors.torch import save
 
-from data_pipeline.errors import UserError
-from data_pipeline.storage import write_atomically
-from train.ema import gamma_of
-from train.option_checks import Within, fits
-from train.posthoc_ema import Profile, Snapshot, find_snapshots, rebuilt
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.option_checks import Within, fits
+from data_pipeline.common.storage import write_atomically
+from train.checkpointing.posthoc_ema import Profile, Snapshot, find_snapshots, rebuilt
+from train.engine.ema import gamma_of
 
 
 def main(cfg: DictConfig) -> None:

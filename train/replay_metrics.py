@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.replay_metrics")  # imports the rest when the options are right, and ends
@@ -11,10 +11,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data_pipeline.errors import UserError
-from data_pipeline.progress import Progress
-from train.reporters import WeightsAndBiases, read_metrics, rows_by_step
-from train.saved_objects import read_config
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.progress import Progress
+from data_pipeline.common.saved_objects import read_config
+from train.runs.metrics import read_metrics, rows_by_step
+from train.runs.wandb_reporter import WeightsAndBiases
 
 
 def main(cfg: DictConfig) -> None:

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.sample_images")  # imports the rest when the options are right, and ends
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data_pipeline.codec import UNDECODABLE, open_image, to_rgb
-from data_pipeline.errors import UserError
-from data_pipeline.picture_grid import grid, save_png
-from data_pipeline.progress import Progress
-from data_pipeline.saved_names import named
-from train.evaluation.generate import ByClassifier
-from train.evaluation.trained_run import TrainedRun, as_the_run_draws, open_run
-
-ASKED = ("prompts", "labels", "layouts", "images", "holes")
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.progress import Progress
+from data_pipeline.common.saved_names import named
+from data_pipeline.images.grid import grid, save_png
+from train.sampling.generator import ByClassifier
+from train.sampling.requests import (
+    ASKED,
+    as_sample,
+    asked_rows,
+    file_stem,
+    number,
+    refuse_no_numbers,
+    refuse_unasked,
+    rows_away_from,
+    title,
+)
+from train.sampling.trained_run import TrainedRun, as_the_run_draws, open_run
 
 
 def main(cfg: DictConfig) -> None:
-    rows = asked_rows({name: cfg[name] for name in ASKED}, cfg.samples_per_prompt)
-    refuse_no_numbers(cfg)
-    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     given = OmegaConf.to_container(cfg, resolve=True)
+    rows = asked_rows({name: given[name] for name in ASKED}, cfg.samples_per_prompt)
+    refuse_no_numbers(cfg.guidance.scale, cfg.sampler.steps)
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     sampler, guidance = (as_the_run_draws(run.config, group, given[group]) for group in ("sampler", "guidance"))
     by_classifier = guided_by(cfg, run, rows)
     refuse_unasked(run, rows[0], also=("labels",) if by_classifier else ())
-    away = rows_away_from(cfg.negative_prompt, rows)
+    away = rows_away_from(given["negative_prompt"], rows)
     asked = run.asked([as_sample(run, row) for row in rows])
     negative = run.asked([as_sample(run, row) for row in away]) if away else None
     output = Path(cfg.output or f"{cfg.input}/drawn")
@@ -51,30 +57,6 @@ def main(cfg: DictConfig) -> None:
     sheet = save_png(grid(shown, titles, columns=min(cfg.columns, len(rows)), scale=cfg.scale), output / "grid.png")
     how = f"{sampler.steps} steps, guidance {guidance.scale:g}"
     print(f"sample_images: {len(rows)} pictures from {run.weights}, {how}; grid in {sheet}")
-
-
-def asked_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
-    """Options that are each one value or a list -> one dictionary a picture. One value goes with all of a list."""
-    given = {name: OmegaConf.to_container(OmegaConf.create({"v": value}))["v"] for name, value in options.items()}
-    lists = {name: as_list(name, value) for name, value in given.items() if value is not None}
-    if any(not values for values in lists.values()):
-        empty = next(name for name, values in lists.items() if not values)
-        raise UserError(f"{empty} is empty: give some, as prompts='[red heart,grinning face]'.")
-    count = max((len(values) for values in lists.values()), default=1)
-    for name, values in lists.items():
-        if len(values) not in (1, count):
-            raise UserError(f"{name} has {len(values)} entries beside {count}: give one, or as many as there are.")
-    rows = [{name: values[i % len(values)] for name, values in lists.items()} for i in range(count)]
-    return [row for row in rows for _ in range(repeats)]
-
-
-def as_list(name: str, value: Any) -> list[Any]:
-    """As a list of values: one layout is itself a list of boxes, one hole a list of four numbers."""
-    nested = {"layouts": 2, "holes": 1}.get(name, 0)
-    probe = value
-    for _ in range(nested):
-        probe = probe[0] if isinstance(probe, list) and probe else None
-    return value if isinstance(probe, list) else [value]
 
 
 def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> ByClassifier | None:
@@ -98,90 +80,3 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> B
         raise UserError(f"class {unknown[0]} is unknown to the classifier: take one of {', '.join(classes[:12])}.")
     labels = torch.tensor([classes.index(str(row["labels"])) for row in rows])
     return ByClassifier(classifier.to(run.generator.device), labels, number("classifier.scale", cfg.classifier.scale))
-
-
-def rows_away_from(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows with the negative prompt as their prompt; none where there is none."""
-    if negative_prompt is None:
-        return []
-    if "prompts" not in rows[0]:
-        raise UserError("this run is not conditioned on prompts: leave negative_prompt= out.")
-    if OmegaConf.is_config(negative_prompt):
-        raise UserError("negative_prompt is one for all pictures: give one text.")
-    return [row | {"prompts": str(negative_prompt)} for row in rows]
-
-
-def refuse_unasked(run: TrainedRun, row: Mapping[str, Any], also: Sequence[str] = ()) -> None:
-    """Options that this run is not conditioned on, apart from those that are needed `also`, and those that it needs."""
-    wanted = list(dict.fromkeys(option for name in run.config["conditioning"] for option in asked_by(run, name)))
-    for name in wanted:
-        if name not in row:
-            raise UserError(f"this run is conditioned on {', '.join(wanted)}: add {name}=....")
-    for name in row:
-        if name not in (*wanted, *also):
-            known = f"only on {', '.join(wanted)}" if wanted else "on nothing"
-            raise UserError(f"this run is conditioned {known}: leave {name}= out.")
-
-
-def asked_by(run: TrainedRun, conditioner: str) -> tuple[str, ...]:
-    """The options that a conditioner's condition is given by; a joint text encoder reads the prompt itself."""
-    return run.conditions[conditioner].asked if conditioner in run.conditions else ("prompts",)
-
-
-def as_sample(run: TrainedRun, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for as a sample, such as precompute reads from a shard."""
-    values = dict(row)
-    if "images" in values:
-        values["images"] = load_picture(str(values["images"]), run.picture_size)
-    sample: dict[str, Any] = {"caption": str(values.get("prompts", "")), "meta": {}}
-    for name, condition in run.conditions.items():
-        if name in run.config["conditioning"]:
-            parts = condition.as_sample(**{option: values[option] for option in condition.asked})
-            sample["meta"] |= parts.pop("meta", {})
-            sample |= parts
-    return {**sample, "key": title(row)}  # last: conditions have refused what is no layout
-
-
-def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
-    """The middle of it, (H, W, 3) uint8 on white, at the size that the run draws: as the shards it learnt from.
-
-    A smaller one is enlarged pixel by pixel, so that what super-resolution shrinks again is that small picture.
-    """
-    try:
-        image = Image.fromarray(to_rgb(open_image(path)))
-    except UNDECODABLE as error:
-        why = type(error).__name__ if isinstance(error, OSError | MemoryError) else error
-        raise UserError(f"images: {path} can't be read ({why}): give PNG, JPEG or WebP files.") from None
-    smaller = image.height <= size[0] and image.width <= size[1]
-    method = Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS
-    return np.array(ImageOps.fit(image, size[::-1], method))
-
-
-def title(row: Mapping[str, Any]) -> str:
-    """What was asked for, in a few words."""
-    words = [str(row[name]) for name in ("prompts", "labels") if name in row]
-    words += [" and ".join(str(box[0]) for box in row["layouts"])] if "layouts" in row else []
-    words += [Path(str(row["images"])).stem] if "images" in row and not words else []
-    return ", ".join(words)
-
-
-def refuse_no_numbers(cfg: DictConfig) -> None:
-    """Before anything is loaded."""
-    if cfg.guidance.scale is not None:
-        number("guidance.scale", cfg.guidance.scale)
-    steps = 1 if cfg.sampler.steps is None else number("sampler.steps", cfg.sampler.steps)
-    if steps < 1 or steps != int(steps):
-        raise UserError(f"sampler.steps={cfg.sampler.steps}: give a whole number from 1, as sampler.steps=30.")
-
-
-def number(name: str, value: Any) -> float:
-    """`value` as a float, or a sentence."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{name}={value} is not a number: give one, as {name}=3.") from None
-
-
-def file_stem(prompt: str) -> str:
-    """What of a prompt can stand in a file's name."""
-    return "".join(c if c.isalnum() else "-" for c in prompt.lower())[:40].strip("-") or "empty"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.train_autoencoder")  # imports the rest when the options are right, and ends
@@ -16,21 +16,22 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest
-from data_pipeline.picture_grid import grid, save_png
-from train.ema import Ema
-from train.engine import Engine
-from train.evaluation.distances import psnr
-from train.evaluation.report import curve_line, plot_curves, to_uint8
-from train.fitting import Recipe, fit, refuse_wrong_entry
-from train.models.autoencoder import Autoencoder, DiagonalGaussian
-from train.models.quantizer import usage
-from train.ranks import Ranks, closing_distributed, find_ranks
-from train.reporters import Reporter, read_metrics
-from train.run_folder import RunFolder
-from train.train_state import TrainState
-from train.trainer import Action
+from data_pipeline.common.errors import UserError
+from data_pipeline.images.grid import grid, save_png
+from data_pipeline.images.pixels import psnr
+from data_pipeline.shards.manifest import Manifest
+from train.distributed.ranks import Ranks, closing_distributed, find_ranks
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
+from train.evaluation.reconstruction import latent_statistics, reconstructed, said_of
+from train.loop.fit import fit
+from train.loop.recipe import Recipe, refuse_wrong_entry
+from train.loop.trainer import Action
+from train.models.autoencoder import Autoencoder
+from train.runs.curves import curve_line, plot_curves
+from train.runs.metrics import Reporter, read_metrics
+from train.runs.run_folder import RunFolder
 from train.weights.saved import save_model
 
 TRAINABLE = ("train.models.autoencoder.AutoencoderKL", "train.models.autoencoder.VQModel")
@@ -103,36 +104,6 @@ def pictures_of(cfg: DictConfig, split: str, limit: int | None) -> np.ndarray:
     return np.stack([sample["image"] for sample in instantiate(cfg.read, root=f"{cfg.input}/{split}", limit=limit)])
 
 
-def to_model(pictures: np.ndarray, autoencoder: Autoencoder) -> Sequence[torch.Tensor]:
-    """(N, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1] beside the model, 64 at a time."""
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return images.to(autoencoder.last_layer.device).split(64)
-
-
-@torch.no_grad()
-def reconstructed(autoencoder: Autoencoder, pictures: np.ndarray) -> np.ndarray:
-    """What decoding the posterior's mean, or the nearest codes, gives back, as uint8."""
-    parts = to_model(pictures, autoencoder)
-    return np.concatenate([to_uint8(autoencoder.reconstruct(part).cpu().numpy()) for part in parts])
-
-
-@torch.no_grad()
-def latent_statistics(autoencoder: Autoencoder, pictures: np.ndarray) -> dict[str, Any]:
-    """Of latents as they are stored: mean and std of each channel of posterior draws; a KL model's mean posterior std
-    and KL in nats, or how many codes a VQ model uses, and their perplexity."""
-    stored = torch.cat([autoencoder.encode_stored(part) for part in to_model(pictures, autoencoder)])
-    mean, variance = autoencoder.posterior_of(stored)
-    figures = {
-        "channel_mean": mean.mean((0, 2, 3)).tolist(),
-        "channel_std": (mean.var((0, 2, 3)) + variance.mean((0, 2, 3))).sqrt().tolist(),
-    }
-    if autoencoder.stored_as == "indices":
-        used, perplexity = usage(stored, len(autoencoder.codebook))
-        return {**figures, "codes_used": int(used), "code_perplexity": float(perplexity)}
-    kl = DiagonalGaussian.from_moments(stored).kl()
-    return {**figures, "posterior_std": float(variance.sqrt().mean()), "kl_nats": float(kl.mean())}
-
-
 def report(
     folder: Path,
     config: dict[str, Any],
@@ -165,11 +136,3 @@ def report(
         f"{said_of(facts['latents'])}, fingerprint {mark}; in {folder}",
         flush=True,
     )
-
-
-def said_of(latents: dict[str, Any]) -> str:
-    """The latents' statistics in a line."""
-    std = f"latents' std {np.mean(latents['channel_std']):.3f}"
-    if "kl_nats" in latents:
-        return f"{std}, KL {latents['kl_nats']:.0f} nats a picture"
-    return f"{std}, {latents['codes_used']} codes used, perplexity {latents['code_perplexity']:.0f}"

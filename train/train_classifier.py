@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.train_classifier")  # imports the rest when the options are right, and ends
@@ -14,21 +14,23 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest
-from data_pipeline.samples import Batch, DataCursor, collated
-from data_pipeline.saved_names import named
-from train.ema import Ema
-from train.engine import Engine
-from train.evaluation.report import curve_line, plot_curves
-from train.fitting import Recipe, fit
-from train.latent_data import LatentFacts
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import named
+from data_pipeline.loading.batch import Batch, DataCursor
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.samples import collated
+from train.data.latent_facts import LatentFacts
+from train.distributed.ranks import Ranks, closing_distributed, find_ranks
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
+from train.loop.fit import fit
+from train.loop.recipe import Recipe
+from train.loop.trainer import Action
 from train.models.classifier import NoisyClassifier
-from train.ranks import Ranks, closing_distributed, find_ranks
-from train.reporters import Reporter, read_metrics
-from train.run_folder import RunFolder
-from train.train_state import TrainState
-from train.trainer import Action
+from train.runs.curves import curve_line, plot_curves
+from train.runs.metrics import Reporter, read_metrics
+from train.runs.run_folder import RunFolder
 from train.weights.saved import save_model
 
 FRACTIONS = torch.tensor([0.05, 0.25, 0.5, 0.75])

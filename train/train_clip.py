@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.train_clip")  # imports the rest when the options are right, and ends
@@ -10,22 +10,22 @@ if __name__ == "__main__":
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.manifest import Manifest
-from train.ema import Ema
-from train.engine import Engine
-from train.evaluation.report import curve_line, plot_curves
-from train.fitting import Recipe, fit
-from train.models.clip import CLIP
-from train.ranks import Ranks, closing_distributed, find_ranks
-from train.reporters import Reporter, read_metrics
-from train.run_folder import RunFolder
-from train.train_state import TrainState
-from train.trainer import Action
+from data_pipeline.shards.manifest import Manifest
+from train.distributed.ranks import Ranks, closing_distributed, find_ranks
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
+from train.evaluation.retrieval import retrieval_of
+from train.loop.fit import fit
+from train.loop.recipe import Recipe
+from train.loop.trainer import Action
+from train.runs.curves import curve_line, plot_curves
+from train.runs.metrics import Reporter, read_metrics
+from train.runs.run_folder import RunFolder
 from train.weights.saved import save_model
 
 
@@ -73,30 +73,6 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     if ranks.is_main:
         measured.load_state_dict(weights)
         report(run.path, config, weights, retrieval_of(measured, splits), images.fingerprint)
-
-
-def retrieval_of(clip: CLIP, splits: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Text to image: of all pictures of a split, how often the caption's own is nearest, or among the five nearest."""
-    figures = {}
-    for split, samples in splits.items():
-        ranks = caption_ranks(clip, samples)
-        figures[f"{split}_retrieval_top1"] = float((ranks < 1).mean())
-        figures[f"{split}_retrieval_top5"] = float((ranks < 5).mean())
-    return figures
-
-
-@torch.no_grad()
-def caption_ranks(clip: CLIP, samples: list[dict[str, Any]]) -> np.ndarray:
-    """For each caption, how many pictures lie nearer than its own: (N,)."""
-    images, texts = [], []
-    for first in range(0, len(samples), 128):
-        part = samples[first : first + 128]
-        pixels = torch.from_numpy(np.stack([s["image"] for s in part])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        image, text, _ = clip(pixels, [s["caption"] for s in part])
-        images.append(image)
-        texts.append(text)
-    similarity = torch.cat(texts) @ torch.cat(images).T
-    return (similarity > similarity.diagonal()[:, None]).sum(1).numpy()
 
 
 def report(

@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
-from data_pipeline.entry import start_entry
+from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
     start_entry("train.train_ldm")  # imports the rest when the options are right, and ends
 
 import copy
-import dataclasses
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from data_pipeline import storage
-from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest
-from data_pipeline.picture_grid import grid, save_png
-from data_pipeline.samples import collated
-from train.dtype import DTYPES
-from train.ema import Ema
-from train.engine import Engine
-from train.evaluation.generate import Asked, Generator
-from train.evaluation.report import curve_line, plot_curves
-from train.evaluation.trained_run import build_network, used_conditions, uses_clip
-from train.evaluation.validation import HeldoutLoss
-from train.fitting import Recipe, fit
-from train.latent_data import LatentFacts
+from data_pipeline.common import storage
+from data_pipeline.shards.manifest import Manifest
+from train.data.build import build_network
+from train.data.latent_facts import LatentFacts
+from train.data.ldm_inputs import latents_of, refuse_other_encoders, scaled_as_known
+from train.distributed.ranks import Ranks, closing_distributed, find_ranks
+from train.engine.config import DTYPES
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
+from train.evaluation.heldout_loss import HeldoutLoss
+from train.loop.fit import fit
+from train.loop.recipe import Recipe
+from train.loop.trainer import Action
 from train.models.attention import attention_backend
-from train.models.conditioning import ConditionedUNet
-from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
-from train.online_latents import OnlineLatents, first_batches
-from train.ranks import Ranks, closing_distributed, find_ranks
-from train.reporters import Reporter, read_metrics
-from train.run_folder import RunFolder
-from train.saved_objects import read_config
-from train.train_state import TrainState
-from train.trainer import Action
+from train.objectives.latent_diffusion import refuse_unfit
+from train.runs.curves import curve_line, plot_curves
+from train.runs.metrics import Reporter, read_metrics
+from train.runs.run_folder import RunFolder
+from train.sampling.generator import Generator, generator_of
+from train.sampling.preview import Preview
 from train.weights.published import load_weights
-from train.weights.saved import saved_fingerprint
 
 
 def main(cfg: DictConfig) -> None:
@@ -65,9 +60,11 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     sampler.times(process, sampler.steps)  # refuses steps that there can't be
     instantiate(cfg.guidance, _convert_="all")  # likewise
     data = Manifest.load(f"{cfg.input}/train")
-    recipe, read, autoencoder, facts = latents_of(cfg, config, data, ranks)
-    facts = scaled_as_known(cfg, facts)
-    refuse_other_encoders(facts, config, autoencoder)
+    recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
+    latents = latents_of(config, data, recipe.make_loader, read, instantiate, ranks.device)
+    recipe, read, autoencoder = replace(recipe, make_loader=latents.make_loader), latents.read, latents.autoencoder
+    facts = scaled_as_known(config, latents.facts)
+    refuse_other_encoders(facts, config, autoencoder, instantiate)
     torch.manual_seed(cfg.seed)
     network = build_network(config, facts, instantiate)
     if cfg.start_from is not None:
@@ -91,9 +88,10 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
             return action
 
         validation = HeldoutLoss(objective, averaged, heldout, ranks, reporter)
-        preview = (
-            Preview(cfg, objective, averaged, autoencoder, facts, run, reporter, read) if cfg.preview_every else None
-        )
+        preview = None
+        if cfg.preview_every:
+            generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
+            preview = preview_of(cfg, generator, read, run, reporter)
         return [
             Action(cfg.validate_every, with_averaged_weights(validation.measure)),
             Action(cfg.preview_every, with_averaged_weights(preview.draw) if preview else lambda state: None),
@@ -112,89 +110,17 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         report(run)
 
 
-class Latents(NamedTuple):
-    """What is trained on, by the recipe's loader; `read` gives whole sets of them, autoencoder is for previews."""
-
-    recipe: Recipe
-    read: Callable[..., list[dict[str, Any]]]
-    autoencoder: nn.Module | None
-    facts: LatentFacts
-
-
-def latents_of(cfg: DictConfig, config: dict[str, Any], data: Manifest, ranks: Ranks) -> Latents:
-    """As they are stored; or, of image-text shards, encoded while training."""
-    recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
-    if data.kind == "latents":
-        autoencoder = instantiate(cfg.autoencoder) if cfg.preview_every else None
-        facts = LatentFacts.of(f"{cfg.input}/train", data, cfg.fold, cfg.scaling_factor)
-        return Latents(recipe, read, autoencoder, facts)
-    online = OnlineLatents.of(config, instantiate, ranks.device)
-    pictures = first_batches(recipe.make_loader, cfg.training.batch_size, cfg.measured_on, data.samples)
-    facts = online.facts(pictures, cfg.fold, cfg.scaling_factor)
-    recipe = dataclasses.replace(recipe, make_loader=online.loader(recipe.make_loader))
-    return Latents(recipe, online.read(read), online.image, facts)
-
-
-def refuse_other_encoders(facts: LatentFacts, config: dict[str, Any], autoencoder: nn.Module | None) -> None:
-    """Encoders that did not make these latents, as far as their folders or the loaded first stage tell."""
-    where = f"{config['input']}/train/manifest.json"
-    needed, path = uses_clip(used_conditions(config, facts, where)), config["clip"].get("path")
-    if needed and path is None:
-        encoder = facts.fingerprints["text_encoder"]
-        raise UserError(f"clip.path must be given: {encoder} made what is conditioned on; add clip.path=....")
-    mark = autoencoder.fingerprint if autoencoder else saved_fingerprint(config["autoencoder"].get("path"))
-    facts.refuse_other_encoders(mark, text_fingerprint(config["clip"]) if needed else None)
-
-
-def text_fingerprint(clip: dict[str, Any]) -> str | None:
-    """Of the text encoder at clip.path, which is loaded where its folder does not tell; None for clip.path=none."""
-    path = clip["path"]
-    if Path(path).name == "none":
-        return None
-    if not Path(path).exists():
-        raise UserError(f"clip.path={path} is not there: give the text encoder, or clip.path=none to train without it.")
-    return saved_fingerprint(path) or instantiate(clip).fingerprint
-
-
-def scaled_as_known(cfg: DictConfig, facts: LatentFacts) -> LatentFacts:
-    """A U-Net to start from knows latents at one scale: its own run's, or the one factor of a published model."""
-    if cfg.start_from is None:
-        return facts
-    if not Path(cfg.start_from).exists():
-        raise UserError(f"start_from={cfg.start_from} is not there: give a run, a diffusers folder, or a single file.")
-    if not storage.exists(storage.join(cfg.start_from, "latents.json")):
-        if cfg.scaling_factor is None:
-            raise UserError(
-                f"start_from={cfg.start_from} is a published model, which knows latents scaled by one factor: add "
-                "scaling_factor=0.18215 (Stable Diffusion 1.x and 2.x)."
-            )
-        return facts
-    known = LatentFacts.of_run(Path(cfg.start_from))
-    for name, was, now in (
-        ("autoencoder", known.fingerprints["autoencoder"], facts.fingerprints["autoencoder"]),
-        ("fold", known.fold, facts.fold),
-    ):
-        if was != now:
-            raise UserError(f"start_from={cfg.start_from} was trained with {name} {was}, these latents with {now}.")
-    if cfg.scaling_factor is not None and (facts.mean, facts.std) != (known.mean, known.std):
-        raise UserError(
-            f"start_from={cfg.start_from} knows latents scaled otherwise than by scaling_factor={cfg.scaling_factor}: "
-            "set scaling_factor=null."
-        )
-    refuse_other_classes(cfg, known, facts)
-    return dataclasses.replace(facts, mean=known.mean, std=known.std)
-
-
-def refuse_other_classes(cfg: DictConfig, known: LatentFacts, facts: LatentFacts) -> None:
-    """A run to start from has a vector for each of its classes, by number: others would be taken for them."""
-    theirs = read_config(Path(cfg.start_from) / "config.yaml").get("conditioning") or {}
-    for name in sorted(set(theirs) & set(cfg.conditioning)):
-        was, now = (of.conditions.get(name, {}).get("classes") for of in (known, facts))
-        if was != now:
-            raise UserError(
-                f"start_from={cfg.start_from} knows other classes of {name} than these latents: run "
-                f"precompute_latents.py with conditions.{name}.classes= as in its latents.json."
-            )
+def preview_of(
+    cfg: DictConfig,
+    generator: Generator,
+    read: Callable[..., list[dict[str, Any]]],
+    run: RunFolder,
+    reporter: Reporter,
+) -> Preview:
+    """Of every eighth of the first samples that are trained on."""
+    samples = read(root=f"{cfg.input}/train", limit=cfg.preview_samples * 8)[::8][: cfg.preview_samples]
+    guidance, sampler = instantiate(cfg.guidance, _convert_="all"), instantiate(cfg.sampler)
+    return Preview(generator, sampler, guidance, samples, cfg.seed, run, reporter)
 
 
 def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict[str, Any]:
@@ -211,44 +137,6 @@ def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:
     """The backend of each head width of the U-Net, as it will run."""
     widths = {module.to_q.out_features // module.heads for module in unet.modules() if hasattr(module, "to_q")}
     return ", ".join(f"{attention_backend(ranks.device.type, dtype, w)} (head width {w})" for w in sorted(widths))
-
-
-class Preview:
-    """A grid of fixed conditions with fixed seeds, drawn by rank 0 with the averaged weights."""
-
-    def __init__(
-        self,
-        cfg: DictConfig,
-        objective: LatentDiffusion,
-        network: ConditionedUNet,
-        autoencoder: nn.Module,
-        facts: LatentFacts,
-        run: RunFolder,
-        reporter: Reporter,
-        read: Callable[..., list[dict[str, Any]]],
-    ) -> None:
-        self.run, self.reporter, self.seed = run, reporter, cfg.seed
-        self.guidance, self.sampler = instantiate(cfg.guidance, _convert_="all"), instantiate(cfg.sampler)
-        device = run.ranks.device
-        self.generator = Generator(
-            network,
-            objective.process,
-            objective.parameterization,
-            facts.scaling,
-            autoencoder.to(device).decode,
-            facts.unet_shape,
-            device,
-        )
-        count = cfg.preview_samples
-        samples = read(root=f"{cfg.input}/train", limit=count * 8)[::8][:count]
-        self.asked = Asked(collated(samples), [sample["caption"] for sample in samples])
-
-    def draw(self, state: TrainState) -> None:
-        if self.run.ranks.is_main:
-            drawn = self.generator.draw(self.asked, self.sampler, self.guidance, self.seed)
-            path = self.run.samples / f"step-{state.step:08d}.png"
-            shown = list(self.generator.beside_what_was_given(self.asked, drawn))
-            self.reporter.image(state.step, "samples", save_png(grid(shown, self.asked.captions), path))
 
 
 def report(run: RunFolder) -> None:

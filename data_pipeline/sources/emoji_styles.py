@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.sources.openmoji import drawn
 from data_pipeline.sources.source import SourceItem
 

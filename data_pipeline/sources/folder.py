@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline import codec
-from data_pipeline.codec import IMAGES, open_image
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.image_transforms import centre_square, upright_sides
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.images.decode import IMAGES, open_image
+from data_pipeline.images.resize import centre_square, upright_sides
+from data_pipeline.shards import codec
 from data_pipeline.sources.source import SourceItem
 from data_pipeline.sources.tars import readable
 

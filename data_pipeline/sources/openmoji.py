@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.codec import to_rgb
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from data_pipeline.images.decode import to_rgb
 from data_pipeline.sources.source import SourceItem
 
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.filters import as_number
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.sources.filters import as_number
 from data_pipeline.sources.folder import PictureFile, load, sides, why_unusable
 from data_pipeline.sources.source import SourceItem
 from data_pipeline.sources.tars import readable

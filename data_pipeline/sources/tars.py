@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline import codec, storage
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.filters import Candidate
-from data_pipeline.image_transforms import centre_square, upright_sides
-from data_pipeline.shard_writer import IndexEntry, Member, scan
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.images.decode import open_image
+from data_pipeline.images.resize import centre_square, upright_sides
+from data_pipeline.shards import codec
+from data_pipeline.shards.samples import picture_in
+from data_pipeline.shards.tar_index import IndexEntry, Member, scan
+from data_pipeline.sources.filters import Candidate
 from data_pipeline.sources.source import SourceItem
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -57,7 +60,7 @@ def inspected(entry: IndexEntry, data: bytes | mmap.mmap) -> Inspected:
     """Decode a sample, and keep those of its members that are read: one picture, .txt and .json."""
     if not entry.key.isprintable() or entry.key.startswith("/") or ".." in entry.key.split("/"):
         return Inspected(entry, reason="a name that leads elsewhere, or can't be printed")
-    picture = next((name for name in entry.members if name in codec.IMAGES), None)
+    picture = picture_in(entry)
     entry = IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n in (picture, "txt", "json")})
     try:
         facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n != picture}
@@ -124,7 +127,7 @@ class Tars:
     @staticmethod
     def _item(path: str, stem: str, number: int, entry: IndexEntry, data: bytes | mmap.mmap) -> SourceItem:
         key = f"{stem}_{number:06d}"
-        picture = next((name for name in entry.members if name in codec.IMAGES), None)
+        picture = picture_in(entry)
         facts, caption, absent = {}, None, ""
         try:
             facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n in ("txt", "json")}
@@ -141,12 +144,12 @@ class Tars:
 
 def square_in(path: str, place: Member, size: int) -> np.ndarray:
     """The centre square of a picture in a tar."""
-    return centre_square(picture_in(path, place), size)
+    return centre_square(opened(path, place), size)
 
 
 def sides_in(path: str, place: Member) -> tuple[int, int]:
-    return upright_sides(picture_in(path, place))
+    return upright_sides(opened(path, place))
 
 
-def picture_in(path: str, place: Member) -> Image.Image:
-    return codec.open_image(io.BytesIO(storage.read_bytes(path, *place)))
+def opened(path: str, place: Member) -> Image.Image:
+    return open_image(io.BytesIO(storage.read_bytes(path, *place)))

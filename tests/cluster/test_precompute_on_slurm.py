@@ -11,8 +11,8 @@ import pytest
 from slurm_cluster import Cluster, Job
 from synthetic import run
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("machine")]
 

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.processes
 
 RANK = """
 import os, pathlib, sys, time
-from train.preemption import Preemption
-from train.ranks import find_ranks
+from train.distributed.preemption import Preemption
+from train.distributed.ranks import find_ranks
 ranks, folder = find_ranks(), pathlib.Path(sys.argv[1])
 preemption, step = Preemption(), 0
 (folder / f"pid-{ranks.rank}.tmp").write_text(str(os.getpid()))

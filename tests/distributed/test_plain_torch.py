@@ -22,9 +22,9 @@ from synthetic import TINY_LATENTS, run, write_latents
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.loader import Loader
-from data_pipeline.samples import Batch
-from train.randomness import generator_at
+from data_pipeline.loading.batch import Batch
+from data_pipeline.loading.loader import Loader
+from train.diffusion.randomness import generator_at
 
 pytestmark = pytest.mark.processes
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from synthetic import NO_ENCODERS, ROOT, TINY_UNET, losses, metric_rows, run
 from torch import Tensor
 
-from train.fragments import gathered
+from train.checkpointing.part_files import gathered
 
 pytestmark = pytest.mark.processes
 

@@ -32,7 +32,7 @@ from synthetic import (
     started,
 )
 
-from train.checkpoint_files import complete_checkpoints, step_of
+from train.checkpointing.files import complete_checkpoints, step_of
 
 pytestmark = pytest.mark.processes
 

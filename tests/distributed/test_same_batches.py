@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline import loader
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import Manifest
-from data_pipeline.samples import Batch
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.loading import loader
+from data_pipeline.loading.batch import Batch
+from data_pipeline.loading.loader import Loader
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 
 SIZES = [9, 0, 17, 4, 11, 30, 1, 25, 8, 13, 2, 7, 19]  # an odd number of shards, one of them empty: 146 samples
 BATCH, STREAMS = 24, 24

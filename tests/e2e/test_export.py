@@ -10,15 +10,15 @@ import pytest
 import torch
 from synthetic import run, write_splits
 
-import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers imports torchvision)
-from data_pipeline.manifest import Manifest
+import train.models.torchvision_patch  # noqa: F401  (before diffusers imports torchvision)
+from data_pipeline.common.saved_objects import build
+from data_pipeline.shards.manifest import Manifest
+from train.diffusion.randomness import generator_at
 from train.diffusion.samplers import sample_ddim, trailing_times
-from train.evaluation.generate import Asked, Guidance, Sampler
-from train.evaluation.trained_run import TrainedRun, open_run
 from train.models.autoencoder import AutoencoderKL
 from train.models.clip import CLIP
-from train.randomness import generator_at
-from train.saved_objects import build
+from train.sampling.generator import Asked, Guidance, Sampler
+from train.sampling.trained_run import TrainedRun, open_run
 from train.weights.saved import save_model
 
 pytestmark = pytest.mark.processes

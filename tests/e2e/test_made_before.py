@@ -12,7 +12,7 @@ from make_before import ARCHIVE, COMMITS, RUN
 from PIL import Image
 from synthetic import losses, metric_rows, run
 
-from data_pipeline.loader import read_dataset
+from data_pipeline.loading.loader import read_dataset
 
 pytestmark = pytest.mark.processes
 

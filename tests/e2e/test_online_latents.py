@@ -11,12 +11,12 @@ import pytest
 import torch
 from synthetic import metric_rows, run
 
-from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.common.errors import UserError
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
+from train.data.online_encoding import OnlineLatents
 from train.models.autoencoder import AutoencoderKL
 from train.models.clip import CLIP
-from train.online_latents import OnlineLatents
 from train.weights.saved import save_model
 
 FIRST_STAGE = {

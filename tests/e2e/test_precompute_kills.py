@@ -15,9 +15,9 @@ import precompute_process
 import pytest
 from synthetic import run
 
-from data_pipeline.loader import read_dataset
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.loading.loader import read_dataset
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 
 pytestmark = pytest.mark.processes
 

@@ -17,7 +17,7 @@ import boto3
 import pytest
 from fault_proxy import FaultProxy
 
-from data_pipeline import bucket as s3
+from data_pipeline.common import s3 as s3
 
 ANYTHING = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
 PAGE = 50  # objects that moto lists at once: S3 lists a thousand

@@ -14,12 +14,12 @@ import torch
 from fault_proxy import FaultProxy
 from synthetic import started, write_latents
 
-from data_pipeline import storage
-from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_cache import ShardCache, open_shard, seen
-from data_pipeline.shard_writer import read_index
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
+from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.shard_cache import ShardCache, open_shard, seen
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.tar_index import read_index
 
 pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
 

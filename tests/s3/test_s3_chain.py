@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from synthetic import losses, run
 
-from data_pipeline import storage
-from data_pipeline.manifest import Manifest
+from data_pipeline.common import storage
+from data_pipeline.shards.manifest import Manifest
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("s3")]
 

@@ -14,20 +14,22 @@ import torch
 from safetensors.torch import load
 from synthetic import NO_ENCODERS, TINY_LATENTS, TINY_UNET, losses, run, started, write_splits
 
-from data_pipeline import bucket as s3
-from data_pipeline import storage
-from data_pipeline.errors import UserError
-from train import checkpoint, checkpoint_writer
-from train.checkpoint import Checkpoints
-from train.checkpoint_files import Places, complete_checkpoints, ema_weights
-from train.checkpoint_stores import InBucket
-from train.ema import Ema
-from train.engine import EngineConfig
-from train.fragments import Fragment
-from train.posthoc_ema import find_snapshots, rebuilt
-from train.ranks import Ranks
-from train.run_folder import RunFolder
-from train.train_state import TrainState
+from data_pipeline.common import s3 as s3
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from train.checkpointing import checkpoints as checkpoint
+from train.checkpointing import writer
+from train.checkpointing.checkpoints import Checkpoints
+from train.checkpointing.ema_weights import ema_weights
+from train.checkpointing.files import Places, complete_checkpoints
+from train.checkpointing.posthoc_ema import find_snapshots, rebuilt
+from train.checkpointing.stores import InBucket
+from train.distributed.ranks import Ranks
+from train.engine.config import EngineConfig
+from train.engine.ema import Ema
+from train.engine.param_shards import Fragment
+from train.engine.train_state import TrainState
+from train.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
 
@@ -91,7 +93,7 @@ def together(monkeypatch):
     def gathered(value=None):
         return own.collectives.gathered(own.rank, value) if getattr(own, "collectives", None) else [value]
 
-    for module in (checkpoint, checkpoint_writer):
+    for module in (checkpoint, writer):
         monkeypatch.setattr(module, "broadcast_object", lambda value: gathered(value)[0])
     monkeypatch.setattr(checkpoint, "gathered_objects", gathered)
     monkeypatch.setattr(checkpoint, "barrier", gathered)

@@ -4,9 +4,9 @@ import hashlib
 
 import pytest
 
-from data_pipeline import bucket as s3
-from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.common import s3 as s3
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
 

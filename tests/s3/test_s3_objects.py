@@ -8,9 +8,9 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
-from data_pipeline import bucket as s3
-from data_pipeline import storage
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common import s3 as s3
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
 
 pytestmark = pytest.mark.xdist_group("s3")  # one server for them all
 

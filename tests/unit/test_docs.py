@@ -80,7 +80,7 @@ def test_options_at_the_head_of_a_table_hold_for_its_rows():
 
 
 def is_key(name):
-    """Not a file, such as engine.py."""
+    """Not a file, such as trainer.py."""
     return name.partition(".")[0] in GROUPS and not name.endswith((".py", ".yaml"))
 
 

@@ -1,4 +1,4 @@
-"""What a command loads before it answers, and before its main: data_pipeline/entry.py says how that is kept small."""
+"""What a command loads before it answers, and before its main (data_pipeline/common/entry.py keeps that small)."""
 
 from __future__ import annotations
 

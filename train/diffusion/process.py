@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 
 class DiffusionProcess(Protocol):

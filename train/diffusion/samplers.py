@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.diffusion.process import DiffusionProcess, largest_noise, time_at_noise
 
 Denoise = Callable[[Tensor, Tensor], Tensor]

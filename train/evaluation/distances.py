@@ -9,12 +9,6 @@ import numpy as np
 RECALL_PIXELS = 16
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each pair of uint8 pictures, (N, H, W, 3) twice -> (N,)."""
-    error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean((1, 2, 3))
-    return 10.0 * np.log10(255.0**2 / np.maximum(error, 1e-10))
-
-
 def shrunk(images: np.ndarray, size: int = RECALL_PIXELS) -> np.ndarray:
     """(N, H, W, 3) uint8 -> (N, size*size*3) float, each value the mean of a box of pixels."""
     n, h, w, c = images.shape

@@ -2,7 +2,7 @@
 
 With their defaults shaped and named as diffusers' `AutoencoderKL` and `VQModel`. Beyond that: a pixel-unshuffle stem
 (`patch`), which saves the costly full-resolution level on a CPU. What precompute and sampling call on each of them is
-data_pipeline.encoders.ImageEncoder, `latent_channels`, `decode` and `reconstruct`.
+data_pipeline.encode.encoders.ImageEncoder, `latent_channels`, `decode` and `reconstruct`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.attention import PixelAttention
 from train.models.quantizer import Quantizer
 from train.models.resblocks import Downsample, ResnetBlock, Upsample

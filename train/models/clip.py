@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.samples import TextStates
+from data_pipeline.encode.encoders import TextStates
 from train.models.open_clip_alone import open_clip
 
 VOCABULARY = 49408  # byte pairs of OpenAI's CLIP

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.attention import TransformerBlock
 from train.models.latents import LatentScaling
 

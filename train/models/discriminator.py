@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 
 class PatchDiscriminator(nn.Module):

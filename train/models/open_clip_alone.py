@@ -16,7 +16,7 @@ NOT_NEEDED = ("transformers", "timm")
 @functools.cache
 def open_clip() -> ModuleType:
     """The package. torchvision is made importable beside a CPU torch first."""
-    import train.torchvision_beside_cpu_torch  # noqa: F401
+    import train.models.torchvision_patch  # noqa: F401
 
     hidden = {name: sys.modules.get(name) for name in NOT_NEEDED}
     sys.modules.update(dict.fromkeys(NOT_NEEDED))  # None: an import of it is an ImportError

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.attention import PixelAttention, SpatialTransformer, attention_backend
 from train.models.resblocks import Downsample, ResnetBlock, Upsample
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from train.distributed.collectives import mean_over_ranks
 from train.models.discriminator import PatchDiscriminator
-from train.ranks import mean_over_ranks
 
 DELTA, HIGHEST = 1e-6, 1e4  # of the adaptive weight: Esser et al.'s delta, and the bound of their code
 

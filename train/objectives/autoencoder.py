@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.samples import Batch
+from data_pipeline.common.errors import UserError
+from data_pipeline.loading.batch import Batch
+from train.diffusion.randomness import StreamRandom, generator_at
 from train.models.autoencoder import Autoencoder, VQModel
 from train.models.quantizer import usage
 from train.objectives.adversary import Adversary
 from train.objectives.terms import LossTerms
-from train.randomness import StreamRandom, generator_at
 
 KL_WEIGHT = 1e-4
 COMMITMENT_WEIGHT = 0.25  # van den Oord et al. 2017, beta of eq. 3

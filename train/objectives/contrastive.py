@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from data_pipeline.samples import Batch
+from data_pipeline.loading.batch import Batch
+from train.diffusion.randomness import StreamRandom
 from train.models.clip import CLIP
 from train.models.open_clip_alone import open_clip
 from train.objectives.terms import LossTerms
-from train.randomness import StreamRandom
 
 
 class Contrastive(nn.Module):

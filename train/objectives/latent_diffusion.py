@@ -7,16 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.samples import Batch
+from data_pipeline.common.errors import UserError
+from data_pipeline.loading.batch import Batch
 from train.diffusion.losses import L2, Uniform
 from train.diffusion.parameterization import Parameterization
 from train.diffusion.process import DiffusionProcess, add_noise, like
+from train.diffusion.randomness import StreamRandom, generator_at
 from train.diffusion.time_sampling import stratified
 from train.models.conditioning import ConditionedUNet, Conditioning
 from train.models.latents import StoredLatents
 from train.objectives.terms import LossTerms
-from train.randomness import StreamRandom, generator_at
 
 Weighting = Callable[[Tensor, Tensor, Parameterization], Tensor]  # alpha (B,), sigma (B,) -> (B,)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.samples import Batch
+from data_pipeline.loading.batch import Batch
 from train.diffusion.process import DiffusionProcess, add_noise
+from train.diffusion.randomness import StreamRandom
 from train.models.classifier import NoisyClassifier, accuracy
 from train.models.latents import StoredLatents
 from train.objectives.terms import LossTerms
-from train.randomness import StreamRandom
 
 
 class NoisyClassification(nn.Module):

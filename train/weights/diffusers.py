@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.storage import write_atomically
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.storage import write_atomically
 from train.models.latents import LatentScaling
 from train.models.unet import UNet
 from train.weights.foreign import load_exactly, read_folder, read_json, write_tensors

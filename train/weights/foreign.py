@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from data_pipeline.errors import DataError, UserError
-from train.tensor_files import save_tensors
+from data_pipeline.common.errors import DataError, UserError
+from train.checkpointing.safetensors_io import save_tensors
 
 NAMED_AT_MOST = 20
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.samples import TextStates
-from data_pipeline.storage import write_atomically
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.storage import write_atomically
+from data_pipeline.encode.encoders import TextStates
 from train.models.clip import tokenizer
 from train.models.open_clip_alone import open_clip
 from train.weights.diffusers import write_config

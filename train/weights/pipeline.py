@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.saved_names import named
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import named
 from train.models.latents import LatentScaling
 from train.models.unet import UNet
 from train.weights import diffusers, open_clip, stable_diffusion

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
-from train.checkpoint_files import ema_weights
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_objects import read_config, refuse_wrong_kinds
+from train.checkpointing.ema_weights import ema_weights
 from train.models.conditioning import ConditionedUNet
 from train.models.unet import UNet
-from train.saved_objects import read_config, refuse_wrong_kinds
 from train.weights import diffusers, open_clip, stable_diffusion
 from train.weights.foreign import load_exactly
 from train.weights.shapes import unet_options

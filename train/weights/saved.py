@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.saved_names import LIST
-from data_pipeline.storage import write_atomically
-from train.saved_objects import checked, read_json, refuse_wrong_kinds
-from train.tensor_files import save_tensors
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_names import LIST
+from data_pipeline.common.saved_objects import checked, read_json, refuse_wrong_kinds
+from data_pipeline.common.storage import write_atomically
+from train.checkpointing.safetensors_io import save_tensors
 
 
 def fingerprint(config: dict[str, Any], state: dict[str, Tensor]) -> str:

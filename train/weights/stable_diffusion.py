@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.unet import UNet
 from train.weights.diffusers import autoencoder_config, frozen_autoencoder, unet_config
 from train.weights.foreign import Carried, Form, load_exactly, read_tensors, to_ours, to_theirs, write_tensors

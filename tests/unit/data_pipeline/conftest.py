@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 from synthetic import run
 
-from data_pipeline.epoch_plan import Place
-from data_pipeline.index_shards import AGAIN, KnownKeys
-from data_pipeline.loader import Loader, SampleReader, read_dataset
-from data_pipeline.manifest import Manifest
+from data_pipeline.loading.epoch_plan import Place
+from data_pipeline.loading.loader import Loader, read_dataset
+from data_pipeline.loading.sample_reader import SampleReader
+from data_pipeline.shards.key_set import KnownKeys
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.sources.tar_listing import AGAIN
 
 
 def start(*arguments):

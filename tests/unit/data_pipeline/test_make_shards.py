@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from synthetic import run
 
-from data_pipeline.loader import read_dataset
-from data_pipeline.manifest import Manifest
+from data_pipeline.loading.loader import read_dataset
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.sources.folder import ImageFolder
 from data_pipeline.sources.openmoji import OpenMoji, rasterise
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers or open_clip import torchvision)
-from data_pipeline.samples import Batch, DataCursor
+import train.models.torchvision_patch  # noqa: F401  (before diffusers or open_clip import torchvision)
+from data_pipeline.loading.batch import Batch, DataCursor
+from train.data.latent_facts import LatentFacts
 from train.diffusion.parameterization import Velocity
 from train.diffusion.process import DiscreteVP
 from train.diffusion.time_sampling import uniform
-from train.latent_data import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.objectives.latent_diffusion import LatentDiffusion
 

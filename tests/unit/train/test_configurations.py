@@ -14,14 +14,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from data_pipeline.entry import CONF
-from data_pipeline.errors import UserError
-from data_pipeline.option_errors import top_keys
-from data_pipeline.samples import Batch, DataCursor
-from train.evaluation.generate import Asked, Generator
-from train.evaluation.trained_run import build_network
-from train.latent_data import LatentFacts
+from data_pipeline.common.entry import CONF
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.hydra_messages import top_keys
+from data_pipeline.loading.batch import Batch, DataCursor
+from train.data.build import build_network
+from train.data.latent_facts import LatentFacts
 from train.models.latents import LatentScaling
+from train.sampling.generator import Asked, Generator
 
 ROOTS = sorted(path.stem for path in Path(CONF).glob("*.yaml") if path.stem != "quiet")
 GROUPS = {

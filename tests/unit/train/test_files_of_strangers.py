@@ -24,19 +24,19 @@ from hydra.utils import instantiate
 from safetensors.torch import save_file
 from synthetic import NO_ENCODERS, TINY_LATENTS, TINY_UNET, run, write_splits
 
-from data_pipeline import saved_names
-from data_pipeline.entry import CONF
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.manifest import Manifest
-from data_pipeline.saved_names import LIST, named
-from train import saved_objects
-from train.evaluation.trained_run import SECTIONS, as_the_run_draws, build_network, open_run
-from train.latent_data import LatentFacts
+from data_pipeline.common import saved_names, saved_objects
+from data_pipeline.common.entry import CONF
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_names import LIST, named
+from data_pipeline.common.saved_objects import GROUPS, build, checked
+from data_pipeline.shards.manifest import Manifest
+from train.data.build import build_network
+from train.data.latent_facts import LatentFacts
+from train.distributed.ranks import Ranks
 from train.models.autoencoder import AutoencoderKL
 from train.models.classifier import NoisyClassifier
 from train.models.clip import CLIP
-from train.ranks import Ranks
-from train.saved_objects import GROUPS, build, checked
+from train.sampling.trained_run import SECTIONS, as_the_run_draws, open_run
 from train.train_ldm import train
 from train.weights.published import load_weights
 from train.weights.saved import load_autoencoder, load_classifier, load_clip, save_model
@@ -123,7 +123,7 @@ def test_what_a_run_saves_names_no_path_of_code_that_is_built_from_it(
     assert named(saved) == saved
     assert saved["sampler"]["times"] == {"name": "trailing"}
     assert saved["conditioning"]["label"] == {"name": "label", "dim": 8}
-    assert saved["optimizer"]["_target_"] == "train.optim.AdamW"  # a record: nothing is built from it
+    assert saved["optimizer"]["_target_"] == "train.engine.optimizer.AdamW"  # a record: nothing is built from it
 
 
 def test_what_has_moved_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ NAMED = {
     "runs a pickle": {"_target_": "torch.load", "f": "PICKLE", "weights_only": False},
     "runs text": {"_target_": "builtins.exec", "_args_": [f"open({PROOF!r}, 'w')"]},
     "runs a shell": {"_target_": "os.system", "command": f"touch {PROOF}"},
-    "is ours, not listed": {"_target_": "data_pipeline.storage.write_atomically", "path": PROOF, "content": "x"},
+    "is ours, not listed": {"_target_": "data_pipeline.common.storage.write_atomically", "path": PROOF, "content": "x"},
     "asks Hydra": {"_target_": "hydra.utils.get_method", "path": "os.system"},
     "asks Hydra to call": {"_target_": "hydra.utils.instantiate", "config": {"_target_": "os.getcwd"}},
     "is no name": {"_target_": ["os.system"]},

@@ -81,7 +81,7 @@ def test_what_comes_after_a_changed_stage_is_announced_too(chain, tmp_path, caps
     stages, _ = chain
     run_chain(stages, tmp_path)
     stages[1] = Stage(stages[1].script, ["changed"])
-    monkeypatch.setattr("train.calibration.calibration_seconds", lambda: 1.0)
+    monkeypatch.setattr("train.engine.calibration.calibration_seconds", lambda: 1.0)
     names = [stage.name for stage in stages]
     monkeypatch.setattr(quickstart, "WHAT", dict.fromkeys(names, ""))
     capsys.readouterr()

@@ -10,10 +10,10 @@ import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from train.data.ldm_inputs import scaled_as_known
 from train.models.conditioning import ClassLabel, ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
-from train.train_ldm import scaled_as_known
 from train.weights.published import load_weights
 
 UNET = {"in_channels": 4, "out_channels": 4, "channels": [8, 8], "layers_per_block": 1, "context_dim": 24,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.diffusion.parameterization import Epsilon, Flow, Sample, Velocity, converted
 from train.diffusion.process import ContinuousVP, CosineVP, DiscreteVP, RectifiedFlow, add_noise, betas_of
 from train.diffusion.time_sampling import LogitNormal, evenly_spaced, stratified, uniform

@@ -11,9 +11,9 @@ from covering import covering
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import train.torchvision_beside_cpu_torch  # noqa: F401  (before diffusers imports torchvision)
-from data_pipeline.entry import CONF
-from data_pipeline.errors import UserError
+import train.models.torchvision_patch  # noqa: F401  (before diffusers imports torchvision)
+from data_pipeline.common.entry import CONF
+from data_pipeline.common.errors import UserError
 from train.diffusion import samplers
 from train.diffusion.parameterization import Epsilon, Flow, Velocity
 from train.diffusion.process import ContinuousVP, CosineVP, DiscreteVP, RectifiedFlow, log_snr, time_at_noise

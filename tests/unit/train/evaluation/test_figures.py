@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from data_pipeline.picture_grid import grid, save_png
-from train.evaluation.distances import psnr, shrunk, squared_distances, training_recall
-from train.evaluation.report import curve_line, plot_curves, sparkline, to_uint8
+from data_pipeline.images.grid import grid, save_png
+from data_pipeline.images.pixels import psnr, to_uint8
+from train.evaluation.distances import shrunk, squared_distances, training_recall
+from train.runs.curves import curve_line, plot_curves, sparkline
 
 
 def pictures(count, size=32, seed=0):

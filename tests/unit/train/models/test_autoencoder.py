@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models import autoencoder as first_stages
 from train.models.autoencoder import AutoencoderKL, DiagonalGaussian, Identity, VQModel
 from train.objectives.autoencoder import AutoencoderObjective

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.classifier import NoisyClassifier
 from train.models.conditioning import (
     ClassLabel,

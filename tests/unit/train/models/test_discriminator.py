@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.discriminator import PatchDiscriminator
 
 

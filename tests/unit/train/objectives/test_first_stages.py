@@ -6,14 +6,14 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from train.diffusion.randomness import StreamRandom
 from train.models.autoencoder import AutoencoderKL, VQModel
 from train.models.clip import CLIP
 from train.models.discriminator import PatchDiscriminator
 from train.objectives.adversary import Adversary
 from train.objectives.autoencoder import AutoencoderObjective, gradient_l1
 from train.objectives.contrastive import Contrastive
-from train.randomness import StreamRandom
 from train.train_autoencoder import refuse_sizes
 
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from train.diffusion.parameterization import Epsilon, Flow, Velocity
 from train.diffusion.process import DiscreteVP, RectifiedFlow
+from train.diffusion.randomness import StreamRandom
 from train.models.unet import UNet
-from train.randomness import StreamRandom
 
 MEAN, STD = torch.tensor([0.1, -0.2, 0.3, 0.0]).view(1, 4, 1, 1), torch.tensor([1.5, 0.5, 1.0, 2.0]).view(1, 4, 1, 1)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.models.clip import CLIP
 from train.weights.open_clip import (
     fits_single_file,

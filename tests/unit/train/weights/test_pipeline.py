@@ -7,8 +7,8 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_pipeline.entry import CONF
-from data_pipeline.errors import UserError
+from data_pipeline.common.entry import CONF
+from data_pipeline.common.errors import UserError
 from train.export_diffusers import refuse_trained_conditioners
 from train.models.autoencoder import AutoencoderKL
 from train.models.latents import LatentScaling

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
 from train.models.autoencoder import AutoencoderKL, VQModel
 from train.models.clip import CLIP
 from train.weights.saved import fingerprint, load_autoencoder, load_clip, save_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.common.errors import DataError, UserError
 from train.models.unet import UNet
 from train.weights import diffusers, stable_diffusion
 from train.weights.foreign import to_theirs

@@ -1,0 +1,138 @@
+"""What every entry script shares: where conf/ lies, how it answers before it loads, and how errors reach the user.
+
+A script begins with `if __name__ == "__main__": start_entry("train.train_ldm")`. That composes the configuration, and
+answers `--help` and what can't be composed (no such option, a missing `input=`) by Hydra alone, in well under a second.
+When the options are right, the script is imported by its module's name, with all that stands below those two lines,
+such as torch; its `main(cfg)` is called, and the process ends. So scripts import at their top as modules do.
+
+Packages that take seconds and that few runs need are imported in the function that uses them: deepspeed by `Engine`,
+open_clip by `train/models/open_clip_alone.py`, wandb, matplotlib, s3fs, pyarrow and webdataset by their owners. So a
+value that a dataclass refuses costs the import of torch and little more.
+`tests/unit/test_what_is_imported.py` checks both for all entries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal.hydra import Hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.hydra_messages import advice, reworded, top_keys
+
+CONF = str(Path(__file__).resolve().parents[2] / "conf")
+# Hydra composes everything once more, only to read hydra.mode: half a second. Without it --multirun decides.
+Hydra.get_mode = lambda *_, **__: None
+
+
+def start_entry(module: str) -> NoReturn:
+    """Compose conf/<last part of the module's name>.yaml, import the module, call its `main(cfg)`, and end the process.
+
+    A UserError ends it with its one sentence on stderr and its exit code; anything else keeps its traceback.
+    """
+    config_name, said = module.rpartition(".")[2], Said()
+
+    def guarded(cfg: DictConfig) -> None:
+        said.stop()
+        try:
+            missing = sorted(OmegaConf.missing_keys(cfg))
+            if missing:
+                example = " ".join(f"{key}=..." for key in missing)
+                raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
+            _refuse_unknown(cfg, config_name)
+            storage.configure(**cfg.get("store", {}))
+            importlib.import_module(module).main(cfg)
+        except SystemExit as asked:
+            _leave_if_one_of_many(asked.code)
+            raise
+        except Exception as error:
+            user_error = _user_error_behind(error)
+            if user_error is None:
+                raise
+            print(f"error: {user_error}", file=sys.stderr, flush=True)
+            # Not sys.exit: a rank that leaves while others wait in a collective must not wait for them in turn.
+            sys.stdout.flush()
+            os._exit(user_error.exit_code)
+        _leave_if_one_of_many(0)
+
+    guarded.__module__ = module  # by which Hydra names the job
+    _with_codes(hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded), said, config_name)
+    raise SystemExit(0)
+
+
+def _refuse_unknown(cfg: DictConfig, config_name: str) -> None:
+    """What Hydra's + has put at the top, where nothing would ever look at it."""
+    for key in sorted(set(map(str, cfg)) - top_keys(Path(CONF), config_name)):
+        raise UserError(f"there is no option {key}{advice(key, Path(CONF), config_name)}.")
+
+
+class Said:
+    """What Hydra writes to stderr before main begins: held back, to be said in other words."""
+
+    def __init__(self) -> None:
+        self.text, self.begun = io.StringIO(), False
+        self.stack = contextlib.ExitStack()
+
+    def start(self) -> None:
+        self.stack.enter_context(contextlib.redirect_stderr(self.text))
+
+    def stop(self) -> None:
+        """main begins, or will not."""
+        self.stack.close()
+        self.begun = True
+        sys.stderr.write(self.text.getvalue())
+
+
+def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> None:
+    """Hydra's own refusals (no such option) leave with 1: they are the user's, so with 2, and a sentence."""
+    said.start()
+    try:
+        with said.stack:
+            started()
+    except SystemExit as asked:
+        code = asked.code
+        if code and not said.begun:
+            code = UserError.exit_code
+            print(f"error: {reworded(said.text.getvalue(), Path(CONF), config_name)}", file=sys.stderr, flush=True)
+        _leave_if_one_of_many(code)  # a crash, too: what it left open may wait for the other ranks
+        raise SystemExit(code) from None
+
+
+def _leave_if_one_of_many(code: int | str | None) -> None:
+    """End a rank here: threads of torch and DeepSpeed can abort the interpreter's own shutdown, and a finished job."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(code, str):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """The UserError that Hydra's instantiate may have wrapped; or what options of a wrong kind or a full disk are to
+    the user; None: something else."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UserError(f"no room to write ({error}): make some, and start again to go on.")
+        cause = error.__cause__ if isinstance(error, InstantiationException) else None
+        if isinstance(cause, TypeError | ValueError) and not isinstance(cause, UserError):
+            if os.environ.get("HYDRA_FULL_ERROR"):
+                return None
+            where = str(error).rpartition("full_key: ")[2].strip()
+            return UserError(
+                f"{where} can't be made of its options ({cause}): check them (HYDRA_FULL_ERROR=1 says more)."
+            )
+        error = cause
+    return None

@@ -1,0 +1,116 @@
+"""Options compared with what their annotations say: kind, range, choice. What is none of it gets one sentence.
+
+lr: Annotated[float, Within(0)]                 "optimizer.lr=-1 can't be: take a number of 0 or more."
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from data_pipeline.common.errors import UserError
+
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text (in quotes if it looks like something else)",
+    types.NoneType: "null",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A range of numbers; above, below: without its least, its most."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def allows(self, value: float) -> bool:
+        """Nothing that is NaN."""
+        inside = self.least <= value <= self.most
+        return inside and not (self.above and value == self.least) and not (self.below and value == self.most)
+
+    def __str__(self) -> str:
+        if self.most == math.inf:
+            return f"above {self.least:g}" if self.above else f"of {self.least:g} or more"
+        return f"{'above' if self.above else 'from'} {self.least:g} {'below' if self.below else 'to'} {self.most:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """A choice."""
+
+    names: Sequence[Any]
+
+
+Count = Annotated[int, Within(1)]
+Positive = Annotated[float, Within(0, above=True)]
+NotNegative = Annotated[float, Within(0)]
+Share = Annotated[float, Within(0, 1)]
+
+
+def refuse_wrong(options: Any, prefix: str) -> None:
+    """A dataclass' fields, in its __post_init__; `prefix` is what the user finds them under."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    refuse_wrong_values(values, get_type_hints(type(options), include_extras=True), f"{prefix}.")
+
+
+def refuse_wrong_values(values: Mapping[str, Any], hints: Mapping[str, Any], prefix: str = "") -> None:
+    """The values that there are, by name, against their annotations."""
+    for name, value in values.items():
+        if not fits(value, hints[name]):
+            raise UserError(f"{prefix}{name}={value} can't be: take {said(hints[name])}.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether an option may be this. Of what has no kind here, such as another dataclass, anything."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return fits(value, parts[0]) and all(_meets(value, condition) for condition in parts[1:])
+    if origin in (Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin in (tuple, list, Sequence):
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        wanted = parts if origin is tuple else parts * len(value) if listed else ()
+        return listed and len(value) == len(wanted) and all(map(fits, value, wanted))
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if is_typeddict(hint):
+        hints = get_type_hints(hint, include_extras=True)
+        there = isinstance(value, Mapping) and hint.__required_keys__ <= value.keys() <= hints.keys()
+        return there and all(fits(part, hints[name]) for name, part in value.items())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint not in KINDS or isinstance(value, hint)
+
+
+def _meets(value: Any, condition: Within | OneOf) -> bool:
+    return condition.allows(value) if isinstance(condition, Within) else value in condition.names
+
+
+def said(hint: Any) -> str:
+    """What may be given, in words."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if isinstance(parts[1], OneOf):
+            return f"one of {', '.join(map(str, parts[1].names))}"
+        return f"{said(parts[0])} {parts[1]}"
+    if origin in (Union, types.UnionType):
+        return ", or ".join(map(said, parts))
+    if origin is tuple:
+        return f"a list of {len(parts)}, each {said(parts[0])}"
+    if origin in (list, Sequence):
+        return f"a list, as [a,b], each {said(parts[0])}"
+    if origin in (dict, Mapping):
+        return f"a table, each of its values {said(parts[1])}"
+    if is_typeddict(hint):
+        return f"a table of some of {', '.join(get_type_hints(hint))}"
+    return KINDS.get(hint, "something else")

@@ -1,0 +1,133 @@
+"""The list of what a file of a data set, a run or a model may name: short name -> where it lies in this checkout.
+
+Whoever reads such a file builds what stands here and nothing else (saved_objects.py; docs/security.md says why).
+An entry of a file is {"name": "discrete_vp", "steps": 1000, ...}; Hydra's notation in files of earlier versions
+({"_target_": "train.diffusion.process.DiscreteVP", ...}) is read as the name that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_MODELS, _CONDITIONERS = "train.models", "train.models.conditioning"
+_PROCESSES, _PREDICTIONS = "train.diffusion.process", "train.diffusion.parameterization"
+_LOSSES, _SAMPLERS = "train.diffusion.losses", "train.diffusion.samplers"
+
+LIST: Mapping[str, Mapping[str, str]] = {
+    "conditions": {
+        "text": "data_pipeline.encode.conditions.Text",
+        "label": "data_pipeline.encode.conditions.Label",
+        "layout": "data_pipeline.encode.conditions.Layout",
+        "image_embedding": "data_pipeline.encode.conditions.ImageEmbedding",
+        "low_resolution": "data_pipeline.encode.conditions.LowResolution",
+        "hole": "data_pipeline.encode.conditions.Hole",
+    },
+    "conditioning": {
+        "text": f"{_CONDITIONERS}.StoredText",
+        "joint_text": "train.models.text_transformer.JointText",
+        "label": f"{_CONDITIONERS}.ClassLabel",
+        "layout": f"{_CONDITIONERS}.LayoutTokens",
+        "image_embedding": f"{_CONDITIONERS}.ImageTokens",
+        "low_resolution": f"{_CONDITIONERS}.LowResolutionImage",
+        "hole": f"{_CONDITIONERS}.HoleAndRest",
+    },
+    "unet": {"unet": f"{_MODELS}.unet.UNet"},
+    "autoencoder": {
+        "trained": "train.weights.saved.load_autoencoder",
+        "stable_diffusion": "train.weights.published.load_autoencoder",
+        "identity": f"{_MODELS}.autoencoder.Identity",
+    },
+    "clip": {
+        "trained": "train.weights.saved.load_clip",
+        "stable_diffusion": "train.weights.published.load_text_encoder",
+    },
+    "objective": {"latent_diffusion": "train.objectives.latent_diffusion.LatentDiffusion"},
+    "process": {
+        "rectified_flow": f"{_PROCESSES}.RectifiedFlow",
+        "discrete_vp": f"{_PROCESSES}.DiscreteVP",
+        "continuous_vp": f"{_PROCESSES}.ContinuousVP",
+        "cosine_vp": f"{_PROCESSES}.CosineVP",
+    },
+    "parameterization": {
+        "flow": f"{_PREDICTIONS}.Flow",
+        "velocity": f"{_PREDICTIONS}.Velocity",
+        "epsilon": f"{_PREDICTIONS}.Epsilon",
+        "sample": f"{_PREDICTIONS}.Sample",
+    },
+    "time_sampling": {
+        "uniform": "train.diffusion.time_sampling.uniform",
+        "logit_normal": "train.diffusion.time_sampling.LogitNormal",
+    },
+    "loss": {"l2": f"{_LOSSES}.L2", "l1": f"{_LOSSES}.L1", "huber": f"{_LOSSES}.Huber"},
+    "weighting": {
+        "uniform": f"{_LOSSES}.Uniform",
+        "min_snr": f"{_LOSSES}.MinSnr",
+        "truncated_snr": f"{_LOSSES}.TruncatedSnr",
+    },
+    "sampler": {"sampler": "train.sampling.generator.Sampler"},
+    "sampling": {name: f"{_SAMPLERS}.sample_{name}" for name in ("ddim", "ddpm", "euler", "heun", "dpmpp_2m", "unipc")},
+    "spacing": {name: f"{_SAMPLERS}.{name}_times" for name in ("uniform", "trailing", "karras")},
+    "guidance": {"classifier_free": "train.sampling.generator.Guidance"},
+    # Models as train/weights/saved.py keeps them, by their class.
+    "first_stage": {
+        "AutoencoderKL": f"{_MODELS}.autoencoder.AutoencoderKL",
+        "VQModel": f"{_MODELS}.autoencoder.VQModel",
+    },
+    "text_encoder": {"CLIP": f"{_MODELS}.clip.CLIP"},
+    "classifier": {"NoisyClassifier": f"{_MODELS}.classifier.NoisyClassifier"},
+}
+# What has moved: a module, or a name in it, as files of earlier versions have it -> as LIST has it.
+MOVED: Mapping[str, str] = {
+    "data_pipeline.conditions": "data_pipeline.encode.conditions",
+    "data_pipeline.filters": "data_pipeline.sources.filters",
+    "data_pipeline.loader": "data_pipeline.loading.loader",
+    "train.bad_numbers": "train.loop.stability_monitor",
+    "train.engine.EngineConfig": "train.engine.config.EngineConfig",
+    "train.evaluation.generate": "train.sampling.generator",
+    "train.fitting.Training": "train.loop.recipe.Training",
+    "train.optim": "train.engine.optimizer",
+}
+# Hydra's ways to name a function without calling it: conf/ has them for spacings and time samplings.
+GETTERS = ("hydra.utils.get_method", "hydra.utils.get_object", "hydra.utils.get_class")
+_PARTIAL = ("conditioning", "sampling")  # groups that conf/ has with _partial_: true
+_GROUP_AND_NAME = {path: (group, name) for group, names in LIST.items() for name, path in names.items()}
+
+
+def today(path: str) -> str:
+    """Where that lies now which a file of an earlier version names."""
+    module, _, name = path.rpartition(".")
+    return MOVED.get(path) or f"{MOVED.get(module, module)}.{name}"
+
+
+def target_of(entry: Mapping[str, Any]) -> tuple[str, bool] | None:
+    """The path that an entry in Hydra's notation names, and whether it is to be called; None: it names none."""
+    if not isinstance(target := entry.get("_target_"), str):
+        return None
+    if target in GETTERS:
+        return (today(entry["path"]), False) if isinstance(entry.get("path"), str) else None
+    return today(target), True
+
+
+def named(tree: Any) -> Any:
+    """A configuration with short names for Hydra's notation of what is on the list; all else as it is.
+
+    So that what is saved says nothing of where code lies, and compares equal to what another version saved.
+    """
+    if isinstance(tree, list | tuple):
+        return [named(item) for item in tree]
+    if not isinstance(tree, Mapping):
+        return tree
+    path, called = target_of(tree) or ("", True)
+    if path not in _GROUP_AND_NAME:
+        moved = {"_target_": path} if path and called else {}
+        return {key: moved.get(key, named(value)) for key, value in tree.items()}
+    group, name = _GROUP_AND_NAME[path]
+    dropped = {"_target_"} | (set() if called else {"path"})
+    dropped |= {"_partial_"} if group in _PARTIAL and tree.get("_partial_") is True else set()
+    return {"name": name, **{key: named(value) for key, value in tree.items() if key not in dropped}}
+
+
+def entry_of(made: type) -> dict[str, Any]:
+    """How a file names a class: shortly; a user's own by its path, which conf/ must name, too, to be built again."""
+    return named({"_target_": f"{made.__module__}.{made.__qualname__}"})

@@ -1,0 +1,152 @@
+"""Fields of a latent data set that was made before, for another one: what need not be encoded again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import named
+from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item
+from data_pipeline.encode.conditions import Condition
+from data_pipeline.shards import codec
+from data_pipeline.shards.arrays import DTYPES, narrowed
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.reader import read_whole
+from data_pipeline.shards.samples import as_sample
+from data_pipeline.shards.tar_index import IndexEntry, read_index
+
+GEOMETRY = ("original_size", "crop_top_left", "target_size")
+FACTS = (*GEOMETRY, "image_sha256", "caption")  # of a latent sample's json, beside what its source's said
+
+
+class BaseSet:
+    """A finished latent data set, and which of its fields `encoders` would make in the same way."""
+
+    def __init__(self, root: str, encoders: Encoders, sizes: str) -> None:
+        self.root, self.manifest = root, Manifest.load(root, "latents")
+        self.shards = {shard.name: shard for shard in self.manifest.shards}
+        self.same_sizes = self.manifest.info.get("sizes") == sizes
+        self.lendable = [maker for maker in encoders.makers if self._made_alike(maker, encoders)]
+
+    def _made_alike(self, maker: Condition, encoders: Encoders) -> bool:
+        """The same recipe, encoders, dtype and, where pictures matter, sizes."""
+        ours = [(maker.uses_first_stage, "autoencoder", encoders.image.fingerprint)]
+        ours.append((maker.uses_clip, "text_encoder", encoders.text.fingerprint if encoders.text else None))
+        fields = [self.manifest.fields.get(f"{name}.npy", {}) for name in maker.fields]
+        recipes = named(self.manifest.info.get("conditions", {})).values()
+        return (
+            all(f.get("dtype") == encoders.dtype for f in fields if f.get("dtype") in (None, *DTYPES))
+            and all(self.manifest.fingerprints.get(name) == mark for uses, name, mark in ours if uses)
+            and (self.same_sizes or "picture" not in maker.made_from)
+            and (isinstance(maker, FirstStage) or maker.config() in recipes)
+        )
+
+    @functools.cached_property
+    def places(self) -> dict[str, tuple[Shard, IndexEntry]]:
+        """Key -> where it lies, of all samples: some 500 bytes each, only made where shards are cut otherwise."""
+        return {e.key: (s, e) for s in self.manifest.shards for e in read_index(self.root, s)}
+
+
+class BaseShard:
+    """The samples of the base that a shard of the new data set may take fields from."""
+
+    def __init__(self) -> None:
+        self.samples: dict[str, tuple[BaseSet, dict[str, Any]]] = {}
+        self.captions: dict[str, tuple[BaseSet, dict[str, Any]]] = {}
+
+    def add(self, origin: BaseSet, sample: dict[str, Any]) -> None:
+        self.samples.setdefault(sample["key"], (origin, sample))
+        self.captions.setdefault(sample["caption"], (origin, sample))
+
+    def lend(self, item: Item, encoders: Encoders) -> None:
+        """Give an item the fields that would come out the same: of the same picture, of an equal caption."""
+        if item.sample["key"] in self.samples:
+            origin, old = self.samples[item.sample["key"]]
+            if origin.same_sizes and same_picture(old["meta"], item.sample["meta"]):
+                item.sample["meta"] |= {name: old["meta"][name] for name in GEOMETRY}
+                for maker in origin.lendable:
+                    if "picture" in maker.made_from and same_meta(maker, old, item.sample):
+                        take(item, maker, old, encoders.dtype)
+        if item.sample["caption"] in self.captions:
+            origin, old = self.captions[item.sample["caption"]]
+            for maker in origin.lendable:
+                if maker.made_from == ("caption",):
+                    take(item, maker, old, encoders.dtype)
+
+
+def take(item: Item, maker: Condition, old: Mapping[str, Any], dtype: str) -> None:
+    item.reused |= {name: narrowed(old[name], dtype) for name in maker.fields}
+
+
+def same_picture(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """The same bytes, and nothing in the json that must be moved with what was cut off."""
+    placed = ("boxes" in new or "hole" in new) and old["crop_top_left"] != [0, 0]
+    return old.get("image_sha256") == new["image_sha256"] and not placed
+
+
+def same_meta(maker: Condition, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether what the sources say of a sample is the same, where it matters."""
+    if "meta" not in maker.made_from:
+        return True
+    before, now = ({k: v for k, v in each["meta"].items() if k not in FACTS} for each in (old, new))
+    return before == now
+
+
+class Base:
+    """One split of a latent data set, in all of its buckets."""
+
+    def __init__(self, roots: Sequence[str], encoders: Encoders, sizes: str) -> None:
+        self.sets = [BaseSet(root, encoders, sizes) for root in roots]
+
+    @property
+    def fingerprint(self) -> str:
+        return ",".join(each.manifest.fingerprint for each in self.sets)
+
+    def shard(self, name: str, keys: Sequence[str]) -> BaseShard:
+        """What there is of the samples of a shard: in the shard of the same name, else wherever they lie."""
+        found = BaseShard()
+        for each in self.sets:
+            if each.lendable and name in each.shards:
+                shard = each.shards[name]
+                self._add(found, each, shard, read_index(each.root, shard))
+        lacking = [key for key in keys if key not in found.samples]
+        for each in self.sets if len(lacking) > len(keys) // 2 else ():
+            wanted: dict[Shard, list[IndexEntry]] = {}
+            for key in lacking:
+                if each.lendable and key in each.places:
+                    shard, entry = each.places[key]
+                    wanted.setdefault(shard, []).append(entry)
+            for shard, entries in wanted.items():
+                self._add(found, each, shard, entries)
+        return found
+
+    @staticmethod
+    def _add(found: BaseShard, origin: BaseSet, shard: Shard, entries: Sequence[IndexEntry]) -> None:
+        data = read_whole(origin.root, shard)
+        fields = {f"{name}.npy" for maker in origin.lendable for name in maker.fields} | {"json"}
+        for entry in entries:
+            places = {name: place for name, place in entry.members.items() if name in fields}
+            members = {name: codec.decode(name, data[at : at + size]) for name, (at, size) in places.items()}
+            found.add(origin, as_sample(entry.key, members))
+
+
+def base_of(path: str, split: str, encoders: Encoders, sizes: str) -> Base:
+    """The base's data sets of a split: <path>/<split>, <path>/<bucket>/<split>, or <path> itself."""
+    places = [storage.join(path, split)] if split else [path]
+    places += [
+        storage.join(path, bucket, split) if split else storage.join(path, bucket)
+        for bucket in storage.subfolders(path)
+    ]
+    roots = [place for place in places if storage.exists(storage.join(place, "manifest.json"))]
+    if not roots:
+        raise UserError(f"base={path} holds no finished latents of {split or 'these'}: give an output of precompute.")
+    base = Base(roots, encoders, sizes)
+    if not any(each.lendable for each in base.sets):
+        raise UserError(
+            f"base={path} was made by other encoders, in another dtype and at other sizes: nothing of it can be used; "
+            "leave base= out."
+        )
+    return base

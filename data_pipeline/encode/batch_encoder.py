@@ -1,0 +1,127 @@
+"""A batch of samples to what is stored of each: encoded, in the dtype of the data set, looked over, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.conditions import Condition, PlainCondition, Sample, Tools
+from data_pipeline.encode.encoders import ImageEncoder
+from data_pipeline.shards.arrays import as_stored, readable
+
+
+class Encoders(NamedTuple):
+    """What turns samples into latent samples, and how they are stored."""
+
+    image: ImageEncoder
+    text: OnceEach | None
+    conditions: Mapping[str, Condition]
+    device: torch.device
+    batch_size: int
+    dtype: str = "float16"  # one of DTYPES
+    flips: bool = False  # also encode each picture mirrored: moments_flip.npy
+
+    @property
+    def makers(self) -> list[Condition]:
+        """All that fields come from, the first stage among them."""
+        return [FirstStage(self.image, self.flips), *self.conditions.values()]
+
+
+class FirstStage(PlainCondition):
+    """moments (B, 2C, h, w) or what else the first stage stores, and of the mirrored picture, as if a condition."""
+
+    made_from, uses_first_stage = ("picture",), True
+
+    def __init__(self, image: ImageEncoder, flips: bool) -> None:
+        self.fields = (image.stored_as, f"{image.stored_as}_flip") if flips else (image.stored_as,)
+
+    def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
+        pictures = (images, images.flip(-1)) if len(self.fields) == 2 else (images,)
+        return {name: tools.image.encode_stored(each) for name, each in zip(self.fields, pictures, strict=True)}
+
+
+@dataclass(slots=True)
+class Item:
+    """A sample on its way: its place in its shard, the data set it goes to, and fields that need not be made again."""
+
+    position: int
+    sample: dict[str, Any]
+    bucket: str = ""
+    reused: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def lacks(self, maker: Condition) -> bool:
+        return not all(name in self.reused for name in maker.fields)
+
+
+@torch.no_grad()
+def encode_batch(items: Sequence[Item], images: Tensor | None, encoders: Encoders) -> dict[str, np.ndarray]:
+    """Fields by name, each (B, ...) as stored. images (N, 3, H, W): of the items that have a picture, in order."""
+    images = None if images is None else images.to(encoders.device)
+    with_picture = [i for i, item in enumerate(items) if "image" in item.sample]
+    stored: dict[str, np.ndarray] = {}
+    for maker in encoders.makers:
+        lacking = [i for i, item in enumerate(items) if item.lacks(maker)]
+        fresh = encoded(maker, lacking, with_picture, items, images, encoders) if lacking else {}
+        for name in maker.fields:
+            stored[name] = merged(fresh.get(name), lacking, [item.reused.get(name) for item in items])
+    return stored
+
+
+def encoded(
+    maker: Condition,
+    lacking: Sequence[int],
+    with_picture: Sequence[int],
+    items: Sequence[Item],
+    images: Tensor | None,
+    encoders: Encoders,
+) -> dict[str, np.ndarray]:
+    """The fields of one maker for the items that lack them."""
+    if "picture" in maker.made_from and len(lacking) != len(with_picture):
+        images = images[[with_picture.index(i) for i in lacking]]
+    made = maker.encode([items[i].sample for i in lacking], images, encoders)
+    for name, value in made.items():
+        if value.is_complex() or value.ndim < 1 or len(value) != len(lacking):
+            raise DataError(
+                f"{name} of {len(lacking)} samples came as {tuple(value.shape)} {value.dtype}: this encoder is not one "
+                "that can be stored."
+            )
+    return {name: as_stored(value, encoders.dtype) for name, value in made.items()}
+
+
+def merged(fresh: np.ndarray | None, lacking: Sequence[int], reused: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Rows that were made and rows that were there already, in order."""
+    if len(lacking) == len(reused):
+        return fresh
+    rows = list(reused)
+    for i, row in zip(lacking, fresh if fresh is not None else (), strict=True):
+        rows[i] = row
+    return np.stack(rows)
+
+
+@torch.no_grad()
+def batch_statistics(image: ImageEncoder, stored: np.ndarray) -> dict[str, Any]:
+    """Count of values a channel, and sums of the first and second moment of posterior draws, per channel."""
+    wide = np.int64 if stored.dtype.kind == "i" else np.float32
+    mean, variance = (part.double() for part in image.posterior_of(torch.from_numpy(readable(stored).astype(wide))))
+    return {
+        "count": mean.numel() // mean.shape[1],
+        "mean": mean.mean((0, 2, 3)).tolist(),
+        "square": (mean.square() + variance).mean((0, 2, 3)).tolist(),
+    }
+
+
+def combined_statistics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Weighted means of the above, with the standard deviation they give."""
+    if not parts:
+        return {}
+    weights = np.array([part["count"] for part in parts], np.float64)
+    mean, square = (np.average([part[name] for part in parts], axis=0, weights=weights) for name in ("mean", "square"))
+    std = np.sqrt(square - mean**2)
+    return {"count": int(weights.sum()), "mean": mean.tolist(), "square": square.tolist(), "std": std.tolist()}

@@ -1,0 +1,55 @@
+"""Each different caption of a shard encoded once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.encode.encoders import TextEncoder, TextStates
+
+
+class OnceEach:
+    """A text encoder that encodes each different caption of a shard once, on the CPU's side of it, when first asked.
+
+    A row's last bits may depend on the batch that it is encoded in. So batches are those of the shard's different
+    captions in order: whoever makes the shard, and whatever was made before, the bytes are the same. `keep` > 0 also
+    keeps that many captions over shards, and for the same reason encodes one at a time: for data of few captions.
+    """
+
+    def __init__(self, encoder: TextEncoder, batch_size: int, keep: int = 0) -> None:
+        self.encoder, self.fingerprint = encoder, encoder.fingerprint
+        self.keep, self.batch_size = keep, 1 if keep else batch_size
+        self.batches: dict[str, tuple[str, ...]] = {}
+        self.states: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def begin(self, captions: Iterable[str]) -> None:
+        """The captions of the next shard, in order."""
+        if not self.keep:
+            self.states.clear()
+        each = list(dict.fromkeys(captions))
+        parts = [tuple(each[first : first + self.batch_size]) for first in range(0, len(each), self.batch_size)]
+        self.batches = {caption: part for part in parts for caption in part}
+
+    def encode_text(self, captions: Sequence[str]) -> TextStates:
+        """As TextEncoder; of captions that `begin` did not name, all at once and none kept."""
+        if not all(caption in self.batches for caption in captions):
+            return self.encoder.encode_text(captions)
+        found = [self._states_of(caption) for caption in captions]
+        while self.keep and len(self.states) > self.keep:
+            self.states.popitem(last=False)
+        return TextStates(*(torch.stack(part) for part in zip(*found, strict=True)))
+
+    def _states_of(self, caption: str) -> tuple[Tensor, Tensor]:
+        if caption not in self.states:
+            part = self.batches[caption]
+            made = self.encoder.encode_text(part)
+            self.states |= zip(part, zip(made.tokens.cpu(), made.pooled.cpu(), strict=True), strict=True)
+        self.states.move_to_end(caption)
+        return self.states[caption]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)  # encode_image, where it has that

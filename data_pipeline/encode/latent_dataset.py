@@ -1,0 +1,171 @@
+"""What is of a whole latent data set: what it is made of, its constants, accounting and manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_names import named
+from data_pipeline.encode.base_dataset import Base
+from data_pipeline.encode.batch_encoder import Encoders, combined_statistics
+from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.shard_reader import ShardReader
+from data_pipeline.images.aspect_buckets import Sizes
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.rejects import Aside, accounting, summary
+
+
+class Split(NamedTuple):
+    """A split to encode: its name, what it is made of, where it goes, and what reads and encodes it."""
+
+    name: str
+    source: Manifest
+    places: Places
+    reader: ShardReader
+    max_aside_fraction: float = 0.05
+
+    @property
+    def encoders(self) -> Encoders:
+        return self.reader.encoders
+
+    @property
+    def title(self) -> str:
+        return f"precompute {self.name or 'samples'}"
+
+
+def identity(
+    source: Manifest, encoders: Encoders, sizes: Sizes | None = None, base: Base | None = None
+) -> dict[str, str]:
+    """What a latent data set is made of, by name."""
+    made_of = {
+        "images": source.fingerprint,
+        "autoencoder": encoders.image.fingerprint,
+        "dtype": encoders.dtype,
+        "conditions": json.dumps(conditions_config(encoders), sort_keys=True),
+    }
+    if encoders.text is not None:
+        made_of["text_encoder"] = encoders.text.fingerprint
+    if sizes and sizes.sides and (sizes.split or sizes.sides[0] != (source.info.get("size"),) * 2):
+        made_of["sizes"] = sizes.described
+    if encoders.text is not None and encoders.text.keep:
+        made_of["captions"] = "encoded one by one"
+    if base is not None:
+        made_of["base"] = base.fingerprint
+    return made_of | ({"flips": "encoded"} if encoders.flips else {})
+
+
+def conditions_config(encoders: Encoders) -> dict[str, Any]:
+    """What builds the conditions again, for sampling."""
+    return {name: condition.config() for name, condition in encoders.conditions.items()}
+
+
+def claim(root: str, made_of: dict[str, str]) -> None:
+    """Note what `root` is being made of, before the first shard; refuse to go on with other encoders or pictures."""
+    path = storage.join(root, "precompute.json")
+    if not storage.write_first(path, json.dumps(made_of, indent=1).encode()):
+        before = noted_in(path)
+        differing = [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]
+        if differing:
+            what = "; ".join(f"{name} was {before.get(name)} and is {made_of.get(name)}" for name in differing)
+            raise UserError(f"{root} was begun with others: {what}. Give those, or choose another output=.")
+
+
+def noted_in(path: str) -> dict[str, str]:
+    """What a precompute.json says; what an earlier version noted, with conditions by Python's paths, as of now."""
+    note = storage.read_bytes(path)
+    try:
+        made_of = dict(json.loads(note).items())
+        if "conditions" in made_of:
+            made_of["conditions"] = json.dumps(named(json.loads(made_of["conditions"])), sort_keys=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): remove that folder, or choose another output=.") from error
+    return made_of
+
+
+def refuse_other_layout(places: Places) -> None:
+    """An output that holds a set for each bucket, where one set is wanted, or the other way round."""
+    other = places._replace(bucketed=not places.bucketed)
+    if storage.exists(storage.join(other.notes, "precompute.json")):
+        how = "buckets" if other.bucketed else "one size"
+        raise UserError(f"{places.output} was begun with {how}: give those sizes, or choose another output=.")
+
+
+def refuse_pictures(places: Places) -> None:
+    """An output that is itself a data set of pictures would be taken for finished."""
+    if storage.exists(storage.join(places.root(), "manifest.json")) and Manifest.load(places.root()).kind != "latents":
+        raise UserError(f"output={places.output} holds image-text shards: choose another folder for the latents.")
+
+
+def folders(split: Split) -> list[str]:
+    """Where temporary files of this split may lie."""
+    places = split.places
+    roots = {places.notes, places.root()}
+    if places.bucketed:
+        roots |= {places.root(name) for name in storage.subfolders(places.output)}
+    below = {shard.name.rpartition("/")[0] for shard in split.source.shards} | {"aside"}
+    return sorted(roots | {storage.join(root, folder) for root in roots for folder in below if folder})
+
+
+def finish(
+    split: Split, records: Sequence[dict[str, Any]], made_of: dict[str, str], counted: Callable[[int], str]
+) -> None:
+    """What is of the whole: constants, what was set aside, a manifest a data set. Whoever does it, the same bytes."""
+    source, places, encoders = split.source, split.places, split.encoders
+    aside = Aside(source.samples, split.max_aside_fraction)
+    for row in (row for record in records for row in record["aside"]):
+        aside.add(**row)
+    buckets = sorted({bucket for record in records for bucket in record["sets"]})
+    parts = {bucket: [r["sets"][bucket] for r in records if bucket in r["sets"]] for bucket in buckets}
+    if not buckets:
+        raise DataError(f"not one sample of {split.reader.path} can be encoded: see {places.notes}/shards.")
+    processed = sum(part["shard"]["samples"] for each in parts.values() for part in each)
+    info = {
+        **{name: fact for name, fact in source.info.items() if name != "made_with"},
+        "accounting": accounting(processed, {}, summary(aside.rows), source.samples),  # of this stage, in all buckets
+        "pixel_range": [-1.0, 1.0],
+        "crop": "centre",
+        "sizes": split.reader.sizes.described,
+        "conditions": conditions_config(encoders),
+        "latents": combined_statistics([part["latents"] for each in parts.values() for part in each]),
+    }
+    aside.save(places.notes, "precompute")
+    for bucket in buckets:
+        root, shards = places.root(bucket), tuple(Shard(**part["shard"]) for part in parts[bucket])
+        write_constants(root, encoders)
+        Manifest("latents", shards, one_shape(root, parts[bucket]), info, made_of).save(root)
+    counts = {bucket: sum(part["shard"]["samples"] for part in parts[bucket]) for bucket in buckets}
+    if places.bucketed:
+        storage.write_atomically(places.last, json.dumps(counts, indent=1).encode())
+        print(f"{split.title}: " + ", ".join(f"{count} of {bucket}" for bucket, count in counts.items()))
+    root = places.root("*" if places.bucketed else "")
+    print(f"{split.title}: {counted(processed)}, {len(aside.rows)} set aside; in {root}")
+
+
+def one_shape(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of all shards, which must be the same."""
+    first = parts[0]
+    for part in parts:
+        if part["fields"] != first["fields"]:
+            raise DataError(
+                f"pictures of {part['shard']['name']} and {first['shard']['name']} in {root} are not of one size: "
+                "give size= or buckets=auto, and another output=."
+            )
+    return first["fields"]
+
+
+@torch.no_grad()
+def write_constants(root: str, encoders: Encoders) -> None:
+    """null.safetensors: the encoders' own values where there is no condition; codebook.safetensors of a VQ model."""
+    null: dict[str, torch.Tensor] = {}
+    for condition in encoders.conditions.values():
+        null |= {name: value.float().cpu().contiguous() for name, value in condition.null(encoders).items()}
+    storage.write_atomically(storage.join(root, "null.safetensors"), save(null))
+    if encoders.image.stored_as == "indices":
+        codebook = encoders.image.codebook.detach().float().cpu().contiguous()
+        storage.write_atomically(storage.join(root, "codebook.safetensors"), save({"codebook": codebook}))

@@ -1,0 +1,190 @@
+"""A latent shard: where it goes, how it is put together, and how it is published.
+
+Its tars come first, then the note that it is finished, which say the same.
+
+Workers that compute alike write the same bytes, and it does not matter who does. Where one has a GPU and one has not,
+the last bits differ: so the first tar under a name stays, its worker's note comes beside it, and the others take both.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
+from data_pipeline.encode.batch_encoder import Encoders, Item, batch_statistics, combined_statistics
+from data_pipeline.shards.arrays import described, unusable
+from data_pipeline.shards.manifest import Shard
+from data_pipeline.shards.tar_index import digest_of
+from data_pipeline.shards.writer import ShardWriter
+
+WAIT_FOR_NOTE = 10.0  # seconds that another worker, if it lives, has to write its note after its tar
+Record = dict[str, Any]
+Rejected = tuple[int, str, str]  # position in the shard, key, reason
+
+
+class Places(NamedTuple):
+    """Where a split's data sets go: <output>/<split>, with buckets <output>/<bucket>/<split>."""
+
+    output: str
+    split: str = ""
+    bucketed: bool = False
+
+    def root(self, bucket: str = "") -> str:
+        return storage.join(self.output, *(part for part in (bucket, self.split) if part))
+
+    @property
+    def notes(self) -> str:
+        """Where it is noted what is finished."""
+        return self.root("work") if self.bucketed else self.root()
+
+    def note(self, shard: Shard) -> str:
+        return storage.join(self.notes, shard.name + ".done.json")
+
+    @property
+    def last(self) -> str:
+        """What is written when everything else is."""
+        return storage.join(self.notes, "buckets.json" if self.bucketed else "manifest.json")
+
+
+def finished_record(places: Places, shard: Shard) -> Record | None:
+    """What was noted when a shard was finished, if its tars are still there as they were written."""
+    note = storage.read_if_there(places.note(shard))
+    if note is None:
+        return None
+    record = json.loads(note)
+    for bucket, part in record.get("sets", {}).items():
+        tar = storage.join(places.root(bucket), part["shard"]["name"])
+        if storage.size_if_there(tar) != part["shard"]["bytes"]:
+            return None
+    return record if "sets" in record else None  # a note of an earlier version: its shard is made anew
+
+
+def published(
+    places: Places, shard: Shard, tars: Mapping[str, ShardWriter], noted: Callable[[Mapping[str, Shard]], Record]
+) -> Record:
+    """Write each bucket's tar and then the note, `noted(lines of the manifests)`; or leave that to the worker that came
+    first. Returns the note that counts."""
+    if storage.exists(places.note(shard)):
+        if record := finished_record(places, shard):
+            return record
+        storage.remove(places.note(shard))  # of a tar that is cut or gone
+    lines = {}
+    for bucket, writer in sorted(tars.items()):
+        lines[bucket], index, data = writer.contents(shard.name)
+        if not put(places.root(bucket), lines[bucket], index, data):
+            if record := waited_for(places, shard):
+                return record
+            put(places.root(bucket), lines[bucket], index, data, over=True)  # that worker is dead
+    record = noted(lines)
+    if storage.write_first(places.note(shard), json.dumps(record).encode()):
+        return record
+    return finished_record(places, shard) or record
+
+
+def put(root: str, line: Shard, index: bytes, data: bytes, over: bool = False) -> bool:
+    """Write a tar after its index; False where another tar has its name, of the same length and with other bytes."""
+    path = storage.join(root, line.name)
+    size = storage.size_if_there(path)
+    if size == line.bytes and not over and not is_there(root, line):
+        return False
+    storage.write_atomically(storage.join(root, line.index_name), index)
+    if over or size not in (None, line.bytes):
+        storage.write_atomically(path, data)
+        return True
+    return storage.write_first(path, data) or is_there(root, line)
+
+
+def is_there(root: str, line: Shard) -> bool:
+    """Whether a tar's bytes are those of its line in the manifest."""
+    return digest_of(storage.read_bytes(storage.join(root, line.name))) == line.sha256
+
+
+def waited_for(places: Places, shard: Shard) -> Record | None:
+    """The note of the worker whose tar is there already, which comes a moment later; None: it does not."""
+    end = time.monotonic() + WAIT_FOR_NOTE
+    while time.monotonic() < end:
+        if record := finished_record(places, shard):
+            return record
+        time.sleep(0.1)
+    return None
+
+
+def confirmed(places: Places, shards: Sequence[Shard], records: Mapping[str, Record]) -> dict[str, Record]:
+    """The notes of shards that this worker made, as they are now; where one is another's, it is compared with the tars.
+    DataError where they disagree: a bucket knows no first writer."""
+    now = {}
+    for shard in shards:
+        record = now[shard.name] = finished_record(places, shard) or records[shard.name]
+        if record["sets"] == records[shard.name]["sets"]:
+            continue
+        for bucket, part in record["sets"].items():
+            if not is_there(places.root(bucket), Shard(**part["shard"])):
+                raise DataError(
+                    f"shard {storage.join(places.root(bucket), shard.name)} was made by two workers that compute "
+                    f"differently, and has the bytes of one beside the note of the other: delete "
+                    f"{places.note(shard)} and start precompute again."
+                )
+    return now
+
+
+class Build:
+    """The latent shards, one a bucket, that an image-text shard becomes."""
+
+    def __init__(self, shard: Shard, encoders: Encoders) -> None:
+        self.shard, self.image, self.dtype = shard, encoders.image, encoders.dtype
+        self.writers: dict[str, ShardWriter] = {}
+        self.statistics: dict[str, list[dict[str, Any]]] = {}
+        self.fields: dict[str, dict[str, Any]] = {}
+        self.rejected: list[Rejected] = []
+        self.copied = 0  # samples whose picture was not encoded, as a base has what it would become
+        self.noted: dict[str, Any] | None = None
+
+    def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
+        """Put encoded samples of one bucket into its tar, in memory; returns those whose values can't be used."""
+        self.copied += sum("image" not in item.sample for item in items)
+        codes = len(self.image.codebook) if self.image.stored_as == "indices" else None
+        bad = [(items[row].position, items[row].sample["key"], why) for row, why in unusable(stored, codes, self.dtype)]
+        self.rejected += bad
+        dropped = {position for position, _, _ in bad}
+        rows = [row for row, item in enumerate(items) if item.position not in dropped]
+        if rows:
+            self._write(items, stored, rows)
+        return bad
+
+    def _write(self, items: Sequence[Item], stored: dict[str, np.ndarray], rows: list[int]) -> None:
+        bucket, latents = items[0].bucket, stored[self.image.stored_as]
+        writer = self.writers.setdefault(bucket, ShardWriter())
+        for row in rows:
+            sample = items[row].sample
+            members = {f"{name}.npy": values[row] for name, values in stored.items()}
+            writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
+        kept = latents if len(rows) == len(items) else latents[rows]
+        self.statistics.setdefault(bucket, []).append(batch_statistics(self.image, kept))
+        self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
+
+    def publish(self, places: Places) -> dict[str, Any]:
+        """Write its tars, and then the note that the shard is finished, which is returned; another's, if that came
+        first."""
+        record = published(places, self.shard, self.writers, self._note)
+        self.writers = {}  # some hundred MB
+        return record
+
+    def _note(self, lines: Mapping[str, Shard]) -> dict[str, Any]:
+        sets = {
+            bucket: {
+                "shard": asdict(line),
+                "latents": combined_statistics(self.statistics[bucket]),
+                "fields": self.fields[bucket],
+            }
+            for bucket, line in lines.items()
+        }
+        aside = [{"key": key, "reason": reason} for _, key, reason in sorted(self.rejected)]
+        self.noted = {"listed": self.shard.samples, "aside": aside, "sets": sets}
+        return self.noted

@@ -1,0 +1,169 @@
+"""Image-text shards read ahead as batches to encode."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.common.threads import Ahead, in_order
+from data_pipeline.encode.base_dataset import Base, BaseShard
+from data_pipeline.encode.batch_encoder import Encoders, Item
+from data_pipeline.encode.latent_shard import Rejected
+from data_pipeline.images.aspect_buckets import Sizes, geometry
+from data_pipeline.images.decode import IMAGES
+from data_pipeline.images.resize import Sides, fitted
+from data_pipeline.shards import codec
+from data_pipeline.shards.manifest import Shard
+from data_pipeline.shards.reader import read_whole
+from data_pipeline.shards.samples import as_sample, collated, picture_in
+from data_pipeline.shards.tar_index import IndexEntry, read_index
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A shard comes next; captions: those that must be encoded. Who sets `dropped` wants no more parts of it."""
+
+    shard: Shard
+    captions: list[str]
+    dropped: threading.Event = field(default_factory=threading.Event)
+
+
+class Part(NamedTuple):
+    """Some of a shard's samples, of one size: (N, 3, H, W) in [-1, 1] of those that have a picture; and what can't be
+    used."""
+
+    items: list[Item]
+    images: Tensor | None
+    rejected: list[Rejected]
+
+
+class Over(NamedTuple):
+    """The shard's last part has come."""
+
+
+class FoundMade(NamedTuple):
+    """A shard that is finished already, and its note."""
+
+    shard: Shard
+    record: dict[str, Any]
+
+
+Step = Begun | Part | Over | FoundMade
+
+
+class ShardReader:
+    """Reads shards of the data set at `path`: bytes in one thread, pictures decoded in `threads` more."""
+
+    def __init__(self, path: str, encoders: Encoders, sizes: Sizes, base: Base | None = None, threads: int = 1) -> None:
+        self.path, self.encoders, self.sizes, self.base, self.threads = path, encoders, sizes, base, threads
+        self.makers = encoders.makers
+
+    def steps(self, shards: Iterable[Shard], record_of: Callable[[Shard], dict[str, Any] | None]) -> Iterator[Step]:
+        """Of each shard its note where it has one, else Begun, parts, Over."""
+
+        def read() -> Iterator[tuple[Any, ...]]:
+            for shard in shards:
+                record = record_of(shard)
+                whole = () if record else (read_index(self.path, shard), read_whole(self.path, shard))
+                yield shard, record, *whole
+
+        with ThreadPoolExecutor(self.threads) as pool, Ahead(read(), 1) as ahead:
+            for shard, record, *whole in ahead:
+                if record:
+                    yield FoundMade(shard, record)
+                else:
+                    yield from self._parts(shard, *whole, pool)
+
+    def _parts(self, shard: Shard, entries: list[IndexEntry], data: bytes, pool: ThreadPoolExecutor) -> Iterator[Step]:
+        base = self.base.shard(shard.name, [entry.key for entry in entries]) if self.base else None
+        items, rejected = [], []
+        for position, entry in enumerate(entries):
+            try:
+                items.append(self._without_picture(position, entry, data, base))
+            except DataError as error:
+                rejected.append((position, entry.key, str(error)))
+        uses_text = [maker for maker in self.makers if "caption" in maker.made_from]
+        lacking = [item for item in items if any(item.lacks(maker) for maker in uses_text)]
+        begun = Begun(shard, [item.sample["caption"] for item in lacking])
+        yield begun
+        waiting: dict[Sides, list[Item]] = {}
+        only: Sides | None = None  # the size of all, where pictures stay as they are
+        for item, sides in in_order(
+            pool, lambda each: self._with_picture(each, entries, data), items, 2 * self.threads
+        ):
+            if begun.dropped.is_set():
+                return
+            if not isinstance(sides, str):
+                only = only or sides
+            if isinstance(sides, str) or (not self.sizes.sides and sides != only):
+                reason = sides if isinstance(sides, str) else f"{words(sides)} beside {words(only)}: give size="
+                rejected.append((item.position, item.sample["key"], reason))
+                continue
+            batch = waiting.setdefault(sides, [])
+            batch.append(item)
+            if len(batch) == self.encoders.batch_size:
+                yield part_of(waiting.pop(sides), rejected)
+                rejected = []
+        for sides in sorted(waiting):
+            yield part_of(waiting[sides], rejected)
+            rejected = []
+        if rejected:
+            yield part_of([], rejected)
+        yield Over()
+
+    def _without_picture(self, position: int, entry: IndexEntry, data: bytes, base: BaseShard | None) -> Item:
+        """A sample by all of its members but the picture, and what the base has of it. DataError: can't be used."""
+        bytes_of = {name: data[at : at + size] for name, (at, size) in entry.members.items()}
+        members = {n: codec.decode(n, content) for n, content in bytes_of.items() if n not in IMAGES}
+        sample = as_sample(entry.key, members)
+        picture = picture_in(entry)
+        if picture is None or not sample["caption"]:
+            raise DataError("missing picture or caption")
+        digest = hashlib.sha256(bytes_of[picture]).hexdigest()[:16]
+        sample["meta"] = {**sample["meta"], "image_sha256": digest}
+        item = Item(position, sample)
+        if base is not None:
+            base.lend(item, self.encoders)
+        return item
+
+    def _with_picture(self, item: Item, entries: list[IndexEntry], data: bytes) -> tuple[Item, Sides | str]:
+        """The item with its picture (where it must be encoded) and bucket; the size, or why it can't be used."""
+        try:
+            if any("picture" in maker.made_from and item.lacks(maker) for maker in self.makers):
+                self._decode(item, entries[item.position], data)
+            sides = tuple(item.sample["meta"]["target_size"])
+            for condition in self.encoders.conditions.values():
+                if reason := condition.reason_against(item.sample):
+                    raise DataError(reason)
+        except DataError as error:
+            return item, str(error)
+        item.bucket = self.sizes.bucket(sides)
+        return item, sides
+
+    def _decode(self, item: Item, entry: IndexEntry, data: bytes) -> None:
+        name, factor = picture_in(entry), self.encoders.image.factor
+        at, size = entry.members[name]
+        pixels = codec.decode(name, data[at : at + size])
+        before = pixels.shape[:2]
+        fit = fitted(pixels, self.sizes.of(before))
+        if any(side % factor for side in fit.pixels.shape[:2]):
+            raise DataError(f"{words(before)} is no multiple of f={factor}: give size=")
+        item.sample["image"] = fit.pixels
+        item.sample["meta"] |= geometry(item.sample["meta"], before, fit)
+
+
+def words(sides: Sides) -> str:
+    return f"a picture of {sides[0]}x{sides[1]}"
+
+
+def part_of(items: list[Item], rejected: list[Rejected]) -> Part:
+    """With the pictures put together: here, in the thread that decodes."""
+    pictures = [{"key": i.sample["key"], "image": i.sample["image"]} for i in items if "image" in i.sample]
+    return Part(items, collated(pictures)["image"] if pictures else None, rejected)

@@ -1,0 +1,48 @@
+"""Pictures resized until they cover a size, and the middle kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.images.decode import to_rgb
+
+Sides = tuple[int, int]  # height, width
+ORIENTATION, TURNED = 0x0112, range(5, 9)  # EXIF: the picture lies on its side
+
+
+class Fitted(NamedTuple):
+    """A picture brought to its size: pixels (h, w, 3), the (H, W) it was resized to, and the (top, left) cut off."""
+
+    pixels: np.ndarray
+    resized: Sides
+    offset: Sides
+
+
+def fitted(pixels: np.ndarray, sides: Sides) -> Fitted:
+    """Resized (Lanczos) until it covers `sides`, the middle kept. Only the middle is resized: the whole of a slender
+    picture could take all memory. What is of that size already stays as it is."""
+    if pixels.shape[:2] == sides:
+        return Fitted(pixels, sides, (0, 0))
+    scale = max(side / before for side, before in zip(sides, pixels.shape, strict=False))
+    resized = tuple(max(side, round(before * scale)) for side, before in zip(sides, pixels.shape, strict=False))
+    offset = tuple((whole - side) // 2 for whole, side in zip(resized, sides, strict=True))
+    (top, bottom), (left, right) = (
+        (first * before / whole, (first + side) * before / whole)
+        for first, side, whole, before in zip(offset, sides, resized, pixels.shape, strict=False)
+    )
+    picture = Image.fromarray(pixels).resize(sides[::-1], Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    return Fitted(np.array(picture), resized, offset)
+
+
+def upright_sides(image: Image.Image) -> tuple[int, int]:
+    """Width and height as to_rgb will turn it; from the header alone."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
+
+
+def centre_square(image: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8, transparency on white."""
+    return fitted(to_rgb(image), (size, size)).pixels

@@ -1,0 +1,181 @@
+"""From a data set to batches that follow the epoch plan, at any number of ranks and workers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.threads import Ahead
+from data_pipeline.loading.batch import Batch, DataCursor, widened
+from data_pipeline.loading.epoch_plan import EpochPlan, Place
+from data_pipeline.loading.sample_reader import SampleReader, pin
+from data_pipeline.loading.worker_pool import Workers
+from data_pipeline.shards.manifest import Manifest
+
+EPOCHS_A_BATCH = 10  # a sample may well come several times in one, each with noise of its own; more is a slip
+WINDOWS_HELD = 3  # piles of a stream's shards that stay open: two that it is in, and the next
+
+
+class Loader:
+    """Endless batches from `start` on. Rank r has streams [r*C/world, (r+1)*C/world); micro-batch m of a step has the
+    m-th part of them. Workers share a rank's streams, so that no byte is read twice and the result does not change."""
+
+    def __init__(
+        self,
+        root: str,
+        global_batch_size: int,
+        streams: int = 8,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        num_workers: int = 0,
+        window_shards: int = 4,
+        shuffle: bool = True,
+        cache_mb: float = 512.0,
+        start: DataCursor = DataCursor(),  # noqa: B008  (frozen)
+        overlap: bool = True,
+        prefetch: int = 2,  # steps that are read ahead, by a thread or by each worker
+        verify: bool = True,
+    ) -> None:
+        if streams % (world_size * accumulation):
+            raise UserError(
+                f"data.streams={streams} can't be shared by {world_size} ranks x accumulation={accumulation}: "
+                f"make it a multiple of {world_size * accumulation}."
+            )
+        self.manifest = Manifest.load(root)
+        self.manifest.check_shards(root)
+        sizes = [shard.samples for shard in self.manifest.shards]
+        self.plan = EpochPlan(sizes, seed, global_batch_size, streams, window_shards, shuffle, overlap)
+        if global_batch_size > EPOCHS_A_BATCH * self.plan.samples:
+            raise UserError(
+                f"batch_size={global_batch_size} would read all of {root} ({self.plan.samples} samples) more than "
+                f"{EPOCHS_A_BATCH} times a step: lower it."
+            )
+        own = streams // world_size
+        self.streams = list(range(rank * own, (rank + 1) * own))
+        if num_workers > own:
+            raise UserError(f"data.num_workers={num_workers} is more than a rank's {own} streams: lower it.")
+        if num_workers < 0 or prefetch < 0:
+            raise UserError("data.num_workers and data.prefetch must be at least 0.")
+        self.root, self.accumulation, self.start = root, accumulation, start
+        self.num_workers, self.cache_mb, self.prefetch, self.verify = num_workers, cache_mb, prefetch, verify
+
+    def __iter__(self) -> Iterator[Batch]:
+        for parts in self._steps():
+            yield from self._micro_batches(parts)
+
+    def shards_of(self, step: int) -> list[str]:
+        """The shards that this rank's samples of a step are in. From another thread, too: by a plan of its own."""
+        plan = EpochPlan(*self.plan.arguments)
+        return sorted({self.manifest.shards[place.shard].name for place in plan.step(step, self.streams)})
+
+    def _steps(self) -> Iterator[Sequence[Part]]:
+        """The parts of each step, which are put together in the order of streams."""
+        parts = _StreamParts(self)
+        if self.num_workers:
+            yield from Workers(parts, self.num_workers, self.prefetch)
+        elif self.prefetch:
+            with Ahead(parts(), self.prefetch) as ahead:
+                for part in ahead:
+                    yield [part]
+        else:
+            for part in parts():
+                yield [part]
+
+    def _micro_batches(self, parts: Sequence[Part]) -> Iterator[Batch]:
+        step, per_stream = parts[0].step, self.plan.per_step
+        keys = [key for part in parts for key in part.keys]
+        captions = [caption for part in parts for caption in part.captions]
+        tensors = joined([part.tensors for part in parts]) if self.num_workers else parts[0].tensors
+        streams = len(self.streams) // self.accumulation
+        size = streams * per_stream
+        for m in range(self.accumulation):
+            part = slice(m * size, (m + 1) * size)
+            yield Batch(
+                tuple(keys[part]),
+                tuple(captions[part]),
+                {name: value[part] for name, value in tensors.items()},
+                tuple(self.streams[m * streams : (m + 1) * streams]),
+                step,
+                DataCursor(step + 1),
+                self.plan.streams,
+            )
+
+
+def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Workers' tensors put together; widened where only some came in the dtype that they are stored in."""
+    tensors = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if len({value.dtype for value in values}) > 1:
+            values = [widened(value) for value in values]
+        tensors[name] = pin(torch.cat(values), torch.cuda.is_available())
+    return tensors
+
+
+class Part(NamedTuple):
+    """The samples of some streams, for one step."""
+
+    step: int
+    keys: list[str]
+    captions: list[str]
+    tensors: dict[str, Tensor]
+
+
+class _StreamParts:
+    """Called in a thread or, with its number, in a worker: the parts of each step, of all or of its streams."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan
+        self.streams, self.first_step = loader.streams, loader.start.step
+        self.cache_mb, self.verify = loader.cache_mb, loader.verify
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plan": self.plan.arguments}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"plan": EpochPlan(*state["plan"])})
+
+    def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[Part]:
+        streams = np.array_split(self.streams, of)[worker or 0].tolist()
+        # What is not finite costs training a step, which it notes (stability_monitor.py), and not the run.
+        reader = SampleReader(self.root, self.manifest, self.cache_mb / of, self.verify, finite=False)
+        reader.pieces = self.plan.pieces
+        pinned = worker is None and torch.cuda.is_available()
+        windows = -1
+        try:
+            for step in itertools.count(self.first_step):
+                places = self.plan.step(step, streams)
+                moved = self.plan.windows_made != windows
+                if moved:
+                    windows, needed = self.plan.windows_made, self.plan.shards_in_use() | self.plan.shards_next()
+                    reader.expect(self.plan.shards_in_use())
+                    reader.expect(needed)
+                yield Part(step, *reader.batch(places, pinned))
+                most = WINDOWS_HELD * self.plan.window_shards * len(streams)
+                if moved and len(reader.shards) + len(reader.opening) > most:
+                    reader.keep_only(needed)
+        finally:
+            reader.close()
+
+
+def read_dataset(root: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The samples of a data set in order, decoded; at most `limit`."""
+    manifest = Manifest.load(root)
+    reader = SampleReader(root, manifest, cache_mb=0)
+    places = (Place(number, i) for number, shard in enumerate(manifest.shards) for i in range(shard.samples))
+    samples: list[dict[str, Any]] = []
+    try:
+        for place in itertools.islice(places, limit):
+            samples.append(reader.read(place))
+            reader.keep_only({place.shard})
+    finally:
+        reader.close()
+    return samples

@@ -1,0 +1,200 @@
+"""Samples of a data set by place: shards opened and checked by threads beside, arrays copied once, the rest decoded."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
+from data_pipeline.images.decode import IMAGES
+from data_pipeline.loading.array_batch import Layout, not_finite, stacked
+from data_pipeline.loading.epoch_plan import Place
+from data_pipeline.loading.shard_cache import RemoteShard, open_shard
+from data_pipeline.shards import codec
+from data_pipeline.shards.arrays import differing
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.samples import as_sample, collated, fields_of, size_of
+from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
+
+OPENERS = 4  # threads that open shards: a digest takes one thread 0.5 s a GB
+
+
+class OpenShard(NamedTuple):
+    """A shard's bytes, mapped or fetched when they are asked for, and what lies where in them."""
+
+    data: np.ndarray | RemoteShard
+    entries: list[IndexEntry]
+
+
+class SampleReader:
+    """Samples of a data set by place. Threads beside open shards; pictures stay decoded up to `cache_mb`, which small
+    sets fit into. verify: each shard's digest is compared once, before any of its samples is handed out. Of each array
+    dtype and shape are compared whenever it is read. finite: whether a number that is not is refused."""
+
+    def __init__(
+        self, root: str, manifest: Manifest, cache_mb: float, verify: bool = True, finite: bool = True
+    ) -> None:
+        _allow_many_open_files()
+        self.root, self.manifest, self.verify, self.finite = root, manifest, verify, finite
+        self.fields = fields_of(manifest)
+        self.arrays = [name for name in self.fields if name.endswith(".npy")]
+        self.only_arrays = all(name in ("json", "txt") or name in self.arrays for name in self.fields)
+        self.layouts: dict[str, Layout | None] = {}
+        self.openers = ThreadPoolExecutor(min(OPENERS, os.cpu_count() or 1), "open shard")
+        self.opening: dict[int, Future[OpenShard]] = {}
+        self.shards: dict[int, OpenShard] = {}
+        self.checked: set[int] = set()
+        self.cache: dict[Place, dict[str, Any]] = {}
+        self.room = cache_mb * 2**20
+        self.pieces: Callable[[int], list[tuple[int, int]]] = lambda shard: []  # of a shard, what will be asked for
+
+    def batch(self, places: Sequence[Place], pinned: bool = False) -> tuple[list[str], list[str], dict[str, Tensor]]:
+        """Keys, captions and tensors by name. Arrays come in the dtype they are stored in, copied once, where all of a
+        field are written alike; else, as pictures do, decoded one by one, in float32 or int64."""
+        tensors = None
+        if self.only_arrays:
+            found = [(shard := self.shard(number), shard.entries[sample]) for number, sample in places]
+            tensors = self._stacked([(shard.data, entry) for shard, entry in found], places, pinned)
+        if tensors is None:
+            samples = [self.read(place) for place in places]
+            tensors = {name: pin(value, pinned) for name, value in collated(samples).items()}
+            return [sample["key"] for sample in samples], [sample["caption"] for sample in samples], tensors
+        captions = [self._caption(place, shard, entry) for place, (shard, entry) in zip(places, found, strict=True)]
+        return [entry.key for _, entry in found], captions, tensors
+
+    def _stacked(
+        self, found: Sequence[tuple[Any, IndexEntry]], places: Sequence[Place], pinned: bool
+    ) -> dict[str, Tensor] | None:
+        tensors = {}
+        for member in self.arrays:
+            if member not in self.layouts:
+                data, entry = found[0]
+                if member not in entry.members:
+                    return None
+                self.read(places[0])  # what can't be decoded is named
+                offset, size = entry.members[member]
+                self.layouts[member] = Layout.of(bytes(data[offset : offset + size]))
+            layout = self.layouts[member]
+            values = None if layout is None else stacked(member, layout, found, pinned)
+            if values is None:
+                return None
+            if self.finite and (row := not_finite(values)) is not None:
+                raise self._naming(places[row], f"{member} is not finite")
+            tensors[member.removesuffix(".npy")] = values
+        return tensors
+
+    def _caption(self, place: Place, shard: OpenShard, entry: IndexEntry) -> str:
+        text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
+        return codec.caption_in(self._decoded(place, shard, entry, text))
+
+    def read(self, place: Place) -> dict[str, Any]:
+        """{"key", "caption", "meta", and arrays by name: image, or moments, text and what else is stored}."""
+        if place in self.cache:
+            return self.cache[place]
+        shard = self.shard(place.shard)
+        entry = shard.entries[place.sample]
+        wanted = {name: member for name, member in entry.members.items() if name in self.fields}
+        if lacking := self._lacking(wanted):
+            raise self._naming(place, f"it lacks {lacking}")
+        members = self._decoded(place, shard, entry, wanted)
+        sample = as_sample(entry.key, members, size_of(self.manifest))
+        cost = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
+        if cost <= self.room and not self.only_arrays:
+            self.cache[place] = sample
+            self.room -= cost
+        return sample
+
+    def _decoded(self, place: Place, shard: OpenShard, entry: IndexEntry, members: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return {
+                name: decoded(
+                    name, bytes(shard.data[offset : offset + size]), self.manifest.fields.get(name, {}), self.finite
+                )
+                for name, (offset, size) in members.items()
+            }
+        except DataError as error:
+            raise self._naming(place, str(error)) from error
+
+    def _lacking(self, members: Mapping[str, Any]) -> str:
+        """What a sample can't do without and does not have."""
+        if self.manifest.kind == "image-text":
+            return "" if any(name in IMAGES for name in members) else "a picture"
+        return ", ".join(name for name in self.arrays if name not in members)
+
+    def _naming(self, place: Place, reason: str) -> DataError:
+        path = storage.join(self.root, self.manifest.shards[place.shard].name)
+        return DataError(f"sample {self.shard(place.shard).entries[place.sample].key} of shard {path}: {reason}")
+
+    def expect(self, numbers: set[int]) -> None:
+        """Begin to open these shards; their errors come when a sample of them is asked for."""
+        for number in sorted(numbers - self.shards.keys() - self.opening.keys()):
+            self.opening[number] = self.openers.submit(self._open, number)
+
+    def shard(self, number: int) -> OpenShard:
+        """An open shard, waited for if need be."""
+        if number not in self.shards:
+            self.expect({number})
+            self.shards[number] = self.opening.pop(number).result()
+        return self.shards[number]
+
+    def _open(self, number: int) -> OpenShard:
+        data, entries = self._shard(number)
+        return OpenShard(data if isinstance(data, RemoteShard) else np.frombuffer(data, np.uint8), entries)
+
+    def _shard(self, number: int) -> tuple[Any, list[IndexEntry]]:
+        """A shard's bytes, of the disk or of the bucket, and its index."""
+        shard = self.manifest.shards[number]
+        entries = read_index(self.root, shard)
+        path = storage.join(self.root, shard.name)
+        if storage.is_s3(path):
+            data = open_shard(self.root, shard, entries, lambda: self.pieces(number))
+        else:
+            with open(path, "rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data.madvise(mmap.MADV_WILLNEED)
+            if self.verify and number not in self.checked:  # 0.1 s for 180 MB, which also reads them ahead
+                refuse_other_bytes(data, path, shard)
+                self.checked.add(number)
+        return data, entries
+
+    def keep_only(self, numbers: set[int]) -> None:
+        """Let go of the shards that no stream is in any more."""
+        for number in self.shards.keys() - numbers:
+            del self.shards[number]
+        for number in self.opening.keys() - numbers:
+            self.opening.pop(number).cancel()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.openers.shutdown(wait=False, cancel_futures=True)
+
+
+def _allow_many_open_files() -> None:
+    """A mapped shard keeps its file open, and many streams map more than the 1024 that most shells allow."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def decoded(name: str, data: bytes, field: Mapping[str, Any], finite: bool = True) -> Any:
+    """A member's value; DataError for what can't be decoded, and for an array that is not as `field`, its line in the
+    manifest, says, or not `finite`."""
+    value = codec.decode(name, data)
+    if name.endswith(".npy"):
+        for reason in differing(name, codec.array_header(data), field):
+            raise DataError(reason)
+        if finite and value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise DataError(f"{name} is not finite")
+    return value
+
+
+def pin(value: Tensor, pinned: bool) -> Tensor:
+    """Where CUDA is: memory that a GPU can fetch from while the CPU goes on."""
+    return value.pin_memory() if pinned else value

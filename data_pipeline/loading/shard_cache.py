@@ -1,0 +1,161 @@
+"""Shards of a bucket, opened: from a cache on the node's own disk, or in memory what is needed of them.
+
+The cache is shared by all processes of a node, and by all data sets: a shard lies there under its sha256, is fetched by
+one process while the others wait for it, and is mapped as local files are. Who was used longest ago goes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.s3 import CACHE, CACHE_GB
+from data_pipeline.common.temp_files import abandoned
+from data_pipeline.shards.manifest import Shard
+from data_pipeline.shards.reader import read_whole
+from data_pipeline.shards.tar_index import IndexEntry, digest_of
+
+LOCKS = 64  # files: shards that fall together wait for one another, and nothing has to be tidied up
+Piece = tuple[int, int]  # of a shard: first sample and one past the last
+
+seen: set[str] = set()  # digests of cached files that this process has checked
+
+
+def open_shard(
+    root: str, shard: Shard, entries: Sequence[IndexEntry], pieces: Callable[[], Sequence[Piece]]
+) -> mmap.mmap | RemoteShard:
+    """What `data[begin:end]` gives a shard's bytes of; `pieces`: the samples that are needed now, if that is known."""
+    cache = ShardCache.configured()
+    if cache and shard.bytes <= cache.capacity:
+        return cache.mapped(root, shard)
+    return RemoteShard(root, shard, entries, pieces)
+
+
+class RemoteShard:
+    """In memory. A shard that is needed as a whole comes in one go and is checked by its sha256.
+
+    Of one that two streams share, each reader fetches its own samples only, so that an epoch reads no byte twice; what
+    they decode to is all that is checked of those, besides their length.
+    """
+
+    def __init__(
+        self, root: str, shard: Shard, entries: Sequence[IndexEntry], pieces: Callable[[], Sequence[Piece]]
+    ) -> None:
+        self.root, self.shard, self.entries, self.pieces = root, shard, entries, pieces
+        self.held: list[tuple[int, bytes]] = []  # where it begins, bytes
+
+    def __getitem__(self, place: slice) -> bytes:
+        for begin, data in self.held:
+            if begin <= place.start and place.stop <= begin + len(data):
+                return data[place.start - begin : place.stop - begin]
+        self.held.append(self._fetched(place))
+        return self[place]
+
+    def _fetched(self, place: slice) -> tuple[int, bytes]:
+        """The needed piece that holds a place; the whole shard, where none does or a piece is all of it."""
+        for piece in self.pieces():
+            begin, end = self._bytes_of(piece)
+            if begin <= place.start and place.stop <= end and piece != (0, len(self.entries)):
+                return begin, storage.read_bytes(storage.join(self.root, self.shard.name), begin, end - begin)
+        return 0, read_whole(self.root, self.shard)
+
+    def _bytes_of(self, piece: Piece) -> tuple[int, int]:
+        places = [member for entry in self.entries[slice(*piece)] for member in entry.members.values()]
+        return min((m.offset for m in places), default=0), max((m.offset + m.size for m in places), default=0)
+
+
+class ShardCache(NamedTuple):
+    """A folder that holds at most `capacity` bytes of shards."""
+
+    folder: Path
+    capacity: int
+
+    @classmethod
+    def configured(cls) -> ShardCache | None:
+        """By the environment; None: there is none."""
+        folder = os.environ.get(CACHE)
+        try:
+            capacity = float(os.environ.get(CACHE_GB) or 0) * 1e9
+        except ValueError:
+            raise UserError(f"{CACHE_GB} must be a number of gigabytes.") from None
+        return cls(Path(folder), int(capacity)) if folder and capacity > 0 else None
+
+    def mapped(self, root: str, shard: Shard) -> mmap.mmap:
+        """A shard, fetched where it is not here whole and sound; checked once by each process."""
+        path = self.folder / f"{shard.sha256}.tar"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(f"shard-{int(shard.sha256[:8], 16) % LOCKS:02d}"):
+                data = self._opened(path, shard)
+                if data is None:
+                    self._fetch(root, shard, path)
+                    data = self._opened(path, shard)
+        except OSError as error:
+            raise UserError(
+                f"the shard cache {self.folder} can't be used ({error.strerror}): give another store.cache, or lower "
+                "store.cache_gb."
+            ) from error
+        if data is None:  # evicted at once by others, or the disk gives other bytes than it took
+            raise UserError(f"the shard cache {self.folder} does not keep what is put there: raise store.cache_gb.")
+        return data
+
+    def _opened(self, path: Path, shard: Shard) -> mmap.mmap | None:
+        """None if it is not there, or not as it should be."""
+        try:
+            with path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (FileNotFoundError, ValueError):  # an empty file can't be mapped
+            return None
+        if len(data) != shard.bytes or (shard.sha256 not in seen and digest_of(data) != shard.sha256):
+            data.close()
+            return None
+        seen.add(shard.sha256)
+        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile; it stays mapped
+            os.utime(path)
+        return data
+
+    def _fetch(self, root: str, shard: Shard, path: Path) -> None:
+        temporary = path.with_name(f"{path.name}.tmp.{storage.HOST}.{os.getpid()}")
+        seen.discard(shard.sha256)
+        path.unlink(missing_ok=True)
+        try:
+            with self._locked("room"), temporary.open("wb") as file:
+                self._make_room(shard.bytes)
+                os.posix_fallocate(file.fileno(), 0, shard.bytes)  # what is not there yet counts, too
+            data = read_whole(root, shard)
+            with temporary.open("r+b") as file:
+                file.write(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_room(self, needed: int) -> None:
+        files = [entry for entry in self.folder.iterdir() if entry.suffix != ".lock"]
+        for path in files:
+            if ".tmp." in path.name and abandoned(path):
+                path.unlink(missing_ok=True)
+        found = []
+        for path in files:
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path.stat(), path))
+        used = sum(status.st_size for status, _ in found)
+        for status, path in sorted(found, key=lambda one: one[0].st_mtime_ns):
+            if used + needed <= self.capacity:
+                return
+            if ".tmp." not in path.name:
+                path.unlink(missing_ok=True)
+                used -= status.st_size
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Against other processes of this node; a process that ends lets go."""
+        with (self.folder / f"{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,110 @@
+"""Members of a sample in a tar: bytes to arrays and back. Nothing here can run code: no pickle, no shell."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.images.decode import IMAGES, UNDECODABLE, decode_image
+
+MAX_MEMBER_BYTES = 256 * 1024 * 1024
+MAX_TEXT_BYTES = 1024 * 1024  # of a caption, or of the JSON beside it
+BFLOAT16 = np.dtype("V2")  # numpy has none: in a .npy it is two bytes without a type, as JAX and ml_dtypes write it
+
+
+def encode(name: str, value: Any) -> bytes:
+    """`value` as the member whose extension is `name`: image (H, W, 3) uint8, array, text or a JSON object."""
+    kind = name.rsplit(".", 1)[-1]
+    buffer = io.BytesIO()
+    if kind == "png":
+        Image.fromarray(value).save(buffer, format="PNG")
+    elif kind == "npy":
+        np.lib.format.write_array(buffer, np.asarray(value, order="C"), allow_pickle=False)
+    elif kind == "txt":
+        buffer.write(value.encode())
+    elif kind == "json":
+        buffer.write(json.dumps(value, sort_keys=True).encode())
+    else:
+        raise ValueError(f"no codec for .{name}")
+    return buffer.getvalue()
+
+
+def decode(name: str, data: bytes) -> Any:
+    """The inverse of `encode`; jpg and webp too. Raises DataError for what isn't what its name says."""
+    kind = name.rsplit(".", 1)[-1].lower()
+    try:
+        allowed = MAX_TEXT_BYTES if kind in ("txt", "json") else MAX_MEMBER_BYTES
+        if len(data) > allowed:
+            raise ValueError(f"{len(data)} bytes are more than the {allowed} allowed")
+        if kind in IMAGES:
+            return decode_image(data)
+        if kind == "npy":
+            return decode_array(data)
+        if kind == "txt":
+            return data.decode()
+        if kind == "json":
+            return decode_object(data)
+    except UNDECODABLE as error:
+        # Pillow's text holds an address; MemoryError says nothing.
+        why = type(error).__name__ if isinstance(error, (OSError, MemoryError)) else str(error)
+        raise DataError(f"undecodable .{name} ({why})") from error
+    return None  # a member that nobody here asked for
+
+
+def caption_in(members: Mapping[str, Any]) -> str:
+    """Of decoded members: the .txt, else the json's "caption", without blanks around it; "" where there is none, or no
+    text."""
+    caption = members["txt"] if "txt" in members else (members.get("json") or {}).get("caption")
+    return caption.strip() if isinstance(caption, str) else ""
+
+
+def decode_object(data: bytes) -> dict[str, Any]:
+    """A JSON object. NaN and Infinity, which JSON has not and tables write for a missing number, become None."""
+    value = json.loads(data, parse_constant=lambda _: None)
+    if not isinstance(value, dict):
+        raise ValueError(f"no object, but {type(value).__name__}")
+    return value
+
+
+class ArrayHeader(NamedTuple):
+    """What a .npy says of itself, and where its values begin."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+    offset: int
+
+
+def array_header(data: bytes) -> ArrayHeader:
+    """The header of a .npy, its word checked against how many bytes there are; objects are refused."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    header = ArrayHeader(*read_header(file), file.tell())
+    if header.dtype.hasobject:
+        raise ValueError("objects are not read")
+    if any(isinstance(side, bool) or side < 0 for side in header.shape):
+        raise ValueError(f"{header.shape} is no shape")
+    length = len(data) - header.offset
+    if math.prod(header.shape) * header.dtype.itemsize != length:
+        raise ValueError(f"{length} bytes can't be {header.dtype} of shape {header.shape}")
+    return header
+
+
+def decode_array(data: bytes) -> np.ndarray:
+    """A .npy without objects, read-only. Its header's word is checked before memory is given to it."""
+    shape, fortran_order, dtype, offset = array_header(data)
+    array = np.frombuffer(data[offset:], dtype).reshape(shape, order="F" if fortran_order else "C")
+    return widened(array) if dtype == BFLOAT16 else array
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """bfloat16, the upper half of a float32, as float32."""
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

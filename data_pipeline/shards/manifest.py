@@ -1,0 +1,152 @@
+"""What a data set is: its shards with sizes and digests, its fields, and the encoders that made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar: its name below the data set, how many samples and bytes, and its sha256. index: 16 digits of that of its
+    .idx; "": not known, as of data sets of earlier versions."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index: str = ""
+
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".idx"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """kind "image-text" or "latents"; fields: extension -> dtype and shape; info: whatever a reader must know."""
+
+    kind: str
+    shards: tuple[Shard, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the data itself: the same shards in the same order, and what an index takes of them."""
+        taken = [self.info["index"]] if "index" in self.info else []
+        content = json.dumps([self.kind, [(s.name, s.sha256) for s in self.shards], *taken])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, root: str | Path, kind: str | None = None) -> Manifest:
+        """The manifest of the data set at `root`; refused if it is of another kind."""
+        path = storage.join(root, "manifest.json")
+        content = storage.read_if_there(path)
+        if content is None:
+            raise UserError(
+                f"{root} is not a data set (no manifest.json there): give a folder that make_shards.py or "
+                "precompute_latents.py has finished."
+            )
+        try:
+            saved = json.loads(content)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
+        if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
+            raise DataError(f"{path} has a format that this version does not read: make the data set again.")
+        if kind and saved.get("kind") != kind:
+            raise UserError(f"{root} holds {saved.get('kind')} shards, but {kind} shards are needed here.")
+        try:
+            shards = tuple(Shard(**shard) for shard in saved.pop("shards"))
+            saved.pop("samples"), saved.pop("fingerprint")
+            for shard in shards:
+                refuse_outside(path, shard)
+            return cls(shards=shards, **tables(saved))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
+
+    def check_shards(self, root: str | Path) -> None:
+        """Every shard is there at its full size; it costs a look at each file, not a read; in a bucket, a listing."""
+        if not storage.is_s3(root):
+            for shard in self.shards:
+                check_size(root, shard)
+            return
+        folders = {shard.name.rpartition("/")[0] for shard in self.shards}
+        sizes = {
+            f"{folder}/{name}".lstrip("/"): size
+            for folder in folders
+            for name, size in storage.sizes(storage.join(root, folder)).items()
+        }
+        for shard in self.shards:
+            refuse_other_size(root, shard, sizes.get(shard.name))
+
+    def save(self, root: str | Path) -> None:
+        """Written last and atomically: a data set with a manifest is whole."""
+        content = {"format": FORMAT, "samples": self.samples, "fingerprint": self.fingerprint, **asdict(self)}
+        storage.write_atomically(storage.join(root, "manifest.json"), json.dumps(content, indent=1).encode())
+
+
+def tables(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is saved beside the shards; TypeError where a table of it is none."""
+    for name in ("fields", "info", "fingerprints"):
+        if not isinstance(saved.get(name, {}), dict):
+            raise TypeError(f"{name} is no table")
+    if not all(isinstance(field, dict) for field in saved.get("fields", {}).values()):
+        raise TypeError("a field is no table")
+    return saved
+
+
+def refuse_outside(path: str, shard: Shard) -> None:
+    """A shard whose name leads out of its data set: shards of the same name are written elsewhere."""
+    if shard.name.startswith("/") or ".." in shard.name.split("/"):
+        raise DataError(f"{path} names the shard {shard.name}, which lies outside: make or copy the data set again.")
+
+
+def refuse_other_claims(root: str | Path, manifest: Manifest) -> None:
+    """Sums that a manifest was saved with and that are not those of its shards: it was edited."""
+    path = storage.join(root, "manifest.json")
+    saved = json.loads(storage.read_bytes(path))
+    if (saved["samples"], saved["fingerprint"]) != (manifest.samples, manifest.fingerprint):
+        raise DataError(f"{path} was changed after it was written: make or copy the data set again.")
+
+
+def check_size(root: str | Path, shard: Shard) -> None:
+    """A shard that is missing or cut is named, with what to do."""
+    refuse_other_size(root, shard, storage.size_if_there(storage.join(root, shard.name)))
+
+
+def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> None:
+    """A shard of `actual` bytes (None: missing) that should have others."""
+    path = storage.join(root, shard.name)
+    if actual is None:
+        raise DataError(f"shard {path} is missing: copy it again, or make the data set again.")
+    if actual != shard.bytes:
+        raise DataError(
+            f"shard {path} has {actual} bytes, but its manifest says {shard.bytes}: it was cut or changed; "
+            "copy it again, or delete it together with the data set's manifest.json and run what made it."
+        )
+
+
+def find_splits(root: str | Path) -> dict[str, str]:
+    """Name -> path of each data set in `root`: itself ("") or its sub-folders (train, heldout)."""
+    if storage.exists(storage.join(root, "manifest.json")):
+        return {"": str(root)}
+    below = {name: storage.join(root, name) for name in storage.subfolders(root)}
+    found = {name: path for name, path in below.items() if storage.exists(storage.join(path, "manifest.json"))}
+    if not found:
+        raise UserError(f"{root} holds no data set: give a folder that make_shards.py has finished.")
+    return found

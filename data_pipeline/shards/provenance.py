@@ -1,0 +1,51 @@
+"""The settings that a data set was made with, and others refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.shards.manifest import Manifest
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their whole names: {"source": {"limit": 1}} is {"source.limit": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {prefix + name: value}
+    return found
+
+
+def made_otherwise(before: Mapping[str, Any] | None, now: Mapping[str, Any], most: int = 5) -> str:
+    """What differs between the settings that a data set was made with and others, old -> new, in brackets; "": an
+    earlier version made it, which did not write them down."""
+    if before is None:
+        return ""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not names:
+        return " (by the same options: what input= holds has changed)"
+    shown = [f"{name}: {brief(before.get(name))} -> {brief(now.get(name))}" for name in names[:most]]
+    return f" ({', '.join(shown)}{f', and {len(names) - most} more' if len(names) > most else ''})"
+
+
+def brief(value: Any, most: int = 60) -> str:
+    """A setting in a sentence."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, option by option; but for the place of the output, and the store."""
+    left_out = ("output", "store", "max_aside_fraction")
+    return flat({name: value for name, value in options.items() if name not in left_out})
+
+
+def refuse_made_otherwise(roots: Iterable[str], holder: str, mark: str, settings: Mapping[str, Any]) -> None:
+    """Data sets that another configuration has made. holder: what must be removed then, with its verb."""
+    for root in roots:
+        info = Manifest.load(root).info
+        if info.get("made_from") != mark:
+            what = made_otherwise(info.get("made_with"), settings)
+            raise UserError(f"{holder} made otherwise{what}: remove it, or choose another output=.")

@@ -1,0 +1,51 @@
+"""One split of image-text shards, written shard by shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.shards.manifest import Shard
+from data_pipeline.shards.writer import ShardWriter
+
+
+class Split:
+    """One split while it is written: a shard of samples in memory, the rest published."""
+
+    def __init__(self, root: str, shard_size: int) -> None:
+        self.root, self.shard_size = root, shard_size
+        self.shards: list[Shard] = []
+        self.writer = ShardWriter()
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def add(self, key: str, sample: dict[str, Any]) -> None:
+        self.writer.add(key, sample)
+        if self.writer.count == self.shard_size:
+            self._publish()
+
+    def close(self) -> None:
+        """Publish the rest; shards that an earlier run left behind are removed."""
+        if self.writer.count:
+            self._publish()
+        remove_leftovers(self.root, len(self.shards))
+        if not self.shards:
+            raise UserError(
+                "not one picture of a split can be used: check the source and filters=, or set heldout_every=null."
+            )
+
+    def _publish(self) -> None:
+        self.shards.append(self.writer.publish(self.root, f"shards/{len(self.shards):06d}.tar"))
+        self.writer = ShardWriter()
+
+
+def remove_leftovers(root: str | Path, number: int) -> None:
+    """Shards from `number` on: an earlier run that was cut short, and had more of them, may have left some."""
+    while storage.exists(storage.join(root, f"shards/{number:06d}.idx")):
+        for ending in ("tar", "idx"):
+            storage.remove(storage.join(root, f"shards/{number:06d}.{ending}"))
+        number += 1

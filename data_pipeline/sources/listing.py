@@ -1,0 +1,81 @@
+"""A source looked through before anything is decoded, and its items taken one by one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.images.decode import UNDECODABLE
+from data_pipeline.shards.rejects import Aside
+from data_pipeline.sources.filters import Candidate, Filters
+from data_pipeline.sources.source import Source, SourceItem
+
+
+def look_through(options: Mapping[str, Any], source: Source, filters: Filters | None = None) -> tuple[str, int, int]:
+    """Mark, count, and count of held-out items: a pass over the source before anything is decoded.
+
+    The mark is what a finished output is recognised by: the script's options, what is listed, and its files' stamps. A
+    key that comes twice is refused. It holds 8 bytes a key: 10^7 items are a few hundred MB while they are sorted.
+    """
+    config = {**options, "output": None}
+    if not config["filters"]:
+        del config["filters"]
+    mark = hashlib.sha256(f"[{json.dumps(config, sort_keys=True)}, [".encode())
+    keys, heldout, number = array("Q"), 0, -1
+    for number, item in enumerate(source.items()):
+        looked_at = (item.meta,) if options["filters"] else ()
+        if filters is not None:
+            filters.look(item.meta)
+        row = json.dumps((item.key, item.caption, *getattr(item, "stamp", ()), *looked_at), sort_keys=True)
+        mark.update(f"{', ' if number else ''}{row}".encode())
+        keys.append(digest_of(item.key))
+        heldout += is_heldout(item, number, options["heldout_every"])
+    mark.update(b"]]")
+    ordered = np.sort(np.frombuffer(keys, np.uint64))
+    again = ordered[1:][ordered[1:] == ordered[:-1]].tolist()
+    if again:
+        twice = next(item.key for item in source.items() if digest_of(item.key) == again[0])
+        raise UserError(f"two pictures have the key {twice}: rename one of them.")
+    return mark.hexdigest()[:16], number + 1, heldout
+
+
+def digest_of(key: str) -> int:
+    """64 bits that stand for a key."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "little")
+
+
+def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
+    """As the source says; else every tenth thing (`every`; None: nothing at all)."""
+    if not every:
+        return False
+    return number % every == every - 1 if item.heldout is None else item.heldout
+
+
+def taken(item: SourceItem, size: int, filters: Filters, aside: Aside) -> dict[str, Any] | None:
+    """The members of an item; None where it is filtered or set aside, which is noted under its reason."""
+    if item.absent:
+        filters.add(item.key, item.absent)
+        return None
+    if item.unusable:
+        aside.add(item.key, item.unusable, item.where)
+        return None
+    if item.caption is None:
+        aside.add(item.key, "missing caption")
+        return None
+    load = functools.cache(functools.partial(item.load, size))
+    try:
+        reason = filters.reason_against(Candidate(item.caption, item.meta, item.sides or (lambda: None), load))
+        if reason is None:
+            return {"png": load(), "txt": item.caption, "json": item.meta}
+        filters.add(item.key, reason)
+    except UNDECODABLE as error:
+        aside.add(item.key, f"undecodable picture ({type(error).__name__})")
+    return None

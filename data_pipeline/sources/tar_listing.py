@@ -1,0 +1,130 @@
+"""Tars that others wrote, taken as shards: what is kept of each, and what became of the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.threads import in_order
+from data_pipeline.shards import codec
+from data_pipeline.shards.key_set import KnownKeys
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.rejects import Aside, accounting, summary, worded
+from data_pipeline.shards.tar_index import IndexEntry, digest_of, index_digest
+from data_pipeline.sources.filters import Filters
+from data_pipeline.sources.tars import Inspected, inspected
+
+AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=true"
+
+
+def linked(source: str, output: str, name: str) -> str:
+    """The shard's name below `output`: the tar itself, or a link to it where output is another folder."""
+    if storage.absolute(source) == storage.absolute(output):
+        return name
+    if storage.is_s3(source) or storage.is_s3(output):
+        raise UserError(f"in a bucket index and tars lie together: leave out output={output}.")
+    target, link = os.path.realpath(storage.join(source, name)), Path(output, "shards", name)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink() or os.readlink(link) != target:
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+    return f"shards/{name}"
+
+
+def fetched_by_img2dataset(path: str, found: int) -> Counter[str]:
+    """What img2dataset wrote beside a tar of what it had listed and fetched; a tar that holds fewer is a DataError."""
+    beside = path.removesuffix(".tar") + "_stats.json"
+    if not storage.exists(beside):
+        return Counter()
+    try:
+        stats = codec.decode("json", storage.read_bytes(beside))
+        counts = Counter({name: int(stats[name]) for name in ("count", "successes")})
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{beside} is damaged: remove it, or fetch the shard again.") from error
+    if counts["successes"] > found:
+        raise DataError(f"shard {path} has {found} samples, but {beside} says {counts['successes']}: fetch it again.")
+    return counts
+
+
+class Index:
+    """Takes shards one after another and accounts for each sample."""
+
+    def __init__(self, root: str, filters: Filters, shard_in_keys: bool, max_aside_fraction: float) -> None:
+        self.root, self.filters, self.shard_in_keys = root, filters, shard_in_keys
+        self.max_fraction = max_aside_fraction
+        self.aside = Aside(sys.maxsize, 1.0)  # it only counts: how many are listed is known at the end
+        self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
+
+    def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
+        """Judge a shard's samples, write its .idx and what it leaves out; returns its line of the manifest."""
+        self.listed += len(entries)
+        first, stem = len(self.aside.rows), name.removesuffix(".tar").rpartition("/")[2]
+        prefix = f"{stem}/" if self.shard_in_keys else ""
+        known = self.seen.those_known([prefix + each.key for each in entries])
+        lines = []
+        for sample, again in zip(self._inspected(entries, data), known, strict=True):
+            key, members = prefix + sample.entry.key, sample.entry.members
+            if sample.candidate is not None:
+                self.filters.look(sample.candidate.meta)
+            if sample.candidate is None and sample.absent:
+                self.filters.add(key, sample.reason)
+            elif sample.candidate is None or again:
+                self.aside.add(key, sample.reason or AGAIN)
+            elif reason := self.filters.reason_against(sample.candidate):
+                self.filters.add(key, reason)
+            else:
+                lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
+        index = "".join(lines).encode()
+        shard = Shard(name, len(lines), len(data), digest_of(data), index_digest(index))
+        self.digest.update(index)
+        storage.write_atomically(storage.join(self.root, shard.index_name), index)
+        self.filters.save(self.root, f"{stem}.filtered")
+        of_this = Aside(sys.maxsize, 1.0)
+        of_this.rows = self.aside.rows[first:]
+        of_this.save(self.root, stem)
+        return shard
+
+    def _inspected(self, entries: Sequence[IndexEntry], data: bytes | mmap.mmap) -> Iterator[Inspected]:
+        """Each sample looked at, by threads that are a few samples ahead (Pillow decodes without the lock)."""
+        threads = os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:
+            yield from in_order(pool, lambda each: inspected(each, data), entries, 2 * threads)
+
+    def refuse_past_the_cap(self, whole: float = 1.0) -> None:
+        """Stop where more is set aside than may be of all samples: `whole` times those that were listed so far."""
+        listed, aside = round(self.listed * whole), len(self.aside.rows)
+        if aside > self.max_fraction * listed:
+            raise DataError(
+                f"{aside} of {'about ' if whole > 1 else ''}{listed} samples can't be used "
+                f"({worded(summary(self.aside.rows), 3)}): mend the tars, or raise "
+                f"max_aside_fraction={self.max_fraction}."
+            )
+
+    def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
+        """Write the manifest, and say what became of each sample."""
+        self.refuse_past_the_cap()
+        self.filters.refuse_unknown_columns()
+        aside, processed = summary(self.aside.rows), sum(shard.samples for shard in shards)
+        if not processed:
+            why = worded(aside + self.filters.counts, 3) or "the tars are empty"
+            raise UserError(f"not one of {self.listed} samples is left ({why}): check input= and filters=.")
+        info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered otherwise, are another data set
+        info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
+        Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
+        print(
+            f"index_shards: {processed} processed, {self.filters.counts.total()} filtered, {aside.total()} set aside, "
+            f"of {self.listed} listed; in {self.root}"
+        )
+        for what, counts in (("filtered", self.filters.counts), ("set aside", aside)):
+            for reason, count in counts.most_common():
+                print(f"index_shards: {what} {count} x {reason}")

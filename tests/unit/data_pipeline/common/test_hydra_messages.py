@@ -1,0 +1,70 @@
+"""A wrong option gets the options there are, in one sentence and with code 2."""
+
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from synthetic import run
+
+from data_pipeline.common import progress
+from data_pipeline.common.entry import CONF
+from data_pipeline.common.hydra_messages import reworded, top_keys
+from data_pipeline.common.progress import Progress
+
+WRONG = {
+    "filters=[shortest_sid]": "filters=shortest_sid is not to be had: take aspect, caption_length, columns, dup",
+    "filters.aspect.at_most=3": "no option filters.aspect.at_most unless it is chosen: add filters=[aspect].",
+    "+filters.aspect.at_most=3": "filters.aspect is set, but no such filter chosen: add filters=[aspect].",
+    "source.limt=3": "there is no option source.limt: is it source.limit",
+    "+sorce=folder": "there is no option sorce: is it source",
+    "+foo.bar=1": "there is no option foo (see --help).",
+    "source.limit=-1": "source.limit=-1 can't be: take a whole number",
+    "size=large": "size=large can't be",
+    "--hepl": "unrecognized arguments: --hepl",
+}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_slip_in_an_option(wrong, tmp_path):
+    done = run("data_pipeline/make_shards.py", f"output={tmp_path}/out", wrong, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count(WRONG[wrong]) == 1
+    assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("root", sorted(path.stem for path in Path(CONF).glob("*.yaml") if path.stem != "quiet"))
+def test_no_entry_holds_a_key_that_would_be_refused(root):
+    """Nor does an experiment: train/test_configurations.py."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        assert set(compose(root)) <= top_keys(Path(CONF), root)
+
+
+@pytest.mark.processes
+def test_options_of_a_wrong_kind_are_said_once(tmp_path):
+    wrong = ["filters=[aspect]", "filters.aspect.at_most=x"]
+    done = run("data_pipeline/make_shards.py", f"output={tmp_path}/out", *wrong, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("not supported between") == 1
+    assert done.stderr.startswith("error: filters.aspect can't be made of its options")
+
+
+def test_what_is_not_known_stays_as_hydra_says_it():
+    said = "Something else\n\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
+    assert reworded(said, Path(CONF), "make_shards") == "Something else"
+    assert "take hole, image_embedding" in reworded(
+        "In 'x': Could not load 'conditions/txt'.", Path(CONF), "precompute_latents"
+    )
+
+
+def test_without_a_terminal_a_line_comes_though_nothing_is_done(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_OF_SILENCE", 0.05)
+    with Progress("wait", 7, "images") as bar:
+        bar.advance(3, aside="1")
+        end = time.monotonic() + 30
+        while "wait: 3/7 images" not in (said := capsys.readouterr().err) and time.monotonic() < end:
+            time.sleep(0.01)
+    assert "aside 1" in said

@@ -1,0 +1,131 @@
+"""What a user asks of sample_images and evaluate_ldm: pictures as precompute reads them, classes, negative prompts."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.encode.conditions import Label, Layout, Text
+from data_pipeline.images import decode
+from data_pipeline.images.resize import centre_square
+from train.evaluate_ldm import usable
+from train.models.classifier import NoisyClassifier
+from train.sample_images import guided_by
+from train.sampling.requests import as_sample, asked_rows, load_picture, rows_away_from
+from train.weights.saved import save_model
+
+
+def drawn(height, width):
+    ramp = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
+    return Image.fromarray(ramp.astype(np.uint8))
+
+
+def test_a_picture_is_the_centre_square_that_shards_hold(tmp_path):
+    path = tmp_path / "wide.png"
+    drawn(40, 100).save(path)
+    got = load_picture(str(path), (16, 16)).astype(int)
+    assert np.abs(got - centre_square(Image.open(path), 16)).max() <= 2
+
+
+def test_a_turned_picture_is_turned_back(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: its top is at the right
+    image = drawn(16, 16)
+    image.save(tmp_path / "turned.png", exif=turned)
+    expected = image.transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(load_picture(str(tmp_path / "turned.png"), (16, 16)), np.array(expected))
+
+
+def test_16_bits_of_grey_keep_their_range(tmp_path):
+    grey = np.linspace(0, 65535, 256).reshape(16, 16)
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "grey.png")
+    got = load_picture(str(tmp_path / "grey.png"), (16, 16))
+    assert np.abs(got[..., 0].astype(int) - np.round(grey / 257)).max() <= 1
+
+
+def test_a_small_picture_is_enlarged_pixel_by_pixel(tmp_path):
+    drawn(4, 4).save(tmp_path / "small.png")
+    got = load_picture(str(tmp_path / "small.png"), (16, 16))
+    assert np.array_equal(got, np.array(drawn(4, 4)).repeat(4, 0).repeat(4, 1))
+
+
+def test_what_is_no_picture_is_said(tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")  # runs a program
+    drawn(16, 16).save(tmp_path / "large.png")
+    monkeypatch.setattr(decode, "MAX_PIXELS", 200)
+    for name, why in (("text.png", "Unidentified"), ("script.png", "Unidentified"), ("large.png", "16x16 pixels")):
+        with pytest.raises(UserError, match=f"images: .*{name} can't be read .{why}.*: give PNG"):
+            load_picture(str(tmp_path / name), (16, 16))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # twice as many are a bomb to Pillow itself
+    with pytest.raises(UserError, match="decompression bomb"):
+        load_picture(str(tmp_path / "large.png"), (16, 16))
+
+
+@pytest.fixture
+def by_layout():
+    conditions = {"layout": Layout(classes=["fox", "3"])}
+    return SimpleNamespace(conditions=conditions, config={"conditioning": {"layout": {}}})
+
+
+@pytest.mark.parametrize("layouts", [3, "fox", ["fox", 0, 0, 1, 1], [["fox", 0, 0, 1]], [[["fox"], 3]]])
+def test_a_layout_that_is_none_is_a_sentence(by_layout, layouts):
+    (row, *_) = asked_rows({"layouts": layouts}, 1)
+    with pytest.raises(UserError, match="layouts: "):
+        as_sample(by_layout, row)
+
+
+def test_a_layout_is_named_by_its_classes(by_layout):
+    (row,) = asked_rows({"layouts": [["fox", 0, 0, 0.5, 1], [3, 0.5, 0, 1, 1]]}, 1)
+    assert as_sample(by_layout, row)["key"] == "fox and 3"
+
+
+def test_a_negative_prompt_is_one_text_for_a_run_of_prompts():
+    rows = [{"prompts": "a", "images": "x.png"}, {"prompts": "b", "images": "x.png"}]
+    assert rows_away_from("bad", rows) == [{"prompts": "bad", "images": "x.png"}] * 2
+    assert rows_away_from(3, rows)[0]["prompts"] == "3"
+    assert rows_away_from("", rows)[0]["prompts"] == ""
+    assert rows_away_from(None, rows) == []
+    with pytest.raises(UserError, match=r"not conditioned on prompts: leave negative_prompt= out"):
+        rows_away_from("bad", [{"labels": "fox"}])
+    with pytest.raises(UserError, match="one for all pictures"):
+        rows_away_from(["a", "b"], rows)
+
+
+def test_a_class_whose_name_is_a_number_guides(tmp_path):
+    arguments = {"in_channels": 4, "classes": 2, "channels": [16], "heads": 2, "norm_groups": 8}
+    about = {"belongs_to": {"mean": [0.0], "fold": 1}, "class_names": ["3", "4"]}
+    save_model(tmp_path, "NoisyClassifier", arguments, NoisyClassifier(**arguments).state_dict(), about)
+    load = {"_target_": "train.weights.saved.load_classifier"}
+    cfg = OmegaConf.create({"classifier": {"load": load, "path": str(tmp_path), "scale": 2}})
+    run = SimpleNamespace(
+        generator=SimpleNamespace(device=torch.device("cpu")),
+        facts=SimpleNamespace(mean=[0.0], fold=1, fingerprints={}),
+    )
+    run.facts.fingerprints["autoencoder"] = "a"
+    assert guided_by(cfg, run, [{"labels": 4}, {"labels": "3"}]).labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match="class 5 is unknown to the classifier: take one of 3, 4"):
+        guided_by(cfg, run, [{"labels": 5}])
+    run.facts.mean = [0.1]
+    with pytest.raises(UserError, match=r"was trained with mean \[0.0\], this run with \[0.1\]"):
+        guided_by(cfg, run, [{"labels": 3}])
+
+
+def sample(**meta):
+    return {"key": "a", "caption": "a fox", "image": np.zeros((4, 4, 3), np.uint8), "meta": meta}
+
+
+def test_what_precompute_sets_aside_is_not_judged():
+    box = ["fox", 0, 0, 1, 1]
+    conditions = {"text": Text(), "label": Label(classes=["fox"]), "layout": Layout(1, classes=["fox"])}
+    good = sample(group="fox", boxes=[box])
+    bad = [
+        sample(), sample(group="fox"), sample(boxes=[box]), sample(group="car", boxes=[box]),
+        sample(group="fox", boxes=[box, box]), sample(group="fox", boxes=3), {**good, "caption": ""},
+        {name: value for name, value in good.items() if name != "image"},
+    ]  # fmt: skip
+    assert usable(SimpleNamespace(conditions=conditions), [bad[0], good, *bad[1:], good]) == [good, good]

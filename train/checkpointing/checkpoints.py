@@ -1,0 +1,264 @@
+"""Checkpoints that can't be torn, that any number of ranks can load, and that training does not wait for.
+
+<run>/checkpoints/step-00001000/
+    part-00000.safetensors    each rank's pieces of the parameters: weights, moments, EMA (fragments.py)
+    ema.safetensors           the EMA gathered, by the module's own names: what sampling and export read
+    state.json                step, samples seen, and what the run is made of
+    manifest.json             bytes and sha256 of each file above
+<run>/checkpoints/latest      the name of the newest complete one
+<run>/ema_snapshots/step-00001000.safetensors    the power-function averages, where there are any
+
+Training stops for a copy into memory. A thread of each rank writes it and reads it back, and leaves a note; rank 0's
+waits for all notes, and then publishes (checkpoint_stores.py: by a rename, or in a bucket by the manifest).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_names import named
+from train.checkpointing.compatibility import refuse_other_shapes, refuse_what_differs, spelled
+from train.checkpointing.files import STEP, Found, Places, look, part_name, step_of
+from train.checkpointing.part_files import Copies, copied_pieces, files_needed, fill
+from train.checkpointing.safetensors_io import Header
+from train.checkpointing.stores import store_of
+from train.checkpointing.writer import Writer, Writing
+from train.distributed.collectives import barrier, broadcast_object, gathered_objects
+from train.distributed.ranks import Ranks
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.train_state import TrainState
+
+log = logging.getLogger(__name__)
+RESUME = ("auto", "must", "never")
+
+
+class Checkpoints:
+    """All checkpoints of a run. Every method is called by all ranks.
+
+    identity: what may not change between a checkpoint and the run that goes on from it, by name, but for `may_change`.
+    keep: how many of the newest; keep_every: besides those, each whose step is a multiple of it.
+    folder: the run's own; places: where they are kept, if that is elsewhere (training.checkpoints).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        identity: dict[str, Any],
+        weights_prefix: str,
+        keep: int = 2,
+        keep_every: int | None = None,
+        asynchronous: bool = True,
+        may_change: tuple[str, ...] = (),
+        places: Places | None = None,
+        scratch: str | None = None,
+    ) -> None:
+        self.ranks, self.identity, self.asynchronous, self.may_change = ranks, named(identity), asynchronous, may_change
+        self.places = places or Places.of(folder.parent, None)
+        self.store = store_of(self.places.checkpoints, scratch, ranks.rank)
+        self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, keep, keep_every)
+        self.at: int | None = None  # the step last saved or resumed from
+        self.writing: Writing | None = None
+        self.copies: Copies = {}  # kept: new memory would take training several times as long to fill
+
+    def save(self, engine: Engine, ema: Ema, state: TrainState) -> None:
+        """Take the present state as step-<step>; the one before stays until this one is whole."""
+        if state.step == self.at:
+            return
+        self.finish()  # the one before, whose copies this one takes
+        tensors = {**engine.tensors(), **ema.tensors()}
+        pieces = self._copied(engine, tensors)
+        about = {
+            "state": state.state_dict(),
+            "identity": self.identity,
+            "layout": self._layout(engine),
+            "engine": engine.scalars(),
+            "ema": ema.scalars(),
+            "kinds": list(tensors),
+            "shapes": engine.shapes,
+        }
+        name, mark, self.at = f"step-{state.step:08d}", self.writer.next_mark(), state.step
+        self.writing = Writing(lambda: self.writer.write(name, mark, pieces, about))
+        if not self.asynchronous:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what this rank has to do for the last save. What went wrong with it is raised here."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.join()
+            writing.raise_if_failed()
+
+    def raise_if_failed(self) -> None:
+        """At once, rather than at the next save."""
+        if self.writing is not None:
+            self.writing.raise_if_failed()
+
+    def _copied(self, engine: Engine, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.asynchronous else {})
+
+    def resume(
+        self, how: str, engine: Engine, ema: Ema, state: TrainState, before_anew: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Go on from the newest intact checkpoint, as `how` asks; true if there was one.
+
+        before_anew: called where there is none, before anything is removed; what it raises ends the resume.
+        """
+        assert how in RESUME, how
+        self.store.tidy()
+        barrier()  # no rank of this node has begun to fetch
+        where, any_there, resumed, run_id = self.store.root, self._names(), None, state.run_id
+        for found in self._whole_by_size(any_there):
+            if how == "never":
+                raise UserError(
+                    f"{self.store.at(found.name)} exists and resume=never: choose another output=, or resume=auto."
+                )
+            self._compare(found.saved["identity"])
+            if self.load(found, engine, ema, state):
+                resumed = found.name
+                break
+        if any_there and not resumed:
+            raise UserError(
+                f"every checkpoint in {where} is damaged: remove that folder to start afresh, or copy them again."
+            )
+        if how == "must" and not resumed:
+            raise UserError(f"resume=must, but {where} has no intact checkpoint: check output=, or use resume=auto.")
+        if not resumed:
+            before_anew()
+        state.run_id = run_id  # whoever's the checkpoint was, it is this run's now
+        if self.ranks.is_main:
+            self.writer.take_over(run_id)
+            self._set_aside([name for name in any_there if name > (resumed or "")])
+            self._remove_newer(resumed or "")
+        if self.asynchronous:  # so that the first save finds its memory there
+            self._copied(engine, {**engine.tensors(), **ema.tensors()})
+        barrier()  # nobody writes before that
+        if resumed:
+            self._recall_rollbacks(state)
+        return bool(resumed)
+
+    def roll_back(self, engine: Engine, ema: Ema, state: TrainState, before: int) -> bool:
+        """Load the newest intact one of a step up to `before`, with the data after it passed over up to here, and
+        remove those after it; false if there is none."""
+        with contextlib.suppress(UserError):  # of what went bad, whether it could be written does not matter
+            self.finish()
+        barrier()
+        if self.ranks.is_main:
+            self.writer.refuse_if_taken_over()
+        gone_bad, passed_over, rollbacks, names = state.step, state.passed_over, state.rollbacks, self._names(before)
+        for found in self._whole_by_size(names):
+            if self.load(found, engine, ema, state):
+                state.passed_over, state.rollbacks = passed_over + gone_bad - state.step, rollbacks + 1
+                if self.ranks.is_main:
+                    self._note_rollback(state)
+                    self._set_aside([name for name in names if name > found.name])
+                    self._remove_newer(found.name)
+                barrier()
+                return True
+        return False
+
+    def _note_rollback(self, state: TrainState) -> None:
+        """A kill before the next save would forget it: the run would go bad again, and be rolled back, without end."""
+        note = {"step": state.step, "passed_over": state.passed_over, "rollbacks": state.rollbacks}
+        self.store.write(json.dumps(note).encode(), "rollback.json")
+
+    def _recall_rollbacks(self, state: TrainState) -> None:
+        found = broadcast_object(self.store.read("rollback.json") if self.ranks.is_main else None)
+        note = json.loads(found) if found else {"rollbacks": 0}
+        if note["rollbacks"] > state.rollbacks:
+            state.rollbacks = note["rollbacks"]
+            if note["step"] == state.step:
+                state.passed_over = note["passed_over"]
+
+    def _names(self, up_to: float = math.inf) -> list[str]:
+        """All that was ever published of a step up to that, newest first; by rank 0's view."""
+        names = broadcast_object(self.store.published() if self.ranks.is_main else None)
+        return [name for name in reversed(names) if step_of(name) <= up_to]
+
+    def _whole_by_size(self, names: list[str]) -> Iterator[Found]:
+        """Those of `names` that look whole, the same on every rank. All ranks must go through it alike."""
+        for name in names:
+            found, damaged = broadcast_object(look(self.store.root, name) if self.ranks.is_main else None)
+            if damaged:
+                self._say_damaged(name, damaged)
+            else:
+                yield found
+
+    def _say_damaged(self, name: str, files: list[str]) -> None:
+        if self.ranks.is_main:
+            where = self.store.at(name)
+            log.warning("checkpoint %s is damaged (%s); trying the one before", where, ", ".join(files))
+
+    def load(self, found: Found, engine: Engine, ema: Ema, state: TrainState) -> bool:
+        """Weights, moments, EMA and state, wherever the ranks that saved them had them.
+
+        Nothing is loaded before all ranks have checked their share of the files: false, if any of them is damaged.
+        """
+        refuse_other_shapes(found.saved["shapes"], engine.shapes, self.store.root)
+        tensors = {**engine.tensors(), **ema.tensors()}
+        parts = [part_name(rank) for rank in range(found.saved["layout"]["ranks"])]
+        own = self.ranks.rank % len(parts)  # the same layout finds all that it needs there
+        parts = [parts[own], *parts[:own], *parts[own + 1 :]]
+        to_check = list(found.files)[self.ranks.rank :: self.ranks.world_size]
+        if self.store.fetches:
+            to_check = parts = files_needed(engine.fragments(), tensors, parts, lambda part: self._pieces(found, part))
+        damaged = [file for file in to_check if not self.store.check(found.name, file, found.files[file])]
+        damaged = sorted({file for of_rank in gathered_objects(damaged) for file in of_rank})
+        if damaged:
+            self.store.forget(found.name)
+            self._say_damaged(found.name, damaged)
+            return False
+        if found.saved["layout"] != self._layout(engine) and self.ranks.is_main:
+            layout = spelled(found.saved["layout"])
+            log.warning("%s was saved with %s: its parts are dealt anew", self.store.at(found.name), layout)
+        fill(engine.fragments(), tensors, [self.store.local(found.name, part) for part in parts])
+        engine.after_loading(found.saved["engine"])
+        ema.load_scalars(found.saved["ema"])
+        state.load_state_dict(found.saved["state"])
+        barrier()  # every rank has what it needs
+        self.store.forget(found.name)
+        self.at = state.step
+        return True
+
+    def _pieces(self, found: Found, part: str) -> dict[str, int] | None:
+        try:
+            return {name: length for name, (length, *_) in Header.of(self.store.at(found.name, part)).tensors.items()}
+        except DataError:
+            return None
+
+    def _set_aside(self, damaged: list[str]) -> None:
+        """This run comes to their steps again."""
+        for step in damaged:
+            log.warning("%s %s", self.store.at(step), self.store.set_aside(step))
+
+    def _remove_newer(self, than: str) -> None:
+        """Those of another course of the run, and what was killed while it was written or removed."""
+        if than:
+            self.writer.point_to(than)
+        published = self.store.published()
+        for step in self.store.steps():
+            if step > than or step not in published:
+                log.warning("removing %s: the run goes on from %s", self.store.at(step), than or "the start")
+                self.store.remove(step)
+        for file in storage.sizes(self.places.snapshots):
+            if STEP.fullmatch(file.partition(".")[0]) and file.partition(".")[0] > than:
+                storage.remove(storage.join(self.places.snapshots, file))
+
+    def _compare(self, identity: dict[str, Any]) -> None:
+        changed = refuse_what_differs(self.identity, identity, self.may_change, self.store.root)
+        if changed and self.ranks.is_main:
+            log.warning("going on although %s (training.may_change)", "; ".join(changed))
+
+    def _layout(self, engine: Engine) -> dict[str, Any]:
+        return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}

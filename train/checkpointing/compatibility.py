@@ -1,0 +1,50 @@
+"""Whether a run may go on from a checkpoint: by what the two are made of, and by their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import named
+from data_pipeline.shards.provenance import flat
+
+
+def refuse_what_differs(
+    identity: Mapping[str, Any], saved: Mapping[str, Any], may_change: Sequence[str], where: str
+) -> list[str]:
+    """Refuse to go on from a checkpoint whose run was made of something else; returns what differs and may."""
+    now, before = flat(identity), flat(named(saved))
+    if unknown := set(may_change) - (now | before).keys() - {"run_id"}:
+        raise UserError(
+            f"training.may_change: {', '.join(sorted(unknown))} is no name of what is compared. That is "
+            f"{', '.join(sorted(now | before))}."
+        )
+    differing = {
+        name: f"{name} was {before.get(name)} and is {now.get(name)}"
+        for name in sorted(now | before)
+        if now.get(name) != before.get(name)
+    }
+    refused = [what for name, what in differing.items() if name not in may_change]
+    if refused:
+        raise UserError(
+            f"can't resume from {where}: {'; '.join(refused)}. Restore that, start in another output=, "
+            f"or name what may change: training.may_change=[{','.join(n for n in differing)}]."
+        )
+    return list(differing.values())
+
+
+def refuse_other_shapes(saved: Mapping[str, list[int]], own: Mapping[str, list[int]], where: str) -> None:
+    """Pieces are flat: they would fit into other shapes, and mean nothing there."""
+    differing = sorted(name for name in saved | own if saved.get(name) != own.get(name))
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"can't resume from {where}: {len(differing)} parameter(s) have another shape or are new, as "
+            f"{name}, which was {saved.get(name)} and is {own.get(name)}. Restore unet, conditioning and data, or "
+            "begin another output= with start_from=."
+        )
+
+
+def spelled(layout: Mapping[str, Any]) -> str:
+    return f"{layout['ranks']} rank(s) and ZeRO stage {layout['zero_stage']}"

@@ -1,0 +1,160 @@
+"""The files of checkpoints, in folders and in buckets: where they lie, which are whole, the weights to sample from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
+from data_pipeline.common.saved_objects import read_config, refuse_wrong_kinds
+
+Facts = dict[str, Any]  # of a file, as its manifest has them: bytes, sha256
+MANIFEST = "manifest.json"
+STEP = re.compile(r"step-\d{8,}((\.removed)?\.tmp)?")  # any other name is the user's
+CHUNK = 2**27  # bytes of an object that are in memory at once
+IN_STATE = {  # what a resume reads of state.json
+    "state": {"step", "applied_steps", "samples_seen", "run_id", "passed_over", "rollbacks"},
+    "identity": set(), "layout": {"ranks", "zero_stage"}, "engine": {"adam_step"}, "ema": {"updates"}, "shapes": set(),
+}  # fmt: skip
+
+
+class Places(NamedTuple):
+    """Where a run keeps its checkpoints, and its snapshots of power-function averages; local or s3."""
+
+    checkpoints: str
+    snapshots: str
+
+    @classmethod
+    def of(cls, run: Path, elsewhere: str | None) -> Places:
+        """elsewhere: the run's training.checkpoints; None: in the run's folder."""
+        if not elsewhere:
+            return cls(str(run / "checkpoints"), str(run / "ema_snapshots"))
+        return cls(elsewhere, storage.join(elsewhere, "ema_snapshots"))
+
+    @classmethod
+    def of_run(cls, run: Path) -> Places:
+        """As its configuration has it, where it has one."""
+        config = run / "config.yaml"
+        training = (read_config(config).get("training") or {}) if config.exists() else {}
+        refuse_wrong_kinds({"checkpoints": None, **training}, {"checkpoints": str | None}, f"{config}: training")
+        return cls.of(run, training.get("checkpoints"))
+
+
+def steps_in(root: str | Path) -> list[str]:
+    """Names of all that is ours there, whole or what was left of a save or a removal; oldest first."""
+    return [name for name in storage.subfolders(root) if STEP.fullmatch(name)]
+
+
+def complete_checkpoints(root: str | Path) -> list[str]:
+    """Names of the published ones, oldest first."""
+    names = [name for name in steps_in(root) if not name.endswith(".tmp")]
+    return [name for name in names if storage.exists(storage.join(root, name, MANIFEST))]
+
+
+def step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def part_name(rank: int) -> str:
+    return f"part-{rank:05d}.safetensors"
+
+
+class Found(NamedTuple):
+    """A checkpoint whose files have the sizes that they should have: its name, its manifest, its state.json."""
+
+    name: str
+    files: dict[str, Facts]
+    saved: dict[str, Any]
+
+
+def look(root: str, name: str) -> tuple[Found | None, list[str]]:
+    """A published checkpoint, by a listing and its small files; or which of its files are damaged."""
+    at = storage.join(root, name)
+    manifest, text = (storage.read_if_there(storage.join(at, file)) for file in (MANIFEST, "state.json"))
+    try:
+        files = json.loads(manifest or b"")
+        whole = {(type(facts["bytes"]), type(facts["sha256"])) for facts in files.values()} == {(int, str)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole or "state.json" not in files:
+        return None, [MANIFEST]
+    sizes = storage.sizes(at)
+    damaged = [file for file, facts in files.items() if sizes.get(file) != facts["bytes"]]
+    if not damaged and hashlib.sha256(text or b"").hexdigest() != files["state.json"]["sha256"]:
+        damaged = ["state.json"]
+    saved = None if damaged else _state_in(text or b"")
+    if saved is None:
+        return None, damaged or ["state.json"]
+    parts = map(part_name, range(saved["layout"]["ranks"]))
+    return (Found(name, files, saved), []) if files.keys() >= set(parts) else (None, [MANIFEST])
+
+
+def _state_in(text: bytes) -> dict[str, Any] | None:
+    """What a state.json says; None where it lacks something."""
+    try:
+        saved = json.loads(text)
+        whole = all(saved[part].keys() >= names for part, names in IN_STATE.items())
+        return saved if whole and isinstance(saved["layout"]["ranks"], int) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def newest_whole(root: str) -> Found | None:
+    """The one that a run would go on from, as far as a look tells."""
+    looks = (look(root, name)[0] for name in reversed(complete_checkpoints(root)))
+    return next((found for found in looks if found), None)
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_as_written(path: Path, facts: Facts) -> bool:
+    """A local file."""
+    return path.exists() and path.stat().st_size == facts["bytes"] and digest_of(path) == facts["sha256"]
+
+
+def chunks(path: str, start: int, length: int) -> Iterator[bytes]:
+    """`length` bytes from `start`, in pieces that memory holds."""
+    for at in range(start, start + length, CHUNK):
+        yield storage.read_bytes(path, at, min(CHUNK, start + length - at))
+
+
+def fetched(source: str, target: Path, facts: Facts) -> bool:
+    """An object of a bucket as a local file, digested as it comes. Other bytes than its facts say: false, and no file.
+
+    OSError where the disk does not take it.
+    """
+    digest = hashlib.sha256()
+    try:
+        with target.open("wb") as file:
+            for chunk in chunks(source, 0, facts["bytes"]):
+                digest.update(chunk)
+                file.write(chunk)
+    except DataError:  # it ends before
+        target.unlink()
+        return False
+    if facts["sha256"] not in (None, digest.hexdigest()):
+        target.unlink()
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def at_hand(path: str, facts: Facts | None) -> Iterator[Path | None]:
+    """A local or an s3 file, to be read as a local one for as long; None if it is not what its facts, if any, say."""
+    if not storage.is_s3(path):
+        yield Path(path) if facts is None or is_as_written(Path(path), facts) else None
+        return
+    with tempfile.TemporaryDirectory(prefix="fetched-") as folder:
+        target = Path(folder) / path.rpartition("/")[2]
+        yield target if fetched(path, target, facts or {"bytes": storage.size(path), "sha256": None}) else None

@@ -1,0 +1,185 @@
+"""How a checkpoint is written by all ranks, each in a thread of its own, and published by rank 0's (checkpoint.py)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from train.checkpointing.files import Facts, Places, complete_checkpoints, part_name, step_of
+from train.checkpointing.part_files import gathered
+from train.checkpointing.safetensors_io import facts_read_back, save_tensors
+from train.checkpointing.stores import OWNER, Store
+from train.distributed.collectives import broadcast_object
+from train.distributed.ranks import Ranks
+
+PATIENCE_S = 1800.0  # for the slowest rank's part
+LONGEST_PAUSE = 5.0
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # for the user to mend
+
+
+class Writer:
+    """Writes steps into a store, and keeps the newest `keep`, and each whose step is a multiple of `keep_every`.
+
+    folder: the run's own, into which launch scripts look. A store elsewhere has an owner, as no lock guards it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        places: Places,
+        folder: Path,
+        ranks: Ranks,
+        weights_prefix: str,
+        keep: int,
+        keep_every: int | None,
+    ) -> None:
+        self.store, self.places, self.folder, self.ranks = store, places, folder, ranks
+        self.weights_prefix, self.keep, self.keep_every = weights_prefix, keep, keep_every
+        self.elsewhere = store.root != str(folder)
+        self.attempt = str(broadcast_object(secrets.token_hex(4)))  # of this process and its peers
+        self.saves = 0
+
+    def next_mark(self) -> str:
+        """On the notes of one save, which so differ from those of one that was killed at the same step."""
+        self.saves += 1
+        return f"{self.attempt}-{self.saves}"
+
+    def write(self, name: str, mark: str, pieces: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """This rank's part; as rank 0 all that is to be done until it is published."""
+        with self.store.workplace(name) as workplace:
+            facts = self._add(name, workplace / part_name(self.ranks.rank), pieces)
+            note = json.dumps({"save": mark, **facts}).encode()
+            self.store.note(note, name, _note(part_name(self.ranks.rank)))
+            if self.ranks.is_main:
+                self._complete(name, mark, workplace, about)
+
+    def _add(self, name: str, path: Path, tensors: dict[str, Tensor]) -> Facts:
+        save_tensors(tensors, path)
+        return self.store.add(name, path, tensors)
+
+    def _complete(self, name: str, mark: str, workplace: Path, about: dict[str, Any]) -> None:
+        """What rank 0 adds to all ranks' parts, and the end of it."""
+        names = [part_name(rank) for rank in range(self.ranks.world_size)]
+        files = self._wait_for(name, mark, names)
+        averages = [kind for kind in about["kinds"] if kind == "ema" or kind.startswith("ema_")]
+        parts = self.store.parts(name, workplace, names, averages)
+        shapes = {n: shape for n, shape in about["shapes"].items() if n.startswith(self.weights_prefix)}
+        weights = {n.removeprefix(self.weights_prefix): w for n, w in gathered("ema", shapes, parts).items()}
+        files["ema.safetensors"] = self._add(name, workplace / "ema.safetensors", weights)
+        files["state.json"] = self._add_text(name, "state.json", json.dumps(about, indent=1).encode())
+        if kinds := [kind for kind in averages if kind != "ema"]:
+            self._keep_snapshot(name, kinds, about["ema"], shapes, workplace, parts)
+        self._publish(name, files)
+
+    def _add_text(self, name: str, file: str, data: bytes) -> Facts:
+        self.store.write(data, self.store.unpublished(name), file)
+        if self.store.read(self.store.unpublished(name), file) != data:
+            raise OSError(f"{self.store.at(name, file)} is not read back as it was written")
+        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def _keep_snapshot(
+        self,
+        name: str,
+        kinds: list[str],
+        scalars: dict[str, int],
+        shapes: dict[str, list[int]],
+        workplace: Path,
+        parts: list[Path],
+    ) -> None:
+        """Of the power-function averages, for good: posthoc_ema.py rebuilds others of them."""
+        tensors = {
+            f"{kind}/{n.removeprefix(self.weights_prefix)}": weights
+            for kind in kinds
+            for n, weights in gathered(kind, shapes, parts).items()
+        }
+        facts = {"kinds": ",".join(kinds), **{key: str(value) for key, value in scalars.items()}}
+        save_tensors(tensors, workplace / "snapshot", facts)
+        about = facts_read_back(workplace / "snapshot", tensors)
+        self.store.send(workplace / "snapshot", storage.join(self.places.snapshots, f"{name}.safetensors"))
+        storage.write_atomically(storage.join(self.places.snapshots, f"{name}.json"), json.dumps(about).encode())
+
+    def _wait_for(self, name: str, mark: str, parts: list[str]) -> dict[str, Facts]:
+        """What each rank noted of its part, by the part's name."""
+        deadline, found = time.monotonic() + PATIENCE_S, {}
+        for rank, part in enumerate(parts):
+            pause = self.store.pause
+            while (facts := self._noted(name, mark, part)) is None:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self.store.at(self.store.unpublished(name))} lacks the part of rank {rank}: "
+                        f"{self.store.lacks_part}."
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE) if self.store.fetches else pause
+            found[part] = facts
+        return found
+
+    def _noted(self, name: str, mark: str, part: str) -> Facts | None:
+        facts = json.loads(self.store.read(self.store.unpublished(name), _note(part)) or b"{}")
+        return facts if facts.pop("save", None) == mark else None
+
+    def _publish(self, name: str, files: dict[str, Facts]) -> None:
+        for rank in range(self.ranks.world_size):
+            storage.remove(self.store.at(self.store.unpublished(name), _note(part_name(rank))))
+        self.refuse_if_taken_over()
+        self.store.publish(name, json.dumps(files, indent=1).encode())
+        self.point_to(name)
+        for old in complete_checkpoints(self.store.root)[: -self.keep]:
+            if not (self.keep_every and step_of(old) % self.keep_every == 0):
+                self.store.remove(old)
+
+    def point_to(self, name: str) -> None:
+        """The launch scripts, which see whether there is progress, look into the run's folder."""
+        self.store.write(name.encode(), "latest")
+        if self.elsewhere:
+            storage.write_atomically(self.folder / "latest", name.encode())
+
+    def take_over(self, run_id: str) -> None:
+        """From now on no other process publishes here: not even one that was given up, and lives."""
+        if self.elsewhere:
+            self.store.write(f"{run_id} {self.attempt}\n".encode(), OWNER)
+
+    def refuse_if_taken_over(self) -> None:
+        """By another process, whose checkpoints these are now."""
+        if self.elsewhere and (self.store.read(OWNER) or b"").split()[-1:] != [self.attempt.encode()]:
+            raise UserError(f"{self.store.root} was taken over by another process: see that only one trains into it.")
+
+
+class Writing(threading.Thread):
+    """A save on its way. A daemon: a process that fails does not wait for it."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        super().__init__(daemon=True, name="checkpoint")
+        self.write, self.error = write, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.write()
+        except BaseException as error:  # raised by raise_if_failed
+            self.error = error
+        finally:
+            del self.write  # and the copies, where they are not kept
+
+    def raise_if_failed(self) -> None:
+        """A UserError for what only the user can mend; anything else as it is, for a new start may pass it."""
+        if isinstance(self.error, OSError) and self.error.errno in UNWRITABLE:
+            raise UserError(f"the checkpoint can't be written ({self.error}): make room, and start again to go on.")
+        if self.error is not None:
+            raise self.error
+
+
+def _note(part: str) -> str:
+    """Written when the part is, with its digest."""
+    return part.replace(".safetensors", ".json")

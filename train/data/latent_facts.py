@@ -1,0 +1,185 @@
+"""What training and sampling must know of a latent data set: scale, shape, nulls, and which encoders made it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_names import named
+from data_pipeline.common.saved_objects import read_json, refuse_wrong_kinds
+from data_pipeline.shards.manifest import Manifest
+from train.models.conditioning import Conditioners
+from train.models.latents import STORED_AS, LatentScaling, StoredLatents
+
+
+@dataclass(frozen=True, slots=True)
+class LatentFacts:
+    """Kept in the run folder too, so that what is sampled with is what was trained with."""
+
+    shapes: Mapping[str, Sequence[int]]  # of the stored fields, unbatched
+    mean: list[float]  # per channel, of posterior draws over the training split
+    std: list[float]
+    fold: int
+    fingerprints: Mapping[str, str]
+    conditions: Mapping[str, Mapping[str, Any]]  # what builds each condition again
+    null: Mapping[str, Tensor]  # the encoders' own, by field
+    codebook: Tensor | None = None
+
+    @classmethod
+    def of(cls, root: str, manifest: Manifest, fold: int, scaling_factor: float | None = None) -> LatentFacts:
+        """From a latent data set; statistics are those that precompute measured on all of it.
+
+        scaling_factor: Stable Diffusion's way instead, mean 0 and standard deviation 1 / factor for all channels.
+        """
+        shapes = {
+            name.removesuffix(".npy"): field["shape"] for name, field in manifest.fields.items() if "shape" in field
+        }
+        conditions, where = named(manifest.info.get("conditions", {})), storage.join(root, "manifest.json")
+        latents = manifest.info.get("latents")
+        facts = {**(latents if isinstance(latents, Mapping) else {}), "conditions": conditions}
+        facts |= {"shapes": shapes, "fingerprints": manifest.fingerprints, "fold": fold}
+        refuse_wrong_kinds(facts, KINDS, f"{where}: info")
+        refuse_no_latents(shapes, where)
+        return cls.checked(
+            shapes,
+            latents,
+            fold,
+            scaling_factor,
+            dict(manifest.fingerprints),
+            conditions,
+            tensors_in(storage.join(root, "null.safetensors")),
+            codebook_of(root),
+        )
+
+    @classmethod
+    def checked(
+        cls,
+        shapes: Mapping[str, Sequence[int]],
+        latents: Mapping[str, Any],  # "mean" and "std" as measured
+        fold: int,
+        scaling_factor: float | None,
+        *more: Any,
+    ) -> LatentFacts:
+        """With the one factor in place of what was measured, if it is given; a fold that does not fit is refused."""
+        if scaling_factor is not None:
+            channels = len(latents["mean"])
+            latents = {"mean": [0.0] * channels, "std": [1.0 / scaling_factor] * channels}
+        facts = cls(shapes, latents["mean"], latents["std"], fold, *more)
+        _, h, w = facts.latent_shape
+        if h % fold or w % fold:
+            raise UserError(f"fold={fold} does not divide latents of {h}x{w}: choose one that does.")
+        return facts
+
+    @property
+    def stored_as(self) -> str:
+        return next(name for name in STORED_AS if name in self.shapes)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of unscaled latents."""
+        h, w = self.shapes[self.stored_as][-2:]
+        return len(self.mean), h, w
+
+    @property
+    def unet_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) that the U-Net sees."""
+        channels, h, w = self.latent_shape
+        return channels * self.fold**2, h // self.fold, w // self.fold
+
+    @property
+    def scaling(self) -> LatentScaling:
+        return LatentScaling(self.mean, self.std, self.fold)
+
+    @property
+    def latents(self) -> StoredLatents:
+        return StoredLatents(self.stored_as, self.scaling, self.codebook)
+
+    def classes(self, condition: str) -> Sequence[str]:
+        """The class names of a condition; conditioners look them up by number."""
+        names = self.conditions.get(condition, {}).get("classes")
+        refuse_wrong_kinds({"classes": names}, {"classes": Sequence[str]}, f"what the latents hold of {condition}")
+        return names
+
+    def refuse_other_encoders(self, autoencoder: str | None, clip: str | None) -> None:
+        """Latents or text states that the encoders of these fingerprints did not make; None: unknown, not checked."""
+        for option, field, mark in (("autoencoder", "autoencoder", autoencoder), ("clip", "text_encoder", clip)):
+            if mark is not None and mark != self.fingerprints.get(field, mark):
+                raise UserError(
+                    f"the latents were made by {field} {self.fingerprints[field]}, but {option}.path holds "
+                    f"{mark}: give the one that made them, or run precompute_latents.py with this one."
+                )
+
+    def refuse_other_shapes(self, unet: Mapping[str, Any], conditioner: Conditioners) -> None:
+        """A U-Net, by its configuration, that these latents and what conditions it don't fit into."""
+        channels, planes = self.unet_shape[0], conditioner.concat_channels
+        needed = [
+            ("unet.in_channels", unet["in_channels"], channels + planes),
+            ("unet.out_channels", unet["out_channels"], channels),
+            *(("unet.context_dim", unet["context_dim"], width) for width in conditioner.context_dims.values()),
+            ("unet.context_dim", unet["context_dim"], conditioner.context_dim),
+            *([("unet.vector_dim", unet["vector_dim"], conditioner.vector_dim)] if unet["vector_dim"] else []),
+        ]
+        misfits = {name: (has, needs) for name, has, needs in needed if has != needs}
+        if misfits:
+            has = ", ".join(f"{name}={value}" for name, (value, _) in misfits.items())
+            set_these = " ".join(f"{name}={'null' if value is None else value}" for name, (_, value) in misfits.items())
+            raise UserError(
+                f"{has} does not fit these latents ({self.latent_shape[0]} channels, fold={self.fold}) and their "
+                f"conditioning: set {set_these}, or give latents, a fold and encoders that fit the U-Net."
+            )
+        halvings, (h, w) = len(unet["channels"]) - 1, self.unet_shape[1:]
+        if h % 2**halvings or w % 2**halvings:
+            raise UserError(
+                f"latents of {h}x{w} (fold={self.fold}) can't be halved {halvings} times: give unet.channels of fewer "
+                "levels, or another fold or size."
+            )
+
+    def save(self, run: Path) -> None:
+        """<run>/latents.json, null.safetensors and, for codes, codebook.safetensors."""
+        about = {name: getattr(self, name) for name in self.__slots__ if name not in ("null", "codebook")}
+        storage.write_atomically(run / "latents.json", json.dumps(about, indent=1).encode())
+        storage.write_atomically(run / "null.safetensors", save(dict(self.null)))
+        if self.codebook is not None:
+            storage.write_atomically(run / "codebook.safetensors", save({"codebook": self.codebook}))
+
+    @classmethod
+    def of_run(cls, run: Path) -> LatentFacts:
+        """What `save` wrote."""
+        saved = read_json(run / "latents.json")
+        refuse_wrong_kinds(saved, KINDS, str(run / "latents.json"))
+        refuse_no_latents(saved["shapes"], str(run / "latents.json"))
+        about = {name: saved[name] for name in KINDS} | {"conditions": named(saved["conditions"])}
+        return cls(**about, null=tensors_in(str(run / "null.safetensors")), codebook=codebook_of(run))
+
+
+# Of what latents.json holds.
+KINDS = {name: hint for name, hint in get_type_hints(LatentFacts).items() if name not in ("null", "codebook")}
+
+
+def refuse_no_latents(shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """Fields none of which holds latents of (C, h, w) or codes of (h, w)."""
+    if not any(len(shapes.get(name, ())) in (2, 3) for name in STORED_AS):
+        raise DataError(f"{where} has no field of latents ({', '.join(STORED_AS)}): make it, or copy it, again.")
+
+
+def codebook_of(root: str | Path) -> Tensor | None:
+    """(N, C) of a data set or run whose latents are codes."""
+    path = storage.join(root, "codebook.safetensors")
+    return tensors_in(path)["codebook"] if storage.exists(path) else None
+
+
+def tensors_in(path: str) -> dict[str, Tensor]:
+    """Of a small safetensors file."""
+    try:
+        return load(storage.read_bytes(path))
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged ({error}): make it, or copy it, again.") from error

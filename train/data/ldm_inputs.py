@@ -1,0 +1,114 @@
+"""The latents that a diffusion model is trained on: stored, or encoded as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_objects import read_config
+from data_pipeline.shards.manifest import Manifest
+from train.data.build import Instantiate, used_conditions, uses_clip
+from train.data.latent_facts import LatentFacts
+from train.data.online_encoding import OnlineLatents, first_batches
+from train.weights.saved import saved_fingerprint
+
+
+class Latents(NamedTuple):
+    """What is trained on, by make_loader; `read` gives whole sets of them, autoencoder is for previews."""
+
+    make_loader: Callable[..., Any]
+    read: Callable[..., list[dict[str, Any]]]
+    autoencoder: nn.Module | None
+    facts: LatentFacts
+
+
+def latents_of(
+    config: Mapping[str, Any],
+    data: Manifest,
+    make_loader: Callable[..., Any],
+    read: Callable[..., list[dict[str, Any]]],
+    instantiate: Instantiate,
+    device: torch.device,
+) -> Latents:
+    """As they are stored; or, of image-text shards, encoded while training. make_loader, read: of what is stored."""
+    if data.kind == "latents":
+        autoencoder = instantiate(config["autoencoder"]) if config["preview_every"] else None
+        facts = LatentFacts.of(f"{config['input']}/train", data, config["fold"], config["scaling_factor"])
+        return Latents(make_loader, read, autoencoder, facts)
+    online = OnlineLatents.of(config, instantiate, device)
+    pictures = first_batches(make_loader, config["training"]["batch_size"], config["measured_on"], data.samples)
+    facts = online.facts(pictures, config["fold"], config["scaling_factor"])
+    return Latents(online.loader(make_loader), online.read(read), online.image, facts)
+
+
+def refuse_other_encoders(
+    facts: LatentFacts, config: Mapping[str, Any], autoencoder: nn.Module | None, instantiate: Instantiate
+) -> None:
+    """Encoders that did not make these latents, as far as their folders or the loaded first stage tell."""
+    where = f"{config['input']}/train/manifest.json"
+    needed, path = uses_clip(used_conditions(config, facts, where)), config["clip"].get("path")
+    if needed and path is None:
+        encoder = facts.fingerprints["text_encoder"]
+        raise UserError(f"clip.path must be given: {encoder} made what is conditioned on; add clip.path=....")
+    mark = autoencoder.fingerprint if autoencoder else saved_fingerprint(config["autoencoder"].get("path"))
+    facts.refuse_other_encoders(mark, text_fingerprint(config["clip"], instantiate) if needed else None)
+
+
+def text_fingerprint(clip: Mapping[str, Any], instantiate: Instantiate) -> str | None:
+    """Of the text encoder at clip.path, which is loaded where its folder does not tell; None for clip.path=none."""
+    path = clip["path"]
+    if Path(path).name == "none":
+        return None
+    if not Path(path).exists():
+        raise UserError(f"clip.path={path} is not there: give the text encoder, or clip.path=none to train without it.")
+    return saved_fingerprint(path) or instantiate(clip).fingerprint
+
+
+def scaled_as_known(config: Mapping[str, Any], facts: LatentFacts) -> LatentFacts:
+    """A U-Net to start from knows latents at one scale: its own run's, or the one factor of a published model."""
+    start_from, scaling_factor = config["start_from"], config["scaling_factor"]
+    if start_from is None:
+        return facts
+    if not Path(start_from).exists():
+        raise UserError(f"start_from={start_from} is not there: give a run, a diffusers folder, or a single file.")
+    if not storage.exists(storage.join(start_from, "latents.json")):
+        if scaling_factor is None:
+            raise UserError(
+                f"start_from={start_from} is a published model, which knows latents scaled by one factor: add "
+                "scaling_factor=0.18215 (Stable Diffusion 1.x and 2.x)."
+            )
+        return facts
+    known = LatentFacts.of_run(Path(start_from))
+    for name, was, now in (
+        ("autoencoder", known.fingerprints["autoencoder"], facts.fingerprints["autoencoder"]),
+        ("fold", known.fold, facts.fold),
+    ):
+        if was != now:
+            raise UserError(f"start_from={start_from} was trained with {name} {was}, these latents with {now}.")
+    if scaling_factor is not None and (facts.mean, facts.std) != (known.mean, known.std):
+        raise UserError(
+            f"start_from={start_from} knows latents scaled otherwise than by scaling_factor={scaling_factor}: "
+            "set scaling_factor=null."
+        )
+    refuse_other_classes(config, known, facts)
+    return dataclasses.replace(facts, mean=known.mean, std=known.std)
+
+
+def refuse_other_classes(config: Mapping[str, Any], known: LatentFacts, facts: LatentFacts) -> None:
+    """A run to start from has a vector for each of its classes, by number: others would be taken for them."""
+    start_from = config["start_from"]
+    theirs = read_config(Path(start_from) / "config.yaml").get("conditioning") or {}
+    for name in sorted(set(theirs) & set(config["conditioning"])):
+        was, now = (of.conditions.get(name, {}).get("classes") for of in (known, facts))
+        if was != now:
+            raise UserError(
+                f"start_from={start_from} knows other classes of {name} than these latents: run "
+                f"precompute_latents.py with conditions.{name}.classes= as in its latents.json."
+            )

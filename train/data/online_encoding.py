@@ -1,0 +1,143 @@
+"""Training on pictures and captions themselves: frozen encoders make of a batch what precompute would have stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_objects import build
+from data_pipeline.loading.batch import Batch, DataCursor
+from data_pipeline.shards.samples import collated
+from train.data.build import Instantiate
+from train.data.latent_facts import LatentFacts
+
+# What conditionings need to be encoded; the others need what precompute learns of a whole data set.
+CONDITIONS: Mapping[str, dict[str, Any]] = {
+    "text": {"text": {"name": "text"}},
+    "joint_text": {},
+}
+ENCODED_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineLatents:
+    """The encoders, outside the engine: they are not trained, not sharded, and in fp32. `image` and `text` are what
+    conditions are encoded with."""
+
+    image: nn.Module
+    text: nn.Module | None
+    conditions: Mapping[str, Any]
+    conditions_config: Mapping[str, Any]
+    device: torch.device
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], instantiate: Instantiate, device: torch.device) -> OnlineLatents:
+        """By a training's configuration; what can't be encoded online is refused."""
+        unknown = [name for name in config["conditioning"] if name not in CONDITIONS]
+        if unknown:
+            raise UserError(
+                f"conditioning=[{','.join(unknown)}] can't be made of image-text shards while training: make latents "
+                "with precompute_latents.py, and give them as input=."
+            )
+        wanted = {k: v for name in config["conditioning"] for k, v in CONDITIONS[name].items()}
+        needed = ["autoencoder", *(["clip"] if wanted else [])]
+        for name in needed:
+            if "path" in config[name] and Path(config[name]["path"] or "none").name == "none":
+                raise UserError(f"input= holds pictures, which must be encoded: add {name}.path=....")
+        image, text = (
+            frozen(instantiate(config[name]), device) if name in needed else None for name in ("autoencoder", "clip")
+        )
+        conditions = {name: build(made, "conditions", name) for name, made in wanted.items()}
+        return cls(image, text, conditions, wanted, device)
+
+    @torch.no_grad()
+    def encoded(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Fields by name, as a latent data set has them. images (B, 3, H, W) in [-1, 1]."""
+        images = images.to(self.device, non_blocking=True)
+        fields = {self.image.stored_as: self.image.encode_stored(images)}
+        for condition in self.conditions.values():
+            fields |= condition.encode([{"caption": caption} for caption in captions], images, self)
+        return fields
+
+    def loader(self, make_loader: Callable[..., Iterable[Batch]]) -> Callable[..., Iterable[Batch]]:
+        """What makes a loader of pictures -> what makes one of latents, in the same order."""
+        return lambda **how: EncodedBatches(make_loader(**how), self)
+
+    def read(self, read: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:
+        """What reads samples with pictures -> what gives them with latents."""
+        return lambda **how: list(self._encoded_samples(read(**how)))
+
+    def _encoded_samples(self, samples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for first in range(0, len(samples), ENCODED_AT_ONCE):
+            part = samples[first : first + ENCODED_AT_ONCE]
+            fields = self.encoded(collated(part)["image"], [sample["caption"] for sample in part])
+            arrays = {name: value.cpu().numpy() for name, value in fields.items()}
+            for i, sample in enumerate(part):
+                plain = {name: sample[name] for name in ("key", "caption", "meta")}
+                yield plain | {name: value[i] for name, value in arrays.items()}
+
+    def facts(self, batches: Iterable[Batch], fold: int, scaling_factor: float | None = None) -> LatentFacts:
+        """Shapes, and mean and standard deviation over these batches of pictures."""
+        sums, count, fields = torch.zeros(2, 1, dtype=torch.float64), 0, {}
+        for batch in batches:
+            fields = self.encoded(batch.tensors["image"], batch.captions)
+            mean, variance = (part.double().cpu() for part in self.image.posterior_of(fields[self.image.stored_as]))
+            sums = sums + torch.stack([mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))])
+            count += mean.numel() // mean.shape[1]
+        mean, square = sums / count
+        return LatentFacts.checked(
+            {name: list(value.shape[1:]) for name, value in fields.items()},
+            {"mean": mean.tolist(), "std": (square - mean.square()).sqrt().tolist()},
+            fold,
+            scaling_factor,
+            self.fingerprints,
+            self.conditions_config,
+            self._null(),
+            self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None,
+        )
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        made_of = {"autoencoder": self.image.fingerprint}
+        return made_of | ({"text_encoder": self.text.fingerprint} if self.text is not None else {})
+
+    @torch.no_grad()
+    def _null(self) -> dict[str, Tensor]:
+        null: dict[str, Tensor] = {}
+        for condition in self.conditions.values():
+            null |= {name: value.float().cpu().contiguous() for name, value in condition.null(self).items()}
+        return null
+
+
+def frozen(encoder: nn.Module, device: torch.device) -> nn.Module:
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def first_batches(
+    make_loader: Callable[..., Iterable[Batch]], batch_size: int, samples: int, data_samples: int
+) -> Iterator[Batch]:
+    """The first of an undivided loader, the same on every rank: `samples`, or one epoch of a smaller data set."""
+    loader = make_loader(global_batch_size=batch_size, rank=0, world_size=1, accumulation=1, start=DataCursor())
+    return islice(iter(loader), max(min(samples, data_samples) // batch_size, 1))
+
+
+class EncodedBatches:
+    """A loader whose batches hold latents in place of pictures."""
+
+    def __init__(self, loader: Iterable[Batch], encoders: OnlineLatents) -> None:
+        self.loader, self.encoders = loader, encoders
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            yield replace(batch, tensors=self.encoders.encoded(batch.tensors["image"], batch.captions))
+
+    def shards_of(self, step: int) -> list[str]:
+        """As the loader's: what a rank that waits for data is named with."""
+        return self.loader.shards_of(step)

@@ -1,0 +1,28 @@
+"""A request to stop, by SIGUSR1 or SIGTERM (Slurm's warning before a time limit): save, then leave with code 75."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.common.stop_request import Stopped, StopRequest
+
+CHECK_EVERY = 10  # steps between asking the other ranks; it costs a host sync
+
+
+class Preemption(StopRequest):
+    """Remembers the signal; `agreed(step)` is the same on all ranks, so that all stop at the same step."""
+
+    def agreed(self, step: int, device: torch.device) -> bool:
+        """Whether any rank was asked to stop; between checks, false."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.asked
+        if step % CHECK_EVERY:
+            return False
+        flag = torch.tensor(float(self.asked), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+class Preempted(Stopped):
+    """Raised when the state is saved and the run wants to be started again."""

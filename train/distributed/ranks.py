@@ -1,0 +1,105 @@
+"""Which rank this process is, under torchrun, srun or alone; and the few collectives that are not the engine's."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.common.errors import UserError
+
+# The heartbeats' watch comes first, and knows more; a collective that never ends is given up in any case.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+MEETING_TIMEOUT = timedelta(minutes=10)
+# Port 0: the one that the system gives away; one that was looked up before may be another's by then.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process' place among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def find_ranks() -> Ranks:
+    """Join the others: by the launcher's environment (torchrun's, else srun's step, else this process is alone)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_the_launcher()
+    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ:
+        os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
+    meeting_place = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not meeting_place:  # else each would wait at a place of its own
+        raise UserError("several ranks have no MASTER_ADDR and MASTER_PORT: start with torchrun, or slurm/*.sbatch.")
+    for name, alone in ALONE.items():
+        os.environ.setdefault(name, alone)
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = _meet(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    return Ranks(rank, world_size, local_rank, device)
+
+
+def _end_with_the_launcher() -> None:
+    """Have Linux send TERM when torchrun dies, which a kill -9 keeps from doing so: then this rank saves and leaves."""
+    with suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM.value)
+
+
+def _meet(rank: int, world_size: int) -> dist.Store:
+    """The store at the meeting place, once all ranks are there; who is not in time is named."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+    store = dist.TCPStore(address, port, world_size, hosts_it, timeout=MEETING_TIMEOUT, wait_for_workers=False)
+    os.environ["MASTER_PORT"] = str(store.port)
+    store.set(f"arrived/{rank}", "")
+    deadline = time.monotonic() + MEETING_TIMEOUT.total_seconds()
+    missing = list(range(world_size))
+    while missing := [rank for rank in missing if not store.check([f"arrived/{rank}"])]:
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, missing))
+            raise TimeoutError(f"rank(s) {names} did not come to {address}:{store.port}: see what they say.")
+        time.sleep(0.05)
+    return store
+
+
+@contextmanager
+def closing_distributed() -> Iterator[None]:
+    """Leave the process group in order, so that gloo and NCCL end without complaint.
+
+    Not after an error: that may wait for the other ranks, while they wait for this one.
+    """
+    try:
+        yield
+    except SystemExit:  # all ranks have agreed to stop
+        _leave_group()
+        raise
+    _leave_group()
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,180 @@
+"""The only importer of deepspeed, at first use: initialisation, one step, and the whole weights."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.loading.batch import Batch, DataCursor
+from train.distributed.ranks import Ranks
+from train.engine.config import DTYPES, EngineConfig
+from train.engine.flops import of_training
+from train.engine.optimizer import AdamW, set_lr
+from train.engine.zero_state import ZeroState
+
+
+class StepResult(NamedTuple):
+    """One global step: parts are this rank's means over its micro-batches, still on the device."""
+
+    parts: dict[str, Tensor]
+    cursor: DataCursor
+    keys: tuple[str, ...]
+    lr: float
+    applied: bool
+
+
+class Engine(ZeroState):
+    """A module under DeepSpeed ZeRO. `module(batch)` gives LossTerms; its parameters are the ones trained."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: AdamW,
+        config: EngineConfig,
+        ranks: Ranks,
+        batch_size: int,
+        accumulation: int,
+    ) -> None:
+        deepspeed = quiet_deepspeed()
+        self.ranks, self.accumulation, self.optimizer = ranks, accumulation, optimizer
+        self.config, self.norm = config, torch.tensor(0.0)
+        micro_batch = batch_size // (ranks.world_size * accumulation)
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # over the group that ranks.py has made
+        module.to(ranks.device)
+        _tune(module, config)
+        self.deepspeed, self.zero, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer.build(module, ranks.device),
+            config=config.for_deepspeed(micro_batch, accumulation, ranks.world_size),
+            dist_init_required=False,
+        )
+        self.module = self.deepspeed.module
+        if config.dtype == "fp16":
+            self.zero.loss_scaler.raise_error_at_min_scale = False  # steps skipped in a row are bad_numbers.py's
+
+    def train_step(self, batches: Iterator[Batch], applied_steps: int, total_steps: int) -> StepResult:
+        """One optimizer step over `accumulation` micro-batches."""
+        lr = self.optimizer.lr_at(applied_steps, total_steps)
+        set_lr(self.zero.param_groups, lr)
+        sums: dict[str, Tensor] = {}
+        keys: tuple[str, ...] = ()
+        for _ in range(self.accumulation):
+            batch = next(batches).to(self.ranks.device)
+            terms = self.deepspeed(batch)
+            # A loss may be infinite and its gradients not: then these are made so, and no rank applies the step.
+            self.deepspeed.backward(terms.total * torch.where(terms.total.detach().isfinite(), 1.0, torch.nan))
+            finite = self._clip_or_drop_gradients()
+            self.deepspeed.step()
+            keys += batch.keys
+            sums = {name: sums.get(name, 0.0) + value / self.accumulation for name, value in terms.parts.items()}
+        return StepResult(sums, batch.cursor, keys, lr, finite and self.deepspeed.was_step_applied())
+
+    def _clip_or_drop_gradients(self) -> bool:
+        """Whether this step may be applied. ZeRO's stages clip and find that out themselves; stage 0 would apply all.
+
+        A host sync a step, as they have. The gradients are reduced already, so all ranks find the same.
+        """
+        if self.config.zero_stage or not self.deepspeed.is_gradient_accumulation_boundary():
+            return True
+        trained = [p for p in self.module.parameters() if p.grad is not None]
+        self.norm = get_total_norm([p.grad for p in trained])
+        if not self.norm.isfinite():
+            for parameter in trained:
+                parameter.grad = None  # AdamW leaves its weights and moments as they are
+            return False
+        if self.config.gradient_clipping:
+            clip_grads_with_norm_(trained, self.config.gradient_clipping, self.norm)
+        return True
+
+    def gradient_norm(self) -> float:
+        """Global norm before clipping, of the last step; a host sync."""
+        norm = self.deepspeed.get_global_grad_norm() if self.config.zero_stage else self.norm
+        return float(norm) if norm is not None else float("nan")
+
+    @torch.no_grad()
+    def full_state_dict(self, shards: Sequence[Tensor] | None = None, prefix: str = "") -> dict[str, Tensor]:
+        """Whole fp32 weights by name, on the CPU of every rank; `shards` (an EMA's) in place of the master's.
+
+        Collective: all ranks must call it. `prefix` keeps the names below it, and takes it off.
+        """
+        safe_get_full_fp32_param = quiet_deepspeed().utils.safe_get_full_fp32_param
+        with self._masters_replaced_by(shards):
+            named = {}
+            for name, parameter in self.module.named_parameters():
+                if parameter.requires_grad:
+                    full = safe_get_full_fp32_param(parameter)
+                    full = parameter if full is None else full
+                    if name.startswith(prefix):
+                        named[name[len(prefix) :]] = full.detach().to("cpu", torch.float32, copy=True)
+        return named
+
+    @contextmanager
+    def _masters_replaced_by(self, shards: Sequence[Tensor] | None) -> Iterator[None]:
+        if shards is None:
+            yield
+            return
+        masters = self.master_shards()
+        kept = [m.detach().clone() for m in masters]
+        try:
+            for master, shard in zip(masters, shards, strict=True):
+                master.data.copy_(shard)
+            yield
+        finally:
+            for master, original in zip(masters, kept, strict=True):
+                master.data.copy_(original)
+
+    def flops(self, batch: Batch) -> int:
+        """Of one step on this rank, of which `batch` is a micro-batch. Collective at stage 3."""
+        batch = batch.to(self.ranks.device)
+        return self.accumulation * of_training(lambda: self.module(batch))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the module computes in."""
+        return DTYPES[self.config.dtype]
+
+
+def _tune(module: nn.Module, config: EngineConfig) -> None:
+    """Hand on what concerns the network alone; asked for in vain, it is refused."""
+    networks = [part for part in module.modules() if hasattr(part, "tune")]
+    for network in networks:
+        network.tune(config.compile, config.checkpoint_activations)
+    if not networks and (config.compile or config.checkpoint_activations):
+        raise UserError("engine.compile and engine.checkpoint_activations are for the U-Net: leave them out here.")
+
+
+def quiet_deepspeed() -> ModuleType:
+    """Its warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)  # else it guesses, and warns
+    import deepspeed
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")  # its calls
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
+    return deepspeed
+
+
+@functools.cache
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports its Muon optimizer with the first engine, and so torch's compiler: seconds of every start, for
+    functions that nothing here calls."""
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_

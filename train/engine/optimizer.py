@@ -1,0 +1,83 @@
+"""The optimizer and its learning rate as a function of the number of applied steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from data_pipeline.common.option_checks import NotNegative, OneOf, Share, Within, refuse_wrong
+
+SCHEDULES = ("constant", "cosine", "linear", "linear_tail", "inverse_sqrt")
+Decay = Annotated[float, Within(0, 1, below=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Factor of the base rate: linear warm-up, then flat ("constant"), a half cosine to 0 ("cosine"), linear to 0
+    ("linear"), flat and then linear to 0 over the last `tail` of the run ("linear_tail"; warmup-stable-decay, Hu et al.
+    2024), or sqrt(start / step) from step `start` on ("inverse_sqrt", as in Karras et al. 2024, eq. 67).
+    """
+
+    kind: Annotated[str, OneOf(SCHEDULES)] = "constant"
+    warmup: Annotated[int, Within(0)] = 0
+    tail: Share = 0.5
+    start: Annotated[int, Within(1)] = 10_000
+
+    def __post_init__(self) -> None:
+        refuse_wrong(self, "optimizer.schedule")
+
+    def factor(self, step: int, total: int) -> float:
+        """At applied step `step` of `total`, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.kind == "cosine":
+            return 0.5 * (1 + cos(pi * (step - self.warmup) / max(total - self.warmup, 1)))
+        if self.kind == "linear":
+            return (total - step) / max(total - self.warmup, 1)
+        if self.kind == "inverse_sqrt":
+            return (max(step, self.start) / self.start) ** -0.5
+        if self.kind == "linear_tail":
+            return min(1.0, (total - step) / max(self.tail * total, 1))
+        return 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """torch's fused AdamW (Loshchilov & Hutter 2019). Biases, norms and other vectors are not decayed."""
+
+    lr: NotNegative
+    schedule: Schedule
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.01
+
+    def __post_init__(self) -> None:
+        refuse_wrong(self, "optimizer")
+
+    def build(self, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+        """Over the module's trainable parameters."""
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": params, "weight_decay": decay}
+            for params, decay in (
+                ([p for p in trainable if p.dim() > 1], self.weight_decay),
+                ([p for p in trainable if p.dim() <= 1], 0.0),
+            )
+            if params
+        ]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)
+
+    def lr_at(self, step: int, total: int) -> float:
+        """The rate of applied step `step`."""
+        return self.lr * self.schedule.factor(step, total)
+
+
+def set_lr(groups: Iterable[dict], lr: float) -> None:
+    """The same rate in all parameter groups."""
+    for group in groups:
+        group["lr"] = lr

@@ -1,0 +1,51 @@
+"""Where a run stands: the same on every rank, and the only thing of the trainer's that changes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from data_pipeline.loading.batch import DataCursor
+
+
+@dataclass(slots=True)
+class TrainState:
+    """step: optimizer steps asked for, applied_steps: those not skipped for non-finite gradients.
+
+    passed_over: steps' worth of data that a rollback left out; rollbacks: how many there were.
+    """
+
+    total_steps: int
+    step: int = 0
+    applied_steps: int = 0
+    samples_seen: int = 0
+    run_id: str = ""
+    passed_over: int = 0
+    rollbacks: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps
+
+    @property
+    def cursor(self) -> DataCursor:
+        """Where the data goes on: its number fixes the samples (epoch_plan.py)."""
+        return DataCursor(self.step + self.passed_over)
+
+    def advance(self, cursor: DataCursor, samples: int, applied: bool) -> None:
+        """Count one global step of `samples` pictures."""
+        self.step = cursor.step - self.passed_over
+        self.applied_steps += applied
+        self.samples_seen += samples
+
+    def state_dict(self) -> dict[str, int | str]:
+        return asdict(self)
+
+    def load_state_dict(self, saved: dict[str, int | str]) -> None:
+        """Go on from `saved`, to this run's own total."""
+        for name in ("step", "applied_steps", "samples_seen", "run_id", "passed_over", "rollbacks"):
+            setattr(self, name, saved[name])
+
+
+def due(step: int, every: int | None, total: int | None = None) -> bool:
+    """Whether something that happens every `every` steps (None: never) happens now; at the last step it does."""
+    return bool(every) and (step % every == 0 or step == total)

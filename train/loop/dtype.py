@@ -1,0 +1,139 @@
+"""What a training computes in: engine.dtype=auto is decided once, before the run's identity, alike on all ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import torch
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.option_checks import OneOf, refuse_wrong_values
+from train.checkpointing.files import Places, newest_whole
+from train.distributed.collectives import broadcast_object, gathered_objects
+from train.distributed.ranks import Ranks
+from train.engine.config import DTYPES
+
+log = logging.getLogger(__name__)
+CHOICES = ("auto", *DTYPES)
+LEAST_FIRST = ("fp32", "fp16", "bf16")  # a machine that is best in one can do those before it
+STAND_IN = "LDT_CPU_BF16"  # 0 or 1: take this CPU for one without or with bf16 instructions, as in tests
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # the last two are ARM's
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN takes the first that is set, in any case of letters
+ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+class Chosen(NamedTuple):
+    """One of DTYPES, and why it is, for the log and config.yaml."""
+
+    dtype: str
+    because: str
+
+
+class Saved(NamedTuple):
+    """The checkpoint that a run goes on from: where it lies, and what it was trained in."""
+
+    path: str
+    dtype: str
+
+
+def settled(engine: Mapping[str, Any], places: Places, ranks: Ranks) -> Chosen:
+    """For a run that keeps its checkpoints there, and says so, before it may be refused. Collective."""
+    refuse_wrong_values({"dtype": engine["dtype"]}, {"dtype": Annotated[str, OneOf(CHOICES)]}, "engine.")
+    saved = broadcast_object(saved_there(places) if ranks.is_main else None)
+    best = common(gathered_objects(best_here(ranks.device)))
+    if engine["dtype"] == "auto":
+        fresh = by_machine(engine, best)
+        chosen = kept(saved, fresh, ranks.device) if saved else Chosen(fresh.dtype, f"auto: {fresh.because}")
+        if ranks.is_main:
+            print(f"dtype: {chosen.dtype} ({chosen.because})", flush=True)
+        return chosen
+    if ranks.is_main and engine["dtype"] == "bf16" and best.dtype != "bf16":
+        log.warning("engine.dtype=bf16: %s", cost_of_bf16(best))
+    return Chosen(engine["dtype"], "given by name")
+
+
+def by_machine(engine: Mapping[str, Any], best: Chosen) -> Chosen:
+    """The machines' best, where the other options go with it."""
+    why = only_fp32(engine)
+    return Chosen("fp32", why) if why else best
+
+
+def common(of_ranks: Sequence[Chosen]) -> Chosen:
+    """What every rank's machine can do, where they differ."""
+    least = min(of_ranks, key=lambda of_rank: LEAST_FIRST.index(of_rank.dtype))
+    those = [str(rank) for rank, of_rank in enumerate(of_ranks) if of_rank.dtype == least.dtype]
+    if len(those) == len(of_ranks):
+        return least
+    most = max((of_rank.dtype for of_rank in of_ranks), key=LEAST_FIRST.index)
+    return Chosen(least.dtype, f"{least.because}, at rank(s) {', '.join(those)}; the others could take {most}")
+
+
+def kept(saved: Saved, fresh: Chosen, device: torch.device) -> Chosen:
+    """A resumed run's, whatever machine it goes on at. fresh: what a new run would take there."""
+    if saved.dtype == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"{saved.path} was trained in fp16, which needs a GPU: go on where there is one, or in {fresh.dtype} by "
+            f"engine.dtype={fresh.dtype} training.may_change=[dtype]."
+        )
+    here = ""
+    if saved.dtype != fresh.dtype:
+        why = cost_of_bf16(fresh) if saved.dtype == "bf16" else fresh.because
+        here = f"; a new run would take {fresh.dtype} here, as {why}"
+    return Chosen(saved.dtype, f"auto: as in {saved.path}{here}")
+
+
+def saved_there(places: Places) -> Saved | None:
+    """Of the newest checkpoint; what is no dtype is left to be refused where all of it is compared."""
+    found = newest_whole(places.checkpoints)
+    identity = found.saved.get("identity") if found else None
+    dtype = identity.get("dtype") if isinstance(identity, dict) else None
+    return Saved(storage.join(places.checkpoints, found.name), dtype) if dtype in tuple(DTYPES) else None
+
+
+def only_fp32(engine: Mapping[str, Any]) -> str | None:
+    """Why these options go with fp32 alone, where they do: engine.py refuses them with others."""
+    if engine["zero_stage"] == 0:
+        return "DeepSpeed keeps no fp32 master weights beside others at ZeRO stage 0"
+    if engine["offload"] == "optimizer" and engine["zero_stage"] in (1, 2):
+        return "engine.offload=optimizer at ZeRO stage 1 or 2 goes with fp32 alone, engine=zero3 with others too"
+    return None
+
+
+def cost_of_bf16(best: Chosen) -> str:
+    """Where the machines are best in something else. Of a CPU it is measured, a step of a small U-Net: 2 times with
+    AVX-512 alone, 9 times with AVX2."""
+    times = "two to nine" if best.dtype == "fp32" else "several"
+    return f"{best.because}, and bf16 takes {times} times as long there as {best.dtype}"
+
+
+def best_here(device: torch.device) -> Chosen:
+    """What this rank's machine is fastest in, of 16 bits or more."""
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Chosen("bf16" if has else "fp16", f"this GPU has {'' if has else 'no '}bf16 instructions")
+    # Kernels in torch are not enough: it has them for AVX-512 alone, too, and emulates the instructions there.
+    kernels = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return of_cpu(torch.cpu.get_capabilities(), kernels, os.environ)
+
+
+def of_cpu(capabilities: Mapping[str, Any], kernels: bool, environment: Mapping[str, str]) -> Chosen:
+    """By its instructions; whether torch has kernels for bf16 on it; and what keeps oneDNN, whose they are, from it."""
+    has, because = _cpu_has_bf16(capabilities, kernels, environment)
+    return Chosen("bf16" if has else "fp32", because)
+
+
+def _cpu_has_bf16(capabilities: Mapping[str, Any], kernels: bool, environment: Mapping[str, str]) -> tuple[bool, str]:
+    if (said := environment.get(STAND_IN)) in ("0", "1"):
+        return said == "1", f"{STAND_IN}={said} takes this CPU for one with{'' if said == '1' else 'out'} bf16"
+    if not any(capabilities.get(name) for name in BF16_INSTRUCTIONS):
+        return False, "this CPU has no bf16 instructions"
+    limit = next((name for name in ISA_LIMITS if environment.get(name)), None)
+    if limit and environment[limit].upper() in ISAS_WITHOUT_BF16:
+        return False, f"{limit}={environment[limit]} leaves this CPU's bf16 instructions out"
+    if not kernels:
+        return False, "this torch makes no use of the CPU's bf16 instructions"
+    return True, "this CPU has bf16 instructions"

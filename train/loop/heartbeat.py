@@ -1,0 +1,192 @@
+"""A rank that hangs or starves ends the run: each rank says what it is at, and a thread of each watches the clock.
+
+<run>/heartbeats/rank-00000.json is what a rank is at. Past its time a rank looks at all of them, says whom everyone
+waits for, shows its own stacks, and leaves at once with HUNG; the launcher takes the others down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from data_pipeline.loading.batch import Batch
+from train.distributed.ranks import Ranks
+from train.engine.train_state import TrainState
+
+HUNG = 76
+WAITS_FOR_OTHERS = ("step",)  # a rank in this phase may be waiting in a collective
+SLOW = ("start", "first step", "actions", "save", "finish")  # compiling, drawing, writing
+SLOW_FACTOR = 6.0
+BEATS_PER_TIMEOUT = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """What a rank last said of itself; times by its own clock."""
+
+    rank: int
+    host: str
+    phase: str
+    step: int
+    shards: str
+    since: float  # when the phase began
+    written: float
+
+    def silent_for(self, now: float) -> float:
+        return now - self.written
+
+    def __str__(self) -> str:
+        at = f"rank {self.rank} on {self.host}, in phase {self.phase} after step {self.step}"
+        return f"{at}, at shards {self.shards}" if self.shards else at
+
+
+class Heart:
+    """Says nothing, and watches nothing."""
+
+    def beat(self, phase: str, step: int) -> None:
+        """A phase begins: there is progress."""
+
+    def watched(self, batches: Iterator[Batch], state: TrainState, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; waiting for one is phase data, what is done with it phase step."""
+        first = True
+        while True:
+            self.beat("data", state.step)
+            batch = next(batches)
+            self.beat("first step" if first else "step", state.step)
+            first = False
+            yield batch
+
+
+class Heartbeat(Heart):
+    """`with Heartbeat(folder, ranks, 300) as heart:`; hang_timeout_s: for a step or a batch, 6 times that for SLOW."""
+
+    def __init__(self, folder: Path, ranks: Ranks, hang_timeout_s: float) -> None:
+        self.folder, self.ranks, self.timeout = folder, ranks, hang_timeout_s
+        self.interval = min(max(hang_timeout_s / BEATS_PER_TIMEOUT, 0.5), 30.0)
+        self.path, self.host = _path(folder, ranks.rank), socket.gethostname()
+        self.phase, self.step, self.shards, self.began = "start", 0, "", time.monotonic()
+        self.loader: Iterable[Batch] | None = None
+        self.state: TrainState | None = None
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
+
+    def beat(self, phase: str, step: int) -> None:
+        self.phase, self.step, self.shards, self.began = phase, step, "", time.monotonic()
+
+    def watched(self, batches: Iterator[Batch], state: TrainState, loader: Iterable[Batch]) -> Iterator[Batch]:
+        self.loader, self.state = loader, state
+        return super().watched(batches, state, loader)
+
+    def __enter__(self) -> Heartbeat:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+        if error is not None and not isinstance(error, SystemExit):
+            self._name_shards()
+            _say(f"{self._sign()}: failed with {kind.__name__}: {error}")
+            self.phase = "failed"
+        elif error is None:
+            self.phase = "finished"
+        self._write()
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self.stopped.wait(self.interval):
+            late = time.monotonic() - last - self.interval
+            last += self.interval + late
+            if late > self.interval:  # stopped and continued: that was not this rank's fault
+                self.began += late
+            # Of C, for when a call that never returns keeps Python from running this thread.
+            faulthandler.dump_traceback_later(self.timeout * SLOW_FACTOR, exit=True, file=sys.__stderr__)
+            try:
+                self._look()
+            except Exception as error:  # a thread that ended would leave the timer to end a healthy rank
+                _say(f"{self._sign()}: the watch failed with {type(error).__name__}: {error}")
+
+    def _look(self) -> None:
+        if self.phase == "data" and time.monotonic() - self.began > self.interval:
+            self._name_shards()
+        self._write()
+        if time.monotonic() - self.began > self._allowed(self.phase):
+            self._end_unless_another_is_at_work()
+
+    def _allowed(self, phase: str) -> float:
+        return self.timeout * (SLOW_FACTOR if phase in SLOW else 1.0)
+
+    def _name_shards(self) -> None:
+        """Of the batch that is waited for, where the loader tells."""
+        names = getattr(self.loader, "shards_of", None)
+        if self.phase == "data" and not self.shards and self.state is not None and names is not None:
+            self.shards = ", ".join(names(self.state.cursor.step))
+
+    def _sign(self) -> Sign:
+        now = time.time()
+        since = now - (time.monotonic() - self.began)
+        return Sign(self.ranks.rank, self.host, self.phase, self.step, self.shards, since, now)
+
+    def _write(self) -> None:
+        """Not synced, as it is for the living; a full disk is none of its business."""
+        with contextlib.suppress(OSError):
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(asdict(self._sign())))
+            temporary.replace(self.path)
+
+    def _end_unless_another_is_at_work(self) -> None:
+        signs, now = read_signs(self.folder, self.ranks.world_size), time.time()
+        blamed = slowest(signs, now, self.timeout / 2)
+        silent = blamed.silent_for(now) > self.timeout / 2
+        if blamed.rank != self.ranks.rank and not silent and now - blamed.since < self._allowed(blamed.phase):
+            return
+        heard = f"not heard of for {blamed.silent_for(now):.0f} s" if silent else f"for {now - blamed.since:.0f} s"
+        _say(
+            f"error: no progress on rank {self.ranks.rank} for {time.monotonic() - self.began:.0f} s in phase "
+            f"{self.phase} after step {self.step} (training.hang_timeout_s={self.timeout:g}); all wait for {blamed}, "
+            f"{heard}. Every rank is ended; started again, the run goes on from its last checkpoint."
+        )
+        faulthandler.dump_traceback(file=sys.__stderr__)
+        os._exit(HUNG)
+
+
+def read_signs(folder: Path, world_size: int) -> list[Sign]:
+    """Every rank's; of one that never wrote any, that it is still to begin."""
+    signs = []
+    for rank in range(world_size):
+        try:
+            signs.append(Sign(**json.loads(_path(folder, rank).read_text())))
+        except (OSError, ValueError, TypeError):
+            signs.append(Sign(rank, "an unknown node", "start", 0, "", 0.0, 0.0))
+    return signs
+
+
+def slowest(signs: list[Sign], now: float, silence: float) -> Sign:
+    """Whom the others wait for: one that is silent, else one behind the others, else one that waits for none of them,
+    else the one that is at it for longest."""
+    return min(
+        signs,
+        key=lambda sign: (sign.silent_for(now) < silence, sign.step, sign.phase in WAITS_FOR_OTHERS, sign.since),
+    )
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.json"
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.__stderr__, flush=True)

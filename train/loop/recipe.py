@@ -1,0 +1,173 @@
+"""What a training is made of: its options, and what each of the four trainings gives the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.option_checks import (
+    Count,
+    NotNegative,
+    OneOf,
+    Positive,
+    Share,
+    Within,
+    refuse_wrong,
+    refuse_wrong_values,
+)
+from data_pipeline.loading.batch import Batch, DataCursor
+from train.checkpointing.checkpoints import RESUME
+from train.checkpointing.files import Places
+from train.distributed.ranks import Ranks
+from train.engine.config import EngineConfig
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema, gamma_of
+from train.engine.optimizer import AdamW
+from train.loop.dtype import settled
+from train.loop.stability_monitor import BadNumbers
+from train.loop.trainer import Action
+from train.runs.metrics import Reporter
+
+# Of an entry's own options, those that some of them have; checked before anything is built of them.
+OPTIONS = {
+    "seed": int,
+    "fold": Count,
+    "scaling_factor": Positive | None,
+    "measured_on": Count,
+    "validate_every": Count | None,
+    "validation_samples": Count | None,
+    "validation_pictures": Count | None,
+    "validation_pairs": Count | None,
+    "preview_every": Count | None,
+    "preview_samples": Count,
+    "objective.prompt_dropout": Share,
+    "objective.offset_noise": NotNegative,
+    "objective.stratified_times": bool,
+}
+MakeActions = Callable[[Engine, Ema, Reporter], list[Action]]
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How long, in what batches, and how it is followed. batch_size is global: over all ranks and accumulation.
+
+    micro_batch: what a rank takes at once; accumulation then follows from the number of ranks.
+    """
+
+    steps: Count
+    batch_size: Count
+    accumulation: Count = 1
+    micro_batch: Count | None = None
+    ema_decay: Share = 0.999
+    power_ema: Sequence[float] = ()  # sigma_rel of each power-function average
+    log_every: Count = 50
+    save_every: Count | None = 1000
+    keep_checkpoints: Count = 2
+    keep_every: Count | None = None
+    asynchronous_save: bool = True
+    checkpoints: str | None = None  # another folder or s3://bucket/prefix; None: in the run's folder
+    scratch: str | None = None  # of each node, for what goes to and comes from a bucket
+    resume: Annotated[str, OneOf(RESUME)] = "auto"
+    may_change: Sequence[str] = ()
+    bad_numbers: BadNumbers = field(default_factory=BadNumbers)
+    wandb_project: str | None = None
+    hang_timeout_s: Annotated[float, Within(1)] = 300.0  # for a step; six times that for a save or what else is slow
+
+    def __post_init__(self) -> None:
+        refuse_wrong(self, "training")
+        for width in self.power_ema:
+            gamma_of(width)  # refuses what is none
+        if self.micro_batch is not None and self.accumulation != 1:
+            raise UserError(
+                f"training.accumulation={self.accumulation} and training.micro_batch={self.micro_batch} both say how a "
+                "batch is cut: give one of them."
+            )
+        kept = (self.keep_checkpoints - 1) * (self.save_every or self.steps)
+        if self.bad_numbers.spike_factor is not None and kept < self.log_every:
+            raise UserError(
+                f"training.bad_numbers.spike_factor: a spike is seen every log_every={self.log_every} steps, and the "
+                f"checkpoints kept go back {kept} for sure: raise training.keep_checkpoints or training.save_every."
+            )
+
+    def over(self, world_size: int) -> Training:
+        """With accumulation as the micro-batch asks for; a global batch that the ranks can't share is refused."""
+        if self.micro_batch is None:
+            self.check(world_size)
+            return self
+        at_once = world_size * self.micro_batch
+        if self.batch_size % at_once:
+            raise UserError(
+                f"batch_size={self.batch_size} is no multiple of {world_size} ranks x training.micro_batch="
+                f"{self.micro_batch}: change one of them."
+            )
+        return replace(self, accumulation=self.batch_size // at_once, micro_batch=None)
+
+    def check(self, world_size: int) -> None:
+        """A global batch that the ranks can't share is refused before anything is loaded."""
+        parts = world_size * self.accumulation
+        if self.batch_size % parts:
+            raise UserError(
+                f"batch_size={self.batch_size} can't be shared by {world_size} ranks x accumulation "
+                f"{self.accumulation}: "
+                f"make it a multiple of {parts}."
+            )
+
+
+def refuse_wrong_entry(cfg: Any) -> None:
+    """An entry's own options that can't be."""
+    groups = {"": cfg, "objective.": cfg.get("objective") or {}}
+    found = {prefix + name: value for prefix, group in groups.items() for name, value in group.items()}
+    refuse_wrong_values({name: value for name, value in found.items() if name in OPTIONS}, OPTIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that the training entries have in common; make_loader lacks only the ranks and where to start."""
+
+    training: Training
+    optimizer: AdamW
+    engine: EngineConfig
+    make_loader: Callable[..., Iterable[Batch]]
+    data_order: dict[str, Any]  # what the order of the samples depends on, beside the seed and the data set
+    dtype_because: str = "given by name"  # why the engine has its dtype
+
+    @classmethod
+    def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:
+        """From an entry's configuration by hydra's instantiate; what doesn't fit together is refused."""
+        refuse_wrong_entry(cfg)
+        data = build(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed)
+        order = {
+            name: cfg.data[name] for name in ("streams", "window_shards", "shuffle", "overlap") if name in cfg.data
+        }
+        training, optimizer = build(cfg.training).over(ranks.world_size), build(cfg.optimizer)
+        chosen = settled(cfg.engine, Places.of(Path(cfg.output), training.checkpoints), ranks)
+        engine = build(cfg.engine, dtype=chosen.dtype)
+        recipe = cls(training, optimizer, engine, data, order, chosen.because)
+        recipe.check(ranks)
+        return recipe
+
+    def loader(self, ranks: Ranks, start: DataCursor) -> Iterable[Batch]:
+        """This rank's batches from `start` on."""
+        return self.make_loader(
+            global_batch_size=self.training.batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            accumulation=self.training.accumulation,
+            start=start,
+        )
+
+    def check(self, ranks: Ranks) -> None:
+        """Refuse damaged shards, and streams that can't be shared, before the run's folder is made."""
+        self.loader(ranks, DataCursor())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint. The learning rate and its schedule may change."""
+        training, optimizer = self.training, self.optimizer
+        moments = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+        batch = {"batch_size": training.batch_size}
+        averages = {"ema_decay": training.ema_decay, "power_ema": list(training.power_ema)}
+        return {**batch, **self.data_order, **averages, "optimizer": moments, "dtype": self.engine.dtype}

@@ -1,0 +1,95 @@
+"""When training's numbers go bad: steps skipped in a row, or a loss far above what it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import UserError
+from train.distributed.collectives import gathered_objects
+from train.distributed.ranks import Ranks
+from train.engine.deepspeed_engine import StepResult
+from train.engine.train_state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class NumbersWentBad(Exception):
+    """The run can't go on from here. good_step: the last one that nothing was wrong with."""
+
+    def __init__(self, why: str, good_step: int) -> None:
+        super().__init__(why)
+        self.why, self.good_step = why, good_step
+
+
+@dataclass(frozen=True, slots=True)
+class BadNumbers:
+    """What is borne. spike_factor: of the median of the last `spike_window` logged losses; None: any loss is.
+
+    max_rollbacks: how often a run goes back to a checkpoint, past the window of data that it went bad in.
+    """
+
+    max_skipped: int = 100
+    spike_factor: float | None = None
+    spike_window: int = 20
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        if self.max_skipped < 1 or self.spike_window < 2 or self.max_rollbacks < 0:
+            raise UserError(
+                "training.bad_numbers: take max_skipped of 1 or more, spike_window of 2, max_rollbacks of 0."
+            )
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise UserError(f"training.bad_numbers.spike_factor={self.spike_factor} must be above 1, or null.")
+
+
+@dataclass(slots=True)
+class Watch:
+    """Follows a run on every rank; all come to the same end at the same step, as skips and logged losses are global."""
+
+    limits: BadNumbers
+    ranks: Ranks
+    notes: Path  # skipped.jsonl: which samples were in the steps that were not applied
+    skipped: int = 0
+    good_step: int = 0
+    losses: deque[float] = field(default_factory=deque)
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Note a step that was not applied, with its samples."""
+        if result.applied:
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.skipped == 1 and self.ranks.is_main:
+            log.warning("step %d: gradients not finite; such steps are skipped, %s has them", state.step, self.notes)
+        keys = [key for part in gathered_objects(result.keys) for key in part]
+        self.note({"step": state.step, "skipped": "gradients not finite", "keys": keys})
+        if self.skipped >= self.limits.max_skipped:
+            why = f"the gradients of {self.skipped} steps in a row, up to step {state.step}, were not finite"
+            raise NumbersWentBad(why, state.step - self.skipped)  # skipped steps changed nothing
+
+    def after_log(self, step: int, loss: float) -> None:
+        """A loss that has been averaged over all ranks."""
+        usual = statistics.median(self.losses) if len(self.losses) >= self.limits.spike_window else None
+        factor = self.limits.spike_factor
+        # NaN is the loss where all steps were skipped, which are counted by themselves.
+        if factor is not None and usual is not None and loss >= factor * usual:
+            why = f"the loss of step {step} is {loss:.4g}, {loss / usual:.1f} times what it was"
+            raise NumbersWentBad(why, self.good_step)
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        if len(self.losses) > self.limits.spike_window:
+            self.losses.popleft()
+        if not self.skipped:
+            self.good_step = step
+
+    def note(self, row: dict[str, Any]) -> None:
+        if self.ranks.is_main:
+            with self.notes.open("a") as file:
+                file.write(json.dumps(row) + "\n")

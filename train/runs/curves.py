@@ -1,0 +1,41 @@
+"""What a person looks at: curves in the terminal and as plots; grids are data_pipeline's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """A line of bars from the lowest (▁) to the highest (█) value, at most `width` of them, each a mean."""
+    if not values:
+        return ""
+    means = [float(np.mean(part)) for part in np.array_split(np.asarray(values, float), min(width, len(values)))]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in means)
+
+
+def curve_line(name: str, rows: Sequence[Mapping[str, float]], key: str) -> str:
+    """`name ▁▂▃ first -> last`, from metrics rows."""
+    values = [row[key] for row in rows if row.get(key) is not None]  # None: was not finite
+    return f"{name} {sparkline(values)} {values[0]:.4g} -> {values[-1]:.4g}" if values else f"{name}: no figures"
+
+
+def plot_curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], path: Path) -> Path:
+    """A panel a key over steps, as PNG."""
+    from matplotlib.figure import Figure  # pyplot would take as long again, and look for a window
+
+    figure = Figure(figsize=(4.5 * len(keys), 3), layout="constrained")
+    axes = figure.subplots(1, len(keys), squeeze=False)
+    for axis, key in zip(axes[0], keys, strict=True):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        axis.plot(*zip(*points, strict=True) if points else ([], []))
+        axis.set(xlabel="step", title=key)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+    return path

@@ -1,0 +1,188 @@
+"""Metrics to Weights & Biases, which may be down without the training noticing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from train.runs.metrics import log, rows_by_step
+
+_KEY_REFUSED = re.compile(r"API key|\b40[13]\b|unauthorized|forbidden|permission|logged in", re.IGNORECASE)
+
+
+class WeightsAndBiases:
+    """W&B in the run folder; offline where no account is set up, or it can't be reached (`wandb sync <folder>` uploads
+    it later). Never waited for: a thread feeds it from a queue, and where that is full, values are dropped and counted.
+
+    rows: of metrics.jsonl, from before this start; W&B is told those that it lacks, as a kill may have come between.
+    No step is told twice. patience_s: for its end; None: any.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run_id: str,
+        config: dict[str, Any],
+        project: str,
+        rows: Sequence[dict[str, Any]] = (),
+        name: str | None = None,
+        queue_size: int = 1000,
+        patience_s: float | None = 10.0,
+    ) -> None:
+        about = {"project": project, "dir": str(folder), "id": run_id, "name": name or folder.name, "config": config}
+        self.folder, self.run_id, self.last, self.patience_s, self.dropped = folder, run_id, 0, patience_s, 0
+        self.error: Exception | None = None
+        self.about = about
+        self.queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(queue_size)
+        self.thread = threading.Thread(target=self._feed, args=(rows,), daemon=True, name="wandb")
+        self.thread.start()
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if step < self.last:
+            return
+        self.last = step
+        try:
+            self.queue.put_nowait((step, values))
+        except queue.Full:
+            self.dropped += 1
+            if self.dropped == 1:
+                log.warning(
+                    "W&B does not keep up: values are dropped (metrics.jsonl has them; train/replay_metrics.py)"
+                )
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self.log(step, {name: path})
+
+    def rewind(self, step: int) -> None:
+        """W&B knows no way back: it goes on when the run has come to its last step again."""
+
+    def close(self) -> None:
+        """Wait until all is told, but not longer than patience_s, and thrice that for what is then kept offline."""
+        if not self._ended(self.patience_s):
+            if self.about.get("mode") != "offline":
+                _kill_service()  # who waits for a server in vain is told so by that, and goes on offline
+            if not self._ended(3 * self.patience_s):
+                self.dropped += sum(entry is not None for entry in tuple(self.queue.queue))
+                _kill_service()
+            _teardown()  # now, or Python's end does it, and shows what it suffers
+        if self.dropped or self.thread.is_alive():
+            log.warning(
+                "W&B lacks some of the run (%d entries were dropped%s): train/replay_metrics.py tells it all of "
+                "metrics.jsonl", self.dropped, ", and it did not end in time" * self.thread.is_alive(),
+            )  # fmt: skip
+
+    def _ended(self, patience_s: float | None) -> bool:
+        """Whether the thread has told all within so many seconds; None: however long it takes."""
+        deadline = None if patience_s is None else time.monotonic() + patience_s
+        try:
+            self.queue.put(None, timeout=patience_s)
+        except queue.Full:
+            return False
+        self.thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        return not self.thread.is_alive()
+
+    def _feed(self, rows: Sequence[dict[str, Any]]) -> None:
+        """In the thread: begin, tell all, end. What goes wrong there is W&B's trouble, and not training's."""
+        try:
+            run = _begin_run(self.about, self.patience_s)
+            has = _last_step_told(run, self.folder, self.run_id)
+            before = ((row["step"], row) for row in rows_by_step(rows, self.folder / "samples"))
+            for step, values in itertools.chain(before, iter(self.queue.get, None)):
+                if step > has:
+                    told = {name: _for_wandb(value) for name, value in values.items() if name != "step"}
+                    run.log(told, step=step)
+            run.finish()
+        except Exception as error:
+            self.error = error
+            log.warning("W&B is not told any more (%s: %s)", type(error).__name__, error)
+
+
+def _kill_service() -> None:
+    """W&B's own process, which Python would wait for at its end, for a minute and a half."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "wandb-core" in child.name():
+                child.kill()
+
+
+def _teardown() -> None:
+    """Forget the service: the next run starts another."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
+
+
+def _begin_run(about: dict[str, Any], patience_s: float | None) -> Any:
+    """Online or offline, as about["mode"] then says: as there is an account, or the server can't be had."""
+    import wandb
+
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else its own reports hold Python's end up, for 20 s
+    about["mode"] = os.environ.get("WANDB_MODE")
+    try:
+        about["mode"] = about["mode"] or ("online" if wandb.login(prompt=False) else "offline")
+        return _init(about, patience_s)
+    except Exception as error:
+        if about["mode"] == "offline":
+            raise
+        about["mode"] = "offline"
+        log.warning("%s: the run is kept offline; `wandb sync` uploads it later", _why_not_online(error))
+        _kill_service()  # it holds the run's id, and would go on asking for it
+        _teardown()
+        return _init(about, patience_s)
+
+
+def _why_not_online(error: Exception) -> str:
+    """A wrong key, or what else W&B says; it may say nothing."""
+    import wandb
+
+    said = str(error) or "no answer up to the run's end: is WANDB_API_KEY right, and WANDB_BASE_URL?"
+    if _KEY_REFUSED.search(said):
+        return f"W&B does not take the key ({said}): give the right one by WANDB_API_KEY or `wandb login`"
+    unknown = " with this key" if isinstance(error, wandb.errors.AuthenticationError) else ""
+    return f"W&B can't be reached{unknown} ({said})"
+
+
+def _init(about: dict[str, Any], patience_s: float | None) -> Any:
+    import wandb
+
+    settings = wandb.Settings(
+        console="off", silent=True, x_disable_stats=about["mode"] == "offline", finish_timeout=patience_s or 0.0
+    )
+    return wandb.init(**about, resume="allow" if about["mode"] == "online" else None, settings=settings)
+
+
+def _last_step_told(run: Any, folder: Path, run_id: str) -> int:
+    """Which W&B has of this run from earlier starts: as its server says, or its offline files. 0: none."""
+    last = run.step - 1 if run.resumed else 0
+    keep_logs_there = {**os.environ, "WANDB_DIR": str(folder)}  # its command keeps one, by default in TMPDIR
+    for path in folder.glob(f"wandb/offline-run-*-{run_id}/run-*.wandb"):
+        if path.parent == Path(run.dir).parent:  # it has just begun
+            continue
+        line = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said = subprocess.run(
+                line, env=keep_logs_there, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60
+            ).stdout
+            last = max([last, *map(int, re.findall(r'"_step":(\d+)', said))])
+    return last
+
+
+def _for_wandb(value: Any) -> Any:
+    if not isinstance(value, Path):
+        return value
+    import wandb
+
+    return wandb.Image(str(value))

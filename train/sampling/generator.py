@@ -1,0 +1,182 @@
+"""From conditions to pictures: the one path that previews, sample_images and evaluate_ldm draw by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.images.pixels import to_uint8
+from train.data.latent_facts import LatentFacts
+from train.diffusion.denoiser import Denoiser, NetworkDenoiser
+from train.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
+from train.diffusion.parameterization import Parameterization
+from train.diffusion.process import DiffusionProcess
+from train.diffusion.randomness import generator_at
+from train.diffusion.samplers import uniform_times
+from train.models.classifier import NoisyClassifier
+from train.models.conditioning import ConditionedUNet, Conditioning
+from train.models.latents import LatentScaling
+from train.objectives.latent_diffusion import LatentDiffusion
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """A sampling function with its number of steps and their spacing."""
+
+    function: Callable[..., Tensor]
+    steps: int = 30
+    times: Callable[[DiffusionProcess, int], Tensor] = uniform_times
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance: scale 1 is none; rescale and interval as in diffusion/guidance.py."""
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not rises_within_1(self.interval):
+            raise UserError(
+                f"guidance.interval={self.interval} is no part of the process: give two fractions of it, from data to "
+                "noise, as guidance.interval=[0.1,0.8]."
+            )
+        if not isinstance(self.rescale, int | float) or not 0 <= self.rescale <= 1:
+            raise UserError(f"guidance.rescale={self.rescale} is no share: give one from 0 to 1.")
+
+    def of(self, denoise: Denoiser, process: DiffusionProcess) -> Denoiser:
+        """The guided denoiser."""
+        return ClassifierFreeGuidance(denoise, self.scale, self.rescale, self.interval, process)
+
+
+def rises_within_1(interval: Any) -> bool:
+    """Whether it is two numbers, 0 <= low < high <= 1."""
+    if not isinstance(interval, list | tuple) or not all(isinstance(value, int | float) for value in interval):
+        return False
+    return len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1
+
+
+@dataclass(frozen=True, slots=True)
+class ByClassifier:
+    """Guidance by a classifier of noised latents towards labels (N,), one for each picture."""
+
+    classifier: NoisyClassifier
+    labels: Tensor
+    scale: float = 1.0
+
+    def of(self, denoise: Denoiser, process: DiffusionProcess, first: int, count: int) -> Denoiser:
+        """The guided denoiser of pictures `first` to `first + count`."""
+
+        def log_prob(x_t: Tensor, t: Tensor) -> Tensor:
+            labels = self.labels[first : first + count].to(x_t.device)
+            return self.classifier.log_prob(x_t, process.network_time(t), labels)
+
+        return ClassifierGuidance(denoise, log_prob, self.scale, process)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What N pictures are to be of: stored fields by name, each (N, ...), and captions."""
+
+    fields: Mapping[str, Tensor]
+    captions: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def part(self, first: int, count: int, device: torch.device) -> Asked:
+        """`count` of them from `first` on."""
+        rows = slice(first, first + count)
+        return Asked({n: v[rows].to(device) for n, v in self.fields.items()}, list(self.captions[rows]))
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """Everything fixed about drawing. latent_shape is x_t's (C, h, w); decode maps raw latents to pictures."""
+
+    network: ConditionedUNet
+    process: DiffusionProcess
+    parameterization: Parameterization
+    scaling: LatentScaling
+    decode: Callable[[Tensor], Tensor]
+    latent_shape: tuple[int, int, int]
+    device: torch.device
+
+    @torch.no_grad()
+    def draw(
+        self,
+        asked: Asked,
+        sampler: Sampler,
+        guidance: Guidance,
+        seed: int,
+        batch_size: int = 64,
+        on_batch: Callable[[int], None] = lambda n: None,
+        negative: Asked | None = None,  # what to steer away from, one for each picture; None: the null
+        by_classifier: ByClassifier | None = None,
+    ) -> np.ndarray:
+        """N conditions -> (N, H, W, 3) uint8. Picture i depends on seed and i, not on the batch size."""
+        pictures = []
+        for first in range(0, len(asked), batch_size):
+            part = asked.part(first, batch_size, self.device)
+            conditioning = self.network.condition(part.fields, part.captions)
+            if negative is not None:
+                away = negative.part(first, batch_size, self.device)
+                conditioning = self.network.condition_against(conditioning, away.fields, away.captions)
+            denoise = guidance.of(NetworkDenoiser(self.network, self.process, self.parameterization), self.process)
+            if by_classifier is not None:
+                denoise = by_classifier.of(denoise, self.process, first, len(part))
+            pictures.append(self._draw_batch(denoise, conditioning, sampler, seed, range(first, first + len(part))))
+            on_batch(len(part))
+        return np.concatenate(pictures)
+
+    @torch.no_grad()
+    def beside_what_was_given(self, asked: Asked, drawn: np.ndarray, batch_size: int = 64) -> np.ndarray:
+        """Pictures (N, H, W, 3) for a grid: to the left of each the one that it enlarges or fills in, where it does."""
+        size, given = drawn.shape[1:3], []
+        for first in range(0, len(asked), batch_size):
+            fields = asked.part(first, batch_size, self.device).fields
+            if "masked_latents" in fields:
+                given.append(self.decode(fields["masked_latents"].float()))
+            elif "low_resolution" in fields:
+                given.append(F.interpolate(fields["low_resolution"].float(), size))
+        pictures = [to_uint8(part.float().cpu().numpy()) for part in given]
+        return np.concatenate([np.concatenate(pictures), drawn], axis=2) if pictures else drawn
+
+    def _draw_batch(
+        self, denoise: Denoiser, conditioning: Conditioning, sampler: Sampler, seed: int, numbers: Sequence[int]
+    ) -> np.ndarray:
+        def noise(step: int | str) -> Tensor:
+            draws = [torch.randn(self.latent_shape, generator=generator_at("cpu", seed, i, step)) for i in numbers]
+            return torch.stack(draws).to(self.device)
+
+        times = sampler.times(self.process, sampler.steps).to(self.device)
+        x = self.process.sigma(times[0]) * noise("start")
+        x = sampler.function(lambda x, t: denoise(x, t, conditioning), x, times, self.process, noise)
+        return to_uint8(self.decode(self.scaling.from_model(x)).float().cpu().numpy())
+
+
+def generator_of(
+    network: ConditionedUNet,
+    objective: LatentDiffusion,
+    facts: LatentFacts,
+    autoencoder: nn.Module,
+    device: torch.device,
+) -> Generator:
+    """Draws what `network` has learnt by `objective` of latents with these facts."""
+    return Generator(
+        network,
+        objective.process,
+        objective.parameterization,
+        facts.scaling,
+        autoencoder.to(device).decode,
+        facts.unet_shape,
+        device,
+    )

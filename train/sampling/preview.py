@@ -1,0 +1,38 @@
+"""Pictures drawn during a training, to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from data_pipeline.images.grid import grid, save_png
+from data_pipeline.shards.samples import collated
+from train.engine.train_state import TrainState
+from train.runs.metrics import Reporter
+from train.runs.run_folder import RunFolder
+from train.sampling.generator import Asked, Generator, Guidance, Sampler
+
+
+class Preview:
+    """A grid of the conditions of `samples` with a fixed seed, drawn by rank 0 with the averaged weights."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        sampler: Sampler,
+        guidance: Guidance,
+        samples: Sequence[dict[str, Any]],
+        seed: int,
+        run: RunFolder,
+        reporter: Reporter,
+    ) -> None:
+        self.generator, self.sampler, self.guidance, self.seed = generator, sampler, guidance, seed
+        self.run, self.reporter = run, reporter
+        self.asked = Asked(collated(samples), [sample["caption"] for sample in samples])
+
+    def draw(self, state: TrainState) -> None:
+        if self.run.ranks.is_main:
+            drawn = self.generator.draw(self.asked, self.sampler, self.guidance, self.seed)
+            path = self.run.samples / f"step-{state.step:08d}.png"
+            shown = list(self.generator.beside_what_was_given(self.asked, drawn))
+            self.reporter.image(state.step, "samples", save_png(grid(shown, self.asked.captions), path))

@@ -1,0 +1,126 @@
+"""A finished (or running) train_ldm run, ready to draw from: its EMA weights, decoder, encoders and nulls."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_names import named
+from data_pipeline.common.saved_objects import build, checked, read_config, targets_in
+from data_pipeline.shards.samples import collated
+from train.checkpointing.ema_weights import EmaWeights, ema_weights
+from train.data.build import network_of, used_conditions, uses_clip
+from train.data.latent_facts import LatentFacts
+from train.sampling.generator import Asked, Generator, generator_of
+
+SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler", "guidance")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRun:
+    """generator draws; conditions turn samples into what the network is conditioned on, with `image` and `text` as
+    their encoders; config is the run's own."""
+
+    generator: Generator
+    image: nn.Module
+    text: nn.Module | None
+    conditions: Mapping[str, Any]
+    facts: LatentFacts
+    config: dict[str, Any]
+    weights: str  # the file that they are from
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(H, W) of what it draws."""
+        _, h, w = self.facts.latent_shape
+        return h * self.image.factor, w * self.image.factor
+
+    @torch.no_grad()
+    def asked(self, samples: Sequence[Mapping[str, Any]], batch_size: int = 64) -> Asked:
+        """Samples ({"key", "caption", "meta", "image"}) as their conditions, made as precompute makes them."""
+        parts = [self._fields(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
+        fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        return Asked(fields, [sample["caption"] for sample in samples])
+
+    def _fields(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        images = collated(samples).get("image")
+        images = None if images is None else images.to(self.generator.device)
+        fields: dict[str, torch.Tensor] = {}
+        for condition in self.conditions.values():
+            fields |= condition.encode(samples, images, self)
+        return fields
+
+
+def open_run(
+    run: str, step: str | int, autoencoder_path: str | None = None, clip_path: str | None = None
+) -> TrainedRun:
+    """Load a run's EMA weights in fp32. The encoders' paths are those it was trained with unless given.
+
+    The folder may be a stranger's: what its files describe is built by data_pipeline/common/saved_objects.py alone.
+    """
+    folder = Path(run)
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"input={run} is not a run (no config.yaml there): give the output= of train_ldm.py.")
+    config, where = sections_of(folder / "config.yaml"), f"{folder / 'config.yaml'}: "
+    unet = checked(config["unet"], "unet", f"{where}unet")  # before the weights, which take long
+    make_objective = build(config["objective"], "objective", f"{where}objective")
+    for group in ("sampler", "guidance"):
+        build(config[group], group, where + group)
+    weights = ema_weights(folder, step)
+    facts = LatentFacts.of_run(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    conditions = used_conditions(config, facts, f"{folder / 'latents.json'}")
+    given = config["conditioning"].items()
+    parts = {name: build(entry, "conditioning", f"{where}conditioning.{name}") for name, entry in given}
+    network = network_of(unet.arguments, unet.build, parts, facts)
+    autoencoder, clip = (
+        build(with_path(config[name], path), name, name if path else where + name).to(device) if needed else None
+        for name, path, needed in (("autoencoder", autoencoder_path, True), ("clip", clip_path, uses_clip(conditions)))
+    )
+    facts.refuse_other_encoders(autoencoder.fingerprint, clip.fingerprint if clip else None)
+    load(network, weights, where)
+    network.to(device).eval().requires_grad_(False)
+    objective = make_objective(network=network, latents=facts.latents)
+    generator = generator_of(network, objective, facts, autoencoder, device)
+    return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
+
+
+def sections_of(path: Path) -> dict[str, Any]:
+    """A run's configuration, with all that it is opened by."""
+    config = read_config(path)
+    if lacking := [name for name in SECTIONS if not isinstance(config.get(name), Mapping)]:
+        raise DataError(f"{path} has no {' and no '.join(lacking)}: give the output= of train_ldm.py.")
+    return config
+
+
+def load(network: nn.Module, weights: EmaWeights, where: str) -> None:
+    """Weights of another network than the configuration's are a sentence."""
+    try:
+        network.load_state_dict(weights.tensors)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise DataError(f"{weights.path} does not fit {where}unet and conditioning ({reason}).") from error
+
+
+def as_the_run_draws(config: Mapping[str, Any], group: str, given: Mapping[str, Any]) -> Any:
+    """`sampler` or `guidance` of the run's own sample grids, but for what the command line gives."""
+    saved, chosen = config[group], {name: value for name, value in given.items() if value is not None}
+    own: Collection[tuple[str, bool]] = targets_in(chosen)  # whatever it names: it is the user's
+    chosen = named(chosen)
+    if {"name", "_target_"} & set(chosen):
+        saved = {name: value for name, value in saved.items() if name not in ("name", "_target_")}
+    try:
+        return build({**saved, **chosen}, group, group, own)
+    except DataError as error:  # what the file says has been found in order
+        raise UserError(str(error)) from error
+
+
+def with_path(config: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+    """An encoder's entry, at another place where one is given."""
+    return {**config, **({"path": path} if path else {})}
