@@ -17,15 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
 PACKAGES = ("data_pipeline", "train")
 ENTRIES = "entry scripts"  # the files that lie directly in a package
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 168, 62, 22, 40, 24
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 168, 52, 22, 40, 24
 Graph = Mapping[str, set[str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """files: how many modules; own: folders of its package that it imports; other: what of the other package."""
+    """own: folders of its package that it imports; other: of the other package."""
 
-    files: int
     own: set[str]
     other: set[str]
 
@@ -60,11 +59,11 @@ def folders(package: str) -> dict[str, Folder]:
     for module, path in known.items():
         if place(module)[0] == package:
             name = place(module)[1]
-            folder = found.get(name) or Folder(0, set(), set())
+            folder = found.get(name) or Folder(set(), set())
             targets = [place(target) for target in imported(path, known)]
             own = {to for other, to in targets if other == package and to != name}
             other = {to for other, to in targets if other != package}
-            found[name] = Folder(folder.files + 1, folder.own | own, folder.other | other)
+            found[name] = Folder(folder.own | own, folder.other | other)
     return found
 
 
@@ -148,12 +147,11 @@ def arrow(points: Sequence[tuple[float, float]]) -> str:
     return f'<path d="{path}" class="arrow" marker-end="url(#tip)"/>'
 
 
-def box(package: str, name: str, folder: Folder, x: float, y: float) -> str:
-    """A folder with its number of files, and what it imports of the other package."""
-    title = f"{package}/*.py" if name == ENTRIES else f"{name}/"
-    words = f"{folder.files} {ENTRIES}" if name == ENTRIES else f"{folder.files} file{'s' * (folder.files > 1)}"
+def box(name: str, folder: Folder, x: float, y: float) -> str:
+    """A folder, and what it imports of the other package."""
+    title = ENTRIES if name == ENTRIES else f"{name}/"
     other = textwrap.wrap("+ " + ", ".join(sorted(folder.other)), 30) if folder.other else []
-    lines = [("name", title), ("small", words), *(("other", line) for line in other)]
+    lines = [("name", title), *(("other", line) for line in other)]
     first = y + (HEIGHT - 14 * len(lines)) / 2 + 11
     return "\n".join(
         [
@@ -173,7 +171,7 @@ def panel(package: str, left: float, top: float) -> tuple[str, float, float]:
     at = positions(rows_of(graph), left, top + 34)
     lines = [f'<text x="{left:.0f}" y="{top + 14:.0f}" class="title">{package}/</text>']
     lines += [arrow([at[name] for name in chain]) for chain in chains(graph)]
-    lines += [box(package, name, folder, *at[name]) for name, folder in sorted(found.items())]
+    lines += [box(name, folder, *at[name]) for name, folder in sorted(found.items())]
     right, low = max(x for x, _ in at.values()) + WIDTH / 2, max(y for _, y in at.values()) + HEIGHT
     return "\n".join(lines), right, low
 
