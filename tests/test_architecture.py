@@ -1,4 +1,4 @@
-"""Who may import whom (docs/design.md). Read from the sources, so that nothing needs to be imported."""
+"""Who may import whom (docs/architecture.md). Read from the sources, so that nothing needs to be imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages: what they link to and name exists, and their plots are drawn by the code that they describe."""
+"""The pages: what they link to and name exists; their plots and the map are drawn from the code that they describe."""
 
 import ast
 import functools
@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MATHS = ROOT / "docs" / "maths.md"
 LINK = re.compile(r"\[([^\]\[]*)\]\(([^)\s]+)\)")
 GROUPS = {p.relative_to(CONF).as_posix() for p in CONF.rglob("*") if p.is_dir()}
@@ -35,9 +35,11 @@ def test_relative_links_lead_somewhere(page):
 
 
 def names_in(path):
-    """Functions and classes of a module, methods as Class.method."""
+    """Functions, classes and constants of a module, methods as Class.method."""
     names = set()
     for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
             names |= {f"{node.name}.{m.name}" for m in ast.iter_child_nodes(node) if isinstance(m, ast.FunctionDef)}
@@ -46,7 +48,7 @@ def names_in(path):
 
 def test_linked_functions_are_in_the_linked_file(page):
     code = [(text, page.parent / to) for text, to in links(page) if to.endswith(".py")]
-    assert [f"{text} in {path.name}" for text, path in code if text not in names_in(path)] == []
+    assert [f"{text} in {path.name}" for text, path in code if text not in {path.name, *names_in(path)}] == []
     assert page != MATHS or len(code) > 50
 
 
@@ -120,17 +122,50 @@ def test_pages_with_formulas_survive_markdown():
         assert not [f for f in formulas[1::2] if re.search(r"\\[^a-zA-Z]", f) or f != f.strip()], line
 
 
+def script_of_docs(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
+
+
+# The map.
+
+
+@pytest.fixture(scope="module")
+def architecture():
+    yield from script_of_docs("draw_architecture")
+
+
+def test_the_picture_of_the_folders_is_that_of_this_checkout(architecture):
+    assert architecture.PICTURE.read_text() == architecture.drawn(), "run python docs/draw_architecture.py"
+
+
+def test_each_folder_has_one_line_in_the_map(architecture):
+    lines = re.findall(
+        r"^\| `((?:train|data_pipeline)/\w+)/` \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE
+    )
+    there = {f"{package}/{name}" for package in architecture.PACKAGES for name in architecture.folders(package)}
+    assert sorted(lines) == sorted(name for name in there if not name.endswith(architecture.ENTRIES))
+
+
+def test_an_import_upward_is_refused_by_the_picture(architecture):
+    with pytest.raises(ValueError, match="circle: a -> b -> a"):
+        architecture.floors({"a": {"b"}, "b": {"a"}})
+
+
+def test_arrows_that_follow_from_others_are_left_out(architecture):
+    assert architecture.direct({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == [("a", "b"), ("b", "c")]
+
+
 # The plots.
 
 
 @pytest.fixture(scope="module")
 def plots():
-    spec = importlib.util.spec_from_file_location("plots", ROOT / "docs" / "plots.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plots"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["plots"]
+    yield from script_of_docs("plots")
 
 
 def test_plots_are_drawn(plots, tmp_path):
