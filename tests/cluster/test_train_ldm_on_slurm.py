@@ -43,7 +43,6 @@ def jobs(cluster: Cluster, folder: Path) -> dict[str, Job]:
     given = (f"input={folder / 'latents'}", *TINY)
     return {
         "stopped": submitted(cluster, *given, f"output={folder / 'stopped'}"),
-        "refused": submitted(cluster, *given, f"output={folder / 'refused'}", "training.batch_size=7"),
         "nothing": submitted(cluster, nodes=1),
     }
 
@@ -121,11 +120,14 @@ def test_a_failed_node_is_survived(cluster: Cluster, jobs: dict[str, Job], folde
     assert sorted(losses(run)) == list(range(1, LONG_STEPS + 1))
 
 
-def test_a_refused_override_fails_with_its_sentence(jobs: dict[str, Job], folder: Path) -> None:
-    facts = jobs["refused"].wait()
+@pytest.mark.exhaustive  # test_launch.py has a script that leaves with this code
+def test_a_refused_override_fails_with_its_sentence(cluster: Cluster, folder: Path) -> None:
+    given = (f"input={folder / 'latents'}", *TINY, f"output={folder / 'refused'}", "training.batch_size=7")
+    job = submitted(cluster, *given)
+    facts = job.wait()
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
-    assert "error: batch_size=7 can't be shared by 2 ranks" in (jobs["refused"].output())
-    assert "Traceback" not in jobs["refused"].output()
+    assert "error: batch_size=7 can't be shared by 2 ranks" in job.output()
+    assert "Traceback" not in job.output()
 
 
 def test_without_arguments_it_says_what_must_be_given(jobs: dict[str, Job]) -> None:

@@ -64,9 +64,17 @@ def heldout_losses(folder: Path) -> list[float]:
     return [row["heldout_loss"] for row in metric_rows(folder) if "heldout_loss" in row]
 
 
-def test_ranks_and_stages_may_change_on_the_way(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+CHAINS = [
+    [(1, 1), (2, 2), (2, 3), (1, 2)],  # ranks, stage
+    pytest.param([(1, 1), (2, 2), (4, 3), (2, 2)], marks=pytest.mark.exhaustive),
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_ranks_and_stages_may_change_on_the_way(
+    latents: Path, undisturbed: Path, tmp_path: Path, chain: list[tuple[int, int]]
+) -> None:
     """The same samples, noise and times in each stream of each step; losses, weights, moments and EMA to rounding."""
-    chain = [(1, 1), (2, 2), (4, 3), (2, 2)]  # ranks, stage
     accumulations = [4, 1, 1, 4]
     output = tmp_path / "run"
     ends = [STEPS * (i + 1) // len(chain) for i in range(len(chain))]

@@ -42,7 +42,8 @@ def only(drawn: Path) -> Path:
 def test_its_run_is_trained_on_as_it_would_have_been(before: Path) -> None:
     logged = metric_rows(before / "run")
     train = [f"input={before}/latents", f"output={before}/run", f"autoencoder.path={before}/autoencoder", *RUN]
-    said = run("train/train_ldm.py", *train, "training.steps=6", "training.resume=must").stdout
+    then = ["training.ema_decay=0.998", "optimizer.lr=2e-3"]  # the defaults of those commits
+    said = run("train/train_ldm.py", *train, *then, "training.steps=6", "training.resume=must").stdout
     assert "resumed from step 4 of 6" in said
     assert metric_rows(before / "run")[: len(logged)] == logged
     ours, theirs = ({step: float.fromhex(loss) for step, loss in losses(before / at).items()} for at in ("run", "on"))

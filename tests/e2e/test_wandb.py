@@ -87,7 +87,7 @@ def test_an_endpoint_that_swallows_everything_holds_nothing_up(latents: Path, tm
 ANSWERS = {404: "W&B can't be reached (", 401: "W&B does not take the key (", 0: "W&B does not take the key ("}
 TELL = """
 import pathlib, sys
-from train.runs.metrics import WeightsAndBiases
+from train.runs.wandb_reporter import WeightsAndBiases
 reporter = WeightsAndBiases(pathlib.Path(sys.argv[1]), "0a1b2c3d", {}, "project", patience_s=60.0)
 for step in range(1, 6):
     reporter.log(step, {"loss": 1.0})

@@ -168,6 +168,7 @@ def plots():
     yield from script_of_docs("plots")
 
 
+@pytest.mark.exhaustive
 def test_plots_are_drawn(plots, tmp_path):
     drawn = [
         plot(tmp_path, counts=(5, 10)) if name == "convergence" else plot(tmp_path)
