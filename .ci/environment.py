@@ -1,5 +1,4 @@
-"""Makes .venv what the checkout needs and says what it does; prints nothing if there is nothing to do. Standard library
-only.
+"""Makes .venv what the checkout needs and says what it does; silent if nothing is to do. Standard library only.
 
 .venv/installed, written last, records what a complete one was made of; .venv/unfinished exists while it is being made.
 """
@@ -213,8 +212,7 @@ def make_venv(venv: Path, want: Made, system: SystemTorch | None, lock: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class SystemTorch:
-    """The packages of torch's family that the Python running this has, and where, if that is not the Python's own
-    folder."""
+    """What this Python has of torch's family, and where, if that is not its own folder."""
 
     versions: Mapping[str, str]
     beyond_base: tuple[str, ...]

@@ -63,8 +63,7 @@ class Refused(Exception):
 
 
 def run_pip(venv: Path, arguments: Sequence[str], cwd: str, lock: int) -> None:
-    """All of pip's lines go to <venv>/pip.log; on a terminal its latest line, or its progress bar, is shown below
-    ours."""
+    """All of pip's lines go to <venv>/pip.log; on a terminal its latest line or progress bar is shown below ours."""
     command = [str(venv / "bin" / "python"), "-m", "pip", *arguments]
     view = View(sys.stdout, sys.stdout.isatty())
     said: list[str] = []
@@ -138,8 +137,8 @@ def as_seen(line: str) -> str:
 
 
 class View:
-    """Shows a line for each large download, and none for warnings and errors; on a terminal also pip's current action,
-    in place."""
+    """Shows a line for each large download, none for warnings and errors; on a terminal also pip's current action, in
+    place."""
 
     def __init__(self, out: IO[str], live: bool) -> None:
         self.out, self.live = out, live

@@ -72,8 +72,7 @@ def refuse_impossible(cfg: DictConfig) -> None:
 
 
 def encoders_of(cfg: DictConfig, chosen: str) -> dict[str, Encoders]:
-    """The encoders as precompute would have them, by the first stage's name: the `chosen` one, then those to
-    compare."""
+    """The encoders as precompute has them, by the first stage's name: the `chosen` one, then those to compare."""
     conditions = instantiate(cfg.conditions, _convert_="all")
     text = text_encoder(cfg, conditions)
     found = {}

@@ -153,8 +153,7 @@ def check_buckets(sets: Sequence[DataSet], root: str) -> None:
 
 
 def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | None) -> None:
-    """Check that latents and text states come from the given encoders; for the CLIP's state of "", compare all
-    values."""
+    """Check that latents and text states are the given encoders'; for the CLIP's state of "", compare all values."""
     if data.manifest.kind != "latents":
         return
     given = {"autoencoder": autoencoder, "text_encoder": text and text.fingerprint}

@@ -1,5 +1,4 @@
-"""Some samples of a data set on a sheet of pictures; latents are decoded and shown beside their originals, with
-PSNR."""
+"""Some samples of a data set on a sheet of pictures; latents are decoded, beside their originals, with PSNR."""
 
 from __future__ import annotations
 
@@ -141,8 +140,7 @@ class Originals:
         self.shards = {shard.name: shard for shard in self.manifest.shards}
 
     def of(self, shard: Shard, sample: dict[str, Any], sides: Sequence[int]) -> np.ndarray:
-        """(H, W, 3) uint8 at `sides`, as precompute saw it. DataError: the picture is missing, or is not the encoded
-        one."""
+        """(H, W, 3) uint8 at `sides`, as precompute saw it. DataError: it is missing, or not the encoded picture."""
         source = self.shards.get(shard.name)
         entries = {entry.key: entry for entry in read_index(self.root, source)} if source else {}
         found = entries.get(sample["key"])

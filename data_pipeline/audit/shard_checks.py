@@ -152,8 +152,7 @@ def places_of(entry: IndexEntry) -> frozenset:
 def check_webdataset(
     path: str, data: bytes, inside: list[IndexEntry], entries: list[IndexEntry], findings: Findings
 ) -> None:
-    """Check that a plain wds.WebDataset reads the same samples from the tar: its own two stages, on the bytes in
-    memory."""
+    """Check that a plain wds.WebDataset reads the same samples: its own two stages, on the tar in memory."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     taken = {places_of(entry) for entry in entries}

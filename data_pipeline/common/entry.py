@@ -96,8 +96,7 @@ class Said:
 
 
 def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> None:
-    """Hydra's own refusals (no such option) exit with 1: they are the user's mistakes, so exit with 2 and one
-    sentence."""
+    """Hydra's own refusals (no such option) exit with 1: as the user's mistakes, make it 2 and one sentence."""
     said.start()
     try:
         with said.stack:
@@ -112,8 +111,7 @@ def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> No
 
 
 def _leave_if_one_of_many(code: int | str | None) -> None:
-    """End a rank here: threads of torch and DeepSpeed can abort the interpreter's own shutdown, even of a finished
-    job."""
+    """End a rank here: threads of torch and DeepSpeed can abort the interpreter's shutdown, even of a finished job."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(code, str):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -121,8 +119,8 @@ def _leave_if_one_of_many(code: int | str | None) -> None:
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """The UserError that Hydra's instantiate may have wrapped, or one for options of a wrong type or a full disk; None:
-    it is another error."""
+    """The UserError that Hydra's instantiate may have wrapped, or one for options of a wrong type or a full disk; None
+    for any other error."""
     while error is not None:
         if isinstance(error, UserError):
             return error

@@ -15,8 +15,7 @@ NOT_SET = re.compile(r"Could not override '([\w./@]+)'")
 
 
 def reworded(said: str, conf: Path, root: str) -> str:
-    """One sentence for Hydra's message on an entry of conf/<root>.yaml; a message without a sentence here stays as it
-    is."""
+    """One sentence for Hydra's message on an entry of conf/<root>.yaml; other messages stay as they are."""
     if found := NOT_LOADED.search(said):
         group, name = found.groups()
         there = sorted(path.stem for path in (conf / group).glob("*.yaml"))

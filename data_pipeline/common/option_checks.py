@@ -56,8 +56,7 @@ Share = Annotated[float, Within(0, 1)]
 
 
 def refuse_wrong(options: Any, prefix: str) -> None:
-    """Check a dataclass' fields, called in its __post_init__; `prefix`: where the user finds them in the
-    configuration."""
+    """Check a dataclass' fields, in its __post_init__; `prefix`: where they are in the configuration."""
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     refuse_wrong_values(values, get_type_hints(type(options), include_extras=True), f"{prefix}.")
 
@@ -70,8 +69,7 @@ def refuse_wrong_values(values: Mapping[str, Any], hints: Mapping[str, Any], pre
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value fits an annotation. Types that are not covered here, such as another dataclass, accept
-    anything."""
+    """Whether a value fits an annotation. Types not covered here, such as another dataclass, accept anything."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return fits(value, parts[0]) and all(_meets(value, condition) for condition in parts[1:])

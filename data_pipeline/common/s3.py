@@ -1,5 +1,4 @@
-"""Objects in S3 buckets (s3fs): each request ends in bounded time, is retried where that may help, or fails in one
-sentence.
+"""Objects in S3 buckets (s3fs): requests end in bounded time, are retried where that may help, or fail in one sentence.
 
 Only this module decides how often and how long to retry: the retries of s3fs and botocore are switched off, so that
 the total is bounded. Keys come from the environment, and no message contains them: the server's answer is reduced to
@@ -69,8 +68,7 @@ class CutShort(Exception):
 
 
 def read(path: str, start: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes from `start` (all: None), long ones in parallel parts. An object that is shorter is a
-    DataError."""
+    """`length` bytes from `start` (all: None), long ones in parallel parts. A shorter object is a DataError."""
     if length is None or length <= PART:
         return _tried(path, functools.partial(_get, path, start, length), length or PART)
     places = [(at, min(PART, start + length - at)) for at in range(start, start + length, PART)]

@@ -30,10 +30,8 @@ Target = tuple[str, bool]  # a path, and whether to call it or to use it as it i
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """supplied: arguments that only the program may give; a target that takes any is built as a partial, which it
-    calls.
-    parts: arguments that are entries themselves, and their groups. conf: the group's folder in conf/, if named
-    otherwise."""
+    """supplied: arguments that only the program may give; a target that takes any becomes a partial, which it calls.
+    parts: arguments that are entries themselves, and their groups. conf: its folder in conf/, if named otherwise."""
 
     supplied: tuple[str, ...] = ()
     parts: tuple[tuple[str, str], ...] = ()
@@ -157,8 +155,7 @@ def _imported(path: str, where: str) -> Callable[..., Any]:
 
 
 def _parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
-    """Parameters by name; for a class, also those of the classes that it hands **options on to. And whether others are
-    accepted."""
+    """Parameters by name; for a class, also those of bases that get its **options. And whether others are accepted."""
     found: dict[str, inspect.Parameter] = {}
     for function in _functions(make):
         parameters = inspect.signature(function).parameters.values()
@@ -188,8 +185,7 @@ def _functions(make: Callable[..., Any]) -> list[Callable[..., Any]]:
 
 @functools.cache
 def targets_in_conf(group: str) -> frozenset[Target]:
-    """All targets that this checkout's conf/ names for a group: in the group's folder, or in that section of other
-    files."""
+    """All targets that this checkout's conf/ names for a group: in its folder, or in its section of other files."""
     folder, found = GROUPS[group].conf or group, set()
     for path in CONF.rglob("*.yaml"):
         content = yaml.safe_load(path.read_text())

@@ -1,5 +1,4 @@
-"""Threads that read ahead or write behind. Their queues are bounded, and their errors are raised in the calling
-thread."""
+"""Threads that read ahead or write behind. Queues are bounded, and errors are raised in the calling thread."""
 
 from __future__ import annotations
 

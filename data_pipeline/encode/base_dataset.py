@@ -46,7 +46,7 @@ class BaseSet:
 
     @functools.cached_property
     def places(self) -> dict[str, tuple[Shard, IndexEntry]]:
-        """Key -> where its sample lies, for all samples: some 500 bytes each, only made where shards are cut
+        """Key -> where its sample lies, for all samples: some 500 bytes each, only made if shards are cut
         differently."""
         return {e.key: (s, e) for s in self.manifest.shards for e in read_index(self.root, s)}
 

@@ -63,8 +63,7 @@ class Item:
 
 @torch.no_grad()
 def encode_batch(items: Sequence[Item], images: Tensor | None, encoders: Encoders) -> dict[str, np.ndarray]:
-    """Fields by name, each (B, ...) as stored. images (N, 3, H, W): those of the items that have a picture, in
-    order."""
+    """Fields by name, each (B, ...) as stored. images (N, 3, H, W): of the items that have a picture, in order."""
     images = None if images is None else images.to(encoders.device)
     with_picture = [i for i, item in enumerate(items) if "image" in item.sample]
     stored: dict[str, np.ndarray] = {}

@@ -13,7 +13,7 @@ from data_pipeline.encode.encoders import TextEncoder, TextStates
 
 
 class OnceEach:
-    """A text encoder that encodes each different caption of a shard once, when first asked, and keeps the result on the
+    """A text encoder that encodes each different caption of a shard once, when first asked; results are kept on the
     CPU.
 
     The last bits of a row may depend on the batch that it is encoded in. So batches are the shard's different captions

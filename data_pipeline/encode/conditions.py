@@ -261,8 +261,7 @@ class ImageEmbedding(OfPicture):
 
 
 def use_clip(conditions: Mapping[str, Condition], clip: Mapping[str, Any]) -> bool:
-    """Whether a condition needs a CLIP, by its configuration `clip`; a CLIP that is chosen without its path is
-    refused."""
+    """Whether a condition needs a CLIP, by its configuration `clip`; one chosen without its path is refused."""
     using = [name for name, condition in conditions.items() if condition.uses_clip]
     if using and clip.get("path", "") is None:
         raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")

@@ -115,8 +115,7 @@ def folders(split: Split) -> list[str]:
 def finish(
     split: Split, records: Sequence[dict[str, Any]], made_of: dict[str, str], counted: Callable[[int], str]
 ) -> None:
-    """Write what belongs to the whole: constants, rejects, one manifest per data set. Every worker writes the same
-    bytes."""
+    """Write what belongs to the whole: constants, rejects, manifests. Every worker writes the same bytes."""
     source, places, encoders = split.source, split.places, split.encoders
     aside = Aside(source.samples, split.max_aside_fraction)
     for row in (row for record in records for row in record["aside"]):

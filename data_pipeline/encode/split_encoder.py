@@ -55,8 +55,7 @@ def encode_split(split: Split, worker: Worker = Worker(), stop: Callable[[], boo
 
 
 class Maker:
-    """Makes shards of a split, as one of several workers; `done` holds the notes of finished shards, its own and
-    others'.
+    """Makes shards of a split, as one of several workers; `done` holds all notes of finished shards, by any worker.
 
     Three threads: one decodes pictures ahead, this one encodes, and one writes tars behind it.
     """
@@ -73,8 +72,7 @@ class Maker:
         self.build: Build | None = None
 
     def run(self, stop: Callable[[], bool]) -> None:
-        """Work until all shards have their notes. Raises Stopped once `stop()` is true; encoded shards are written
-        first."""
+        """Work until all shards have their notes. Stopped if `stop()` comes first; encoded shards are still written."""
         missing = [shard for shard in self.worker.order(self.split.source.shards) if shard.name not in self.done]
         steps = self.split.reader.steps(missing, lambda shard: finished_record(self.places, shard))
         title, listed = self.split.title + str(self.worker), self.split.source.samples

@@ -1,5 +1,4 @@
-"""The size that a picture is encoded at: one square, or the bucket of nearest aspect ratio; and what is cut off for
-it."""
+"""The size to encode a picture at: one square, or the bucket of nearest aspect ratio; and what is cut off for it."""
 
 from __future__ import annotations
 

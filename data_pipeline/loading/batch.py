@@ -10,8 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class DataCursor:
-    """The position in the data: the next global step to train on. With seed and manifest it determines everything
-    else."""
+    """The position in the data: the next global step. With seed and manifest it determines everything else."""
 
     step: int = 0
 

@@ -188,8 +188,7 @@ class EpochPlan:
         return held[1:]
 
     def _make_window(self, stream: int, epoch: int, number: int) -> Window:
-        """A window's samples: each pile that it takes from is shuffled, and the window's part of them is shuffled
-        again."""
+        """A window's samples: each pile that it takes from is shuffled, then the window's part of them again."""
         begin, _ = self._segment(stream, epoch)
         piles, windows = self._borders_of(stream, epoch)
         low, high = windows[number], windows[number + 1]

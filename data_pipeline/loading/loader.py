@@ -72,8 +72,7 @@ class Loader:
             yield from self._micro_batches(parts)
 
     def shards_of(self, step: int) -> list[str]:
-        """The shards that hold this rank's samples of a step. Safe to call from another thread: it uses its own
-        plan."""
+        """The shards that hold this rank's samples of a step. Thread-safe: it uses its own plan."""
         plan = EpochPlan(*self.plan.arguments)
         return sorted({self.manifest.shards[place.shard].name for place in plan.step(step, self.streams)})
 
@@ -131,8 +130,7 @@ class Part(NamedTuple):
 
 
 class _StreamParts:
-    """Called in a thread or, with its number, in a worker: the parts of each step, for all streams or the worker's
-    own."""
+    """Called in a thread or, with its number, in a worker: the parts of each step, of all or of its streams."""
 
     def __init__(self, loader: Loader) -> None:
         self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan

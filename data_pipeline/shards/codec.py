@@ -59,8 +59,8 @@ def decode(name: str, data: bytes) -> Any:
 
 
 def caption_in(members: Mapping[str, Any]) -> str:
-    """The caption of decoded members: the .txt, else the json's "caption", stripped of blanks; "" if there is none, or
-    if it is not a text."""
+    """The caption of decoded members: the .txt, else the json's "caption", stripped of blanks; "" if there is none or
+    it is not text."""
     caption = members["txt"] if "txt" in members else (members.get("json") or {}).get("caption")
     return caption.strip() if isinstance(caption, str) else ""
 

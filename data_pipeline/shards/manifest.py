@@ -80,8 +80,8 @@ class Manifest:
             raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
 
     def check_shards(self, root: str | Path) -> None:
-        """Check that every shard is there at its full size; this looks at each file but reads none; in a bucket it is a
-        listing."""
+        """Check that every shard is there at its full size; looks at each file but reads none; one listing in a
+        bucket."""
         if not storage.is_s3(root):
             for shard in self.shards:
                 check_size(root, shard)

@@ -34,8 +34,7 @@ class Aside:
         return Counter(row["reason"] for row in self.rows)
 
     def save(self, root: str | Path, name: str) -> None:
-        """Write one JSON line a sample to <root>/aside/<name>.jsonl; if there is none, remove the file of an earlier
-        run."""
+        """Write one JSON line a sample to <root>/aside/<name>.jsonl; if none, remove an earlier run's file."""
         write_or_remove(root, name, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
 

@@ -45,8 +45,7 @@ class Style:
         return cls(name, icons, sides, read_json(chars) if chars.exists() else {}, licence)
 
     def icon_of(self, thing: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> str | None:
-        """The name of this style's drawing of a thing: by code point; else by the names that other styles or the label
-        give it."""
+        """The name of this style's drawing of a thing: by code point; else by other styles' names or the label."""
         code = plain_code(thing["hexcode"])
         slug = re.sub("[^a-z0-9]+", "-", thing["label"].lower()).strip("-")
         known = [self.chars[code]] if code in self.chars else [] if self.chars else [*names.get(code, []), slug]

@@ -1,5 +1,4 @@
-"""What a data set leaves out by choice: set in the configuration, counted by reason; not errors, and not limited in
-number."""
+"""What a data set leaves out by choice: set in the configuration, counted by reason; no errors, and no limit."""
 
 from __future__ import annotations
 

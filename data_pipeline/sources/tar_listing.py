@@ -42,8 +42,7 @@ def linked(source: str, output: str, name: str) -> str:
 
 
 def fetched_by_img2dataset(path: str, found: int) -> Counter[str]:
-    """The counts of listed and fetched samples that img2dataset wrote beside a tar; DataError if the tar holds
-    fewer."""
+    """The counts of listed and fetched samples that img2dataset wrote beside a tar; DataError if it holds fewer."""
     beside = path.removesuffix(".tar") + "_stats.json"
     if not storage.exists(beside):
         return Counter()

@@ -85,8 +85,7 @@ def without_picture(entry: IndexEntry, facts: dict[str, Any]) -> Inspected:
 
 
 def readable(caption: str) -> str:
-    """The caption stripped of blanks; DataError for half a surrogate pair, which JSON can hold and a text file
-    can't."""
+    """The caption stripped of blanks; DataError for half a surrogate pair, which only JSON can hold."""
     try:
         caption.encode()
     except UnicodeEncodeError as error:
