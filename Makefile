@@ -1,11 +1,11 @@
 # make demo [DEMO=full|smoke]   the whole chain on OpenMoji
-# make test                     all tests but the exhaustive ones; test-quick: less, test-all: all (docs/testing.md)
-#                               TESTS=tests/unit/...: those alone; WORKERS=1: one after another
+# make test                     all but the exhaustive tests; test-quick: fewer, test-all: all (docs/testing.md)
+#                               TESTS=tests/unit/...: only those; WORKERS=1: one after another
 # make lint                     ruff
-# make setup                    .venv alone; the others do it, too, where it is missing or not whole
-#                               PYTHON=python3.12: with that Python; SYSTEM_TORCH=1: with the torch that it has
-# All that is written, caches too, lies inside .venv and the output folders; names are relative, so blanks may be in
-# the checkout's path.
+# make setup                    only .venv; the other targets also make it if it is missing or incomplete
+#                               PYTHON=python3.12: with that Python; SYSTEM_TORCH=1: with that Python's torch
+# Everything written, caches included, lies inside .venv and the output folders; names are relative, so the checkout's
+# path may contain blanks.
 
 DEMO ?= full
 OUTPUT ?= $(if $(filter smoke,$(DEMO)),demo-smoke,demo)
@@ -13,8 +13,8 @@ WORKERS ?= auto
 RUN ?= .venv/bin/python
 SETUP := $(if $(filter .venv/bin/python,$(RUN)),setup)
 
-# What xdist counts by itself are physical cores, of the whole machine: one where two virtual ones may be used. One worker
-# more than cores: some tests wait for seconds.
+# By default xdist counts physical cores of the whole machine: one where two virtual ones may be used. One worker more
+# than cores, as some tests wait for seconds.
 CORES = $$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTEST = . .ci/env && PYTEST_XDIST_AUTO_NUM_WORKERS=$$(($(CORES) + 1)) "$(RUN)" -m pytest -n $(WORKERS) --dist loadgroup
 

@@ -1,6 +1,6 @@
-"""Makes .venv what the checkout needs, and says what it does; silent where it is. Standard library only.
+"""Makes .venv what the checkout needs and says what it does; silent if nothing is to do. Standard library only.
 
-.venv/installed, written last, tells what a whole one was made of; .venv/unfinished lies there while it is being made.
+.venv/installed, written last, records what a complete one was made of; .venv/unfinished exists while it is being made.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from pathlib import Path
 from pip_run import Refused, run_pip
 
 ROOT = Path(__file__).resolve().parents[1]
-FETCHED_GB, ON_DISK_GB = 0.4, 2.0  # with torch's build for CPUs
+FETCHED_GB, ON_DISK_GB = 0.4, 2.0  # with torch's CPU build
 WITHOUT_TORCH_FETCHED_GB = 0.2
 WITHOUT_TORCH_GB = 1.2  # on disk
 SCANT = 30e6  # bytes: Python's own part of a .venv
 GPU = Path("/proc/driver/nvidia/version")
 TORCH_FAMILY = ("torch", "torchvision", "xformers", "triton")
 VENV_OPTIONS: tuple[str, ...] = ()
-KEPT = {"lock", "unfinished"}  # of what lies in .venv, when it is made anew
+KEPT = {"lock", "unfinished"}  # files of .venv that stay when it is made again
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a .venv was made of, and where: moved, it would go on running the old place's code."""
+    """What a .venv was made of, and where: if moved, it would still run the code at the old place."""
 
     root: str
     python: str  # the interpreter below it
@@ -47,7 +47,7 @@ class Made:
 
     @classmethod
     def read(cls, note: Path) -> Made | None:
-        """None where there is no note, or another one than ours."""
+        """None if there is no note, or not one of ours."""
         try:
             return cls(**json.loads(note.read_text()))
         except (OSError, ValueError, TypeError):
@@ -60,7 +60,7 @@ class Made:
 
 
 def wanted(root: Path, before: Made | None, asked: Mapping[str, str]) -> Made:
-    """What is to be there. Without PYTHON= or SYSTEM_TORCH=, these two stay as they were before."""
+    """The .venv to make. Without PYTHON= or SYSTEM_TORCH=, these two stay as they were before."""
     python, version = this_python(root), f"{sys.version_info[0]}.{sys.version_info[1]}"
     if before and not asked.get("PYTHON") and version_of(Path(before.python)) == before.version:
         python, version = before.python, before.version
@@ -71,21 +71,21 @@ def wanted(root: Path, before: Made | None, asked: Mapping[str, str]) -> Made:
 
 
 def this_python(root: Path) -> str:
-    """What runs this, by one name; the Python below it where that is .venv's own."""
+    """The Python that runs this, by one name; for .venv's own, the Python below it."""
     if sys.prefix == sys.base_prefix or Path(sys.prefix).resolve() == (root / ".venv").resolve():
         return os.path.realpath(sys._base_executable)
     return str(Path(sys.prefix).resolve() / "bin" / "python")
 
 
 def hash_of_needs(root: Path) -> str:
-    """Of dependencies, extras and constraints: other settings in pyproject.toml install nothing."""
+    """Hash of dependencies, extras and constraints: other settings in pyproject.toml install nothing."""
     project = tomllib.loads((root / "pyproject.toml").read_text())
     needs = [project["project"], project["tool"]["setuptools"], (root / "constraints.txt").read_text()]
     return hashlib.sha256(json.dumps(needs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def why_anew(venv: Path, before: Made | None, want: Made) -> str | None:
-    """Why it can't be built upon; None where it can. "" where there is nothing yet."""
+    """Why .venv must be made from scratch: "" if it is still empty; None if it can be updated."""
     if not any(p.name not in KEPT for p in venv.iterdir()):
         return ""
     if (venv / "unfinished").exists():
@@ -131,15 +131,15 @@ def set_up(root: Path = ROOT, asked: Mapping[str, str] = os.environ) -> None:
 
 
 def go_on_with(python: str, root: Path, asked: Mapping[str, str]) -> None:
-    """In that Python, if this is another: only it can tell what packages it has."""
+    """Continue in that Python, if it is another one: only it can tell what packages it has."""
     if python != this_python(root):
         sys.stdout.flush()
-        os.execve(python, [python, __file__], {**asked, "PYTHON": python})  # lets go of the lock
+        os.execve(python, [python, __file__], {**asked, "PYTHON": python})  # releases the lock
 
 
 @contextmanager
 def alone(venv: Path) -> Iterator[int]:
-    """One at a time, in a checkout. pip gets the lock, too: it may outlive what started it."""
+    """One set-up at a time in a checkout. pip inherits the lock: it may outlive the process that started it."""
     with (venv / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,7 +150,7 @@ def alone(venv: Path) -> Iterator[int]:
 
 
 def build(venv: Path, before: Made | None, want: Made, reason: str | None, lock: int) -> None:
-    """From nothing where there is a reason to, else upon what is there."""
+    """Make .venv from scratch if there is a reason, else update what is there."""
     if reason is not None:
         check_python(want)
     system = torch_of_system(want) if want.system_torch else None
@@ -165,10 +165,10 @@ def build(venv: Path, before: Made | None, want: Made, reason: str | None, lock:
     try:
         install(venv, want, system, lock)
     except Refused:
-        if reason is None:  # pip has left it as it was
+        if reason is None:  # pip has left .venv as it was
             leave(venv, before)
         raise
-    check_torch(venv)  # raises: the next set-up begins anew, as pip would take the broken torch for installed
+    check_torch(venv)  # raises: the next set-up starts from scratch, as pip would take the broken torch for installed
     leave(venv, want)
 
 
@@ -178,7 +178,7 @@ def install(venv: Path, want: Made, system: SystemTorch | None, lock: int) -> No
 
 
 def leave(venv: Path, made: Made | None) -> None:
-    """As a whole one, made of that."""
+    """Mark .venv as complete, and record what it was made of."""
     (venv / "unfinished").unlink()
     if made:
         made.write(venv / "installed")
@@ -198,10 +198,10 @@ def make_venv(venv: Path, want: Made, system: SystemTorch | None, lock: int) -> 
         if path.name not in KEPT:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     options = [*VENV_OPTIONS, *(["--system-site-packages"] if system else [])]
-    command = [want.python, "-m", "venv", *options, str(venv.resolve())]  # it takes no link
+    command = [want.python, "-m", "venv", *options, str(venv.resolve())]  # venv refuses a link
     done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock])
     if done.returncode:
-        if shutil.disk_usage(venv).free < SCANT:  # Python's words don't say so
+        if shutil.disk_usage(venv).free < SCANT:  # Python's message does not say so
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         said = (done.stdout + done.stderr).strip().splitlines() or [f"exit {done.returncode}"]
         raise Refused(f"{want.python} -m venv failed: {said[-1]}")
@@ -212,7 +212,7 @@ def make_venv(venv: Path, want: Made, system: SystemTorch | None, lock: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class SystemTorch:
-    """What the Python that runs this has of torch's family, and where, if that is not the Python's own folder."""
+    """What this Python has of torch's family, and where, if that is not its own folder."""
 
     versions: Mapping[str, str]
     beyond_base: tuple[str, ...]
@@ -235,7 +235,7 @@ def torch_of_system(want: Made) -> SystemTorch:
 
 
 def constraints_beside(venv: Path, want: Made, system: SystemTorch | None) -> Path:
-    """constraints.txt, or one in which torch and its family are the system's."""
+    """constraints.txt, or a copy in which torch and its family are the system's versions."""
     given = Path(want.root, "constraints.txt")
     if system is None:
         return given
@@ -247,7 +247,7 @@ def constraints_beside(venv: Path, want: Made, system: SystemTorch | None) -> Pa
 
 
 def announce(venv: Path, want: Made, system: SystemTorch | None) -> None:
-    """Which Python and torch, and what it costs, before it is spent; refuses where there is no room."""
+    """Print which Python and torch are used and what that costs, before it is spent; refuse if there is no room."""
     print(f"  Python {want.version} of {want.python}; NVIDIA GPU: {'seen' if GPU.exists() else 'none seen'}")
     fetched, on_disk = (WITHOUT_TORCH_FETCHED_GB, WITHOUT_TORCH_GB) if system else (FETCHED_GB, ON_DISK_GB)
     if system:
@@ -270,7 +270,7 @@ def check_room(venv: Path, on_disk_gb: float, fetched_gb: float) -> None:
 
 
 def check_torch(venv: Path) -> None:
-    """Imported once, so that a build that this machine can't load is said now."""
+    """Import torch once, so that a build that this machine can't load is reported now."""
     ask = "import torch; print(torch.__version__, torch.version.cuda or 'CPU', torch.cuda.is_available())"
     done = subprocess.run([str(venv / "bin" / "python"), "-c", ask], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""pip, with what a reader wants to know of its hundreds of lines, and its failures in a sentence."""
+"""Runs pip, shows what a reader wants to know of its hundreds of lines, and explains a failure in one sentence."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ FETCHES = re.compile(
 INSTALLS = re.compile(r"^Installing collected packages: (.*)")
 CUDA = re.compile(r"^Collecting (nvidia-|cuda-)")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-BIG_MB = 20  # a line of its own for what takes a while to fetch
+BIG_MB = 20  # larger downloads get their own line, as they take a while
 
-# What pip says, and what to say instead. The first that is found counts.
+# What pip says, and what to say instead. The first match counts.
 FAILURES = (
     (
         r"No space left on device|Disk quota exceeded|Errno (28|122)\b",
@@ -59,11 +59,11 @@ FAILURES = (
 
 
 class Refused(Exception):
-    """Set-up can't go on; the message is one sentence with the remedy."""
+    """Set-up can't continue; the message is one sentence with the remedy."""
 
 
 def run_pip(venv: Path, arguments: Sequence[str], cwd: str, lock: int) -> None:
-    """All of pip's lines go to <venv>/pip.log; on a terminal its latest line, or its bar, stands below ours."""
+    """All of pip's lines go to <venv>/pip.log; on a terminal its latest line or progress bar is shown below ours."""
     command = [str(venv / "bin" / "python"), "-m", "pip", *arguments]
     view = View(sys.stdout, sys.stdout.isatty())
     said: list[str] = []
@@ -94,7 +94,7 @@ def why(said: Sequence[str], code: int, venv: Path) -> str:
 def started(
     command: Sequence[str], cwd: str, on_terminal: bool, lock: int
 ) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[tuple[str, bool]]]]:
-    """pip, and its lines. On a terminal it gets one, too, else it draws no bars."""
+    """Start pip; returns it and its output. On a terminal pip gets one, too, as it would draw no bars otherwise."""
     ours, its = pty.openpty() if on_terminal else os.pipe()
     columns = str(shutil.get_terminal_size().columns)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": columns, "PIP_NO_COLOR": "1"}
@@ -112,7 +112,7 @@ def started(
 
 
 def lines_of(descriptor: int, every_s: float = 1.0) -> Iterator[tuple[str, bool]]:
-    """(line, True) once it is ended; (what stands in the last one, False) meanwhile, and each second."""
+    """(line, True) for each complete line; in between, and each second, (the incomplete last line, False)."""
     rest = ""
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
@@ -132,12 +132,13 @@ def lines_of(descriptor: int, every_s: float = 1.0) -> Iterator[tuple[str, bool]
 
 
 def as_seen(line: str) -> str:
-    """What is left on the screen of a line that was written over itself."""
+    """What the screen shows of a line that was overwritten."""
     return ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2].strip()
 
 
 class View:
-    """A line for each large thing, none for warnings and errors; on a terminal also what pip does now, in place."""
+    """Shows a line for each large download, none for warnings and errors; on a terminal also pip's current action, in
+    place."""
 
     def __init__(self, out: IO[str], live: bool) -> None:
         self.out, self.live = out, live

@@ -1,4 +1,4 @@
-"""A data set of shards that others wrote: index, checksums and manifest by one pass, the tars untouched."""
+"""Make a data set of shards that others wrote: index, checksums and manifest in one pass; the tars are not changed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
                 data = contents(storage.join(cfg.input, name))
                 entries = scan(data, storage.join(cfg.input, name))
                 fetched += fetched_by_img2dataset(storage.join(cfg.input, name), len(entries))
-            except DataError as error:  # all of them are named at the end: no pass for each
+            except DataError as error:  # all damaged tars are reported at the end, not one per run
                 damaged.append(str(error))
                 continue
             shards.append(index.add(linked(cfg.input, cfg.output, name), data, entries))
@@ -62,13 +62,13 @@ def main(cfg: DictConfig) -> None:
 
 
 def mark_of(cfg: DictConfig, sizes: dict[str, int]) -> str:
-    """What a finished index is recognised by: the configuration, and the tars' names and sizes."""
+    """What identifies a finished index: the configuration, and the tars' names and sizes."""
     config = OmegaConf.to_container(cfg, resolve=True) | {"output": None}
     return hashlib.sha256(json.dumps([config, sizes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the same configuration has made this output; a data set that was made otherwise is refused."""
+    """Whether the same configuration has made this output; an output of another configuration is refused."""
     if not storage.exists(storage.join(output, "manifest.json")):
         return False
     refuse_made_otherwise([output], f"{output}/manifest.json was", mark, settings)

@@ -1,4 +1,4 @@
-"""Turn a source of pictures with captions into image-text shards, every tenth thing held out."""
+"""Turn a source of pictures with captions into image-text shards; every tenth thing is held out."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def main(cfg: DictConfig) -> None:
     info = {"made_from": mark, "made_with": settings_of(options), "size": cfg.size}
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
-    for split in reversed(splits.values()):  # train's makes the whole complete
+    for split in reversed(splits.values()):  # train's comes last: it completes the whole
         Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
     report(cfg.output, splits, filters.counts, aside)
 
 
 def report(output: str, splits: Mapping[str, Split], filtered: Counter[str], aside: Aside) -> None:
-    """What became of each picture that was listed; of what was set aside by its path, the first."""
+    """Print what became of the listed pictures, and the path of the first one set aside."""
     counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
     left_out = f"{filtered.total()} filtered, {len(aside.rows)} set aside"
     print(f"make_shards: {counts}, {left_out}, of {aside.listed} listed; in {output}")

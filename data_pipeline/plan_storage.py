@@ -1,4 +1,4 @@
-"""What N images cost: bytes, shards and bandwidth of latents, text states and pictures, before any is made."""
+"""What N images cost, computed in advance: bytes, shards and bandwidth of latents, text states and pictures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def refuse_impossible(cfg: DictConfig) -> None:
-    """What can't be planned with."""
+    """Refuse options that can't be planned with."""
     if cfg.dtype not in DTYPES:
         raise UserError(f"dtype={cfg.dtype} is unknown: take one of {', '.join(DTYPES)}.")
     if not 0 < cfg.unique_captions <= 1:
@@ -72,7 +72,7 @@ def refuse_impossible(cfg: DictConfig) -> None:
 
 
 def encoders_of(cfg: DictConfig, chosen: str) -> dict[str, Encoders]:
-    """As precompute would have them, by the first stage's name: the `chosen` one, then those beside it."""
+    """The encoders as precompute has them, by the first stage's name: the `chosen` one, then those to compare."""
     conditions = instantiate(cfg.conditions, _convert_="all")
     text = text_encoder(cfg, conditions)
     found = {}
@@ -85,7 +85,7 @@ def encoders_of(cfg: DictConfig, chosen: str) -> dict[str, Encoders]:
 
 
 def first_stages(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
-    """The configured first stage, of the name `chosen`, and those that it is compared with."""
+    """The configured first stage, under the name `chosen`, and those that it is compared with."""
     found = {chosen: cfg.autoencoder}
     for name in cfg.beside:
         path = f"{CONF}/autoencoder/{name}.yaml"
@@ -98,12 +98,12 @@ def first_stages(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
 
 
 def text_encoder(cfg: DictConfig, conditions: Mapping[str, Condition]) -> OnceEach | None:
-    """None where no condition needs one; loaded where it is given by a path."""
+    """None if no condition needs one; loaded if it is given by a path."""
     return OnceEach(weightless(cfg.clip), 1) if use_clip(conditions, cfg.clip) else None
 
 
 def weightless(config: DictConfig) -> Any:
-    """A model that knows shapes and holds no memory: built so from its configuration, or loaded and emptied."""
+    """A model with shapes but no memory: built that way from its configuration, or loaded and emptied."""
     if "path" in config:
         return instantiate(config).to("meta")
     with torch.device("meta"):
@@ -117,7 +117,7 @@ def members_of(cfg: DictConfig, encoders: Encoders) -> dict[str, int]:
 
 
 def layouts_of(cfg: DictConfig, stages: Mapping[str, Encoders], images: int) -> list[Layout]:
-    """Whole data sets; the first is what precompute_latents.py writes by the same options."""
+    """Whole data sets; the first is what precompute_latents.py writes with the same options."""
     layouts = []
     for name, encoders in stages.items():
         members = members_of(cfg, encoders)
@@ -136,7 +136,7 @@ def layouts_of(cfg: DictConfig, stages: Mapping[str, Encoders], images: int) -> 
 
 
 def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[Layout]:
-    """Each member by itself, in the dtypes there are; what all first stages have in common once."""
+    """Each member by itself, in each possible dtype; members that all first stages share appear once."""
     parts: dict[str, Layout] = {}
     for name, encoders in stages.items():
         by_dtype = {dtype: members_of(cfg, encoders._replace(dtype=dtype)) for dtype in ("float16", "float32")}
@@ -153,7 +153,7 @@ def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[Layout]:
 
 
 def sentences(cfg: DictConfig, images: int, rates: Rates) -> list[str]:
-    """What the tables stand on, and the times."""
+    """The assumptions behind the tables, and the times."""
     encoding = images / (cfg.encoding.images_per_s * cfg.encoding.gpus)
     return [
         f"{images:,} images of {cfg.size} x {cfg.size}, stored in {cfg.dtype}; captions of {cfg.caption_bytes} bytes, "
@@ -165,7 +165,7 @@ def sentences(cfg: DictConfig, images: int, rates: Rates) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """In Markdown, which is read as well as it is."""
+    """In Markdown, aligned to be read as plain text."""
     lines = [HEADINGS, *(row.cells for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
     padded = []
@@ -177,7 +177,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def held_against(cfg: DictConfig, layout: Layout) -> dict[str, Any]:
-    """The plan for the latents at input= beside what their tars really have."""
+    """Compare the plan for the latents at input= with the actual size of their tars."""
     manifest = Manifest.load(cfg.input, "latents")
     differing = sorted(set(layout.members) ^ set(manifest.fields))
     if differing:

@@ -1,4 +1,4 @@
-"""Image-text shards to latent shards: raw posterior moments or codes, what to condition on, and the encoders' nulls."""
+"""Image-text shards to latent shards: raw posterior moments or codes, conditions, and the encoders' nulls."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def main(cfg: DictConfig) -> None:
 
 
 def clip_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> TextEncoder | None:
-    """The CLIP, where a condition needs one."""
+    """The CLIP, if a condition needs one."""
     if not use_clip(conditions, cfg.clip):
         return None
     clip = instantiate(cfg.clip)
     if any(condition.uses_image_tower for condition in conditions.values()):
-        refuse_text_alone(clip)  # here, before the output is claimed for it
+        refuse_text_alone(clip)  # here, before the output is claimed
     return clip
 
 

@@ -1,4 +1,4 @@
-"""Check a data set of pictures or latents, and draw some of it for a person to look at. Ends with 0, or 3 if wrong."""
+"""Check a data set of pictures or latents, and draw some of it for a person to look at. Exit code 0, or 3 if wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from data_pipeline.shards.manifest import Manifest, find_splits
 
 
 class DataSet(NamedTuple):
-    """A split (or a bucket's split) that is looked into, and what was found; source: where its pictures come from."""
+    """A split (or a bucket's split) to check, and what was found; source: where its pictures come from."""
 
     name: str
     root: str
@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def opened(root: str, shards: str | None) -> list[DataSet]:
-    """Its splits; or those of its buckets, which lie a folder deeper. A damaged manifest is a finding."""
+    """The splits of a data set; or those of its buckets, one folder deeper. A damaged manifest is a finding."""
     try:
         found = find_splits(root)
     except UserError:
@@ -105,7 +105,7 @@ def opened(root: str, shards: str | None) -> list[DataSet]:
 
 
 def check_set(data: DataSet, every: int, known: KnownKeys, bar: Progress) -> None:
-    """Everything that the files say of themselves; `known`: the keys of all splits so far."""
+    """Check everything that the files say of themselves; `known`: the keys of all splits so far."""
     manifest, findings, codes = data.manifest, data.findings, Codes()
     if manifest.kind == "damaged":
         return
@@ -124,12 +124,12 @@ def check_set(data: DataSet, every: int, known: KnownKeys, bar: Progress) -> Non
     if data.source:
         source = Manifest.load(data.source, "image-text")
         refuse_others(data, {"images": source.fingerprint}, "shards")
-        if "/" not in data.name:  # of a bucket, the rest is in the others
+        if "/" not in data.name:  # a bucket holds only a part of the samples: check_buckets adds them up
             check_accounting(data.root, manifest.samples, source, findings)
 
 
 def agree(sets: list[DataSet]) -> None:
-    """Splits were made by the same encoders in the same way."""
+    """Check that all splits were made by the same encoders."""
     latents = [each for each in sets if each.manifest.kind == "latents"]
     for each in latents[1:]:
         first = {name: mark for name, mark in latents[0].manifest.fingerprints.items() if name != "images"}
@@ -141,7 +141,7 @@ def agree(sets: list[DataSet]) -> None:
 
 
 def check_buckets(sets: Sequence[DataSet], root: str) -> None:
-    """Of latents in buckets, the samples of all buckets of a split against those of its source."""
+    """For latents in buckets, check the samples of all buckets of a split against those of its source."""
     splits = {each.name.rpartition("/")[2]: each for each in sets if "/" in each.name and each.source}
     for split, first in splits.items():
         parts = [each for each in sets if each.name.rpartition("/")[2] == split]
@@ -153,7 +153,7 @@ def check_buckets(sets: Sequence[DataSet], root: str) -> None:
 
 
 def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | None) -> None:
-    """Latents and text states are those of the encoders at hand; of the CLIP's state of "", all values."""
+    """Check that latents and text states are the given encoders'; for the CLIP's state of "", compare all values."""
     if data.manifest.kind != "latents":
         return
     given = {"autoencoder": autoencoder, "text_encoder": text and text.fingerprint}
@@ -168,7 +168,7 @@ def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | N
 
 
 def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None:
-    """A finding for each fingerprint that is not the given one."""
+    """Add a finding for each fingerprint that differs from the given one."""
     for name, mark in given.items():
         data.findings.asked.add("fingerprints")
         has = data.manifest.fingerprints.get(name)
@@ -180,7 +180,7 @@ def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None
 
 
 def drawn(data: DataSet, cfg: DictConfig, drawing: Drawing) -> Seen | None:
-    """The sheet of pictures <output>/<name>.png, and what was measured on it."""
+    """Write the sheet of pictures <output>/<name>.png; returns what was measured on it."""
     if data.manifest.kind == "damaged" or (data.manifest.kind == "latents" and not drawing.can_decode(data.manifest)):
         return None
     seen = look_at(data.root, data.manifest, data.source, cfg.samples, drawing, data.findings)
@@ -190,7 +190,7 @@ def drawn(data: DataSet, cfg: DictConfig, drawing: Drawing) -> Seen | None:
 
 
 def report(sets: list[DataSet], seen: Mapping[str, Seen | None], cfg: DictConfig) -> None:
-    """<output>/report.json, the findings, a table; a DataError where anything is wrong."""
+    """Write <output>/report.json, print the findings and a table; DataError if anything is wrong."""
     about = {each.title: described(each, seen.get(each.name)) for each in sets}
     wrong = sum(each.findings.counts.total() for each in sets)
     content = {"input": cfg.input, "every": cfg.every, "wrong": wrong, "sets": about}
@@ -223,7 +223,7 @@ def described(data: DataSet, seen: Seen | None) -> dict[str, Any]:
 
 
 def table(sets: list[DataSet], seen: Mapping[str, Seen | None]) -> str:
-    """A column a data set, a row a fact or check."""
+    """One column per data set, one row per fact or check."""
     rows = [["", *(each.title for each in sets)]]
     rows.append(["kind", *(each.manifest.kind for each in sets)])
     rows.append(["samples", *(f"{each.manifest.samples:,}" for each in sets)])

@@ -1,12 +1,12 @@
-# By its own number, Slurm takes the last task of an array for all of them. Sourced, as all here.
+# Slurm takes the last task's own number for the whole array. Sourced, as all files here.
 this_job() {
     local array=${SLURM_ARRAY_JOB_ID:-}
     echo "${array:-$SLURM_JOB_ID}${array:+_$SLURM_ARRAY_TASK_ID}"
 }
 
 # forwarding "<got>:<given> ..." <command...>: run it, pass signals on to it, return its exit code.
-# A command in the foreground would hold bash's traps back until it ends, so it goes behind, and is waited for; and
-# where Slurm tracks processes by cgroup, it signals only those it started itself: a shell must pass on what it gets.
+# bash delays traps until a foreground command ends, so the command runs in the background and is waited for. Where
+# Slurm tracks processes by cgroup, it signals only those that it started itself: a shell must pass signals on.
 forwarding() {
     local pairs=$1 child code interrupted=1 pair
     shift

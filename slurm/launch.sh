@@ -1,14 +1,14 @@
-# Sourced by the .sbatch files beside it, in the batch shell: one process per rank with srun, a warning passed on to
-# them, and the job put back into the queue when they ask for it. It knows no site; what to edit is in the .sbatch.
+# Sourced by the .sbatch files beside it, in the batch shell: srun starts one process per rank, a warning is passed on
+# to them, and the job is requeued when they ask for it. Settings that depend on the site are in the .sbatch.
 #
-# From the environment of sbatch, where the defaults don't do:
-#   PYTHON         the interpreter; else .venv/bin/python of the folder submitted from, else python3
-#   MAX_RESTARTS   how often a job puts itself back into the queue, whatever for (20)
-#   MAX_CRASHES    how often in a row it does so for a crash that no new checkpoint or finished shard came before (3)
+# From the environment of sbatch, if the defaults don't fit:
+#   PYTHON         the interpreter; default: .venv/bin/python of the submission folder, else python3
+#   MAX_RESTARTS   how often a job requeues itself, for any reason (20)
+#   MAX_CRASHES    how often in a row it does so after a crash without a new checkpoint or finished shard (3)
 
 source slurm/forward.sh
 source slurm/restarts.sh
-# What processes leave with (docs/operations.md): stopped as told and saved; a mistake of the user's; damaged data.
+# Exit codes of processes (docs/operations.md): stopped on request and saved; a mistake of the user's; damaged data.
 readonly START_ME_AGAIN=75 USER_ERROR=2 DATA_ERROR=3
 
 # launch [--alone] <script.py> [overrides...]: never returns. --alone: one process, on one node.
@@ -28,7 +28,7 @@ launch() {
     export PYTHON=${PYTHON:-$(default_python)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that systems hand out by themselves
-    # Rank 0 runs on the first node of the list, as this shell does: they share its local disk.
+    # Rank 0 runs on the first node of the list, like this shell: they share its local disk.
     NOTE=$(mktemp)
     trap 'rm -f "$NOTE"' EXIT
     trap 'hopeless=yes interrupted=1' USR2 # by task.sh, from other nodes
@@ -41,7 +41,7 @@ launch() {
     finish "$code" "$@"
 }
 
-# finish <code of srun> <script.py> [overrides...]: done, or back into the queue, or the end; never returns.
+# finish <code of srun> <script.py> [overrides...]: end the job, as done or failed, or requeue it; never returns.
 finish() {
     local code=$1 said
     shift
@@ -67,7 +67,7 @@ default_python() {
     if [[ -x $ours ]]; then echo "$ours"; else command -v python3; fi
 }
 
-# One per GPU where there are GPUs (the same number on every node), else what sbatch was asked for.
+# One per GPU if there are GPUs (the same number on every node), else what was requested from sbatch.
 tasks_per_node() {
     if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
         echo "$SLURM_GPUS_ON_NODE"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain on Slurm: a job a stage, each waiting for those it needs. From the root of the repository:
+# The whole chain on Slurm: one job per stage, each waiting for those it needs. From the root of the repository:
 #
 #   bash slurm/pipeline.sh output=runs/birds --partition=gpu --account=project \
 #       make_shards source=folder input=my_pictures size=256 \
@@ -9,14 +9,14 @@
 #       train_ldm --nodes=4 --gpus-per-node=8 --exclusive engine=zero2 \
 #       evaluate_ldm --gpus=1 guidance.scale=3
 #
-# A stage's name begins what is for it: words with -- go to sbatch, the others to its script. Before the first name
-# come what is for all of them (sbatch's), and
-#   output=FOLDER        everything lies below: shards autoencoder clip latents ldm
-#   shards=FOLDER        image-text shards that are there already: make_shards is left out;
-#   autoencoder=FOLDER   so is train_autoencoder, or
-#   clip=FOLDER          train_clip.
-# All stages run, named or not. When one fails for good, Slurm cancels those that wait for it; the same line submitted
-# again goes on where they stopped.
+# A stage's name begins its own arguments: words with -- go to sbatch, the others to its script. Before the first name
+# come arguments for all stages (to sbatch), and
+#   output=FOLDER        holds everything: shards autoencoder clip latents ldm
+#   shards=FOLDER        existing image-text shards: make_shards is skipped;
+#   autoencoder=FOLDER   an existing run: train_autoencoder is skipped;
+#   clip=FOLDER          likewise for train_clip.
+# All stages run, named or not. When one fails for good, Slurm cancels those that wait for it; submitting the same line
+# again continues where they stopped.
 set -u
 
 readonly STAGES="make_shards train_autoencoder train_clip precompute_latents train_ldm evaluate_ldm"
@@ -29,7 +29,7 @@ refuse() {
     exit 2
 }
 
-# read_arguments <words...>: deal them to the stages.
+# read_arguments <words...>: assign them to the stages.
 read_arguments() {
     local stage="" word
     for word in "$@"; do
@@ -52,7 +52,7 @@ read_arguments() {
     [[ ${place[output]:-} ]] || refuse "output= must be given: the folder that everything is to lie below."
 }
 
-# submit <stage> <stages to wait for> <overrides...>: a job, unless what it makes is there already.
+# submit <stage> <stages to wait for> <overrides...>: submit a job, unless its output already exists.
 submit() {
     local stage=$1 needed after="" id
     local -n for_sbatch="for_sbatch_$stage" for_script="for_script_$stage"
@@ -64,7 +64,7 @@ submit() {
     echo "$stage ${ids[$stage]}${after:+ after ${after#:}}"
 }
 
-# give_up <stage>: half a chain is none.
+# give_up <stage>: an incomplete chain is useless.
 give_up() {
     ((${#ids[@]})) && scancel "${ids[@]}"
     refuse "sbatch refused $1 (its message is above); the jobs before it are cancelled."

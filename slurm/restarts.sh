@@ -1,13 +1,13 @@
-# Whether and how a job goes back into the queue. Sourced by launch.sh.
+# Whether and how a job is requeued. Sourced by launch.sh.
 
-# requeue <why>: never returns. scancel does not end here: its TERM ends this shell.
+# requeue <why>: never returns. A cancelled job does not get here: the TERM of scancel ends this shell.
 requeue() {
     local restarts=${SLURM_RESTART_COUNT:-0} limit=${MAX_RESTARTS:-20}
     if ((restarts >= limit)); then
         complain "stopped after $restarts restarts (MAX_RESTARTS=$limit):" \
             "submit the same line again to go on."
     elif [[ $(scontrol show job --oneliner "$(this_job)") == *" JobState=RUNNING "* ]]; then # not cancelled meanwhile
-        # Said first: Slurm may end this shell before the next line.
+        # Print first: Slurm may end this shell before the next line.
         echo "job $SLURM_JOB_ID: $1; back into the queue (restart $((restarts + 1)) of at most $limit)"
         scontrol requeue "$(this_job)" && exit 0
         complain "Slurm did not take the job back: submit the same line again to go on."
@@ -15,7 +15,7 @@ requeue() {
     exit "$START_ME_AGAIN"
 }
 
-# crashes_without_progress <script.py> [overrides...]: count this crash; false once there were too many in a row.
+# crashes_without_progress <script.py> [overrides...]: count this crash; false after too many in a row.
 crashes_without_progress() {
     local before count=0 now limit=${MAX_CRASHES:-3} note
     note=$(crash_note)
@@ -34,10 +34,10 @@ crashes_without_progress() {
     mkdir -p "${note%/*}" && printf '%s\n' "$count" "$now" >"$note"
 }
 
-# Of this job, in the folder that it was submitted from, which every node it may run on has.
+# This job's file, in the submission folder, which exists on every node that it may run on.
 crash_note() { echo ".slurm/crashes-$SLURM_JOB_ID"; }
 
-# progress_of <script.py> [overrides...]: the newest checkpoint below output=, else how many shards are finished.
+# progress_of <script.py> [overrides...]: the newest checkpoint below output=, else the number of finished shards.
 progress_of() {
     local argument output
     for argument in "$@"; do

@@ -1,4 +1,4 @@
-"""Some samples of a data set as a sheet of pictures; of latents what they decode to, beside the original, with PSNR."""
+"""Some samples of a data set on a sheet of pictures; latents are decoded, beside their originals, with PSNR."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.samples import as_sample, collated, fields_of, picture_in, size_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
-APART_DB = 0.1  # so far the PSNR of what is stored may be from that of the autoencoder's own reconstruction
-BEST_DB = 45.0  # beyond, what is stored in few bits may differ by more, and nobody sees it
-SIDE, LARGEST = 128, 320  # pixels of a picture's longer side on the sheet: at least about, and at most
+APART_DB = 0.1  # how far the PSNR of stored latents may differ from that of the autoencoder's own reconstruction
+BEST_DB = 45.0  # above this, latents stored in few bits may differ by more without being visible
+SIDE, LARGEST = 128, 320  # pixels of the longer side of a picture on the sheet: about the least, and the most
 ALIKE_DB = 30.0  # PSNR between the two; float16 gives over 50
 
 
@@ -40,7 +40,7 @@ class Drawing(NamedTuple):
 
     @torch.no_grad()
     def decoded(self, sample: dict[str, Any]) -> np.ndarray:
-        """What a latent sample stands for, (H, W, 3) uint8: the decode of its posterior's mean."""
+        """The picture of a latent sample, (H, W, 3) uint8: its posterior's mean, decoded."""
         if self.image is None:
             return pixels.to_uint8(collated([{"pixels": sample["pixels"]}])["pixels"].numpy())[0]
         name = self.image.stored_as
@@ -54,7 +54,7 @@ class Drawing(NamedTuple):
 
     @torch.no_grad()
     def reconstructed(self, picture: np.ndarray) -> np.ndarray:
-        """The autoencoder's own, of a picture (H, W, 3) uint8."""
+        """The autoencoder's own reconstruction of a picture (H, W, 3) uint8."""
         if self.image is None:
             return picture
         image = collated([{"image": picture}])["image"].to(self.device)
@@ -62,8 +62,8 @@ class Drawing(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A sheet (PNG); where latents were decoded beside their originals, the means of PSNR to them, of what is stored
-    and of the autoencoder's own reconstruction."""
+    """A sheet (PNG); where latents were decoded beside their originals, the mean PSNR to them of the stored latents and
+    of the autoencoder's own reconstructions."""
 
     sheet: bytes
     psnr: float | None = None
@@ -73,7 +73,7 @@ class Seen(NamedTuple):
 def look_at(
     root: str, manifest: Manifest, source: str | None, count: int, drawing: Drawing, findings: Findings
 ) -> Seen | None:
-    """`count` samples, evenly spaced; None where not one can be drawn. source: the data set of the originals."""
+    """Draw `count` evenly spaced samples; None if none of them can be drawn. source: the data set of the originals."""
     findings.asked.add("decoding")
     pictures, labels, psnr, own, alike = [], [], [], [], []
     originals = Originals(source) if source else None
@@ -118,7 +118,7 @@ def evenly(manifest: Manifest, count: int) -> list[tuple[Shard, int]]:
 
 
 def sample_at(root: str, manifest: Manifest, shard: Shard, number: int) -> dict[str, Any]:
-    """One sample, from its own bytes alone."""
+    """One sample, read without the rest of its shard."""
     entry = read_index(root, shard)[number]
     names = [name for name in entry.members if name in fields_of(manifest)]
     members = {name: codec.decode(name, member(root, shard, entry, name)) for name in names}
@@ -133,14 +133,14 @@ def member(root: str, shard: Shard, entry: IndexEntry, name: str) -> bytes:
 
 
 class Originals:
-    """The pictures that latents were made of, by key: in the shard of the same name."""
+    """The pictures that latents were made from, by key: in the shard of the same name."""
 
     def __init__(self, root: str) -> None:
         self.root, self.manifest = root, Manifest.load(root, "image-text")
         self.shards = {shard.name: shard for shard in self.manifest.shards}
 
     def of(self, shard: Shard, sample: dict[str, Any], sides: Sequence[int]) -> np.ndarray:
-        """(H, W, 3) uint8 at `sides`, as precompute had it. DataError: it is not there, or another than was encoded."""
+        """(H, W, 3) uint8 at `sides`, as precompute saw it. DataError: it is missing, or not the encoded picture."""
         source = self.shards.get(shard.name)
         entries = {entry.key: entry for entry in read_index(self.root, source)} if source else {}
         found = entries.get(sample["key"])
@@ -154,7 +154,7 @@ class Originals:
 
 
 def refuse_others(root: str, psnr: float, own: float, alike: float, findings: Findings) -> None:
-    """Latents that decode to something else than the autoencoder's own reconstructions: it did not make them."""
+    """Report latents that don't decode to the autoencoder's own reconstructions: another autoencoder made them."""
     if abs(psnr - own) > APART_DB or alike < ALIKE_DB:
         findings.add(
             "decoding",
@@ -164,7 +164,7 @@ def refuse_others(root: str, psnr: float, own: float, alike: float, findings: Fi
 
 
 def sheet_of(pictures: Sequence[np.ndarray], labels: Sequence[str]) -> bytes:
-    """A PNG of up to eight pictures a row, captions below; small ones are enlarged, large ones reduced."""
+    """A PNG of up to eight pictures a row, captions below; small pictures are enlarged, large ones reduced."""
     buffer, longest = io.BytesIO(), max(pictures[0].shape[:2])
     if longest > LARGEST:
         pictures = [reduced(picture, LARGEST / longest) for picture in pictures]
@@ -174,6 +174,6 @@ def sheet_of(pictures: Sequence[np.ndarray], labels: Sequence[str]) -> bytes:
 
 
 def reduced(picture: np.ndarray, by: float) -> np.ndarray:
-    """A picture (H, W, 3) at so much of its sides."""
+    """A picture (H, W, 3) whose sides are scaled by `by`."""
     height, width = (max(1, round(side * by)) for side in picture.shape[:2])
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))

@@ -25,13 +25,13 @@ CHECKS = (
     "manifest", "sizes", "digests", "index", "webdataset", "fields", "values", "keys", "constants", "fingerprints",
     "accounting", "decoding",
 )  # fmt: skip
-KEPT = 20  # sentences of each check
+KEPT = 20  # sentences kept of each check
 AGAIN = "make the data set again, in another output="
 COPY = "copy it again, or make the data set again"
 
 
 class Findings:
-    """By check: how many there are, and the first KEPT sentences; `asked` are the checks that were made."""
+    """The number of findings of each check, and their first KEPT sentences; `asked` are the checks that were made."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -45,18 +45,18 @@ class Findings:
             self.sentences.setdefault(check, []).append(sentence)
 
     def state(self, check: str) -> str:
-        """ok, how many are wrong, or - where nothing was there to check."""
+        """ "ok", how many are wrong, or "-" where there was nothing to check."""
         return f"{self.counts[check]} wrong" if self.counts[check] else "ok" if check in self.asked else "-"
 
 
 class Codes(NamedTuple):
-    """What samples' values are held against: the first stage's codebook (N, C), where it has one."""
+    """What the values of samples are checked against: the first stage's codebook (N, C), if it has one."""
 
     codebook: np.ndarray | None = None
 
 
 def check_claims(root: str, manifest: Manifest, findings: Findings) -> None:
-    """The manifest's own sums, the shards' sizes, and tars that it does not know of."""
+    """Check the manifest's own sums, the sizes of the shards, and tars that are not in the manifest."""
     findings.asked |= {"manifest", "sizes"}
     try:
         refuse_other_claims(root, manifest)
@@ -67,7 +67,7 @@ def check_claims(root: str, manifest: Manifest, findings: Findings) -> None:
             check_size(root, shard)
         except DataError as error:
             findings.add("sizes", str(error))
-    if "index" not in manifest.info:  # of shards that others wrote, those without a usable sample are left out
+    if "index" not in manifest.info:  # shards that others wrote are not listed if no sample of them is usable
         listed = {shard.name for shard in manifest.shards}
         for name in storage.files(storage.join(root, "shards"), ".tar"):
             if f"shards/{name}" not in listed:
@@ -78,10 +78,10 @@ def check_claims(root: str, manifest: Manifest, findings: Findings) -> None:
 
 
 def check_shard(root: str, shard: Shard, manifest: Manifest, codes: Codes, findings: Findings) -> list[str]:
-    """All of a shard, from one read of it; returns its samples' keys."""
+    """Run all checks of a shard on one read of it; returns the keys of its samples."""
     path = storage.join(root, shard.name)
     if not storage.exists(path):
-        return []  # check_claims has said so
+        return []  # check_claims has reported it
     findings.asked |= {"digests", "index", "webdataset", "fields", "values"}
     data = storage.read_bytes(path)
     try:
@@ -104,8 +104,8 @@ def check_shard(root: str, shard: Shard, manifest: Manifest, codes: Codes, findi
 def check_index(
     root: str, shard: Shard, inside: list[IndexEntry], foreign: bool, findings: Findings
 ) -> list[IndexEntry]:
-    """The samples that readers take, by the .idx where there is one, if they are those of the tar; foreign: an index of
-    another's tar, which may leave samples out and put the shard's name before their keys."""
+    """The samples that readers take, by the .idx if there is one, checked against those of the tar. foreign: the index
+    of a tar that others wrote, which may leave samples out and put the shard's name before their keys."""
     path, entries = storage.join(root, shard.index_name), inside
     if storage.exists(path):
         try:
@@ -135,7 +135,7 @@ def check_index(
 
 
 def not_among(entries: list[IndexEntry], inside: list[IndexEntry], foreign: bool) -> list[IndexEntry]:
-    """Index entries that are no samples of the tar."""
+    """Index entries that match no sample of the tar."""
     keys = {places_of(entry): entry.key for entry in inside}
     wrong = []
     for entry in entries:
@@ -152,7 +152,7 @@ def places_of(entry: IndexEntry) -> frozenset:
 def check_webdataset(
     path: str, data: bytes, inside: list[IndexEntry], entries: list[IndexEntry], findings: Findings
 ) -> None:
-    """What a plain wds.WebDataset makes of the tar are the same samples: its own two stages, on the bytes at hand."""
+    """Check that a plain wds.WebDataset reads the same samples: its own two stages, on the tar in memory."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     taken = {places_of(entry) for entry in entries}
@@ -176,7 +176,7 @@ def check_webdataset(
 
 
 def wrong_in_sample(entry: IndexEntry, data: bytes, manifest: Manifest, codes: Codes) -> Iterator[tuple[str, str]]:
-    """(check, reason) for all that is wrong with a sample."""
+    """no such upload: an earlier attempt may have completed it, and its answer was lost"""
     if entry.key.startswith("/") or ".." in entry.key.split("/"):
         yield "keys", "its name leads out of the data set's folder"
     values: dict[str, Any] = {}
@@ -200,7 +200,7 @@ def wrong_in_sample(entry: IndexEntry, data: bytes, manifest: Manifest, codes: C
 def wrong_in_array(
     name: str, member: bytes, value: np.ndarray, field: Mapping[str, Any], codes: Codes
 ) -> Iterator[tuple[str, str]]:
-    """(check, reason) of an array against its line in the manifest: dtype as it is stored, order, shape, values."""
+    """(check, reason) for an array that does not match its line in the manifest: stored dtype, order, shape, values."""
     header, claimed = codec.array_header(member), field.get("dtype")
     yield from (("fields", reason) for reason in differing(name, header, field))
     if not header.dtype.isnative:
@@ -213,7 +213,7 @@ def wrong_in_array(
 
 
 def check_constants(root: str, manifest: Manifest, findings: Findings) -> Codes:
-    """null.safetensors and codebook.safetensors of latents: there, finite, of the fields' shapes."""
+    """Check null.safetensors and codebook.safetensors of latents: present, finite, of the fields' shapes."""
     findings.asked.add("constants")
     needed = ["null"] + ["codebook"] * ("indices.npy" in manifest.fields)
     found = {}
@@ -231,7 +231,7 @@ def check_constants(root: str, manifest: Manifest, findings: Findings) -> Codes:
 
 
 def check_accounting(root: str, processed: int, source: Manifest, findings: Findings) -> None:
-    """Of a split of latents (its buckets together): processed + set aside = listed. root: where its aside/ lies."""
+    """Check a split of latents (its buckets together): processed + set aside = listed. root: where its aside/ lies."""
     path, aside = storage.join(root, "aside", "precompute.jsonl"), 0
     findings.asked.add("accounting")
     if storage.exists(path):

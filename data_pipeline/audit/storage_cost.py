@@ -1,4 +1,4 @@
-"""What data sets cost, computed: the bytes of a tar exactly, and what follows of them for disks and networks."""
+"""What data sets cost, computed: the exact bytes of a tar, and the disks and networks that follow from them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ HEADINGS = ("stored", "a sample", "in all", "shards", "samples a shard", "read b
 
 
 def tar_bytes(members: Mapping[str, int]) -> int:
-    """Of one sample: each member has a header, and is filled up to whole blocks."""
+    """Bytes of one sample in a tar: each member has a header and is padded to whole blocks."""
     block = tarfile.BLOCKSIZE
     return sum(block + -(-size // block) * block for size in members.values())
 
 
 def shard_bytes(sample: int, samples: int) -> int:
-    """Of a shard whose samples have `sample` bytes in it: an end mark, filled up to whole records."""
+    """Bytes of a shard whose samples take `sample` bytes in it: with an end mark, padded to whole records."""
     record = tarfile.RECORDSIZE
     return -(-(samples * sample + END_OF_ARCHIVE) // record) * record
 
 
 def index_bytes(members: Mapping[str, int]) -> int:
-    """Of a sample's line in the .idx."""
+    """Bytes of a sample's line in the .idx."""
     return len(json.dumps([KEY, {name: [OFFSET, size] for name, size in members.items()}])) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A way to store a data set; members: extension -> bytes in each sample; shared: bytes beside all of the shards, of
-    which `looked_up` are read for each sample."""
+    """A way to store a data set; members: extension -> bytes in each sample; shared: bytes stored once beside all
+    shards, of which `looked_up` are read for each sample."""
 
     name: str
     members: Mapping[str, int]
@@ -60,11 +60,11 @@ class Layout:
         return self.sample + self.looked_up
 
     def per_shard(self, limit: int) -> int:
-        """Samples that a shard of `limit` bytes has room for; one at least."""
+        """Samples that fit into a shard of `limit` bytes; at least one."""
         return max(1, (limit - END_OF_ARCHIVE) // self.sample)
 
     def total(self, images: int, limit: int) -> int:
-        """Bytes of tars and indices, and of what is shared."""
+        """Bytes of tars and indices, and of the shared part."""
         whole, rest = divmod(images, self.per_shard(limit))
         tars = whole * shard_bytes(self.sample, self.per_shard(limit)) + (shard_bytes(self.sample, rest) if rest else 0)
         return tars + images * index_bytes(self.members) + self.shared
@@ -72,7 +72,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """How fast a training reads: images/s of a GPU, GPUs of a node, nodes."""
+    """How fast a training run reads: images/s of a GPU, GPUs of a node, nodes."""
 
     images_per_s: float
     gpus_per_node: int
@@ -91,7 +91,7 @@ class Rates:
 
 @torch.no_grad()
 def field_bytes(encoders: Encoders, sides: tuple[int, int]) -> dict[str, int]:
-    """Bytes of each .npy that precompute would store of a picture of `sides`: by its own code, run on tensors without
+    """Bytes of each .npy that precompute would store for a picture of `sides`: by its own code, run on tensors without
     memory. The encoders are on the device `meta`."""
     sample = {"key": KEY, "caption": "a", "meta": meta_for(encoders)}
     for condition in encoders.conditions.values():
@@ -105,20 +105,20 @@ def field_bytes(encoders: Encoders, sides: tuple[int, int]) -> dict[str, int]:
 
 
 def meta_for(encoders: Encoders) -> dict[str, Any]:
-    """A json that every condition takes."""
+    """A json that every condition accepts."""
     keys = {condition.key for condition in encoders.conditions.values() if hasattr(condition, "key")}
     return {"boxes": [["thing", 0.0, 0.0, 1.0, 1.0]], **dict.fromkeys(keys, "thing")}
 
 
 def array_bytes(shape: tuple[int, ...], dtype: str, floating: bool) -> int:
-    """Of a field's .npy: what the codec writes."""
+    """Bytes of a field's .npy, as the codec writes it."""
     assert dtype in DTYPES
     numbers = "int32" if not floating else codec.BFLOAT16 if dtype == "bfloat16" else dtype
     return len(codec.encode("npy", np.zeros(shape, numbers)))
 
 
 def json_of(caption_bytes: int, more: int, sides: tuple[int, int]) -> int:
-    """Bytes of the json beside a latent: precompute's own entries, the caption, and `more` of the source's."""
+    """Bytes of the json beside a latent: precompute's own entries, the caption, and `more` from the source."""
     content = {
         "caption": "a" * caption_bytes,
         "crop_top_left": [0, 0],
@@ -130,7 +130,7 @@ def json_of(caption_bytes: int, more: int, sides: tuple[int, int]) -> int:
 
 
 def deduplicated(name: str, members: Mapping[str, int], text: Sequence[str], images: int, unique: float) -> Layout:
-    """Text states once for each different caption, and in each sample the number of its row."""
+    """A layout that stores text states once for each different caption, and in each sample the number of its row."""
     rows = round(images * unique)
     kept = {extension: size for extension, size in members.items() if extension not in text}
     number = {"row.npy": array_bytes((), "float32", floating=False)}
@@ -157,7 +157,7 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the plan: `images` kept in a layout, in shards of `limit` bytes, and trained on."""
+    """A line of the plan: `images` stored in a layout, in shards of `limit` bytes, and trained on."""
 
     layout: Layout
     images: int
@@ -181,7 +181,7 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The same to be read, in the order of HEADINGS."""
+        """The same figures as text, in the order of HEADINGS."""
         figures = self.figures
         return (
             self.layout.name,

@@ -10,7 +10,7 @@ from data_pipeline.common.errors import UserError
 
 
 def chosen_device(name: str) -> torch.device:
-    """auto: the GPU where there is one; of several, that of this process's number on its machine."""
+    """auto: the GPU if there is one; of several, the one with this process's number on its machine."""
     if name == "auto":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count) if count else torch.device("cpu")

@@ -1,9 +1,9 @@
 """What every entry script shares: where conf/ lies, how it answers before it loads, and how errors reach the user.
 
-A script begins with `if __name__ == "__main__": start_entry("train.train_ldm")`. That composes the configuration, and
-answers `--help` and what can't be composed (no such option, a missing `input=`) by Hydra alone, in well under a second.
-When the options are right, the script is imported by its module's name, with all that stands below those two lines,
-such as torch; its `main(cfg)` is called, and the process ends. So scripts import at their top as modules do.
+A script begins with `if __name__ == "__main__": start_entry("train.train_ldm")`. That composes the configuration.
+`--help` and errors of composition (no such option, a missing `input=`) are answered by Hydra alone, in well under a
+second. When the options are right, the script is imported by its module's name, with everything below those two
+lines, such as torch; its `main(cfg)` is called, and the process ends. So scripts import at their top as modules do.
 
 Packages that take seconds and that few runs need are imported in the function that uses them: deepspeed by `Engine`,
 open_clip by `train/models/open_clip_alone.py`, wandb, matplotlib, s3fs, pyarrow and webdataset by their owners. So a
@@ -33,7 +33,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.hydra_messages import advice, reworded, top_keys
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
-# Hydra composes everything once more, only to read hydra.mode: half a second. Without it --multirun decides.
+# Hydra composes everything again, only to read hydra.mode, in half a second. Without the mode, --multirun decides.
 Hydra.get_mode = lambda *_, **__: None
 
 
@@ -62,24 +62,24 @@ def start_entry(module: str) -> NoReturn:
             if user_error is None:
                 raise
             print(f"error: {user_error}", file=sys.stderr, flush=True)
-            # Not sys.exit: a rank that leaves while others wait in a collective must not wait for them in turn.
+            # Not sys.exit: a rank that leaves while others wait in a collective must not itself wait for them.
             sys.stdout.flush()
             os._exit(user_error.exit_code)
         _leave_if_one_of_many(0)
 
-    guarded.__module__ = module  # by which Hydra names the job
+    guarded.__module__ = module  # Hydra names the job by it
     _with_codes(hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded), said, config_name)
     raise SystemExit(0)
 
 
 def _refuse_unknown(cfg: DictConfig, config_name: str) -> None:
-    """What Hydra's + has put at the top, where nothing would ever look at it."""
+    """Refuse what Hydra's + added at the top level, where nothing would ever read it."""
     for key in sorted(set(map(str, cfg)) - top_keys(Path(CONF), config_name)):
         raise UserError(f"there is no option {key}{advice(key, Path(CONF), config_name)}.")
 
 
 class Said:
-    """What Hydra writes to stderr before main begins: held back, to be said in other words."""
+    """What Hydra writes to stderr before main begins: held back, then printed in other words."""
 
     def __init__(self) -> None:
         self.text, self.begun = io.StringIO(), False
@@ -89,14 +89,14 @@ class Said:
         self.stack.enter_context(contextlib.redirect_stderr(self.text))
 
     def stop(self) -> None:
-        """main begins, or will not."""
+        """Called when main begins, or when it won't."""
         self.stack.close()
         self.begun = True
         sys.stderr.write(self.text.getvalue())
 
 
 def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> None:
-    """Hydra's own refusals (no such option) leave with 1: they are the user's, so with 2, and a sentence."""
+    """Hydra's own refusals (no such option) exit with 1: as the user's mistakes, make it 2 and one sentence."""
     said.start()
     try:
         with said.stack:
@@ -106,12 +106,12 @@ def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> No
         if code and not said.begun:
             code = UserError.exit_code
             print(f"error: {reworded(said.text.getvalue(), Path(CONF), config_name)}", file=sys.stderr, flush=True)
-        _leave_if_one_of_many(code)  # a crash, too: what it left open may wait for the other ranks
+        _leave_if_one_of_many(code)  # after a crash, too: what it left open may wait for the other ranks
         raise SystemExit(code) from None
 
 
 def _leave_if_one_of_many(code: int | str | None) -> None:
-    """End a rank here: threads of torch and DeepSpeed can abort the interpreter's own shutdown, and a finished job."""
+    """End a rank here: threads of torch and DeepSpeed can abort the interpreter's shutdown, even of a finished job."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(code, str):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -119,8 +119,8 @@ def _leave_if_one_of_many(code: int | str | None) -> None:
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """The UserError that Hydra's instantiate may have wrapped; or what options of a wrong kind or a full disk are to
-    the user; None: something else."""
+    """The UserError that Hydra's instantiate may have wrapped, or one for options of a wrong type or a full disk; None
+    for any other error."""
     while error is not None:
         if isinstance(error, UserError):
             return error

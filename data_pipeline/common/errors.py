@@ -1,4 +1,4 @@
-"""Errors that are told apart by who can mend them; entry scripts turn each into one sentence and an exit code."""
+"""Errors, by who can fix them; entry scripts turn each into one sentence and an exit code."""
 
 from __future__ import annotations
 

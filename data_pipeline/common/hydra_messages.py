@@ -1,4 +1,4 @@
-"""What Hydra says of options that there are not, in one sentence with those that there are."""
+"""Hydra's messages about unknown options, reworded in one sentence that names those that exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_SET = re.compile(r"Could not override '([\w./@]+)'")
 
 
 def reworded(said: str, conf: Path, root: str) -> str:
-    """The sentence for Hydra's message on an entry of conf/<root>.yaml; one it has no sentence for, as it is."""
+    """One sentence for Hydra's message on an entry of conf/<root>.yaml; other messages stay as they are."""
     if found := NOT_LOADED.search(said):
         group, name = found.groups()
         there = sorted(path.stem for path in (conf / group).glob("*.yaml"))
@@ -27,7 +27,7 @@ def reworded(said: str, conf: Path, root: str) -> str:
 
 
 def advice(key: str, conf: Path, root: str) -> str:
-    """A group's name that is set without being chosen; else options that are spelt nearly so."""
+    """The group to choose, where an option of an unchosen group is set; else options with similar names."""
     group, _, rest = key.partition(".")
     name = rest.partition(".")[0]
     known = options(conf, root)
@@ -56,7 +56,7 @@ def options(conf: Path, root: str) -> list[str]:
 
 @functools.cache
 def top_keys(conf: Path, root: str) -> set[str]:
-    """What an entry's configuration may hold at its top: its own, its groups, and what global files put there."""
+    """Names allowed at the top level of an entry's configuration: its own, its groups, and those of global files."""
     own = loaded(conf / f"{root}.yaml")
     known = set(own) - {"defaults", "hydra"}
     for default in own.get("defaults", []):
@@ -70,7 +70,7 @@ def top_keys(conf: Path, root: str) -> set[str]:
 
 
 def names_in(content: Any, prefix: str = "") -> list[str]:
-    """Dotted names below a mapping, its branches' too."""
+    """Dotted names below a mapping, branches included."""
     if not isinstance(content, dict):
         return []
     own = [name for name in content if name not in ("defaults", "hydra", "_target_")]

@@ -1,4 +1,4 @@
-"""Options compared with what their annotations say: kind, range, choice. What is none of it gets one sentence.
+"""Options checked against their annotations: type, range, choice. A value that does not fit is refused in one sentence.
 
 lr: Annotated[float, Within(0)]                 "optimizer.lr=-1 can't be: take a number of 0 or more."
 """
@@ -24,7 +24,7 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """A range of numbers; above, below: without its least, its most."""
+    """A range of numbers; above: `least` itself is excluded; below: `most` is."""
 
     least: float
     most: float = math.inf
@@ -32,7 +32,7 @@ class Within:
     below: bool = False
 
     def allows(self, value: float) -> bool:
-        """Nothing that is NaN."""
+        """Whether a number is in the range; NaN never is."""
         inside = self.least <= value <= self.most
         return inside and not (self.above and value == self.least) and not (self.below and value == self.most)
 
@@ -44,7 +44,7 @@ class Within:
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """A choice."""
+    """One of these values."""
 
     names: Sequence[Any]
 
@@ -56,20 +56,20 @@ Share = Annotated[float, Within(0, 1)]
 
 
 def refuse_wrong(options: Any, prefix: str) -> None:
-    """A dataclass' fields, in its __post_init__; `prefix` is what the user finds them under."""
+    """Check a dataclass' fields, in its __post_init__; `prefix`: where they are in the configuration."""
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     refuse_wrong_values(values, get_type_hints(type(options), include_extras=True), f"{prefix}.")
 
 
 def refuse_wrong_values(values: Mapping[str, Any], hints: Mapping[str, Any], prefix: str = "") -> None:
-    """The values that there are, by name, against their annotations."""
+    """Check the given values, by name, against their annotations."""
     for name, value in values.items():
         if not fits(value, hints[name]):
             raise UserError(f"{prefix}{name}={value} can't be: take {said(hints[name])}.")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether an option may be this. Of what has no kind here, such as another dataclass, anything."""
+    """Whether a value fits an annotation. Types not covered here, such as another dataclass, accept anything."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return fits(value, parts[0]) and all(_meets(value, condition) for condition in parts[1:])
@@ -97,7 +97,7 @@ def _meets(value: Any, condition: Within | OneOf) -> bool:
 
 
 def said(hint: Any) -> str:
-    """What may be given, in words."""
+    """The allowed values, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         if isinstance(parts[1], OneOf):

@@ -1,4 +1,4 @@
-"""Progress with rate and ETA: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress with rate and ETA: a bar on a terminal, elsewhere a plain line from time to time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
-SECONDS_OF_SILENCE = 60.0  # at most, where there is no terminal: a line also comes while nothing is done
+SECONDS_OF_SILENCE = 60.0  # without a terminal, the longest time between two lines, even while nothing is done
 
 
 class Progress:
@@ -37,7 +37,7 @@ class Progress:
             self._print_line()
 
     def skip(self, count: int) -> None:
-        """Count `count` units that others have done: they are done, but say nothing of the rate."""
+        """Count `count` units that others have done: they are done, but don't count for the rate."""
         self.done += count
         self.initial += count
         if self.bar is not None:
@@ -45,14 +45,14 @@ class Progress:
             self.bar.update(count)
 
     def note(self, text: str) -> None:
-        """Print a line without tearing the bar."""
+        """Print a line without breaking the bar."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         elif self.shown:
             print(text, file=sys.stderr, flush=True)
 
     def _speak_up(self) -> None:
-        """A thread's life: a line where there was none for long."""
+        """Run by a thread: print a line when there was none for SECONDS_OF_SILENCE."""
         while not self.over.wait(max(self.last_line + SECONDS_OF_SILENCE - time.monotonic(), 0.01)):
             if time.monotonic() - self.last_line >= SECONDS_OF_SILENCE:
                 self._print_line()

@@ -1,7 +1,8 @@
-"""Objects in S3 buckets (s3fs): a request ends in time, is tried again where that may help, or fails by a sentence.
+"""Objects in S3 buckets (s3fs): requests end in bounded time, are retried where that may help, or fail in one sentence.
 
-How often and how long is decided here alone: the retries of s3fs and botocore are switched off, so that the whole is
-bounded. Keys come from the environment, and no message tells them: what the server said is reduced to its error code.
+Only this module decides how often and how long to retry: the retries of s3fs and botocore are switched off, so that
+the total is bounded. Keys come from the environment, and no message contains them: the server's answer is reduced to
+its error code.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ VARIABLES = {
     "cache_gb": "STORE_CACHE_GB",
 }
 ENDPOINT, REGION, DEADLINE, ATTEMPTS, CACHE, CACHE_GB = VARIABLES.values()
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between attempts: doubled each time, and a random part of that
-SLOWEST = 2**20  # bytes a second: what an attempt is given on top of the deadline
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between attempts: doubled each time; the wait is a random part of that
+SLOWEST = 2**20  # bytes a second: gives an attempt more time than the deadline, by its size
 PART = 32 * 2**20  # bytes of an object that one request reads or writes: what a broken connection costs
 PARTS_AT_ONCE = 4
 TRANSIENT = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "BadDigest", "OperationAborted"}
@@ -37,9 +38,9 @@ TRANSIENT |= {"Throttling", "ThrottlingException", "TooManyRequests", "Incomplet
 
 
 class Settings(NamedTuple):
-    """Of the store; by the environment, which spawned workers and started processes inherit.
+    """Settings of the store, in the environment, which spawned workers and started processes inherit.
 
-    deadline_s: a connection over which nothing comes for so long is given up. attempts: of each request.
+    deadline_s: a connection that transfers nothing for so long is given up. attempts: of each request.
     """
 
     endpoint: str | None
@@ -63,11 +64,11 @@ class Settings(NamedTuple):
 
 
 class CutShort(Exception):
-    """Fewer bytes came than were announced."""
+    """Fewer bytes arrived than were announced."""
 
 
 def read(path: str, start: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes from `start` (all: None). An object that ends before is a DataError. Parts at once, where long."""
+    """`length` bytes from `start` (all: None), long ones in parallel parts. A shorter object is a DataError."""
     if length is None or length <= PART:
         return _tried(path, functools.partial(_get, path, start, length), length or PART)
     places = [(at, min(PART, start + length - at)) for at in range(start, start + length, PART)]
@@ -97,7 +98,7 @@ async def _get(path: str, start: int, length: int | None, client: Any) -> bytes:
     answer = await client._call_s3("get_object", **_place(path), **limits)
     async with answer["Body"] as body:
         data = await body.read()
-    if len(data) != answer["ContentLength"]:  # aiohttp says so before, where it is the client
+    if len(data) != answer["ContentLength"]:  # aiohttp raises earlier, where it is the client
         raise CutShort
     if length is not None and len(data) != length:
         raise DataError(f"{path} ends at byte {start + len(data)}, before {start + length}: copy or make it again.")
@@ -105,7 +106,7 @@ async def _get(path: str, start: int, length: int | None, client: Any) -> bytes:
 
 
 def size(path: str) -> int | None:
-    """In bytes; None if there is no such object. A bucket that there isn't is a UserError."""
+    """Size in bytes; None if there is no such object. A missing bucket is a UserError."""
 
     async def head(client: Any) -> int | None:
         try:
@@ -121,12 +122,12 @@ def size(path: str) -> int | None:
 
 @functools.cache
 def _refuse_missing_bucket(bucket: str, settings: Settings) -> None:
-    """A HEAD has no body to tell a missing bucket from a missing object: asked once."""
+    """Tell a missing bucket from a missing object, which a HEAD, having no body, can't: asked once."""
     _tried(f"s3://{bucket}", lambda client: client._call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1))
 
 
 def listed(path: str) -> tuple[dict[str, int], list[str]]:
-    """What lies directly below: {name of object: bytes}, and names of folders. A request for each thousand."""
+    """What lies directly below: {name of object: bytes}, and names of folders. One request for each thousand."""
     place = _place(path.rstrip("/") + "/")
     bucket, prefix = place["Bucket"], place["Key"]
     objects: dict[str, int] = {}
@@ -144,7 +145,7 @@ def listed(path: str) -> tuple[dict[str, int], list[str]]:
 
 
 def write(path: str, data: bytes) -> None:
-    """All of it under its name, or nothing; in parts, where it is long. The server checks each by its MD5."""
+    """Write all of it under its name, or nothing; long data in parts. The server checks each part by its MD5."""
     place = _place(path)
     if len(data) <= PART:
         _tried(path, functools.partial(_put, "put_object", place, data), len(data))
@@ -158,7 +159,7 @@ def write(path: str, data: bytes) -> None:
         marks = [{"PartNumber": n, "ETag": answer["ETag"]} for n, answer in enumerate(_all_tried(path, calls), 1)]
         _tried(path, functools.partial(_complete, path, {**place, "UploadId": upload}, marks, len(data)))
     except BaseException:
-        with contextlib.suppress(UserError):  # what went wrong first is told
+        with contextlib.suppress(UserError):  # the first error is the one to report
             _tried(path, lambda client: client._call_s3("abort_multipart_upload", **place, UploadId=upload))
         raise
 
@@ -176,13 +177,13 @@ async def _put(method: str, place: dict[str, Any], data: bytes | memoryview, cli
 async def _complete(path: str, upload: dict[str, Any], marks: list[dict[str, Any]], length: int, client: Any) -> None:
     try:
         await client._call_s3("complete_multipart_upload", **upload, MultipartUpload={"Parts": marks})
-    except FileNotFoundError:  # no such upload (any more): an earlier attempt may have done it, and its answer was lost
+    except FileNotFoundError:  # no such upload: an earlier attempt may have completed it, and its answer was lost
         if (await client._call_s3("head_object", **_place(path)))["ContentLength"] != length:
             raise
 
 
 def remove(path: str) -> None:
-    """If it is there."""
+    """Remove the object if it exists."""
     _tried(path, lambda client: client._call_s3("delete_object", **_place(path)))
 
 
@@ -193,7 +194,7 @@ def _place(path: str) -> dict[str, str]:
 
 @functools.cache
 def _client(process: int, settings: Settings) -> Any:
-    """Made in the process that uses it: s3fs does not survive a fork."""
+    """The client, made in the process that uses it: s3fs does not survive a fork."""
     import s3fs
 
     config: dict[str, Any] = {
@@ -201,7 +202,7 @@ def _client(process: int, settings: Settings) -> Any:
         "read_timeout": settings.deadline_s,
         "retries": {"total_max_attempts": 1},
         "max_pool_connections": 32,
-        # checksums beyond MD5 are Amazon's own: other servers refuse them
+        # checksums other than MD5 are Amazon's own: other servers refuse them
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
@@ -221,18 +222,18 @@ def _client(process: int, settings: Settings) -> Any:
 
 
 def _tried(path: str, once: Callable[[Any], Awaitable[T]], length: int = 0) -> T:
-    """What `once(client)` returns, of `length` bytes in or out; within `attempts` and the time that these have."""
+    """The result of `once(client)`, which transfers `length` bytes; within `attempts` and their time limits."""
     return _all_tried(path, [(once, length)])[0]
 
 
 def _all_tried(path: str, calls: list[tuple[Callable[[Any], Awaitable[T]], int]]) -> list[T]:
-    """The same for several calls, some of them at once; the first that fails for good ends them."""
+    """The same for several calls, some of them in parallel; the first that finally fails ends them all."""
     from fsspec.asyn import sync
 
     settings = Settings.now()
     try:
         client = _client(os.getpid(), settings)
-    except Exception as error:  # half of the keys, an unknown profile, no name of a region
+    except Exception as error:  # one key of the two is missing, the profile is unknown, or the region's name is invalid
         raise sentence(path, error, settings) from None
 
     async def together() -> list[T]:
@@ -267,13 +268,13 @@ async def _attempts(path: str, settings: Settings, client: Any, once: Callable[[
 
 
 def code_of(error: BaseException) -> str:
-    """What the server called its refusal: S3's name for it, or a number; "" where no server spoke."""
+    """The server's name for its refusal: S3's error code, or a number; "" if no server answered."""
     answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     return str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later: trouble of the server or the network, not of what was asked."""
+    """Whether the same request may succeed later: the cause is the server or the network, not the request."""
     from aiohttp import ClientError as NetworkError
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.exceptions import HTTPClientError, IncompleteReadError, ResponseStreamingError
@@ -308,7 +309,7 @@ REFUSALS |= {"416": REFUSALS["InvalidRange"], "AuthorizationHeaderMalformed": RE
 
 
 def sentence(path: str, error: Exception, settings: Settings) -> UserError:
-    """What to tell the user: never what server or library said, which may hold a key."""
+    """The sentence for the user: never the text of the server or library, which may contain a key."""
     where = settings.endpoint or "Amazon S3"
     name = code_of(error) or type(error).__name__
     if name in REFUSALS:

@@ -1,6 +1,6 @@
-"""The list of what a file of a data set, a run or a model may name: short name -> where it lies in this checkout.
+"""The list of what a file of a data set, a run or a model may name: short name -> its path in this checkout.
 
-Whoever reads such a file builds what stands here and nothing else (saved_objects.py; docs/security.md says why).
+Readers of such files build what is listed here and nothing else (saved_objects.py; docs/security.md says why).
 An entry of a file is {"name": "discrete_vp", "steps": 1000, ...}; Hydra's notation in files of earlier versions
 ({"_target_": "train.diffusion.process.DiscreteVP", ...}) is read as the name that it stands for.
 """
@@ -77,7 +77,7 @@ LIST: Mapping[str, Mapping[str, str]] = {
     "text_encoder": {"CLIP": f"{_MODELS}.clip.CLIP"},
     "classifier": {"NoisyClassifier": f"{_MODELS}.classifier.NoisyClassifier"},
 }
-# What has moved: a module, or a name in it, as files of earlier versions have it -> as LIST has it.
+# What has moved: a module, or a name in it, as written in files of earlier versions -> as LIST has it.
 MOVED: Mapping[str, str] = {
     "data_pipeline.conditions": "data_pipeline.encode.conditions",
     "data_pipeline.filters": "data_pipeline.sources.filters",
@@ -90,18 +90,18 @@ MOVED: Mapping[str, str] = {
 }
 # Hydra's ways to name a function without calling it: conf/ has them for spacings and time samplings.
 GETTERS = ("hydra.utils.get_method", "hydra.utils.get_object", "hydra.utils.get_class")
-_PARTIAL = ("conditioning", "sampling")  # groups that conf/ has with _partial_: true
+_PARTIAL = ("conditioning", "sampling")  # groups for which conf/ sets _partial_: true
 _GROUP_AND_NAME = {path: (group, name) for group, names in LIST.items() for name, path in names.items()}
 
 
 def today(path: str) -> str:
-    """Where that lies now which a file of an earlier version names."""
+    """The present path of something that a file of an earlier version names."""
     module, _, name = path.rpartition(".")
     return MOVED.get(path) or f"{MOVED.get(module, module)}.{name}"
 
 
 def target_of(entry: Mapping[str, Any]) -> tuple[str, bool] | None:
-    """The path that an entry in Hydra's notation names, and whether it is to be called; None: it names none."""
+    """The path that an entry in Hydra's notation names, and whether it is to be called; None if it names none."""
     if not isinstance(target := entry.get("_target_"), str):
         return None
     if target in GETTERS:
@@ -110,9 +110,9 @@ def target_of(entry: Mapping[str, Any]) -> tuple[str, bool] | None:
 
 
 def named(tree: Any) -> Any:
-    """A configuration with short names for Hydra's notation of what is on the list; all else as it is.
+    """A configuration with short names in place of Hydra's notation for what is on the list; the rest is unchanged.
 
-    So that what is saved says nothing of where code lies, and compares equal to what another version saved.
+    So saved files don't say where code lies, and compare equal to those that another version saved.
     """
     if isinstance(tree, list | tuple):
         return [named(item) for item in tree]
@@ -129,5 +129,6 @@ def named(tree: Any) -> Any:
 
 
 def entry_of(made: type) -> dict[str, Any]:
-    """How a file names a class: shortly; a user's own by its path, which conf/ must name, too, to be built again."""
+    """How a file names a class: by its short name; a user's own class by its path, which conf/ must also name to build
+    it again."""
     return named({"_target_": f"{made.__module__}.{made.__qualname__}"})

@@ -1,8 +1,8 @@
-"""Builds what files of data sets, runs and models describe: of the list in saved_names.py, nothing else.
+"""Builds what files of data sets, runs and models describe: only what is on the list in saved_names.py.
 
-A file is somebody else's word: it chooses among what is listed, and gives plain arguments, each compared with the
-annotation of its own parameter. Hydra's instantiate, which calls whatever is named, never sees it. Beyond the list only
-what this checkout's conf/ names is taken: that is the user's own. docs/security.md tells it whole.
+Such files are not trusted: they choose among what is listed, and give plain arguments, each checked against the
+annotation of its own parameter. Hydra's instantiate, which calls anything that is named, never sees them. Beyond the
+list, only what this checkout's conf/ names is accepted: it is the user's own. docs/security.md has the whole story.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from data_pipeline.common.option_checks import fits, said
 from data_pipeline.common.saved_names import GETTERS, LIST, named, target_of
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-Target = tuple[str, bool]  # a path, and whether it is called or is itself what is meant
+Target = tuple[str, bool]  # a path, and whether to call it or to use it as it is
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """supplied: arguments that only the program may give; what takes any is built as a partial, which it calls.
-    parts: arguments that are entries themselves, and their groups. conf: the folder there, if of another name.
-    """
+    """supplied: arguments that only the program may give; a target that takes any becomes a partial, which it calls.
+    parts: arguments that are entries themselves, and their groups. conf: its folder in conf/, if named otherwise."""
 
     supplied: tuple[str, ...] = ()
     parts: tuple[tuple[str, str], ...] = ()
@@ -55,7 +54,7 @@ GROUPS: Mapping[str, Group] = {
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """An entry found to be in order, and not yet built. arguments: with the defaults of those that it leaves out."""
+    """An entry that was checked and not yet built. arguments: those given, with defaults for the others."""
 
     make: Callable[..., Any]
     given: Mapping[str, Any]
@@ -64,7 +63,7 @@ class Checked:
     called: bool
 
     def build(self) -> Any:
-        """The object; or, where the program has arguments to add, what takes them."""
+        """The object; or a partial of it, where the program has arguments to add."""
         given = {name: value.build() if isinstance(value, Checked) else value for name, value in self.given.items()}
         if not self.called:
             return functools.partial(self.make, **given) if given else self.make
@@ -74,24 +73,24 @@ class Checked:
             if file := self.where.rpartition(": ")[0]:
                 raise type(error)(f"{file}: {error}") from error
             raise
-        except Exception as error:  # whatever a constructor makes of values that pass one by one
+        except Exception as error:  # a constructor may refuse values that are valid one by one
             raise DataError(f"{self.where} can't be made of its arguments ({_brief(error)}).") from error
 
 
 def build(saved: Any, group: str, where: str, own: Collection[Target] = ()) -> Any:
-    """What an entry of a file describes. where: the file, and the entry's name in it; own: targets beyond the list that
-    the user's command line names."""
+    """Build what an entry of a file describes. where: the file, and the entry's name in it; own: targets beyond the
+    list that the user's command line names."""
     return checked(saved, group, where, own).build()
 
 
 def checked(saved: Any, group: str, where: str, own: Collection[Target] = ()) -> Checked:
-    """An entry with its parts, looked up and its arguments compared; what is not in order is a DataError."""
+    """An entry with its parts, looked up and its arguments checked; anything invalid is a DataError."""
     saved, about = named(saved), GROUPS[group]
     if not isinstance(saved, Mapping):
         raise DataError(f"{where} must be a table with the name of what it is, and is {_brief(saved)}.")
     make, reference = _looked_up(saved, group, where, own)
     heads = {"_target_", "path"} if reference else {"_target_"} if "_target_" in saved else {"name"}
-    if "_target_" in saved:  # of the user's own: in the notation of their conf/
+    if "_target_" in saved:  # the user's own class: in the notation of their conf/
         heads, reference = heads | {"_partial_", "_convert_"}, reference or saved.get("_partial_") is True
     given = {name: value for name, value in saved.items() if name not in heads}
     return _with_arguments(make, given, about, where, own, reference)
@@ -128,7 +127,7 @@ def _with_arguments(
 def _looked_up(
     saved: Mapping[str, Any], group: str, where: str, own: Collection[Target]
 ) -> tuple[Callable[..., Any], bool]:
-    """What an entry names, and whether it is meant itself rather than called."""
+    """The target that an entry names, and whether it is used as it is rather than called."""
     if "_target_" not in saved:
         name = saved.get("name")
         if not isinstance(name, str) or name not in LIST[group]:
@@ -156,7 +155,7 @@ def _imported(path: str, where: str) -> Callable[..., Any]:
 
 
 def _parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
-    """By name; a class' with those of the classes that it hands **options on to. And whether it takes any besides."""
+    """Parameters by name; for a class, also those of bases that get its **options. And whether others are accepted."""
     found: dict[str, inspect.Parameter] = {}
     for function in _functions(make):
         parameters = inspect.signature(function).parameters.values()
@@ -178,7 +177,7 @@ def _hints(make: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _functions(make: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """Whose parameters count: a function itself, or a class' constructors, its own first."""
+    """The functions whose parameters count: a function itself, or the constructors of a class, its own first."""
     if not inspect.isclass(make):
         return [make]
     return [vars(c)["__init__"] for c in make.__mro__ if "__init__" in vars(c) and c not in (object, nn.Module)]
@@ -186,7 +185,7 @@ def _functions(make: Callable[..., Any]) -> list[Callable[..., Any]]:
 
 @functools.cache
 def targets_in_conf(group: str) -> frozenset[Target]:
-    """All that this checkout's conf/ names for a group: in the group's folder, or in that section of another file."""
+    """All targets that this checkout's conf/ names for a group: in its folder, or in its section of other files."""
     folder, found = GROUPS[group].conf or group, set()
     for path in CONF.rglob("*.yaml"):
         content = yaml.safe_load(path.read_text())
@@ -197,7 +196,7 @@ def targets_in_conf(group: str) -> frozenset[Target]:
 
 
 def targets_in(tree: Any) -> set[Target]:
-    """All that a configuration of the user's own names, at any depth; nothing of Hydra itself."""
+    """All targets that a user's own configuration names, at any depth; none of Hydra's own."""
     items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ()
     found = set().union(*map(targets_in, items)) if items else set()
     target = target_of(tree) if isinstance(tree, Mapping) else None
@@ -205,12 +204,12 @@ def targets_in(tree: Any) -> set[Target]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.yaml as plain data with short names; ${...} in it stays text."""
+    """A run's config.yaml as plain data with short names; ${...} stays as text."""
     return _read(path, lambda text: named(yaml.safe_load(text)), yaml.YAMLError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
+    """Read a JSON object."""
     return _read(path, json.loads, ValueError)
 
 
@@ -225,7 +224,7 @@ def _read(path: Path, parse: Callable[[str], Any], wrong: type[Exception]) -> di
 
 
 def refuse_wrong_kinds(values: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:
-    """Facts of a file by name, against annotations: those that lack, and those of another kind."""
+    """Check the facts of a file, by name, against annotations; refuse missing ones and those of another type."""
     for name, hint in hints.items():
         if name not in values:
             raise DataError(f"{where} lacks {name}: make it, or copy it, again.")

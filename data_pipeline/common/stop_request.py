@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-EXIT_CODE = 75  # EX_TEMPFAIL: start me again; slurm/task.sh knows it
+EXIT_CODE = 75  # EX_TEMPFAIL: start me again; slurm/task.sh reads it
 
 
 class Stopped(SystemExit):
-    """Raised when a process was asked to stop, and wants to be started again."""
+    """Raised when a process was asked to stop and wants to be restarted."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
@@ -21,7 +21,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            # A launcher that ignores USR1 for us hands it over as TERM; our children must inherit the ignoring.
+            # A launcher that ignores USR1 for us passes it on as TERM; our children must inherit the ignoring.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._remember)
 

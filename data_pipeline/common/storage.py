@@ -1,6 +1,6 @@
-"""The one opener for local paths and s3://; nothing else in the project opens a URL.
+"""The only opener for local paths and s3://; nothing else in the project opens a URL.
 
-Endpoint and region come from AWS_ENDPOINT_URL and AWS_REGION or `store.`, keys from the environment only (bucket.py).
+Endpoint and region come from AWS_ENDPOINT_URL and AWS_REGION or `store.`, keys from the environment only (s3.py).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from data_pipeline.common import s3
 from data_pipeline.common.errors import UserError
 
-HOST = platform.node()  # in temporary names: processes of two machines may have the same number
+HOST = platform.node()  # part of temporary names: processes of two machines may have the same number
 
 
 def configure(**settings: str | float | None) -> None:
     """Set endpoint, region, deadline_s, attempts, cache or cache_gb for this process and those that it starts.
 
-    None leaves the environment's. What can't be is a UserError.
+    None keeps the environment's value. An invalid value is a UserError.
     """
     for name, value in settings.items():
         if value is not None:
@@ -45,13 +45,13 @@ def join(root: str | Path, *parts: str) -> str:
 
 
 def absolute(path: str | Path) -> str:
-    """What finds the same place from any folder."""
+    """A path that is valid from any folder."""
     return str(path) if is_s3(path) else os.path.abspath(path)
 
 
 def read_bytes(path: str | Path, start: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes from `start` (all: None). Fewer than asked for is an OSError (of a bucket: a DataError):
-    nothing is read short in silence."""
+    """`length` bytes from `start` (all: None). Fewer than asked for is an OSError (in a bucket: a DataError); a short
+    read is never silent."""
     if is_s3(path):
         return s3.read(str(path), start, length)
     with open(path, "rb") as file:
@@ -73,12 +73,12 @@ def read_if_there(path: str | Path) -> bytes | None:
 
 
 def exists(path: str | Path) -> bool:
-    """A local file or folder; an object of a bucket (which has no folders)."""
+    """Whether there is a local file or folder, or an object of a bucket (which has no folders)."""
     return s3.size(str(path)) is not None if is_s3(path) else os.path.exists(path)
 
 
 def size(path: str | Path) -> int:
-    """In bytes."""
+    """Size in bytes."""
     found = size_if_there(path)
     if found is None:
         raise FileNotFoundError(path)
@@ -86,7 +86,7 @@ def size(path: str | Path) -> int:
 
 
 def size_if_there(path: str | Path) -> int | None:
-    """In bytes; None if there is no such file. One request, where exists() and size() are two."""
+    """Size in bytes; None if there is no such file. One request, where exists() and size() are two."""
     if is_s3(path):
         return s3.size(str(path))
     try:
@@ -96,7 +96,7 @@ def size_if_there(path: str | Path) -> int | None:
 
 
 def sizes(path: str | Path) -> dict[str, int]:
-    """Bytes of each file directly below by its name; none if `path` does not exist. A thousand files a request."""
+    """Bytes of each file directly below, by name; empty if `path` does not exist. One request per thousand files."""
     if is_s3(path):
         return s3.listed(str(path))[0]
     if not os.path.isdir(path):
@@ -105,14 +105,14 @@ def sizes(path: str | Path) -> dict[str, int]:
 
 
 def subfolders(path: str | Path) -> list[str]:
-    """Names of the folders directly below, sorted; none if `path` does not exist."""
+    """Names of the folders directly below, sorted; empty if `path` does not exist."""
     if is_s3(path):
         return sorted(s3.listed(str(path))[1])
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
 
 
 def files(path: str | Path, ending: str) -> list[str]:
-    """Names of the files directly below that end so, sorted; none if `path` does not exist."""
+    """Names of the files directly below with this ending, sorted; empty if `path` does not exist."""
     if is_s3(path):
         names = list(s3.listed(str(path))[0])
     else:
@@ -121,7 +121,7 @@ def files(path: str | Path, ending: str) -> list[str]:
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """All of it under its name, or nothing: temporary file, fsync, rename. An S3 put is atomic by itself."""
+    """Write all of it under its name, or nothing: temporary file, fsync, rename. An S3 put is atomic by itself."""
     if is_s3(path):
         s3.write(str(path), data)
         return
@@ -131,8 +131,8 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def write_first(path: str | Path, data: bytes) -> bool:
-    """As write_atomically, unless something has that name already: then False, and that stays. On a disk this is one
-    step, as a link is made; in a bucket, or without links, a look and then a write."""
+    """Like write_atomically, unless the name is taken: then returns False and leaves it. On a disk this is one step, as
+    a link is made; in a bucket, or without links, a check and then a write."""
     if is_s3(path):
         if exists(path):
             return False
@@ -151,7 +151,7 @@ def write_first(path: str | Path, data: bytes) -> bool:
 
 
 def _named(temporary: Path, path: Path) -> None:
-    """A second name for a file; FileExistsError where something has it."""
+    """Give a file a second name; FileExistsError if that is taken."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -163,7 +163,7 @@ def _named(temporary: Path, path: Path) -> None:
 
 
 def _written_aside(path: Path, data: bytes) -> Path:
-    """All of it under a temporary name beside `path`, on the disk."""
+    """Write all of it under a temporary name beside `path`, on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{HOST}.{os.getpid()}")
     with temporary.open("wb") as file:
@@ -174,17 +174,17 @@ def _written_aside(path: Path, data: bytes) -> Path:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in it durable, as after a rename."""
+    """Make the names in a folder durable, as after a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # not every network file system can
+        with contextlib.suppress(OSError):  # not every network file system supports it
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def remove(path: str | Path) -> None:
-    """If it is there."""
+    """Remove the file if it exists."""
     if is_s3(path):
         s3.remove(str(path))
     else:

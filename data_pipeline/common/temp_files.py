@@ -8,16 +8,16 @@ from pathlib import Path
 
 from data_pipeline.common import storage
 
-ABANDONED_AFTER = 3600.0  # seconds after which another machine's temporary file is taken for a dead worker's
+ABANDONED_AFTER = 3600.0  # seconds after which another machine's temporary file counts as left by a dead worker
 
 
 def sweep(folder: str) -> int:
     """Delete temporary files that killed workers left in a local folder; returns how many.
 
-    Only those of processes of this machine that are no more, and of other machines' when they are an hour old.
+    Only files of ended processes of this machine, and files of other machines that are an hour old.
     """
     if storage.is_s3(folder) or not os.path.isdir(folder):
-        return 0  # an S3 put that was cut off leaves nothing
+        return 0  # an interrupted S3 put leaves nothing behind
     left = [path for path in Path(folder).iterdir() if ".tmp." in path.name and abandoned(path)]
     for path in left:
         path.unlink(missing_ok=True)
@@ -31,7 +31,7 @@ def abandoned(path: Path) -> bool:
         return not alive(int(number))
     try:
         return time.time() - path.stat().st_mtime > ABANDONED_AFTER
-    except FileNotFoundError:  # another worker was quicker
+    except FileNotFoundError:  # another worker deleted it first
         return False
 
 

@@ -1,4 +1,4 @@
-"""Threads beside the one that works: some read ahead, one writes behind. Bounded, and their errors come out here."""
+"""Threads that read ahead or write behind. Queues are bounded, and errors are raised in the calling thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Given, Made = TypeVar("Given"), TypeVar("Made")
 class Ahead(Generic[T]):
     """`with Ahead(items, depth) as ahead: for item in ahead`: a thread makes up to `depth` items before they are taken.
 
-    An error in the thread is raised where its item would have come. Leaving ends the thread at its next item.
+    An error in the thread is raised in place of its item. Leaving ends the thread at its next item.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
@@ -35,7 +35,7 @@ class Ahead(Generic[T]):
             if hasattr(items, "close"):
                 items.close()  # here: a generator's own threads end with it
             self._put((END, None))
-        except BaseException as error:  # also what is no Exception must not leave the taker waiting
+        except BaseException as error:  # even what is not an Exception must not leave the taker waiting
             self._put((END, error))
 
     def _put(self, made: tuple[Any, BaseException | None]) -> bool:
@@ -67,10 +67,10 @@ class Ahead(Generic[T]):
 
 
 class Behind:
-    """`with Behind(depth) as behind: behind.do(write, data)`: a thread does what it is given, one after another.
+    """`with Behind(depth) as behind: behind.do(write, data)`: a thread makes the given calls, one after another.
 
-    `do` waits while `depth` things are waiting. Its first error is raised by the next `do`, or on leaving; what was
-    given after it is not done. Leaving by another error still finishes what was given.
+    `do` waits while `depth` calls are queued. The first error is raised by the next `do`, or on leaving; calls
+    queued after it are not made. Leaving by another error still finishes the queued calls.
     """
 
     def __init__(self, depth: int) -> None:
@@ -108,7 +108,7 @@ class Behind:
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[Given], Made], items: Iterable[Given], ahead: int
 ) -> Iterator[Made]:
-    """As map, but at most `ahead` results are made before they are taken: decoded pictures are large."""
+    """Like map, but at most `ahead` results are made before they are taken: decoded pictures are large."""
     running: collections.deque[Future[Made]] = collections.deque()
     for item in items:
         running.append(pool.submit(function, item))

@@ -1,4 +1,4 @@
-"""Fields of a latent data set that was made before, for another one: what need not be encoded again."""
+"""Fields of an earlier latent data set, reused for a new one: they need not be encoded again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_pipeline.shards.samples import as_sample
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 GEOMETRY = ("original_size", "crop_top_left", "target_size")
-FACTS = (*GEOMETRY, "image_sha256", "caption")  # of a latent sample's json, beside what its source's said
+FACTS = (*GEOMETRY, "image_sha256", "caption")  # keys of a latent sample's json that precompute adds to the source's
 
 
 class BaseSet:
@@ -32,7 +32,7 @@ class BaseSet:
         self.lendable = [maker for maker in encoders.makers if self._made_alike(maker, encoders)]
 
     def _made_alike(self, maker: Condition, encoders: Encoders) -> bool:
-        """The same recipe, encoders, dtype and, where pictures matter, sizes."""
+        """Whether recipe, encoders, dtype and, where pictures matter, sizes are the same."""
         ours = [(maker.uses_first_stage, "autoencoder", encoders.image.fingerprint)]
         ours.append((maker.uses_clip, "text_encoder", encoders.text.fingerprint if encoders.text else None))
         fields = [self.manifest.fields.get(f"{name}.npy", {}) for name in maker.fields]
@@ -46,7 +46,8 @@ class BaseSet:
 
     @functools.cached_property
     def places(self) -> dict[str, tuple[Shard, IndexEntry]]:
-        """Key -> where it lies, of all samples: some 500 bytes each, only made where shards are cut otherwise."""
+        """Key -> where its sample lies, for all samples: some 500 bytes each, only made if shards are cut
+        differently."""
         return {e.key: (s, e) for s in self.manifest.shards for e in read_index(self.root, s)}
 
 
@@ -62,7 +63,7 @@ class BaseShard:
         self.captions.setdefault(sample["caption"], (origin, sample))
 
     def lend(self, item: Item, encoders: Encoders) -> None:
-        """Give an item the fields that would come out the same: of the same picture, of an equal caption."""
+        """Give an item the fields that would come out the same: those of the same picture, and of an equal caption."""
         if item.sample["key"] in self.samples:
             origin, old = self.samples[item.sample["key"]]
             if origin.same_sizes and same_picture(old["meta"], item.sample["meta"]):
@@ -82,13 +83,13 @@ def take(item: Item, maker: Condition, old: Mapping[str, Any], dtype: str) -> No
 
 
 def same_picture(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """The same bytes, and nothing in the json that must be moved with what was cut off."""
+    """Whether the bytes are the same, and the json has nothing to move with what was cut off."""
     placed = ("boxes" in new or "hole" in new) and old["crop_top_left"] != [0, 0]
     return old.get("image_sha256") == new["image_sha256"] and not placed
 
 
 def same_meta(maker: Condition, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether what the sources say of a sample is the same, where it matters."""
+    """Whether the sources say the same of a sample, for a maker that depends on it."""
     if "meta" not in maker.made_from:
         return True
     before, now = ({k: v for k, v in each["meta"].items() if k not in FACTS} for each in (old, new))
@@ -106,7 +107,7 @@ class Base:
         return ",".join(each.manifest.fingerprint for each in self.sets)
 
     def shard(self, name: str, keys: Sequence[str]) -> BaseShard:
-        """What there is of the samples of a shard: in the shard of the same name, else wherever they lie."""
+        """The base's samples of a shard: from the shard of the same name, else from wherever they lie."""
         found = BaseShard()
         for each in self.sets:
             if each.lendable and name in each.shards:

@@ -1,4 +1,4 @@
-"""A batch of samples to what is stored of each: encoded, in the dtype of the data set, looked over, measured."""
+"""Encodes a batch of samples: fields in the data set's dtype, checked, and with their statistics."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ class Encoders(NamedTuple):
 
     @property
     def makers(self) -> list[Condition]:
-        """All that fields come from, the first stage among them."""
+        """Everything that makes fields, including the first stage."""
         return [FirstStage(self.image, self.flips), *self.conditions.values()]
 
 
 class FirstStage(PlainCondition):
-    """moments (B, 2C, h, w) or what else the first stage stores, and of the mirrored picture, as if a condition."""
+    """The first stage in the form of a condition: stores moments (B, 2C, h, w) or its other output, also of the
+    mirrored picture if wanted."""
 
     made_from, uses_first_stage = ("picture",), True
 
@@ -49,7 +50,7 @@ class FirstStage(PlainCondition):
 
 @dataclass(slots=True)
 class Item:
-    """A sample on its way: its place in its shard, the data set it goes to, and fields that need not be made again."""
+    """A sample on its way: its position in its shard, its bucket, and fields that need not be made again."""
 
     position: int
     sample: dict[str, Any]
@@ -82,7 +83,7 @@ def encoded(
     images: Tensor | None,
     encoders: Encoders,
 ) -> dict[str, np.ndarray]:
-    """The fields of one maker for the items that lack them."""
+    """The fields of one maker for the items that don't have them yet."""
     if "picture" in maker.made_from and len(lacking) != len(with_picture):
         images = images[[with_picture.index(i) for i in lacking]]
     made = maker.encode([items[i].sample for i in lacking], images, encoders)
@@ -96,7 +97,7 @@ def encoded(
 
 
 def merged(fresh: np.ndarray | None, lacking: Sequence[int], reused: Sequence[np.ndarray | None]) -> np.ndarray:
-    """Rows that were made and rows that were there already, in order."""
+    """New rows and reused rows, in order."""
     if len(lacking) == len(reused):
         return fresh
     rows = list(reused)
@@ -107,7 +108,7 @@ def merged(fresh: np.ndarray | None, lacking: Sequence[int], reused: Sequence[np
 
 @torch.no_grad()
 def batch_statistics(image: ImageEncoder, stored: np.ndarray) -> dict[str, Any]:
-    """Count of values a channel, and sums of the first and second moment of posterior draws, per channel."""
+    """The number of values per channel, and per channel the sums of the first and second moment of posterior draws."""
     wide = np.int64 if stored.dtype.kind == "i" else np.float32
     mean, variance = (part.double() for part in image.posterior_of(torch.from_numpy(readable(stored).astype(wide))))
     return {
@@ -118,7 +119,7 @@ def batch_statistics(image: ImageEncoder, stored: np.ndarray) -> dict[str, Any]:
 
 
 def combined_statistics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Weighted means of the above, with the standard deviation they give."""
+    """Weighted means of these statistics, with the standard deviation that follows."""
     if not parts:
         return {}
     weights = np.array([part["count"] for part in parts], np.float64)

@@ -1,4 +1,4 @@
-"""Each different caption of a shard encoded once."""
+"""Encodes each different caption of a shard once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from data_pipeline.encode.encoders import TextEncoder, TextStates
 
 
 class OnceEach:
-    """A text encoder that encodes each different caption of a shard once, on the CPU's side of it, when first asked.
+    """A text encoder that encodes each different caption of a shard once, when first asked; results are kept on the
+    CPU.
 
-    A row's last bits may depend on the batch that it is encoded in. So batches are those of the shard's different
-    captions in order: whoever makes the shard, and whatever was made before, the bytes are the same. `keep` > 0 also
-    keeps that many captions over shards, and for the same reason encodes one at a time: for data of few captions.
+    The last bits of a row may depend on the batch that it is encoded in. So batches are the shard's different captions
+    in order: the bytes are the same, whoever makes the shard and whatever was made before. `keep` > 0 also keeps that
+    many captions across shards, and for the same reason encodes one at a time: for data with few captions.
     """
 
     def __init__(self, encoder: TextEncoder, batch_size: int, keep: int = 0) -> None:
@@ -27,7 +28,7 @@ class OnceEach:
         self.states: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     def begin(self, captions: Iterable[str]) -> None:
-        """The captions of the next shard, in order."""
+        """Start the next shard, with its captions in order."""
         if not self.keep:
             self.states.clear()
         each = list(dict.fromkeys(captions))
@@ -35,7 +36,7 @@ class OnceEach:
         self.batches = {caption: part for part in parts for caption in part}
 
     def encode_text(self, captions: Sequence[str]) -> TextStates:
-        """As TextEncoder; of captions that `begin` did not name, all at once and none kept."""
+        """Like TextEncoder; captions that were not given to `begin` are encoded all at once and not kept."""
         if not all(caption in self.batches for caption in captions):
             return self.encoder.encode_text(captions)
         found = [self._states_of(caption) for caption in captions]
@@ -52,4 +53,4 @@ class OnceEach:
         return self.states[caption]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.encoder, name)  # encode_image, where it has that
+        return getattr(self.encoder, name)  # encode_image, if the encoder has it

@@ -1,7 +1,7 @@
-"""What a latent sample holds beside its latents, to be conditioned on: text states, class, boxes, pictures.
+"""What a latent sample is conditioned on, stored beside its latents: text states, class, boxes, pictures.
 
-Precompute makes these from image-text samples, sampling from what a user asks for: the same code, so that a network is
-asked in the way in which it was trained. A sample is {"key", "caption", "meta", "image" (H, W, 3) uint8}.
+Precompute makes these from image-text samples, and sampling makes them from the user's options: with the same code,
+so sampling matches training. A sample is {"key", "caption", "meta", "image" (H, W, 3) uint8}.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Sample = Mapping[str, Any]
 
 
 class Tools(Protocol):
-    """The encoders at hand; text is None where no condition `uses_clip`."""
+    """The encoders available; text is None where no condition `uses_clip`."""
 
     image: ImageEncoder
     text: TextEncoder | None
 
 
 class Condition(Protocol):
-    """asked: the options of sample_images.py that it is given by; uses_clip, uses_first_stage: whether it needs them,
-    uses_image_tower: and of the CLIP the part for pictures.
+    """asked: the options of sample_images.py that give it; uses_clip, uses_first_stage: whether it needs these
+    encoders; uses_image_tower: whether it needs the CLIP's image tower, too.
 
-    fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that decide what.
+    fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that it depends on.
     """
 
     asked: tuple[str, ...]
@@ -45,26 +45,26 @@ class Condition(Protocol):
     made_from: tuple[str, ...]
 
     def learn(self, samples: Iterable[Sample]) -> None:
-        """Take what must be known of the whole training split (class names), where it is not configured."""
+        """Learn from the whole training split what is not configured (class names)."""
 
     def config(self) -> dict[str, Any]:
-        """Arguments that build it again, with what it has learnt."""
+        """The arguments that build it again, with what it has learnt."""
 
     def reason_against(self, sample: Sample) -> str | None:
-        """Why a sample can't be used; None where it can."""
+        """Why a sample can't be used; None if it can."""
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
         """Fields by name, each (B, ...); images (B, 3, H, W) in [-1, 1]."""
 
     def null(self, tools: Tools) -> dict[str, Tensor]:
-        """The fields' values where there is no condition, unbatched; only where an encoder defines them."""
+        """The fields' values without a condition, unbatched; only where an encoder defines them."""
 
     def as_sample(self, **given: Any) -> dict[str, Any]:
-        """What was `asked` for, as parts of a sample."""
+        """The user's `asked` options as parts of a sample."""
 
 
 class PlainCondition:
-    """A condition that learns nothing, takes every sample and has no null of an encoder's."""
+    """A condition that learns nothing, accepts every sample and has no encoder-defined null."""
 
     asked: tuple[str, ...] = ()
     uses_clip = uses_first_stage = uses_image_tower = False
@@ -85,7 +85,7 @@ class PlainCondition:
 
 
 class Text(PlainCondition):
-    """text (B, T, D), a state a token, and pooled (B, P) if wanted; each different caption is encoded once."""
+    """text (B, T, D), one state a token, and pooled (B, P) if wanted; each different caption is encoded once."""
 
     asked, uses_clip, made_from = ("prompts",), True, ("caption",)
 
@@ -114,7 +114,7 @@ class Text(PlainCondition):
 
 
 class Classes(PlainCondition):
-    """A condition on named classes. They are those of the training split, in alphabetical order, unless given."""
+    """A condition on named classes: those of the training split, in alphabetical order, unless given."""
 
     none_named = "conditions=[label]: no sample names a class: check conditions.label.key, or give classes."
 
@@ -135,7 +135,7 @@ class Classes(PlainCondition):
         return {**super().config(), "classes": self.classes}
 
     def numbers(self, names: Iterable[str]) -> list[int]:
-        """Class names to numbers; an unknown one is named, with those there are."""
+        """Class names to numbers; the error for an unknown name lists the known ones."""
         try:
             return [self.classes.index(name) for name in names]
         except ValueError:
@@ -230,7 +230,7 @@ class Layout(Classes):
 
 
 def well_formed(box: Any) -> bool:
-    """[class, x0, y0, x1, y1] in fractions, of some area."""
+    """Whether a box is [class, x0, y0, x1, y1] in fractions, with a positive area."""
     if (
         not isinstance(box, list | tuple)
         or len(box) != 5
@@ -242,7 +242,7 @@ def well_formed(box: Any) -> bool:
 
 
 class OfPicture(PlainCondition):
-    """A condition that is made of the picture itself."""
+    """A condition that is made from the picture itself."""
 
     asked, made_from = ("images",), ("picture",)
 
@@ -251,7 +251,7 @@ class OfPicture(PlainCondition):
 
 
 class ImageEmbedding(OfPicture):
-    """image_embedding (B, E): the CLIP's of the picture, at unit variance."""
+    """image_embedding (B, E): the CLIP's embedding of the picture, at unit variance."""
 
     uses_clip, uses_image_tower, fields = True, True, ("image_embedding",)
 
@@ -261,7 +261,7 @@ class ImageEmbedding(OfPicture):
 
 
 def use_clip(conditions: Mapping[str, Condition], clip: Mapping[str, Any]) -> bool:
-    """Whether a condition needs a CLIP, by its configuration `clip`; one that is chosen without its path is refused."""
+    """Whether a condition needs a CLIP, by its configuration `clip`; one chosen without its path is refused."""
     using = [name for name, condition in conditions.items() if condition.uses_clip]
     if using and clip.get("path", "") is None:
         raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
@@ -269,7 +269,7 @@ def use_clip(conditions: Mapping[str, Condition], clip: Mapping[str, Any]) -> bo
 
 
 def refuse_text_alone(text: TextEncoder) -> None:
-    """A text encoder where a CLIP with both towers is needed."""
+    """Refuse a text-only encoder where a CLIP with both towers is needed."""
     if not hasattr(text, "encode_image"):
         raise UserError(
             "conditions=[image_embedding] needs a CLIP with its image tower: take clip=trained, of train_clip.py."
@@ -330,7 +330,7 @@ class Hole(PlainCondition):
         return {"hole": hole, "masked_latents": mean}
 
     def drawn(self, key: str) -> tuple[float, float, float, float]:
-        """A box that is a function of the key."""
+        """A box that depends only on the key."""
         random = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
         sides = random.uniform(self.smallest, self.largest, 2)
         x0, y0 = random.uniform(0, 1 - sides)
@@ -343,6 +343,6 @@ class Hole(PlainCondition):
 
 
 def cells(start: float, end: float, count: int) -> slice:
-    """Of `count` cells, those that a stretch in fractions covers: one at least."""
+    """The cells, out of `count`, that an interval in fractions covers: at least one."""
     first = min(round(start * count), count - 1)
     return slice(first, max(round(end * count), first + 1))

@@ -1,4 +1,4 @@
-"""What precompute needs of a model. train/ provides them; entry scripts build them by `_target_`."""
+"""What precompute needs from a model. train/ provides the models; entry scripts build them by `_target_`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ImageEncoder(Protocol):
-    """Pictures to what is stored of them: posterior "moments", codebook "indices", or the "pixels" themselves."""
+    """Encodes pictures to what is stored: posterior "moments", codebook "indices", or the "pixels" themselves."""
 
     fingerprint: str
     stored_as: str
@@ -21,12 +21,12 @@ class ImageEncoder(Protocol):
         ...
 
     def posterior_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the latents that are stored, each (B, C, h, w), unscaled."""
+        """Mean and variance of stored latents, each (B, C, h, w), unscaled."""
         ...
 
 
 class TextEncoder(Protocol):
-    """Captions to states, and where it is a whole CLIP, pictures to embeddings."""
+    """Encodes captions to states; a whole CLIP also encodes pictures to embeddings."""
 
     fingerprint: str
 
@@ -41,7 +41,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextStates:
-    """What a text encoder makes of B captions: tokens (B, T, D), one state a token, and pooled (B, P)."""
+    """A text encoder's output for B captions: tokens (B, T, D), one state a token, and pooled (B, P)."""
 
     tokens: Tensor
     pooled: Tensor

@@ -1,4 +1,4 @@
-"""What is of a whole latent data set: what it is made of, its constants, accounting and manifest."""
+"""What belongs to a latent data set as a whole: what it is made from, its constants, accounting and manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data_pipeline.shards.rejects import Aside, accounting, summary
 
 
 class Split(NamedTuple):
-    """A split to encode: its name, what it is made of, where it goes, and what reads and encodes it."""
+    """A split to encode: its name, what it is made from, where it goes, and what reads and encodes it."""
 
     name: str
     source: Manifest
@@ -42,7 +42,7 @@ class Split(NamedTuple):
 def identity(
     source: Manifest, encoders: Encoders, sizes: Sizes | None = None, base: Base | None = None
 ) -> dict[str, str]:
-    """What a latent data set is made of, by name."""
+    """What a latent data set is made from, by name."""
     made_of = {
         "images": source.fingerprint,
         "autoencoder": encoders.image.fingerprint,
@@ -61,12 +61,12 @@ def identity(
 
 
 def conditions_config(encoders: Encoders) -> dict[str, Any]:
-    """What builds the conditions again, for sampling."""
+    """The configuration that builds the conditions again, for sampling."""
     return {name: condition.config() for name, condition in encoders.conditions.items()}
 
 
 def claim(root: str, made_of: dict[str, str]) -> None:
-    """Note what `root` is being made of, before the first shard; refuse to go on with other encoders or pictures."""
+    """Record what `root` is made from, before the first shard; refuse to continue with other encoders or pictures."""
     path = storage.join(root, "precompute.json")
     if not storage.write_first(path, json.dumps(made_of, indent=1).encode()):
         before = noted_in(path)
@@ -77,7 +77,7 @@ def claim(root: str, made_of: dict[str, str]) -> None:
 
 
 def noted_in(path: str) -> dict[str, str]:
-    """What a precompute.json says; what an earlier version noted, with conditions by Python's paths, as of now."""
+    """The contents of a precompute.json; an earlier version's, with conditions by Python path, in today's form."""
     note = storage.read_bytes(path)
     try:
         made_of = dict(json.loads(note).items())
@@ -89,7 +89,7 @@ def noted_in(path: str) -> dict[str, str]:
 
 
 def refuse_other_layout(places: Places) -> None:
-    """An output that holds a set for each bucket, where one set is wanted, or the other way round."""
+    """Refuse an output that holds one set per bucket where a single set is wanted, or the other way round."""
     other = places._replace(bucketed=not places.bucketed)
     if storage.exists(storage.join(other.notes, "precompute.json")):
         how = "buckets" if other.bucketed else "one size"
@@ -97,13 +97,13 @@ def refuse_other_layout(places: Places) -> None:
 
 
 def refuse_pictures(places: Places) -> None:
-    """An output that is itself a data set of pictures would be taken for finished."""
+    """Refuse an output that is itself a data set of pictures: it would be taken for finished."""
     if storage.exists(storage.join(places.root(), "manifest.json")) and Manifest.load(places.root()).kind != "latents":
         raise UserError(f"output={places.output} holds image-text shards: choose another folder for the latents.")
 
 
 def folders(split: Split) -> list[str]:
-    """Where temporary files of this split may lie."""
+    """Folders that may hold temporary files of this split."""
     places = split.places
     roots = {places.notes, places.root()}
     if places.bucketed:
@@ -115,7 +115,7 @@ def folders(split: Split) -> list[str]:
 def finish(
     split: Split, records: Sequence[dict[str, Any]], made_of: dict[str, str], counted: Callable[[int], str]
 ) -> None:
-    """What is of the whole: constants, what was set aside, a manifest a data set. Whoever does it, the same bytes."""
+    """Write what belongs to the whole: constants, rejects, manifests. Every worker writes the same bytes."""
     source, places, encoders = split.source, split.places, split.encoders
     aside = Aside(source.samples, split.max_aside_fraction)
     for row in (row for record in records for row in record["aside"]):
@@ -127,7 +127,7 @@ def finish(
     processed = sum(part["shard"]["samples"] for each in parts.values() for part in each)
     info = {
         **{name: fact for name, fact in source.info.items() if name != "made_with"},
-        "accounting": accounting(processed, {}, summary(aside.rows), source.samples),  # of this stage, in all buckets
+        "accounting": accounting(processed, {}, summary(aside.rows), source.samples),  # of this stage, over all buckets
         "pixel_range": [-1.0, 1.0],
         "crop": "centre",
         "sizes": split.reader.sizes.described,
@@ -148,7 +148,7 @@ def finish(
 
 
 def one_shape(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The fields of all shards, which must be the same."""
+    """The fields, which must be the same in all shards."""
     first = parts[0]
     for part in parts:
         if part["fields"] != first["fields"]:
@@ -161,7 +161,7 @@ def one_shape(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @torch.no_grad()
 def write_constants(root: str, encoders: Encoders) -> None:
-    """null.safetensors: the encoders' own values where there is no condition; codebook.safetensors of a VQ model."""
+    """null.safetensors: the encoders' own values for no condition; codebook.safetensors of a VQ model."""
     null: dict[str, torch.Tensor] = {}
     for condition in encoders.conditions.values():
         null |= {name: value.float().cpu().contiguous() for name, value in condition.null(encoders).items()}

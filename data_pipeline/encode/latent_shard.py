@@ -1,9 +1,10 @@
 """A latent shard: where it goes, how it is put together, and how it is published.
 
-Its tars come first, then the note that it is finished, which say the same.
+Its tars are written first, then the note that it is finished, which describes them.
 
-Workers that compute alike write the same bytes, and it does not matter who does. Where one has a GPU and one has not,
-the last bits differ: so the first tar under a name stays, its worker's note comes beside it, and the others take both.
+Workers with the same results write the same bytes, so it does not matter which of them makes a shard. Between a GPU
+and a CPU the last bits differ: so the first tar under a name stays, its worker's note follows, and the other workers
+accept both.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar_index import digest_of
 from data_pipeline.shards.writer import ShardWriter
 
-WAIT_FOR_NOTE = 10.0  # seconds that another worker, if it lives, has to write its note after its tar
+WAIT_FOR_NOTE = 10.0  # seconds that another worker, if alive, has to write its note after its tar
 Record = dict[str, Any]
 Rejected = tuple[int, str, str]  # position in the shard, key, reason
 
@@ -41,7 +42,7 @@ class Places(NamedTuple):
 
     @property
     def notes(self) -> str:
-        """Where it is noted what is finished."""
+        """The folder of the notes on finished shards."""
         return self.root("work") if self.bucketed else self.root()
 
     def note(self, shard: Shard) -> str:
@@ -49,12 +50,12 @@ class Places(NamedTuple):
 
     @property
     def last(self) -> str:
-        """What is written when everything else is."""
+        """The file that is written last, when everything else is."""
         return storage.join(self.notes, "buckets.json" if self.bucketed else "manifest.json")
 
 
 def finished_record(places: Places, shard: Shard) -> Record | None:
-    """What was noted when a shard was finished, if its tars are still there as they were written."""
+    """The note on a finished shard, if its tars are still there as they were written."""
     note = storage.read_if_there(places.note(shard))
     if note is None:
         return None
@@ -63,11 +64,11 @@ def finished_record(places: Places, shard: Shard) -> Record | None:
         tar = storage.join(places.root(bucket), part["shard"]["name"])
         if storage.size_if_there(tar) != part["shard"]["bytes"]:
             return None
-    return record if "sets" in record else None  # a note of an earlier version: its shard is made anew
+    return record if "sets" in record else None  # a note of an earlier version: its shard is made again
 
 
 def put(root: str, line: Shard, index: bytes, data: bytes, over: bool = False) -> bool:
-    """Write a tar after its index; False where another tar has its name, of the same length and with other bytes."""
+    """Write a tar after its index; False if its name is taken by another tar of the same length with other bytes."""
     path = storage.join(root, line.name)
     size = storage.size_if_there(path)
     if size == line.bytes and not over and not is_there(root, line):
@@ -80,12 +81,12 @@ def put(root: str, line: Shard, index: bytes, data: bytes, over: bool = False) -
 
 
 def is_there(root: str, line: Shard) -> bool:
-    """Whether a tar's bytes are those of its line in the manifest."""
+    """Whether a tar's bytes match its line in the manifest."""
     return digest_of(storage.read_bytes(storage.join(root, line.name))) == line.sha256
 
 
 def waited_for(places: Places, shard: Shard) -> Record | None:
-    """The note of the worker whose tar is there already, which comes a moment later; None: it does not."""
+    """The note of the worker whose tar is already there, which follows within moments; None if it does not."""
     end = time.monotonic() + WAIT_FOR_NOTE
     while time.monotonic() < end:
         if record := finished_record(places, shard):
@@ -95,8 +96,8 @@ def waited_for(places: Places, shard: Shard) -> Record | None:
 
 
 def confirmed(places: Places, shards: Sequence[Shard], records: Mapping[str, Record]) -> dict[str, Record]:
-    """The notes of shards that this worker made, as they are now; where one is another's, it is compared with the tars.
-    DataError where they disagree: a bucket knows no first writer."""
+    """The present notes of shards that this worker made; a note by another worker is checked against the tars.
+    DataError if they disagree: a bucket can't tell who wrote first."""
     now = {}
     for shard in shards:
         record = now[shard.name] = finished_record(places, shard) or records[shard.name]
@@ -113,7 +114,7 @@ def confirmed(places: Places, shards: Sequence[Shard], records: Mapping[str, Rec
 
 
 class Build:
-    """The latent shards, one a bucket, that an image-text shard becomes."""
+    """The latent shards, one per bucket, that an image-text shard becomes."""
 
     def __init__(self, shard: Shard, encoders: Encoders) -> None:
         self.shard, self.image, self.dtype = shard, encoders.image, encoders.dtype
@@ -121,11 +122,11 @@ class Build:
         self.statistics: dict[str, list[dict[str, Any]]] = {}
         self.fields: dict[str, dict[str, Any]] = {}
         self.rejected: list[Rejected] = []
-        self.copied = 0  # samples whose picture was not encoded, as a base has what it would become
+        self.copied = 0  # samples whose picture was not encoded, because the base has the result
         self.noted: Record | None = None
 
     def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
-        """Put encoded samples of one bucket into its tar, in memory; returns those whose values can't be used."""
+        """Put encoded samples of one bucket into its tar, in memory; returns those with unusable values."""
         self.copied += sum("image" not in item.sample for item in items)
         codes = len(self.image.codebook) if self.image.stored_as == "indices" else None
         bad = [(items[row].position, items[row].sample["key"], why) for row, why in unusable(stored, codes, self.dtype)]
@@ -148,10 +149,10 @@ class Build:
         self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
 
     def publish(self, places: Places) -> Record:
-        """Write each bucket's tar and then the note that the shard is finished, or leave that to the worker that came
-        first. Returns the note that counts."""
+        """Write each bucket's tar and then the note that the shard is finished, unless another worker came first.
+        Returns the note that counts."""
         record = self._note_of_another(places) or self._written(places)
-        self.writers = {}  # some hundred MB
+        self.writers = {}  # frees some hundred MB
         return record
 
     def _note_of_another(self, places: Places) -> Record | None:
@@ -159,7 +160,7 @@ class Build:
             return None
         if record := finished_record(places, self.shard):
             return record
-        storage.remove(places.note(self.shard))  # of a tar that is cut or gone
+        storage.remove(places.note(self.shard))  # its tar is cut or missing
         return None
 
     def _written(self, places: Places) -> Record:

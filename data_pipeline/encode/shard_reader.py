@@ -1,4 +1,4 @@
-"""Image-text shards read ahead as batches to encode."""
+"""Reads image-text shards ahead, as batches to encode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A shard comes next; captions: those that must be encoded. Who sets `dropped` wants no more parts of it."""
+    """The start of a shard; captions: those that must be encoded. Setting `dropped` asks for no more parts of it."""
 
     shard: Shard
     captions: list[str]
@@ -36,8 +36,8 @@ class Begun:
 
 
 class Part(NamedTuple):
-    """Some of a shard's samples, of one size: (N, 3, H, W) in [-1, 1] of those that have a picture; and what can't be
-    used."""
+    """Some samples of a shard, all of one size: images (N, 3, H, W) in [-1, 1] of those that have a picture; and those
+    that can't be used."""
 
     items: list[Item]
     images: Tensor | None
@@ -45,11 +45,11 @@ class Part(NamedTuple):
 
 
 class Over(NamedTuple):
-    """The shard's last part has come."""
+    """The end of a shard: its last part has come."""
 
 
 class FoundMade(NamedTuple):
-    """A shard that is finished already, and its note."""
+    """A shard that is already finished, and its note."""
 
     shard: Shard
     record: dict[str, Any]
@@ -66,7 +66,7 @@ class ShardReader:
         self.makers = encoders.makers
 
     def steps(self, shards: Iterable[Shard], record_of: Callable[[Shard], dict[str, Any] | None]) -> Iterator[Step]:
-        """Of each shard its note where it has one, else Begun, parts, Over."""
+        """For each shard its note if it has one, else Begun, parts, Over."""
 
         def read() -> Iterator[tuple[Any, ...]]:
             for shard in shards:
@@ -94,7 +94,7 @@ class ShardReader:
         begun = Begun(shard, [item.sample["caption"] for item in lacking])
         yield begun
         waiting: dict[Sides, list[Item]] = {}
-        only: Sides | None = None  # the size of all, where pictures stay as they are
+        only: Sides | None = None  # the size of all pictures, where they stay as they are
         for item, sides in in_order(
             pool, lambda each: self._with_picture(each, entries, data), items, 2 * self.threads
         ):
@@ -119,7 +119,7 @@ class ShardReader:
         yield Over()
 
     def _without_picture(self, position: int, entry: IndexEntry, data: bytes, base: BaseShard | None) -> Item:
-        """A sample by all of its members but the picture, and what the base has of it. DataError: can't be used."""
+        """A sample with all members but the picture, and what the base has of it. DataError: it can't be used."""
         bytes_of = {name: data[at : at + size] for name, (at, size) in entry.members.items()}
         members = {n: codec.decode(n, content) for n, content in bytes_of.items() if n not in IMAGES}
         sample = as_sample(entry.key, members)
@@ -134,7 +134,7 @@ class ShardReader:
         return item
 
     def _with_picture(self, item: Item, entries: list[IndexEntry], data: bytes) -> tuple[Item, Sides | str]:
-        """The item with its picture (where it must be encoded) and bucket; the size, or why it can't be used."""
+        """The item with its picture (if it must be encoded) and bucket; the size, or why it can't be used."""
         try:
             if any("picture" in maker.made_from and item.lacks(maker) for maker in self.makers):
                 self._decode(item, entries[item.position], data)
@@ -164,6 +164,6 @@ def words(sides: Sides) -> str:
 
 
 def part_of(items: list[Item], rejected: list[Rejected]) -> Part:
-    """With the pictures put together: here, in the thread that decodes."""
+    """A part with its pictures stacked: here, in the thread that decodes."""
     pictures = [{"key": i.sample["key"], "image": i.sample["image"]} for i in items if "image" in i.sample]
     return Part(items, collated(pictures)["image"] if pictures else None, rejected)

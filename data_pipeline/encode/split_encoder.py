@@ -1,4 +1,4 @@
-"""A split of image-text shards to latent data sets: the shards that are missing, then what is of the whole."""
+"""Encodes a split of image-text shards to latent data sets: the missing shards, then what belongs to the whole."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NOTES_AT_ONCE = 16  # threads that look for finished shards: in a bucket each lo
 
 
 def encode_split(split: Split, worker: Worker = Worker(), stop: Callable[[], bool] = lambda: False) -> None:  # noqa: B008
-    """Encode the shards that are missing, then write constants and manifests. Stopped: asked to, before all is done."""
+    """Encode the missing shards, then write constants and manifests. Raises Stopped if asked to stop before that."""
     source, places = split.source, split.places
     made_of = identity(source, split.encoders, split.reader.sizes, split.reader.base)
     refuse_other_layout(places)
@@ -55,24 +55,24 @@ def encode_split(split: Split, worker: Worker = Worker(), stop: Callable[[], boo
 
 
 class Maker:
-    """Makes shards of a split, as one of several workers; `done` gets the notes of those that it or others made.
+    """Makes shards of a split, as one of several workers; `done` holds all notes of finished shards, by any worker.
 
-    Three threads: pictures are decoded ahead of this one, which encodes, and tars are written behind it.
+    Three threads: one decodes pictures ahead, this one encodes, and one writes tars behind it.
     """
 
     def __init__(self, split: Split, worker: Worker, done: dict[str, dict[str, Any]]) -> None:
         self.split, self.worker, self.done = split, worker, done
         self.encoders, self.places = split.encoders, split.places
         self.aside = Aside(split.source.samples, split.max_aside_fraction)
-        self.noted: set[tuple[str, ...]] = set()  # what others' notes set aside
+        self.noted: set[tuple[str, ...]] = set()  # rejects in other workers' notes
         self.made: list[Build] = []  # what this worker has published
         for record in done.values():
             self.note_aside(record)
-        self.begun: Begun | None = None  # the shard that parts come of
+        self.begun: Begun | None = None  # the shard that the parts belong to
         self.build: Build | None = None
 
     def run(self, stop: Callable[[], bool]) -> None:
-        """Until all shards have their notes. Stopped where `stop()` comes first; what is encoded by then is written."""
+        """Work until all shards have their notes. Stopped if `stop()` comes first; encoded shards are still written."""
         missing = [shard for shard in self.worker.order(self.split.source.shards) if shard.name not in self.done]
         steps = self.split.reader.steps(missing, lambda shard: finished_record(self.places, shard))
         title, listed = self.split.title + str(self.worker), self.split.source.samples
@@ -88,7 +88,7 @@ class Maker:
                 self.take(step)
 
     def take(self, step: Step) -> None:
-        """What the reader has for us."""
+        """Handle the reader's next step."""
         if isinstance(step, FoundMade):
             self.found(step, counted=0)
         elif isinstance(step, Begun):
@@ -114,7 +114,7 @@ class Maker:
         self.bar.advance(len(part.items) + len(part.rejected), aside=str(len(self.aside.rows)))
 
     def add(self, build: Build, part: Part, stored: dict[str, Any]) -> None:
-        if build.shard.name not in self.done:  # else another was quicker, and its note counts
+        if build.shard.name not in self.done:  # else another worker was faster, and its note counts
             self.set_aside(build.add(part.items, stored))
 
     def publish(self, build: Build) -> None:
@@ -127,20 +127,20 @@ class Maker:
             self.aside.add(key, reason)
 
     def found(self, made: FoundMade, counted: int) -> None:
-        """Another worker has made a shard, `counted` samples of which had been taken here."""
+        """Another worker has made a shard; `counted` of its samples were already counted here."""
         self.done[made.shard.name] = made.record
         self.note_aside(made.record)
         self.bar.skip(made.record["listed"] - counted)
 
     def note_aside(self, record: dict[str, Any]) -> None:
-        """What another has set aside, once each."""
+        """Record another worker's rejects, once each."""
         for row in record["aside"]:
             if (marks := tuple(row.values())) not in self.noted:
                 self.noted.add(marks)
                 self.aside.rows.append(row)
 
     def counts(self, total: int) -> str:
-        """How many of `total` samples were made by whom."""
+        """How many of `total` samples were made by this worker and by others."""
         made = sum(part["shard"]["samples"] for build in self.made for part in build.noted["sets"].values())
         copied = sum(build.copied for build in self.made)
         words = [f"{made - copied} encoded"]

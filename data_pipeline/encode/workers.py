@@ -1,8 +1,8 @@
-"""How workers on any number of machines share the shards of one output, with no one who hands them out.
+"""How workers on any number of machines share the shards of one output, without a coordinator.
 
-Worker k of n makes shards k, k + n, k + 2n ... and then whatever is still missing, in an order of its own, until every
-shard has its note. No worker holds anything that its death would leave locked; two that make the same shard write the
-same bytes, and whoever sees the other's note first drops it.
+Worker k of n makes shards k, k + n, k + 2n ... and then any shards still missing, in an order of its own, until every
+shard has its note. Workers hold no locks that could outlive them; two that make the same shard write the same bytes,
+and a worker that sees another's note first drops the shard.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Worker(NamedTuple):
     workers: int = 1
 
     def order(self, shards: Sequence[T]) -> list[T]:
-        """All shards: its own share first, then the others' in an order that two workers seldom have in common."""
+        """All shards: its own share first, then the others', in an order that two workers seldom have in common."""
         own = list(shards[self.number :: self.workers])
         others = [shard for i, shard in enumerate(shards) if i % self.workers != self.number]
         random.Random(self.number).shuffle(others)
@@ -34,7 +34,7 @@ class Worker(NamedTuple):
 
 
 def worker_of(number: int | None, workers: int | None, environment: Mapping[str, str]) -> Worker:
-    """As configured; else by torchrun's or Slurm's names: each process of each task of an array is one."""
+    """The configured worker; else from the variables of torchrun or Slurm: each process of each array task is one."""
     if number is None and workers is None:
         return worker_by_environment(environment)
     workers = 1 if workers is None else workers
@@ -50,10 +50,10 @@ def worker_by_environment(environment: Mapping[str, str]) -> Worker:
         return int(environment.get(name) or otherwise)
 
     rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
-    if "RANK" not in environment and "SLURM_STEP_ID" in environment:  # a batch script itself is in no step
+    if "RANK" not in environment and "SLURM_STEP_ID" in environment:  # a batch script itself is not in a step
         rank, ranks = number("SLURM_PROCID", 0), number("SLURM_NTASKS", 1)
     tasks = number("SLURM_ARRAY_TASK_COUNT", 1)
-    # --array=1-16:5 numbers four tasks 1, 6, 11, 16; of --array=0,7 two tasks may fall together: no harm but to speed
+    # --array=1-16:5 numbers four tasks 1, 6, 11, 16; with --array=0,7 two tasks may get one share: only speed suffers
     first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
     task = (number("SLURM_ARRAY_TASK_ID", first) - first) // max(step, 1) % tasks
     return Worker(task * ranks + rank, tasks * ranks)

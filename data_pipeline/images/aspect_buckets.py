@@ -1,4 +1,4 @@
-"""Which size a picture is encoded at: one square, or the bucket of nearest aspect ratio; and what is cut off for it."""
+"""The size to encode a picture at: one square, or the bucket of nearest aspect ratio; and what is cut off for it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ AS_STORED = "as stored"
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes that pictures are brought to; none: they stay as they are stored. `split`: a data set for each."""
+    """The sizes that pictures are brought to; if empty, they keep their stored size. `split`: one data set per size."""
 
     sides: tuple[Sides, ...] = ()
     split: bool = False
 
     def of(self, sides: Sides) -> Sides:
-        """The size for a picture of `sides`: that of nearest aspect ratio (log scale), the larger of two as near."""
+        """The size for a picture of `sides`: nearest in aspect ratio (log scale); of two equally near, the larger."""
         if not self.sides:
             return sides
         aspect = math.log(sides[1] / sides[0])
         return min(self.sides, key=lambda each: (abs(math.log(each[1] / each[0]) - aspect), -each[0] * each[1], each))
 
     def bucket(self, sides: Sides) -> str:
-        """The name of the data set that a size belongs to; "" where there is but one."""
+        """The name of the data set that a size belongs to; "" if there is only one."""
         return f"{sides[0]}x{sides[1]}" if self.split else ""
 
     @property
@@ -38,8 +38,8 @@ class Sizes:
 
 
 def sizes_of(size: int | None, buckets: str | Sequence[str] | None, step: int, factor: int) -> Sizes:
-    """From the configuration. buckets: null, auto, or names as 512x384; all sides multiples of the first stage's
-    `factor`."""
+    """The sizes from the configuration. buckets: null, auto, or names like 512x384; all sides must be multiples of the
+    first stage's `factor`."""
     if buckets == "auto":
         if size is None:
             raise UserError("buckets=auto needs size=: the side of the square whose area no bucket exceeds.")
@@ -73,8 +73,8 @@ def parsed(name: str) -> Sides:
 
 
 def automatic(size: int, step: int, widest: float = 2.0) -> tuple[Sides, ...]:
-    """For each short side the longest other one, in multiples of `step`: of no more area than size^2, but of more than
-    half of it, and at most `widest` times the short side."""
+    """For each short side the longest possible other side, in multiples of `step`: with an area of at most size^2 and
+    more than half of it, and at most `widest` times the short side."""
     found = {(size // step * step,) * 2} if size >= step else set()
     for short in range(step, size + 1, step):
         long = int(min(size * size / short, widest * short)) // step * step
@@ -84,9 +84,9 @@ def automatic(size: int, step: int, widest: float = 2.0) -> tuple[Sides, ...]:
 
 
 def geometry(meta: Mapping[str, Any], before: Sides, fit: Fitted) -> dict[str, Any]:
-    """What a sample's json says of its picture, (height, width) and (top, left) in pixels, as SDXL is conditioned on.
+    """A sample's json entries on its picture, (height, width) and (top, left) in pixels, as in SDXL's conditioning.
 
-    original_size is that of the source where whoever made the shards resized it and says so, as img2dataset does.
+    original_size is that of the source, if whoever made the shards resized it and recorded it, as img2dataset does.
     """
     source = meta.get("original_height"), meta.get("original_width")
     original = source if all(isinstance(side, int) and side > 0 for side in source) else before
@@ -103,9 +103,9 @@ def cut(fit: Fitted) -> bool:
 
 
 def moved(boxes: Any, fit: Fitted) -> Any:
-    """Boxes (or one) of the whole picture, in fractions, as fractions of what is kept; those outside are left out.
+    """Boxes (or one box) in fractions of the whole picture, as fractions of what is kept; boxes outside are left out.
 
-    What is no box stays as it is, for its condition to refuse.
+    Anything that is not a box stays as it is, for its condition to refuse.
     """
     try:
         if not isinstance(boxes[0], list):

@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 64 * 1024 * 1024
 IMAGES = ("png", "jpg", "jpeg", "webp")
-# What a file may really be, whatever its name says. Pillow knows more: one of them, EPS, starts a program.
+# The formats allowed, whatever a file's name says. Pillow reads more: one of them, EPS, starts a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow raises before it decodes; below, to_rgb does
-# What Pillow, numpy and json raise on bytes that are not what they claim to be.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # above twice this, Pillow raises before it decodes; below, to_rgb does
+# Errors that Pillow, numpy and json raise on bytes that are not what they claim to be.
 UNDECODABLE = (
     ValueError,
     OSError,
@@ -26,7 +26,7 @@ UNDECODABLE = (
     RecursionError,
     struct.error,
     zlib.error,
-    tokenize.TokenError,  # a .npy's header is Python's notation
+    tokenize.TokenError,  # the header of a .npy is in Python's notation
     MemoryError,
     Image.DecompressionBombError,
 )
@@ -38,16 +38,16 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def open_image(file: str | Path | IO[bytes]) -> Image.Image:
-    """A picture of one of FORMATS, told by its content; only its header is read."""
+    """Open a picture of one of FORMATS, recognised by its content; only its header is read."""
     return Image.open(file, formats=FORMATS)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8, on white. Size is checked before anything is decoded."""
+    """(H, W, 3) uint8, on white. The size is checked before anything is decoded."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
-    image = ImageOps.exif_transpose(image)  # a phone's picture says which way is up
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+    image = ImageOps.exif_transpose(image)  # a phone's picture records which way is up
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         image = Image.fromarray(np.round(np.clip(np.asarray(image), 0, 65535) / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -1,4 +1,4 @@
-"""Pictures in rows with their captions, for a person to look at."""
+"""A grid of pictures with their captions, for a person to look at."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# matplotlib, which need not be imported for it, brings a font that knows more than ASCII.
+# matplotlib need not be imported for this; it brings a font with more than ASCII.
 FONT = str(Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")
 
 
@@ -22,8 +22,8 @@ def grid(
     gap: int = 8,
     narrowest: int = 0,
 ) -> Image.Image:
-    """(H, W, 3) uint8 pictures in rows, each with its label under it in as many lines as it takes; cells of at least
-    `narrowest` pixels, where slender pictures lie in the middle."""
+    """(H, W, 3) uint8 pictures in rows, each with its label under it in as many lines as needed; cells are at least
+    `narrowest` pixels wide, with narrow pictures centred."""
     height, own_width = (side * scale for side in images[0].shape[:2])
     width = max(own_width, narrowest)
     font = ImageFont.truetype(FONT, 10)
@@ -45,7 +45,7 @@ def grid(
 
 
 def save_png(image: Image.Image, path: Path) -> Path:
-    """Under a temporary name first, so that no half picture is ever seen."""
+    """Save under a temporary name first, so that nobody sees an incomplete picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     image.save(temporary, format="PNG", optimize=True)

@@ -11,7 +11,7 @@ def from_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) of 0..255, rounded."""
+    """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) in 0..255, rounded."""
     return np.clip(np.round((images.transpose(0, 2, 3, 1) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Pictures resized until they cover a size, and the middle kept."""
+"""Resizes pictures until they cover a size, and keeps the middle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipeline.images.decode import to_rgb
 
 Sides = tuple[int, int]  # height, width
-ORIENTATION, TURNED = 0x0112, range(5, 9)  # EXIF: the picture lies on its side
+ORIENTATION, TURNED = 0x0112, range(5, 9)  # EXIF: the picture is stored turned on its side
 
 
 class Fitted(NamedTuple):
@@ -22,8 +22,8 @@ class Fitted(NamedTuple):
 
 
 def fitted(pixels: np.ndarray, sides: Sides) -> Fitted:
-    """Resized (Lanczos) until it covers `sides`, the middle kept. Only the middle is resized: the whole of a slender
-    picture could take all memory. What is of that size already stays as it is."""
+    """Resize (Lanczos) until it covers `sides`, and keep the middle. Only the middle is resized: a whole narrow picture
+    could take all memory. A picture that already has that size stays as it is."""
     if pixels.shape[:2] == sides:
         return Fitted(pixels, sides, (0, 0))
     scale = max(side / before for side, before in zip(sides, pixels.shape, strict=False))
@@ -38,7 +38,7 @@ def fitted(pixels: np.ndarray, sides: Sides) -> Fitted:
 
 
 def upright_sides(image: Image.Image) -> tuple[int, int]:
-    """Width and height as to_rgb will turn it; from the header alone."""
+    """Width and height after the turn that to_rgb makes; only the header is read."""
     width, height = image.size
     return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
 

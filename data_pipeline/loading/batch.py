@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class DataCursor:
-    """Where the data stands: the next global step to be trained on. With seed and manifest it fixes everything else."""
+    """The position in the data: the next global step. With seed and manifest it determines everything else."""
 
     step: int = 0
 
@@ -22,8 +22,8 @@ class DataCursor:
 class Batch:
     """One micro-batch of a rank: whole streams, one after another, `len(keys) // len(streams)` samples each.
 
-    tensors: field name -> (B, ...), as they are stored until `to` makes them float32 or int64; for latents `moments`
-    (B, 2C, h, w) and what to condition on, as `text` (B, T, D); for image-text `image` (B, 3, H, W) in [-1, 1].
+    tensors: field name -> (B, ...), in the stored dtype until `to` makes them float32 or int64; for latents `moments`
+    (B, 2C, h, w) and conditions such as `text` (B, T, D); for image-text `image` (B, 3, H, W) in [-1, 1].
     """
 
     keys: tuple[str, ...]
@@ -38,12 +38,12 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch in float32 and int64 on `device`: copied there (asynchronously where pinned) as it is stored,
+        """The same batch in float32 and int64 on `device`: copied there (asynchronously if pinned) in its stored dtype,
         which is half as much, and widened there, which changes no value."""
         moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors.items()}
         return replace(self, tensors={name: widened(value) for name, value in moved.items()})
 
 
 def widened(value: Tensor) -> Tensor:
-    """Numbers of any width as float32 or int64."""
+    """Numbers of any width, as float32 or int64."""
     return value.float() if value.is_floating_point() else value.long()

@@ -1,14 +1,15 @@
 """Which samples a global step trains on: a pure function of (manifest, seed, global batch size, streams).
 
-An epoch's shards are permuted and laid end to end; its N samples are cut into C contiguous segments, one a canonical
-stream; within a stream, windows of a few shards' pieces are shuffled, and then what lies between the middles of two
-neighbouring windows once more: so windows overlap, and no sample is kept from the next window's by a fixed border.
-Every stream goes on through epoch after epoch, and global step i takes from each stream its positions [i*b, (i+1)*b),
+An epoch's shards are permuted and laid end to end; its N samples are cut into C contiguous segments, one per canonical
+stream. Within a stream, windows of a few shards' pieces are shuffled; then the samples between the middles of two
+neighbouring windows are shuffled again, so that windows overlap and no fixed border separates their samples.
+Every stream continues through epoch after epoch, and global step i takes from each stream its positions [i*b, (i+1)*b),
 b = global batch / C. So every sample comes exactly once an epoch, and a batch may span two epochs: the rest of an epoch
 is carried into the next batch, not lost.
 
-N need not be a multiple of C: the r = N mod C extra samples of each epoch are dealt round-robin, going on where the
-last epoch stopped, so that streams never drift apart by more than one sample. Ranks and workers do not appear here.
+N need not be a multiple of C: the r = N mod C extra samples of each epoch are dealt round-robin, continuing where the
+last epoch stopped, so that streams never drift apart by more than one sample. The plan is independent of ranks and
+workers.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from data_pipeline.common.errors import DataError, UserError
 
 
 class Place(NamedTuple):
-    """A sample: number of its shard, and its place in it."""
+    """A sample: the number of its shard, and its position in it."""
 
     shard: int
     sample: int
 
 
 class Window(NamedTuple):
-    """What a stream has at hand: its epoch, the samples' shards and places, shuffled, and the shards of the next."""
+    """A stream's present samples, shuffled: their epoch, shards and positions, and the shards of the next window."""
 
     epoch: int
     number: int
@@ -41,7 +42,7 @@ class Window(NamedTuple):
 
 
 class EpochPlan:
-    """Seeking to any step costs the same as starting: an epoch's shard order, and the window that is asked for."""
+    """Seeking to any step costs the same as starting: one epoch's shard order, and the requested window."""
 
     def __init__(
         self,
@@ -70,10 +71,10 @@ class EpochPlan:
         self.per_step = global_batch_size // streams
         self.windows_made = 0
         self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
-        # A stream only goes forward, so one window and one epoch's borders of each are all that is worth keeping.
+        # A stream only goes forward, so it is enough to keep one window and one epoch's borders of each.
         self._current: dict[int, Window] = {}
         self._borders: dict[int, tuple[int, list[int], list[int]]] = {}
-        self._epoch_before: dict[int, int] = {}  # of the window before: a step may end in the next one
+        self._epoch_before: dict[int, int] = {}  # of the previous window: a step may end in the next one
 
     @property
     def steps_per_epoch(self) -> float:
@@ -86,7 +87,7 @@ class EpochPlan:
 
     def epoch_of(self, stream: int, position: int) -> int:
         """The epoch that a stream's position falls into."""
-        epoch = position * self.streams // self.samples  # right to within one, as streams are even to within one
+        epoch = position * self.streams // self.samples  # right to within one, as streams differ by at most one sample
         while self.stream_start(stream, epoch) > position:
             epoch -= 1
         while self.stream_start(stream, epoch + 1) <= position:
@@ -98,34 +99,34 @@ class EpochPlan:
         return self._span(stream, position, 1)[0]
 
     def step(self, step: int, streams: Sequence[int] | None = None) -> list[Place]:
-        """The samples of a global step, stream after stream (of `streams`; all: None)."""
+        """The samples of a global step, stream after stream (only of `streams`; all: None)."""
         chosen = range(self.streams) if streams is None else streams
         return [place for stream in chosen for place in self._span(stream, step * self.per_step, self.per_step)]
 
     def shards_in_use(self) -> set[int]:
-        """The shards of the windows that were last asked for: what a reader should go on holding."""
+        """The shards of the last requested windows: those that a reader should keep open."""
         return {shard for window in self._current.values() for shard in np.unique(window.shards).tolist()}
 
     def shards_next(self) -> set[int]:
-        """The shards of the windows after those: what a reader may open ahead."""
+        """The shards of the windows after those: the ones that a reader may open ahead."""
         return {shard for window in self._current.values() for shard in window.shards_next}
 
     def pieces(self, shard: int) -> list[tuple[int, int]]:
-        """What the streams that were last asked for hold of a shard, of each the first sample and one past the last: in
-        their epochs, not only in their windows, which overlap, as nothing is to be fetched twice."""
+        """The pieces of a shard that the last requested streams take, each as (first sample, one past the last): for
+        their whole epochs, not only their windows, which overlap, so that nothing is fetched twice."""
         now = {(stream, window.epoch) for stream, window in self._current.items()}
         own = [self._piece(shard, stream, epoch) for stream, epoch in sorted(now | set(self._epoch_before.items()))]
         return [(first, end) for first, end in own if first < end]
 
     def _piece(self, shard: int, stream: int, epoch: int) -> tuple[int, int]:
-        """The samples of a shard that a stream has in an epoch; none: the first is not before the end."""
+        """The piece of a shard that a stream has in an epoch, as above; empty if the first is not before the end."""
         order, starts = self._epoch(epoch)
         start = int(starts[np.flatnonzero(order == shard)[0]])
         begin, end = self._segment(stream, epoch)
         return max(begin - start, 0), min(end - start, int(self.sizes[shard]))
 
     def _span(self, stream: int, position: int, count: int) -> list[Place]:
-        """`count` samples of a stream from `position` on, through as many windows and epochs as they take."""
+        """`count` samples of a stream from `position` on, across as many windows and epochs as needed."""
         places: list[Place] = []
         while len(places) < count:
             epoch = self.epoch_of(stream, position)
@@ -159,19 +160,20 @@ class EpochPlan:
         return order, np.concatenate([[0], np.cumsum(self.sizes[order])])
 
     def _segment(self, stream: int, epoch: int) -> tuple[int, int]:
-        """Where a stream's samples of an epoch lie in the laid-out epoch: begin and end."""
+        """Begin and end of a stream's samples in the laid-out epoch."""
         base, extra = divmod(self.samples, self.streams)
         dealt = (epoch * extra) % self.streams  # the stream that gets this epoch's first extra
         taken = (stream - dealt) % self.streams  # its turn
-        last = dealt + extra  # streams [dealt, last) get one each, going round
+        last = dealt + extra  # streams [dealt, last) get one each, wrapping around
         before = max(min(stream, last) - dealt, 0) + max(min(stream, last - self.streams), 0)
         begin = stream * base + before
         return begin, begin + base + (taken < extra)
 
     def _borders_of(self, stream: int, epoch: int) -> tuple[list[int], list[int]]:
-        """Offsets in a stream's segment: at which its piles begin, `window_shards` pieces of shards each, and at which
-        its windows begin. Without overlap they are the same; with it, the middles of the piles between the outermost,
-        so that a segment of one or two piles is one window. Both with the segment's length at their end."""
+        """Offsets in a stream's segment: where its piles begin, `window_shards` pieces of shards each, and where its
+        windows begin. Without overlap they are the same; with it, windows begin at the segment's start and at the
+        middles of all piles but the first and last, so that a segment of one or two piles is one window. Both end with
+        the segment's length."""
         held = self._borders.get(stream)
         if held is None or held[0] != epoch:
             begin, end = self._segment(stream, epoch)
@@ -186,7 +188,7 @@ class EpochPlan:
         return held[1:]
 
     def _make_window(self, stream: int, epoch: int, number: int) -> Window:
-        """A window's samples: the piles that it takes from, each shuffled, its part of them shuffled again."""
+        """A window's samples: each pile that it takes from is shuffled, then the window's part of them again."""
         begin, _ = self._segment(stream, epoch)
         piles, windows = self._borders_of(stream, epoch)
         low, high = windows[number], windows[number + 1]
@@ -216,7 +218,7 @@ class EpochPlan:
         lengths = np.diff(starts[first : last + 2].clip(low, high))
         which = np.repeat(np.arange(first, last + 1), lengths)[
             positions - low
-        ]  # a table: quicker than a search for each
+        ]  # a table: faster than a search for each position
         return order[which].astype(np.int32), (positions - starts[which]).astype(np.int32)
 
     def _shards_of(self, stream: int, epoch: int, number: int) -> tuple[int, ...]:

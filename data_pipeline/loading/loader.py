@@ -18,13 +18,13 @@ from data_pipeline.loading.sample_reader import SampleReader, pin
 from data_pipeline.loading.worker_pool import Workers
 from data_pipeline.shards.manifest import Manifest
 
-EPOCHS_A_BATCH = 10  # a sample may well come several times in one, each with noise of its own; more is a slip
-WINDOWS_HELD = 3  # piles of a stream's shards that stay open: two that it is in, and the next
+EPOCHS_A_BATCH = 10  # a sample may well repeat within a batch, each time with its own noise; more repeats are a mistake
+WINDOWS_HELD = 3  # piles of a stream's shards that stay open: two for its window, and the next
 
 
 class Loader:
-    """Endless batches from `start` on. Rank r has streams [r*C/world, (r+1)*C/world); micro-batch m of a step has the
-    m-th part of them. Workers share a rank's streams, so that no byte is read twice and the result does not change."""
+    """Endless batches from `start` on. Rank r has streams [r*C/world, (r+1)*C/world); micro-batch m of a step has their
+    m-th part. Workers share a rank's streams, so that no byte is read twice and the result does not change."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Loader:
         cache_mb: float = 512.0,
         start: DataCursor = DataCursor(),  # noqa: B008  (frozen)
         overlap: bool = True,
-        prefetch: int = 2,  # steps that are read ahead, by a thread or by each worker
+        prefetch: int = 2,  # steps read ahead, by a thread or by each worker
         verify: bool = True,
     ) -> None:
         if streams % (world_size * accumulation):
@@ -72,12 +72,12 @@ class Loader:
             yield from self._micro_batches(parts)
 
     def shards_of(self, step: int) -> list[str]:
-        """The shards that this rank's samples of a step are in. From another thread, too: by a plan of its own."""
+        """The shards that hold this rank's samples of a step. Thread-safe: it uses its own plan."""
         plan = EpochPlan(*self.plan.arguments)
         return sorted({self.manifest.shards[place.shard].name for place in plan.step(step, self.streams)})
 
     def _steps(self) -> Iterator[Sequence[Part]]:
-        """The parts of each step, which are put together in the order of streams."""
+        """The parts of each step, joined in the order of streams."""
         parts = _StreamParts(self)
         if self.num_workers:
             yield from Workers(parts, self.num_workers, self.prefetch)
@@ -110,7 +110,7 @@ class Loader:
 
 
 def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Workers' tensors put together; widened where only some came in the dtype that they are stored in."""
+    """Workers' tensors joined; widened if only some came in their stored dtype."""
     tensors = {}
     for name in parts[0]:
         values = [part[name] for part in parts]
@@ -145,7 +145,7 @@ class _StreamParts:
 
     def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[Part]:
         streams = np.array_split(self.streams, of)[worker or 0].tolist()
-        # What is not finite costs training a step, which it notes (stability_monitor.py), and not the run.
+        # Values that are not finite cost training a step, which it logs (stability_monitor.py), not the run.
         reader = SampleReader(self.root, self.manifest, self.cache_mb / of, self.verify, finite=False)
         reader.pieces = self.plan.pieces
         pinned = worker is None and torch.cuda.is_available()

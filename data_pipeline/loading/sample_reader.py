@@ -1,4 +1,4 @@
-"""Samples of a data set by place: shards opened and checked by threads beside, arrays copied once, the rest decoded."""
+"""Reads samples of a data set by place: threads open and check shards, arrays are copied once, the rest is decoded."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import as_sample, collated, fields_of, size_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
 
-OPENERS = 4  # threads that open shards: a digest takes one thread 0.5 s a GB
+OPENERS = 4  # threads that open shards: one thread takes 0.5 s a GB for a digest
 
 
 class OpenShard(NamedTuple):
-    """A shard's bytes, mapped or fetched when they are asked for, and what lies where in them."""
+    """A shard's bytes, mapped or fetched on demand, and its index."""
 
     data: np.ndarray | RemoteShard
     entries: list[IndexEntry]
 
 
 class SampleReader:
-    """Samples of a data set by place. Threads beside open shards; pictures stay decoded up to `cache_mb`, which small
-    sets fit into. verify: each shard's digest is compared once, before any of its samples is handed out. Of each array
-    dtype and shape are compared whenever it is read. finite: whether a number that is not is refused."""
+    """Reads samples of a data set by place. Background threads open shards; decoded pictures are kept up to `cache_mb`,
+    enough for small sets. verify: each shard's digest is checked once, before any of its samples is handed out. The
+    dtype and shape of each array are checked on every read. finite: whether values that are not finite are refused."""
 
     def __init__(
         self, root: str, manifest: Manifest, cache_mb: float, verify: bool = True, finite: bool = True
@@ -54,11 +54,11 @@ class SampleReader:
         self.checked: set[int] = set()
         self.cache: dict[Place, dict[str, Any]] = {}
         self.room = cache_mb * 2**20
-        self.pieces: Callable[[int], list[tuple[int, int]]] = lambda shard: []  # of a shard, what will be asked for
+        self.pieces: Callable[[int], list[tuple[int, int]]] = lambda shard: []  # a shard's samples that will be needed
 
     def batch(self, places: Sequence[Place], pinned: bool = False) -> tuple[list[str], list[str], dict[str, Tensor]]:
-        """Keys, captions and tensors by name. Arrays come in the dtype they are stored in, copied once, where all of a
-        field are written alike; else, as pictures do, decoded one by one, in float32 or int64."""
+        """Keys, captions and tensors by name. Arrays keep their stored dtype and are copied once, if all of a field
+        share one layout; otherwise they are decoded one by one, like pictures, to float32 or int64."""
         tensors = None
         if self.only_arrays:
             found = [(shard := self.shard(number), shard.entries[sample]) for number, sample in places]
@@ -79,7 +79,7 @@ class SampleReader:
                 data, entry = found[0]
                 if member not in entry.members:
                     return None
-                self.read(places[0])  # what can't be decoded is named
+                self.read(places[0])  # names the array that can't be decoded
                 offset, size = entry.members[member]
                 self.layouts[member] = Layout.of(bytes(data[offset : offset + size]))
             layout = self.layouts[member]
@@ -96,7 +96,7 @@ class SampleReader:
         return codec.caption_in(self._decoded(place, shard, entry, text))
 
     def read(self, place: Place) -> dict[str, Any]:
-        """{"key", "caption", "meta", and arrays by name: image, or moments, text and what else is stored}."""
+        """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}."""
         if place in self.cache:
             return self.cache[place]
         shard = self.shard(place.shard)
@@ -124,7 +124,7 @@ class SampleReader:
             raise self._naming(place, str(error)) from error
 
     def _lacking(self, members: Mapping[str, Any]) -> str:
-        """What a sample can't do without and does not have."""
+        """A required member that a sample does not have."""
         if self.manifest.kind == "image-text":
             return "" if any(name in IMAGES for name in members) else "a picture"
         return ", ".join(name for name in self.arrays if name not in members)
@@ -134,12 +134,12 @@ class SampleReader:
         return DataError(f"sample {self.shard(place.shard).entries[place.sample].key} of shard {path}: {reason}")
 
     def expect(self, numbers: set[int]) -> None:
-        """Begin to open these shards; their errors come when a sample of them is asked for."""
+        """Begin to open these shards; errors are raised when one of their samples is read."""
         for number in sorted(numbers - self.shards.keys() - self.opening.keys()):
             self.opening[number] = self.openers.submit(self._open, number)
 
     def shard(self, number: int) -> OpenShard:
-        """An open shard, waited for if need be."""
+        """An open shard; waits for it if necessary."""
         if number not in self.shards:
             self.expect({number})
             self.shards[number] = self.opening.pop(number).result()
@@ -150,7 +150,7 @@ class SampleReader:
         return OpenShard(data if isinstance(data, RemoteShard) else np.frombuffer(data, np.uint8), entries)
 
     def _shard(self, number: int) -> tuple[Any, list[IndexEntry]]:
-        """A shard's bytes, of the disk or of the bucket, and its index."""
+        """A shard's bytes, from disk or from the bucket, and its index."""
         shard = self.manifest.shards[number]
         entries = read_index(self.root, shard)
         path = storage.join(self.root, shard.name)
@@ -166,7 +166,7 @@ class SampleReader:
         return data, entries
 
     def keep_only(self, numbers: set[int]) -> None:
-        """Let go of the shards that no stream is in any more."""
+        """Drop the shards that no stream needs any more."""
         for number in self.shards.keys() - numbers:
             del self.shards[number]
         for number in self.opening.keys() - numbers:
@@ -178,14 +178,14 @@ class SampleReader:
 
 
 def _allow_many_open_files() -> None:
-    """A mapped shard keeps its file open, and many streams map more than the 1024 that most shells allow."""
+    """A mapped shard keeps its file open, and many streams map more than the 1024 files that most shells allow."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def decoded(name: str, data: bytes, field: Mapping[str, Any], finite: bool = True) -> Any:
-    """A member's value; DataError for what can't be decoded, and for an array that is not as `field`, its line in the
-    manifest, says, or not `finite`."""
+    """A member's value. DataError if it can't be decoded, and for an array that does not match `field`, its line in the
+    manifest, or is not `finite`."""
     value = codec.decode(name, data)
     if name.endswith(".npy"):
         for reason in differing(name, codec.array_header(data), field):
@@ -196,5 +196,5 @@ def decoded(name: str, data: bytes, field: Mapping[str, Any], finite: bool = Tru
 
 
 def pin(value: Tensor, pinned: bool) -> Tensor:
-    """Where CUDA is: memory that a GPU can fetch from while the CPU goes on."""
+    """With CUDA: page-locked memory, from which a GPU can copy while the CPU goes on."""
     return value.pin_memory() if pinned else value

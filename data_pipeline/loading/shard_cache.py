@@ -1,7 +1,7 @@
-"""Shards of a bucket, opened: from a cache on the node's own disk, or in memory what is needed of them.
+"""Opens shards of a bucket: from a cache on the node's own disk, or in memory, only the parts that are needed.
 
-The cache is shared by all processes of a node, and by all data sets: a shard lies there under its sha256, is fetched by
-one process while the others wait for it, and is mapped as local files are. Who was used longest ago goes first.
+The cache is shared by all processes of a node, and by all data sets: a shard is stored there under its sha256, is
+fetched by one process while the others wait for it, and is mapped like a local file. The least recently used go first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.reader import read_whole
 from data_pipeline.shards.tar_index import IndexEntry, digest_of
 
-LOCKS = 64  # files: shards that fall together wait for one another, and nothing has to be tidied up
+LOCKS = 64  # lock files: two shards may share one and wait for each other, and nothing needs to be cleaned up
 Piece = tuple[int, int]  # of a shard: first sample and one past the last
 
 seen: set[str] = set()  # digests of cached files that this process has checked
@@ -31,7 +31,7 @@ seen: set[str] = set()  # digests of cached files that this process has checked
 def open_shard(
     root: str, shard: Shard, entries: Sequence[IndexEntry], pieces: Callable[[], Sequence[Piece]]
 ) -> mmap.mmap | RemoteShard:
-    """What `data[begin:end]` gives a shard's bytes of; `pieces`: the samples that are needed now, if that is known."""
+    """An object whose `data[begin:end]` gives a shard's bytes; `pieces`: the samples that are needed now, if known."""
     cache = ShardCache.configured()
     if cache and shard.bytes <= cache.capacity:
         return cache.mapped(root, shard)
@@ -39,10 +39,10 @@ def open_shard(
 
 
 class RemoteShard:
-    """In memory. A shard that is needed as a whole comes in one go and is checked by its sha256.
+    """A shard in memory. If it is needed as a whole, it is fetched in one go and checked by its sha256.
 
-    Of one that two streams share, each reader fetches its own samples only, so that an epoch reads no byte twice; what
-    they decode to is all that is checked of those, besides their length.
+    If two streams share it, each reader fetches only its own samples, so that an epoch reads no byte twice; those are
+    checked only by decoding them, and by their length.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RemoteShard:
         return self[place]
 
     def _fetched(self, place: slice) -> tuple[int, bytes]:
-        """The needed piece that holds a place; the whole shard, where none does or a piece is all of it."""
+        """The needed piece that holds an offset; the whole shard, if none does or a piece is all of it."""
         for piece in self.pieces():
             begin, end = self._bytes_of(piece)
             if begin <= place.start and place.stop <= end and piece != (0, len(self.entries)):
@@ -79,7 +79,7 @@ class ShardCache(NamedTuple):
 
     @classmethod
     def configured(cls) -> ShardCache | None:
-        """By the environment; None: there is none."""
+        """The cache of the environment's settings; None if there are none."""
         folder = os.environ.get(CACHE)
         try:
             capacity = float(os.environ.get(CACHE_GB) or 0) * 1e9
@@ -88,7 +88,7 @@ class ShardCache(NamedTuple):
         return cls(Path(folder), int(capacity)) if folder and capacity > 0 else None
 
     def mapped(self, root: str, shard: Shard) -> mmap.mmap:
-        """A shard, fetched where it is not here whole and sound; checked once by each process."""
+        """A mapped shard, fetched if it is not cached whole and undamaged; each process checks it once."""
         path = self.folder / f"{shard.sha256}.tar"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,12 +102,12 @@ class ShardCache(NamedTuple):
                 f"the shard cache {self.folder} can't be used ({error.strerror}): give another store.cache, or lower "
                 "store.cache_gb."
             ) from error
-        if data is None:  # evicted at once by others, or the disk gives other bytes than it took
+        if data is None:  # evicted at once by other processes, or the disk returns other bytes than were written
             raise UserError(f"the shard cache {self.folder} does not keep what is put there: raise store.cache_gb.")
         return data
 
     def _opened(self, path: Path, shard: Shard) -> mmap.mmap | None:
-        """None if it is not there, or not as it should be."""
+        """None if it is missing or damaged."""
         try:
             with path.open("rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -117,7 +117,7 @@ class ShardCache(NamedTuple):
             data.close()
             return None
         seen.add(shard.sha256)
-        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile; it stays mapped
+        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile; the mapping stays valid
             os.utime(path)
         return data
 
@@ -128,7 +128,7 @@ class ShardCache(NamedTuple):
         try:
             with self._locked("room"), temporary.open("wb") as file:
                 self._make_room(shard.bytes)
-                os.posix_fallocate(file.fileno(), 0, shard.bytes)  # what is not there yet counts, too
+                os.posix_fallocate(file.fileno(), 0, shard.bytes)  # space that is not allocated yet counts, too
             data = read_whole(root, shard)
             with temporary.open("r+b") as file:
                 file.write(data)
@@ -155,7 +155,7 @@ class ShardCache(NamedTuple):
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Against other processes of this node; a process that ends lets go."""
+        """Lock against other processes of this node; released when a process ends."""
         with (self.folder / f"{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -1,4 +1,4 @@
-"""Processes that make items in turns. One that dies ends the run by a sentence; a run that dies ends them."""
+"""Processes that make items in turns. If one dies, the run ends with one sentence; if the run dies, they end."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-import torch.multiprocessing  # which sends tensors through shared memory, not through the pipe
+import torch.multiprocessing  # it sends tensors through shared memory, not through the pipe
 
 from data_pipeline.common.errors import UserError
 
-Make = Callable[[int, int], Iterator[Any]]  # worker, of how many -> its items
+Make = Callable[[int, int], Iterator[Any]]  # worker, number of workers -> its items
 
 
 class WorkerDied(RuntimeError):
-    """Not the user's mistake as far as can be told: memory ran out, or someone killed it. A restart may help."""
+    """Not the user's mistake as far as we can tell: memory ran out, or someone killed it. A restart may help."""
 
 
 class Workers:
     """`for items in Workers(make, count, ahead)`: one item of each worker, in their order; each makes up to `ahead`
-    before they are asked for. What they raise as UserError is raised here; anything else ends them, which is said."""
+    before they are taken. A worker's UserError is raised here; any other error ends the workers and is reported."""
 
     def __init__(self, make: Make, count: int, ahead: int) -> None:
         _kill_workers_at_exit()
@@ -40,7 +40,7 @@ class Workers:
                 target=_serve, args=(theirs, make, worker, count), daemon=True, name=f"loader worker {worker}"
             )
             process.start()
-            theirs.close()  # so that its end is seen here
+            theirs.close()  # so that its end is noticed here
             self.processes.append(process)
             self.connections.append(ours)
         for worker in range(count):
@@ -55,7 +55,7 @@ class Workers:
             self.close()
 
     def _ask(self, worker: int) -> None:
-        with contextlib.suppress(OSError):  # it died: what it sent before is still to be had, then its death is said
+        with contextlib.suppress(OSError):  # it died: first read what it sent before, then report its death
             self.connections[worker].send(None)
 
     def _receive(self, worker: int) -> Any:
@@ -93,7 +93,7 @@ class Workers:
 
 
 def _serve(connection: Connection, make: Make, worker: int, count: int) -> None:
-    """A worker's life: make an item, wait until it is asked for, send it. It ends when its process' pipe does."""
+    """A worker's life: make an item, wait for a request, send it. It ends when its process' pipe does."""
     _ignore_requests_to_stop()
     torch.set_num_threads(1)
     try:
@@ -103,19 +103,19 @@ def _serve(connection: Connection, make: Make, worker: int, count: int) -> None:
                 connection.send(item)
         except UserError as error:
             connection.send(error)
-            while True:  # what was sent before may still be fetched from this process' memory
+            while True:  # the run may still fetch what was sent before from this process' memory
                 connection.recv()
     except (EOFError, ConnectionError):
         pass  # the run has ended
 
 
 def _ignore_requests_to_stop() -> None:
-    """A signal to the process group reaches workers, too: they must go on, for the run to save and to end them."""
+    """A signal to the process group reaches workers, too: they must continue, so that the run can save and end them."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 @functools.cache
 def _kill_workers_at_exit() -> None:
-    """Python asks its children by a TERM, which they ignore, and would wait for them without end."""
+    """Python sends its children TERM at exit, which they ignore, and would wait for them forever."""
     atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])

@@ -13,11 +13,11 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.shards.codec import BFLOAT16, ArrayHeader, widened
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-LARGEST = 1e6  # no first stage's moments and no encoder's states come near it
+LARGEST = 1e6  # far above the moments of any first stage and the states of any encoder
 
 
 def as_stored(value: Tensor, dtype: str) -> np.ndarray:
-    """Floats in `dtype` (too large: infinite), whole numbers in 32 bits. numpy knows no bfloat16: codec.BFLOAT16."""
+    """Floats in `dtype` (too large: infinite), integers in 32 bits. numpy has no bfloat16: see codec.BFLOAT16."""
     if not value.is_floating_point():
         return value.to(torch.int32).cpu().numpy()
     value = value.to(DTYPES[dtype]).contiguous().cpu()
@@ -27,25 +27,25 @@ def as_stored(value: Tensor, dtype: str) -> np.ndarray:
 
 
 def readable(stored: np.ndarray) -> np.ndarray:
-    """As numbers that numpy can work with."""
+    """The values in a dtype that numpy can compute with."""
     return widened(stored) if stored.dtype == BFLOAT16 else stored
 
 
 def narrowed(value: np.ndarray, dtype: str) -> np.ndarray:
-    """What was read of a data set of that dtype, as it is stored: the inverse of `readable`, exact."""
+    """Values read from a data set of that dtype, as they are stored there: the exact inverse of `readable`."""
     if dtype != "bfloat16" or value.dtype != np.float32:
         return value
     return (value.view(np.uint32) >> 16).astype(np.uint16).view(BFLOAT16)
 
 
 def described(stored: np.ndarray) -> dict[str, Any]:
-    """A field's line in the manifest, of its values (B, ...)."""
+    """A field's line in the manifest, from its values (B, ...)."""
     name = "bfloat16" if stored.dtype == BFLOAT16 else stored.dtype.name
     return {"dtype": name, "shape": list(stored.shape[1:])}
 
 
 def unusable(stored: Mapping[str, np.ndarray], codes: int | None, dtype: str) -> Iterator[tuple[int, str]]:
-    """(row, reason) of samples whose values can't be trained on; a row comes once. codes: how many a codebook has."""
+    """(row, reason) of samples whose values can't be trained on, each row once. codes: the size of the codebook."""
     named: dict[int, str] = {}
     for name, values in stored.items():
         axes = tuple(range(1, values.ndim))
@@ -74,8 +74,8 @@ def dtype_named(name: str) -> np.dtype:
 
 
 def differing(name: str, header: ArrayHeader, field: Mapping[str, Any]) -> Iterator[str]:
-    """What a .npy's header says otherwise than its line in the manifest, byte order apart. A line that claims nothing
-    leaves any numbers of any shape."""
+    """How a .npy's header differs from its line in the manifest, apart from byte order. A line without dtype or shape
+    allows any numbers of any shape."""
     actual, claimed = header.dtype.newbyteorder("="), field.get("dtype")
     if claimed and actual != dtype_named(claimed):
         yield f"{name} is {actual.str}, not {dtype_named(claimed).str} as the manifest says"

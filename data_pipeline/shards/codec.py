@@ -16,7 +16,7 @@ from data_pipeline.images.decode import IMAGES, UNDECODABLE, decode_image
 
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 MAX_TEXT_BYTES = 1024 * 1024  # of a caption, or of the JSON beside it
-BFLOAT16 = np.dtype("V2")  # numpy has none: in a .npy it is two bytes without a type, as JAX and ml_dtypes write it
+BFLOAT16 = np.dtype("V2")  # numpy has none: a .npy holds two bytes without a type, as JAX and ml_dtypes write it
 
 
 def encode(name: str, value: Any) -> bytes:
@@ -37,7 +37,7 @@ def encode(name: str, value: Any) -> bytes:
 
 
 def decode(name: str, data: bytes) -> Any:
-    """The inverse of `encode`; jpg and webp too. Raises DataError for what isn't what its name says."""
+    """The inverse of `encode`; also reads jpg and webp. DataError if the bytes don't match the name."""
     kind = name.rsplit(".", 1)[-1].lower()
     try:
         allowed = MAX_TEXT_BYTES if kind in ("txt", "json") else MAX_MEMBER_BYTES
@@ -52,21 +52,21 @@ def decode(name: str, data: bytes) -> Any:
         if kind == "json":
             return decode_object(data)
     except UNDECODABLE as error:
-        # Pillow's text holds an address; MemoryError says nothing.
+        # Pillow's message contains an address; MemoryError has no message.
         why = type(error).__name__ if isinstance(error, (OSError, MemoryError)) else str(error)
         raise DataError(f"undecodable .{name} ({why})") from error
-    return None  # a member that nobody here asked for
+    return None  # a member that no reader here asks for
 
 
 def caption_in(members: Mapping[str, Any]) -> str:
-    """Of decoded members: the .txt, else the json's "caption", without blanks around it; "" where there is none, or no
-    text."""
+    """The caption of decoded members: the .txt, else the json's "caption", stripped of blanks; "" if there is none or
+    it is not text."""
     caption = members["txt"] if "txt" in members else (members.get("json") or {}).get("caption")
     return caption.strip() if isinstance(caption, str) else ""
 
 
 def decode_object(data: bytes) -> dict[str, Any]:
-    """A JSON object. NaN and Infinity, which JSON has not and tables write for a missing number, become None."""
+    """A JSON object. NaN and Infinity, which JSON does not have and tables write for a missing number, become None."""
     value = json.loads(data, parse_constant=lambda _: None)
     if not isinstance(value, dict):
         raise ValueError(f"no object, but {type(value).__name__}")
@@ -74,7 +74,7 @@ def decode_object(data: bytes) -> dict[str, Any]:
 
 
 class ArrayHeader(NamedTuple):
-    """What a .npy says of itself, and where its values begin."""
+    """What the header of a .npy says, and where the values begin."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -83,7 +83,7 @@ class ArrayHeader(NamedTuple):
 
 
 def array_header(data: bytes) -> ArrayHeader:
-    """The header of a .npy, its word checked against how many bytes there are; objects are refused."""
+    """The header of a .npy, checked against the number of bytes; arrays of objects are refused."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -99,7 +99,7 @@ def array_header(data: bytes) -> ArrayHeader:
 
 
 def decode_array(data: bytes) -> np.ndarray:
-    """A .npy without objects, read-only. Its header's word is checked before memory is given to it."""
+    """A .npy without objects, read-only. Its header is checked before memory is allocated for it."""
     shape, fortran_order, dtype, offset = array_header(data)
     array = np.frombuffer(data[offset:], dtype).reshape(shape, order="F" if fortran_order else "C")
     return widened(array) if dtype == BFLOAT16 else array

@@ -1,4 +1,4 @@
-"""Which keys came before, of more samples than a set of texts could hold."""
+"""Which keys were seen before, for more samples than a set of strings could hold."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class KnownKeys:
-    """Which keys came before: 8 bytes a key, in sorted runs of doubling length. 64 bits of a hash stand for a key: of
-    10^8 keys, two that differ are taken for one with a chance of 1 in 4,000."""
+    """The keys seen so far: 8 bytes a key, in sorted runs of doubling length. A 64-bit hash stands for a key: among
+    10^8 keys, the chance that two different ones are taken for the same is 1 in 4,000."""
 
     def __init__(self) -> None:
         self.runs: list[np.ndarray] = []
 
     def those_known(self, keys: Sequence[str]) -> np.ndarray:
-        """Which of the keys came before, also among themselves; all are known from now on."""
+        """Which of the keys were seen before, or earlier in the same list; all count as seen from now on."""
         digests = b"".join(
             hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys
         )

@@ -1,4 +1,4 @@
-"""What a data set is: its shards with sizes and digests, its fields, and the encoders that made it."""
+"""What a data set consists of: its shards with sizes and digests, its fields, and the encoders that made it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar: its name below the data set, how many samples and bytes, and its sha256. index: 16 digits of that of its
-    .idx; "": not known, as of data sets of earlier versions."""
+    """One tar: its name below the data set, how many samples and bytes, and its sha256. index: the first 16 digits of
+    its .idx's sha256; "": not known, as in data sets of earlier versions."""
 
     name: str
     samples: int
@@ -47,14 +47,14 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of the data itself: the same shards in the same order, and what an index takes of them."""
+        """16 hex digits that identify the data itself: its shards, their order, and what an index takes from them."""
         taken = [self.info["index"]] if "index" in self.info else []
         content = json.dumps([self.kind, [(s.name, s.sha256) for s in self.shards], *taken])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @classmethod
     def load(cls, root: str | Path, kind: str | None = None) -> Manifest:
-        """The manifest of the data set at `root`; refused if it is of another kind."""
+        """Load the manifest of the data set at `root`; UserError if it is of another kind."""
         path = storage.join(root, "manifest.json")
         content = storage.read_if_there(path)
         if content is None:
@@ -80,7 +80,8 @@ class Manifest:
             raise DataError(f"{path} is damaged ({error}): make or copy the data set again.") from error
 
     def check_shards(self, root: str | Path) -> None:
-        """Every shard is there at its full size; it costs a look at each file, not a read; in a bucket, a listing."""
+        """Check that every shard is there at its full size; looks at each file but reads none; one listing in a
+        bucket."""
         if not storage.is_s3(root):
             for shard in self.shards:
                 check_size(root, shard)
@@ -95,13 +96,13 @@ class Manifest:
             refuse_other_size(root, shard, sizes.get(shard.name))
 
     def save(self, root: str | Path) -> None:
-        """Written last and atomically: a data set with a manifest is whole."""
+        """Write the manifest last and atomically: a data set with a manifest is complete."""
         content = {"format": FORMAT, "samples": self.samples, "fingerprint": self.fingerprint, **asdict(self)}
         storage.write_atomically(storage.join(root, "manifest.json"), json.dumps(content, indent=1).encode())
 
 
 def tables(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is saved beside the shards; TypeError where a table of it is none."""
+    """The tables that are saved beside the shards; TypeError if one of them is not a table."""
     for name in ("fields", "info", "fingerprints"):
         if not isinstance(saved.get(name, {}), dict):
             raise TypeError(f"{name} is no table")
@@ -111,13 +112,13 @@ def tables(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def refuse_outside(path: str, shard: Shard) -> None:
-    """A shard whose name leads out of its data set: shards of the same name are written elsewhere."""
+    """Refuse a shard whose name leads out of its data set: files with shards' names are written elsewhere."""
     if shard.name.startswith("/") or ".." in shard.name.split("/"):
         raise DataError(f"{path} names the shard {shard.name}, which lies outside: make or copy the data set again.")
 
 
 def refuse_other_claims(root: str | Path, manifest: Manifest) -> None:
-    """Sums that a manifest was saved with and that are not those of its shards: it was edited."""
+    """Refuse a manifest whose saved sums are not those of its shards: it was edited."""
     path = storage.join(root, "manifest.json")
     saved = json.loads(storage.read_bytes(path))
     if (saved["samples"], saved["fingerprint"]) != (manifest.samples, manifest.fingerprint):
@@ -125,12 +126,12 @@ def refuse_other_claims(root: str | Path, manifest: Manifest) -> None:
 
 
 def check_size(root: str | Path, shard: Shard) -> None:
-    """A shard that is missing or cut is named, with what to do."""
+    """Refuse a shard that is missing or cut, with the remedy."""
     refuse_other_size(root, shard, storage.size_if_there(storage.join(root, shard.name)))
 
 
 def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> None:
-    """A shard of `actual` bytes (None: missing) that should have others."""
+    """Refuse a shard of `actual` bytes (None: missing) if the manifest says otherwise."""
     path = storage.join(root, shard.name)
     if actual is None:
         raise DataError(f"shard {path} is missing: copy it again, or make the data set again.")
@@ -142,7 +143,7 @@ def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> Non
 
 
 def find_splits(root: str | Path) -> dict[str, str]:
-    """Name -> path of each data set in `root`: itself ("") or its sub-folders (train, heldout)."""
+    """Name -> path of each data set in `root`: itself ("") or its subfolders (train, heldout)."""
     if storage.exists(storage.join(root, "manifest.json")):
         return {"": str(root)}
     below = {name: storage.join(root, name) for name in storage.subfolders(root)}

@@ -1,4 +1,4 @@
-"""The settings that a data set was made with, and others refused."""
+"""The settings that a data set was made with, and the refusal of others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.shards.manifest import Manifest
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by their whole names: {"source": {"limit": 1}} is {"source.limit": 1}."""
+    """Options by their full names: {"source": {"limit": 1}} becomes {"source.limit": 1}."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {prefix + name: value}
@@ -19,8 +19,8 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def made_otherwise(before: Mapping[str, Any] | None, now: Mapping[str, Any], most: int = 5) -> str:
-    """What differs between the settings that a data set was made with and others, old -> new, in brackets; "": an
-    earlier version made it, which did not write them down."""
+    """How the settings that a data set was made with differ from others, old -> new, in brackets; "": an earlier
+    version made it, which did not record them."""
     if before is None:
         return ""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -31,19 +31,19 @@ def made_otherwise(before: Mapping[str, Any] | None, now: Mapping[str, Any], mos
 
 
 def brief(value: Any, most: int = 60) -> str:
-    """A setting in a sentence."""
+    """A setting's value, shortened for a sentence."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for, option by option; but for the place of the output, and the store."""
+    """The options given, except the output's path and the store."""
     left_out = ("output", "store", "max_aside_fraction")
     return flat({name: value for name, value in options.items() if name not in left_out})
 
 
 def refuse_made_otherwise(roots: Iterable[str], holder: str, mark: str, settings: Mapping[str, Any]) -> None:
-    """Data sets that another configuration has made. holder: what must be removed then, with its verb."""
+    """Refuse data sets made by another configuration. holder: what must be removed then, with its verb."""
     for root in roots:
         info = Manifest.load(root).info
         if info.get("made_from") != mark:

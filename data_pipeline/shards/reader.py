@@ -1,4 +1,4 @@
-"""A shard read whole."""
+"""Reads a whole shard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_pipeline.shards.tar_index import read_index, refuse_other_bytes
 
 
 def read_whole(root: str | Path, shard: Shard) -> bytes:
-    """All bytes of a shard, which are those that its manifest was written for."""
+    """All bytes of a shard, checked against its manifest."""
     path = storage.join(root, shard.name)
     data = storage.read_bytes(path, 0, shard.bytes)
     refuse_other_bytes(data, path, shard)

@@ -1,4 +1,4 @@
-"""What could not be used: counted, written down with its reason, and capped."""
+"""Samples that can't be used: counted, recorded with the reason, and limited in number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from data_pipeline.common.errors import DataError
 
 
 class Aside:
-    """processed + set aside = listed, always. Past `max_fraction` of what is listed the run stops with the reasons."""
+    """processed + set aside = listed, always. If more than `max_fraction` of what is listed is set aside, the run stops
+    with the reasons."""
 
     def __init__(self, listed: int, max_fraction: float) -> None:
         self.listed, self.max_fraction = listed, max_fraction
@@ -33,12 +34,12 @@ class Aside:
         return Counter(row["reason"] for row in self.rows)
 
     def save(self, root: str | Path, name: str) -> None:
-        """One JSON line a sample in <root>/aside/<name>.jsonl; no file, nor an earlier run's, where there is none."""
+        """Write one JSON line a sample to <root>/aside/<name>.jsonl; if none, remove an earlier run's file."""
         write_or_remove(root, name, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
 
 def write_or_remove(root: str | Path, name: str, lines: bytes) -> None:
-    """<root>/aside/<name>.jsonl with these lines; none: no such file."""
+    """Write <root>/aside/<name>.jsonl with these lines; if there are none, remove it."""
     path = storage.join(root, "aside", f"{name}.jsonl")
     if lines:
         storage.write_atomically(path, lines)
@@ -47,7 +48,7 @@ def write_or_remove(root: str | Path, name: str, lines: bytes) -> None:
 
 
 def summary(rows: Iterable[Mapping[str, str]]) -> Counter[str]:
-    """Rows set aside by reason, without what stands in brackets: that differs from sample to sample."""
+    """Rows set aside, by reason; the part in brackets is left out, as it differs from sample to sample."""
     return Counter(row["reason"].partition(" (")[0] for row in rows)
 
 
@@ -57,6 +58,6 @@ def worded(counts: Counter[str], most: int) -> str:
 
 
 def accounting(processed: int, filtered: Mapping[str, int], aside: Mapping[str, int], listed: int) -> dict[str, Any]:
-    """What a manifest's info says of it: processed + filtered + set aside = listed."""
+    """The counts in a manifest's info: processed + filtered + set aside = listed."""
     assert processed + sum(filtered.values()) + sum(aside.values()) == listed
     return {"listed": listed, "processed": processed, "filtered": dict(filtered), "set_aside": dict(aside)}

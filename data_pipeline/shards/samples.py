@@ -27,7 +27,7 @@ def picture_in(entry: IndexEntry) -> str | None:
 
 
 def as_sample(key: str, members: dict[str, Any], size: int | None = None) -> dict[str, Any]:
-    """Members by extension -> a sample by field name; a picture as its centre square of `size`, where that is given."""
+    """Members by extension -> a sample by field name; a picture as its centre square of `size`, if that is given."""
     sample = {"key": key, "caption": codec.caption_in(members), "meta": members.get("json") or {}}
     for member, value in members.items():
         if member in IMAGES:
@@ -38,7 +38,7 @@ def as_sample(key: str, members: dict[str, Any], size: int | None = None) -> dic
 
 
 def size_of(manifest: Manifest) -> int | None:
-    """Pixels a side that pictures are cut to when they are read: shards that others wrote hold any."""
+    """Pixels a side that pictures are cut to when they are read: shards that others wrote hold any size."""
     return manifest.info.get("size") if manifest.kind == "image-text" else None
 
 
@@ -48,9 +48,9 @@ def fields_of(manifest: Manifest) -> tuple[str, ...]:
 
 
 def collated(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Samples' arrays as float32 or int64 tensors; pictures as (B, 3, H, W) in [-1, 1].
+    """The samples' arrays as float32 or int64 tensors; pictures as (B, 3, H, W) in [-1, 1].
 
-    In numpy: torch would hand each of these small steps to a second thread, which is slow to come on busy cores.
+    In numpy: torch would hand each of these small steps to a second thread, which starts late on busy cores.
     """
     tensors = {}
     for name, first in samples[0].items():

@@ -12,7 +12,7 @@ from data_pipeline.shards.writer import ShardWriter
 
 
 class Split:
-    """One split while it is written: a shard of samples in memory, the rest published."""
+    """A split being written: one shard of samples in memory, the earlier ones published."""
 
     def __init__(self, root: str, shard_size: int) -> None:
         self.root, self.shard_size = root, shard_size
@@ -29,7 +29,7 @@ class Split:
             self._publish()
 
     def close(self) -> None:
-        """Publish the rest; shards that an earlier run left behind are removed."""
+        """Publish the rest; shards left by an earlier run are removed."""
         if self.writer.count:
             self._publish()
         remove_leftovers(self.root, len(self.shards))
@@ -44,7 +44,7 @@ class Split:
 
 
 def remove_leftovers(root: str | Path, number: int) -> None:
-    """Shards from `number` on: an earlier run that was cut short, and had more of them, may have left some."""
+    """Remove shards from `number` on: an interrupted earlier run with more shards may have left some."""
     while storage.exists(storage.join(root, f"shards/{number:06d}.idx")):
         for ending in ("tar", "idx"):
             storage.remove(storage.join(root, f"shards/{number:06d}.{ending}"))

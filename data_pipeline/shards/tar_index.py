@@ -1,4 +1,4 @@
-"""Which sample lies where in a tar: by its .idx, or by one pass over it."""
+"""Where each sample lies in a tar: from its .idx, or by one pass over it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class IndexEntry(NamedTuple):
 def scan(data: bytes | mmap.mmap, name: str) -> list[IndexEntry]:
     """The samples of a tar in memory or mapped, in order; a key that comes twice in full gives two of them.
 
-    Extensions in small letters; what has none is no sample. Links and devices are never followed: they are no members.
+    Extensions are in lower case; a file without one is not part of a sample. Links and devices are never followed and
+    are not members.
     """
     samples: list[IndexEntry] = []
     current: dict[str, IndexEntry] = {}
@@ -55,8 +56,8 @@ def scan(data: bytes | mmap.mmap, name: str) -> list[IndexEntry]:
 
 
 def members_of(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[str, Member | None]]:
-    """(name, place) of each file of a tar, None for the place of a link or device. One that was cut anywhere is a
-    DataError: unlike tarfile, this wants the two empty blocks that end an archive, and nothing behind them."""
+    """(name, place) of each file of a tar; the place of a link or device is None. A truncated tar is a DataError:
+    unlike tarfile, this requires the two empty blocks that end an archive, and nothing after them."""
     if data[:2] == b"\x1f\x8b":
         raise DataError(f"shard {name} is compressed: unpack it by gunzip, as samples are read by their place.")
     try:
@@ -64,7 +65,7 @@ def members_of(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[str, Member
             at = -1
             for member in tar:
                 if member.offset <= at or member.size < 0:
-                    raise tarfile.ReadError("a size below zero")  # tarfile would go round in circles
+                    raise tarfile.ReadError("a size below zero")  # tarfile would loop forever
                 if member.isreg() and member.offset_data + member.size > len(data):
                     raise tarfile.ReadError("unexpected end of data")
                 at = member.offset
@@ -100,12 +101,12 @@ def read_index(root: str | Path, shard: Shard) -> list[IndexEntry]:
 
 
 def index_digest(index: bytes) -> str:
-    """As manifests hold it: short, as there may be 10^5 of them."""
+    """An .idx's digest as manifests hold it: short, as there may be 10^5 of them."""
     return digest_of(index)[:16]
 
 
 def refuse_other_index(index: bytes, path: str, shard: Shard) -> None:
-    """An .idx that changed since it was written would give one sample another's arrays."""
+    """Refuse an .idx that changed since it was written: it could give one sample another's arrays."""
     if shard.index and index_digest(index) != shard.index:
         raise DataError(
             f"index {path} is damaged (its digest is not its manifest's): delete it, and it is read from the tar "
@@ -114,7 +115,7 @@ def refuse_other_index(index: bytes, path: str, shard: Shard) -> None:
 
 
 def parse_index(data: bytes, path: str) -> list[IndexEntry]:
-    """The lines of an .idx."""
+    """Parse the lines of an .idx."""
     try:
         rows = [json.loads(line) for line in data.splitlines()]
         return [IndexEntry(key, {name: Member(*m) for name, m in members.items()}) for key, members in rows]
@@ -123,12 +124,12 @@ def parse_index(data: bytes, path: str) -> list[IndexEntry]:
 
 
 def digest_of(data: bytes | mmap.mmap) -> str:
-    """sha256, in hexadecimal digits."""
+    """sha256 in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def refuse_other_bytes(data: bytes | mmap.mmap, path: str, shard: Shard) -> None:
-    """Bytes that changed since they were written are a DataError, also where each sample can still be decoded."""
+    """DataError for bytes that changed since they were written, even if each sample can still be decoded."""
     if digest_of(data) != shard.sha256:
         raise DataError(
             f"shard {path} is damaged (its sha256 is not its manifest's): copy it again, or delete it together with "

@@ -1,4 +1,4 @@
-"""One WebDataset tar and its index, whole or not at all; and reading them back."""
+"""Writes a WebDataset tar and its index, complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from data_pipeline.shards.tar_index import digest_of, index_digest, scan
 
 
 class ShardWriter:
-    """Collects samples in memory and publishes them as one tar: a shard is some hundred MB at most.
+    """Collects samples in memory and publishes them as one tar: a shard is a few hundred MB at most.
 
     The same samples give the same bytes: owner, mode and time are fixed.
     """
 
     def __init__(self) -> None:
-        import webdataset as wds  # it imports torch: a second that --help and a finished output need not wait
+        import webdataset as wds  # it imports torch: one second that --help and a finished output need not wait for
 
         self.buffer = io.BytesIO()
         self.tar = wds.TarWriter(self.buffer, user="", group="", mode=0o644, mtime=0, encoder=False)
         self.count = 0
 
     def __del__(self) -> None:
-        self.tar.close()  # of a shard that is given up, before its buffer goes: tarfile would complain
+        self.tar.close()  # closes an abandoned shard's tar before its buffer goes: tarfile would complain
 
     def add(self, key: str, members: Mapping[str, Any]) -> None:
-        """One sample; members by extension, encoded by codec.encode."""
+        """Add one sample; members by extension, encoded by codec.encode."""
         encoded = {name: codec.encode(name, value) for name, value in members.items()}
         self.tar.write({"__key__": key, **encoded})
         self.count += 1
@@ -44,7 +44,7 @@ class ShardWriter:
         return shard
 
     def contents(self, name: str) -> tuple[Shard, bytes, bytes]:
-        """Its line in the manifest, and the bytes of index and tar; nothing can be added any more."""
+        """Its line in the manifest, and the bytes of index and tar; nothing can be added after this."""
         self.tar.close()
         data = self.buffer.getvalue()
         lines = [json.dumps([e.key, {k: list(m) for k, m in e.members.items()}]) for e in scan(data, name)]

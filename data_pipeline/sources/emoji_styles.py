@@ -23,7 +23,7 @@ INSTALL = "npm install @iconify-json/{noto,twemoji,fluent-emoji,fluent-emoji-fla
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """One package: SVG bodies by name, the names of code points, where it says them, and its licence."""
+    """One package: SVG bodies by name, names by code point if it lists them, and its licence."""
 
     name: str
     icons: Mapping[str, Mapping[str, Any]]
@@ -33,7 +33,7 @@ class Style:
 
     @classmethod
     def read(cls, packages: Path, name: str) -> Style:
-        """From @iconify-json/<name>; aliases become drawings of their own."""
+        """Read @iconify-json/<name>; aliases become separate drawings."""
         folder = packages / "@iconify-json" / name
         drawings, chars = read_json(folder / "icons.json"), folder / "chars.json"
         icons = dict(drawings["icons"])
@@ -45,14 +45,14 @@ class Style:
         return cls(name, icons, sides, read_json(chars) if chars.exists() else {}, licence)
 
     def icon_of(self, thing: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> str | None:
-        """The name of its drawing of a thing: by code point; else by what other styles or the label call it."""
+        """The name of this style's drawing of a thing: by code point; else by other styles' names or the label."""
         code = plain_code(thing["hexcode"])
         slug = re.sub("[^a-z0-9]+", "-", thing["label"].lower()).strip("-")
         known = [self.chars[code]] if code in self.chars else [] if self.chars else [*names.get(code, []), slug]
         return next((name for name in known if name in self.icons), None)
 
     def svg(self, icon: str) -> str:
-        """A drawing as a file of its own, in the middle of a square."""
+        """A drawing as a complete SVG file, centred in a square."""
         facts = self.icons[icon]
         width, height = facts.get("width", self.sides[0]), facts.get("height", self.sides[1])
         side = max(width, height)
@@ -65,9 +65,9 @@ class Style:
 
 
 class EmojiStyles:
-    """Things without skin tones, each in the `styles` that draw it (`complete`: only those that all do).
+    """Things without skin tones, each in all `styles` that draw it (`complete`: only things that all of them draw).
 
-    Of the pairs of thing and style, about one in `heldout_every` is held out: at most one of a thing, and none of a
+    Of the pairs of thing and style, about one in `heldout_every` is held out: at most one per thing, and none for a
     thing with one style, so that each held-out thing is trained on in other styles.
     """
 
@@ -102,7 +102,7 @@ class EmojiStyles:
 
 
 def item(thing: Mapping[str, Any], style: Style, icon: str, heldout: bool) -> SourceItem:
-    """key: code points and style; meta: what it is called, where it stands among emoji, and whose licence it has."""
+    """key: code points and style; meta: the thing's name, its place among emoji, and the style's licence."""
     label = thing["label"].lower()
     meta = {"name": label, "style": style.name, "group": thing["group"], "code": thing["hexcode"]}
     meta |= {"tags": thing.get("tags", []), "licence": style.licence}
@@ -111,7 +111,7 @@ def item(thing: Mapping[str, Any], style: Style, icon: str, heldout: bool) -> So
 
 
 def with_article(label: str) -> str:
-    """ "a rabbit face", "an ear of corn"; none before several, a number or "flag: Austria"."""
+    """With its article: "a rabbit face", "an ear of corn"; no article before a plural, a number or "flag: Austria"."""
     first, last = label.partition(":")[0].split()[0], label.split()[-1]
     several = last.endswith("s") and not last.endswith(("ss", "us"))
     if ":" in label or several or not first.isalpha():
@@ -120,7 +120,7 @@ def with_article(label: str) -> str:
 
 
 def packages_in(folder: Path) -> Path:
-    """Where npm put the packages: `folder`, or its node_modules."""
+    """The folder of npm's packages: `folder`, or its node_modules."""
     for packages in (folder / "node_modules", folder):
         if (packages / "@iconify-json").is_dir() and (packages / "emojibase-data").is_dir():
             return packages
@@ -145,12 +145,12 @@ def named_things(packages: Path) -> list[dict[str, Any]]:
 
 
 def plain_code(hexcode: str) -> str:
-    """As chars.json spells it: small letters, without the selector of colour."""
+    """A code point as chars.json spells it: lower case, without the colour selector."""
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
 def names_by_code(styles: Sequence[Style]) -> dict[str, list[str]]:
-    """What styles call a code point: for those that have no list of their own."""
+    """The names that styles give to a code point: for styles without such a list."""
     names: dict[str, list[str]] = {}
     for style in styles:
         for code, name in style.chars.items():

@@ -1,4 +1,4 @@
-"""What a data set leaves out by choice: from the configuration, each under its reason, no damage and not capped."""
+"""What a data set leaves out by choice: set in the configuration, counted by reason; no errors, and no limit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.shards.rejects import write_or_remove
 
 HASH_SIDE, HASH_BITS = 8, 64
-CLEARLY = 300.0  # a third of a grey: terms that are zero, as of symmetric drawings, are not decided by rounding
+CLEARLY = 300.0  # a third of a grey level: terms that are zero, as in symmetric drawings, are not decided by rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sample before it is taken. sides(): width and height as first stored, None for a drawing of any size;
-    pixels(): (H, W, 3) uint8. Both may raise what codec.UNDECODABLE lists."""
+    """A sample before it is accepted. sides(): width and height as first stored, None for a drawing of any size;
+    pixels(): (H, W, 3) uint8. Both may raise the errors in codec.UNDECODABLE."""
 
     caption: str
     meta: Mapping[str, Any]
@@ -38,12 +38,12 @@ class Filter(Protocol):
     cost: int
 
     def reason_against(self, candidate: Candidate) -> str | None:
-        """Why it is left out, in words that many samples share; None: it stays."""
+        """Why the sample is left out, in words that many samples share; None: it stays."""
         ...
 
 
 class ShortestSide:
-    """Pictures of at least so many pixels on their shorter side."""
+    """Keeps pictures whose shorter side has at least this many pixels."""
 
     cost: ClassVar[int] = 1
 
@@ -56,7 +56,7 @@ class ShortestSide:
 
 
 class Aspect:
-    """Pictures whose longer side is at most `at_most` times the shorter."""
+    """Keeps pictures whose longer side is at most `at_most` times the shorter."""
 
     cost: ClassVar[int] = 1
 
@@ -71,7 +71,7 @@ class Aspect:
 
 
 class CaptionLength:
-    """Captions of `at_least` to `at_most` characters (None: any number)."""
+    """Keeps captions of `at_least` to `at_most` characters (None: any number)."""
 
     cost: ClassVar[int] = 0
 
@@ -86,7 +86,7 @@ class CaptionLength:
 
 
 class Columns:
-    """Numbers of a sample's json within bounds: {"aesthetic": {"min": 5}, "pwatermark": {"max": 0.5}}.
+    """Keeps samples whose numbers in the json are within bounds: {"aesthetic": {"min": 5}, "pwatermark": {"max": 0.5}}.
 
     A sample without the number is left out, too.
     """
@@ -97,14 +97,14 @@ class Columns:
         if not bounds:
             raise UserError("filters.columns.bounds must be given: as filters.columns.bounds='{aesthetic: {min: 5}}'.")
         self.bounds = {name: bounds_of(name, pair) for name, pair in bounds.items()}
-        self.seen: set[str] = set()  # columns that hold a number anywhere
+        self.seen: set[str] = set()  # columns with a number in some sample
 
     def look(self, meta: Mapping[str, Any]) -> None:
-        """Take note of the columns that there are."""
+        """Note which columns have a number."""
         self.seen |= {name for name, value in meta.items() if name not in self.seen and as_number(value) is not None}
 
     def refuse_unknown(self) -> None:
-        """A name that no sample has as a number is a slip, not a filter."""
+        """Refuse a column that has a number in no sample: it is a typo, not a filter."""
         for name in self.bounds:
             if name not in self.seen:
                 known = ", ".join(sorted(self.seen)) or "none: no sample has a number in its table or json"
@@ -124,7 +124,7 @@ class Columns:
 
 
 def bounds_of(name: str, pair: Any) -> tuple[float, float]:
-    """{min: a, max: b} of a column as numbers; null is none."""
+    """{min: a, max: b} of a column as numbers; null: no bound."""
     given = {k: as_number(v) for k, v in pair.items() if v is not None} if isinstance(pair, Mapping) else {}
     if not given or set(given) - {"min", "max"} or None in given.values():
         raise UserError(
@@ -134,7 +134,7 @@ def bounds_of(name: str, pair: Any) -> tuple[float, float]:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, also one that a table gave as text."""
+    """A finite number, also if a table gave it as text."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -143,9 +143,9 @@ def as_number(value: Any) -> float | None:
 
 
 class Duplicates:
-    """Pictures whose perceptual hash differs by more than `distance` of 64 bits from all that were taken before.
+    """Keeps pictures whose perceptual hash differs in more than `distance` of 64 bits from all pictures kept before.
 
-    Exact, and quick: hashes within distance d agree on one of d + 1 bands, so only those are compared. It holds all
+    Exact and fast: hashes within distance d agree on one of d + 1 bands, so only those are compared. It holds all
     hashes: 10^6 pictures at distance 4 cost 120 MB, and 30 microseconds each.
     """
 
@@ -163,7 +163,7 @@ class Duplicates:
         return "like a picture before it" if self.is_known(perceptual_hash(candidate.pixels())) else None
 
     def is_known(self, number: int) -> bool:
-        """Whether a hash is near one before it; if not, it is remembered."""
+        """Whether a hash is close to an earlier one; if not, it is remembered."""
         alike = [held[number >> low & mask] for held, (low, mask) in zip(self.seen, self.bands, strict=True)]
         if any((number ^ other).bit_count() <= self.distance for others in alike for other in others):
             return True
@@ -173,8 +173,8 @@ class Duplicates:
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
-    """64 bits that scaling and compression hardly change: which of the lowest 8 x 8 cosine terms of 32 x 32 greys lie
-    clearly over their median."""
+    """64 bits that scaling and compression hardly change: which of the lowest 8 x 8 cosine terms of 32 x 32 greys are
+    clearly above their median."""
     side = 4 * HASH_SIDE
     grey = np.asarray(Image.fromarray(pixels).convert("L").resize((side, side), Image.Resampling.BOX), np.float64)
     waves = np.cos(np.pi / side * np.outer(np.arange(HASH_SIDE), np.arange(side) + 0.5))
@@ -184,7 +184,7 @@ def perceptual_hash(pixels: np.ndarray) -> int:
 
 
 class Filters:
-    """All filters of a configuration, the cheapest first; counts and lists what they leave out."""
+    """All filters of a configuration, cheapest first; counts and lists what they leave out."""
 
     def __init__(self, filters: Mapping[str, Filter]) -> None:
         for name, each in filters.items():
@@ -192,30 +192,30 @@ class Filters:
                 raise UserError(f"filters.{name} is set, but no such filter chosen: add filters=[{name}].")
         self.filters = sorted(filters.values(), key=lambda each: each.cost)
         self.counts: Counter[str] = Counter()
-        self.lines: list[bytes] = []  # encoded: some 100 bytes a sample that is left out
+        self.lines: list[bytes] = []  # encoded: some 100 bytes per sample left out
 
     def reason_against(self, candidate: Candidate) -> str | None:
         """The first reason; a picture is decoded only if the cheaper filters let it pass."""
         return next((reason for each in self.filters if (reason := each.reason_against(candidate))), None)
 
     def look(self, meta: Mapping[str, Any]) -> None:
-        """What a sample's table or json says, before any filter is asked."""
+        """Note the columns of a sample's table or json, before any filter is asked."""
         for each in self.filters:
             if isinstance(each, Columns):
                 each.look(meta)
 
     def refuse_unknown_columns(self) -> None:
-        """After all samples were looked at."""
+        """Called after all samples were looked at."""
         for each in self.filters:
             if isinstance(each, Columns):
                 each.refuse_unknown()
 
     def add(self, key: str, reason: str) -> None:
-        """Note one sample that is left out."""
+        """Record one sample that is left out."""
         self.counts[reason] += 1
         self.lines.append(json.dumps({"key": key, "reason": reason}).encode() + b"\n")
 
     def save(self, root: str | Path, name: str) -> None:
-        """One JSON line a sample in <root>/aside/<name>.jsonl; no file where nothing was left out."""
+        """Write one JSON line a sample to <root>/aside/<name>.jsonl; no file if nothing was left out."""
         write_or_remove(root, name, b"".join(self.lines))
         self.lines = []

@@ -21,7 +21,7 @@ from data_pipeline.sources.tars import readable
 
 @dataclass(frozen=True, slots=True)
 class PictureFile(SourceItem):
-    """stamp: bytes and time of change, by which make_shards sees that a picture is another one under its old name."""
+    """stamp: size in bytes and modification time, by which make_shards notices a changed picture under an old name."""
 
     stamp: tuple[int, int] = (0, 0)
 
@@ -44,7 +44,7 @@ class ImageFolder:
             raise UserError(f"input={self.path} holds no pictures ({', '.join(IMAGES)}): check the path.")
 
     def _item(self, path: Path) -> SourceItem:
-        # A dot would end the key, in a tar's member name.
+        # A dot would end the key in a tar's member name.
         key = str(path.relative_to(self.path).with_suffix("")).replace("/", "_").replace(".", "_")
         if reason := why_unusable(path, self.path):
             return PictureFile(key, functools.partial(load, path), None, unusable=reason, where=str(path))
@@ -56,7 +56,7 @@ class ImageFolder:
 
 
 def pictures_below(folder: Path) -> Iterator[Path]:
-    """All pictures below a folder, sorted by name in each; only one folder's names are held at a time."""
+    """All pictures below a folder, sorted by name in each; only one folder's names are held in memory at a time."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             yield from pictures_below(path)
@@ -65,15 +65,15 @@ def pictures_below(folder: Path) -> Iterator[Path]:
 
 
 def why_unusable(path: Path, folder: Path, through_folders: bool = False) -> str:
-    """Of a file that is not there, or that a link leads to from `folder` (itself perhaps a link) out of it; "": it can
-    be opened. through_folders: folders on the way may be links, too, which takes 50 microseconds to see."""
+    """Why a file can't be opened: it is missing, or a link in `folder` (itself perhaps a link) leads out of it; "" if
+    it can. through_folders: folders on the way may be links, too, which takes 50 microseconds to check."""
     try:
         if not path.is_file():
             return "missing picture"
         linked = through_folders or path.is_symlink()
         if linked and not path.resolve().is_relative_to(folder.resolve()):
             return "a link that leads out of the folder"
-    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, links in a circle, a null byte
+    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, circular links, a null byte
         return "missing picture"
     return ""
 
@@ -85,24 +85,24 @@ def load(path: Path, size: int) -> np.ndarray:
 
 
 def sides(path: Path) -> tuple[int, int]:
-    """Width and height of a picture, by its header."""
+    """Width and height of a picture, from its header."""
     with open_image(path) as image:
         return upright_sides(image)
 
 
 def caption_of(path: Path, folder: Path) -> str | None:
-    """From the .txt or .json beside it; None where there is neither, or it is empty or unreadable."""
+    """The caption in the .txt or .json beside a picture; None if there is neither, or it is empty or unreadable."""
     text = path.with_suffix(".txt")
     try:
         if not why_unusable(text, folder):
             return codec.decode("txt", text.read_bytes()).strip() or None
         return readable(str(beside(path, folder).get("caption") or "")) or None
-    except DataError:  # not UTF-8, not JSON, or of no sensible length
+    except DataError:  # not UTF-8, not JSON, or too long
         return None
 
 
 def about(path: Path, folder: Path) -> dict[str, Any]:
-    """What the .json beside a picture says of it, but for the caption; and the file's name."""
+    """The entries of the .json beside a picture, without the caption; and the file's name."""
     try:
         facts = beside(path, folder)
     except DataError:
@@ -111,6 +111,6 @@ def about(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def beside(path: Path, folder: Path) -> dict[str, Any]:
-    """The .json beside a picture; {} where there is none."""
+    """The contents of the .json beside a picture; {} if there is none."""
     file = path.with_suffix(".json")
     return {} if why_unusable(file, folder) else codec.decode("json", file.read_bytes())

@@ -1,4 +1,4 @@
-"""A source looked through before anything is decoded, and its items taken one by one."""
+"""Looks through a source before anything is decoded, and then takes its items one by one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from data_pipeline.sources.source import Source, SourceItem
 
 
 def look_through(options: Mapping[str, Any], source: Source, filters: Filters | None = None) -> tuple[str, int, int]:
-    """Mark, count, and count of held-out items: a pass over the source before anything is decoded.
+    """Mark, count, and count of held-out items: one pass over the source before anything is decoded.
 
-    The mark is what a finished output is recognised by: the script's options, what is listed, and its files' stamps. A
-    key that comes twice is refused. It holds 8 bytes a key: 10^7 items are a few hundred MB while they are sorted.
+    The mark identifies a finished output: the script's options, the listed items, and their files' stamps. A key that
+    comes twice is refused. It holds 8 bytes a key: 10^7 items need a few hundred MB while they are sorted.
     """
     config = {**options, "output": None}
     if not config["filters"]:
@@ -48,7 +48,7 @@ def look_through(options: Mapping[str, Any], source: Source, filters: Filters | 
 
 
 def digest_of(key: str) -> int:
-    """64 bits that stand for a key."""
+    """A 64-bit hash of a key."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "little")
 
 
@@ -60,7 +60,7 @@ def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
 
 
 def taken(item: SourceItem, size: int, filters: Filters, aside: Aside) -> dict[str, Any] | None:
-    """The members of an item; None where it is filtered or set aside, which is noted under its reason."""
+    """The members of an item; None if it is filtered or set aside, which is recorded with the reason."""
     if item.absent:
         filters.add(item.key, item.absent)
         return None

@@ -74,7 +74,7 @@ def _svg(code: str) -> str:
 
 @functools.cache
 def _drawings_by_name() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name -> code points and facts. The first of two drawings with one name is kept."""
+    """Name -> code points and facts. Of two drawings with one name, the first is kept."""
     import emoji
 
     names: dict[str, tuple[str, dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""Two pictures of another source side by side on white, their boxes known: data for layout-to-image."""
+"""Two pictures of another source side by side on white, with known boxes: data for layout-to-image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from data_pipeline.sources.source import Source, SourceItem
 
 
 class Pairs:
-    """`count` pairs drawn from another source's items by `seed`; each in a box of its own, left and right.
+    """`count` pairs drawn from another source's items by `seed`; each picture in its own box, left and right.
 
-    json: "boxes": [[name, x0, y0, x1, y1], ...] in fractions, name being the item's caption; caption: "a and b".
+    json: "boxes": [[name, x0, y0, x1, y1], ...] in fractions; name is the item's caption; caption: "a and b".
     """
 
     def __init__(self, of: Source, count: int = 2000, seed: int = 0, limit: int | None = None) -> None:
@@ -29,7 +29,7 @@ class Pairs:
     def _pair(self, items: Sequence[SourceItem], number: int) -> SourceItem:
         random = np.random.default_rng([self.seed, number])
         two = [items[i] for i in random.choice(len(items), 2, replace=False)]
-        # Eighths of the picture, so that boxes end on whole latents of f = 8 at 64 pixels: 3 or 4 of them a side.
+        # Eighths of the picture, so that boxes end on whole latents of f = 8 at 64 pixels: sides of 3 or 4 eighths.
         boxes = []
         for item, half in zip(two, (0, 4), strict=True):
             side = int(random.integers(3, 5))
@@ -40,7 +40,7 @@ class Pairs:
 
 
 def load(items: Sequence[SourceItem], boxes: Sequence[Sequence], size: int) -> np.ndarray:
-    """Each item drawn at its box' size, on white: (size, size, 3) uint8."""
+    """Each item drawn at its box's size, on white: (size, size, 3) uint8."""
     picture = np.full((size, size, 3), 255, np.uint8)
     for item, (_, x0, y0, x1, _) in zip(items, boxes, strict=True):
         side, left, top = round((x1 - x0) * size), round(x0 * size), round(y0 * size)

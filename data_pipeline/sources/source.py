@@ -1,4 +1,4 @@
-"""What make_shards reads from: items one after another, each of which can be loaded by itself."""
+"""What make_shards reads from: a sequence of items, each of which can be loaded by itself."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """load(size) -> (size, size, 3) uint8; caption None where there is none.
+    """load(size) -> (size, size, 3) uint8; caption is None if there is none.
 
-    sides() -> width and height of the picture as it was found; None: a drawing, of any size. heldout: None leaves it to
-    heldout_every. absent: why the source itself says that there is no picture. unusable: why it must be set aside, with
-    `where` that was seen.
+    sides() -> width and height of the original picture; None: a drawing, of any size. heldout: None leaves it to
+    heldout_every. absent: why the source itself says that there is no picture. unusable: why the item must be set
+    aside; where: the path that was tried.
     """
 
     key: str
@@ -30,6 +30,6 @@ class SourceItem:
 
 
 class Source(Protocol):
-    """`items` gives everything, in a fixed order, each time it is called; nothing is decoded yet."""
+    """`items` lists everything, in a fixed order, each time it is called; nothing is decoded yet."""
 
     def items(self) -> Iterable[SourceItem]: ...

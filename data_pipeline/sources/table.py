@@ -1,4 +1,4 @@
-"""A folder of pictures, and a table (CSV, TSV or Parquet) that names them with captions and whatever else is known."""
+"""A folder of pictures, and a table (CSV, TSV or Parquet) with their file names, captions and any other columns."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Table:
-    """One item a row of `table` (a name below `path`; None: the only table there), by row number.
+    """One item per row of `table` (a name below `path`; None: the only table there), by row number.
 
-    Columns `file` and `caption`; numbers of all other columns go to the sample's json. Several rows may name one file.
+    Columns `file` and `caption`; numbers in all other columns go to the sample's json. Several rows may name one file.
     Rows whose file is missing, or lies outside the folder, are set aside.
     """
 
@@ -87,12 +87,12 @@ class Table:
 
 
 def absent(path: Path, size: int = 0) -> Any:
-    """In the place of a picture that the table names and the folder lacks."""
+    """Stands in for a picture that the table names and the folder does not have."""
     raise FileNotFoundError(path)
 
 
 def caption_in(value: Any) -> str | None:
-    """A cell's text; None where there is none."""
+    """A cell's text; None if there is none."""
     try:
         return readable(value) or None if isinstance(value, str) else None
     except DataError:
@@ -105,7 +105,7 @@ def text_rows(table: Path) -> Iterator[dict[str, Any]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file, delimiter=DELIMITERS.get(table.suffix.lower(), ",")):
-                row.pop(None, None)  # cells beyond the header's
+                row.pop(None, None)  # cells beyond the header's columns
                 yield row
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table} can't be read ({error}): save it as UTF-8 text with a header.") from error

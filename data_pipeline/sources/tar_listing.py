@@ -1,4 +1,4 @@
-"""Tars that others wrote, taken as shards: what is kept of each, and what became of the rest."""
+"""Tars that others wrote, used as shards: which samples are kept, and what became of the rest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=t
 
 
 def linked(source: str, output: str, name: str) -> str:
-    """The shard's name below `output`: the tar itself, or a link to it where output is another folder."""
+    """The shard's name below `output`: the tar itself, or a link to it if output is another folder."""
     if storage.absolute(source) == storage.absolute(output):
         return name
     if storage.is_s3(source) or storage.is_s3(output):
@@ -42,7 +42,7 @@ def linked(source: str, output: str, name: str) -> str:
 
 
 def fetched_by_img2dataset(path: str, found: int) -> Counter[str]:
-    """What img2dataset wrote beside a tar of what it had listed and fetched; a tar that holds fewer is a DataError."""
+    """The counts of listed and fetched samples that img2dataset wrote beside a tar; DataError if it holds fewer."""
     beside = path.removesuffix(".tar") + "_stats.json"
     if not storage.exists(beside):
         return Counter()
@@ -62,11 +62,11 @@ class Index:
     def __init__(self, root: str, filters: Filters, shard_in_keys: bool, max_aside_fraction: float) -> None:
         self.root, self.filters, self.shard_in_keys = root, filters, shard_in_keys
         self.max_fraction = max_aside_fraction
-        self.aside = Aside(sys.maxsize, 1.0)  # it only counts: how many are listed is known at the end
+        self.aside = Aside(sys.maxsize, 1.0)  # only counts: the number listed is known at the end
         self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
 
     def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
-        """Judge a shard's samples, write its .idx and what it leaves out; returns its line of the manifest."""
+        """Check a shard's samples, write its .idx and the rejects; returns its line of the manifest."""
         self.listed += len(entries)
         first, stem = len(self.aside.rows), name.removesuffix(".tar").rpartition("/")[2]
         prefix = f"{stem}/" if self.shard_in_keys else ""
@@ -95,13 +95,13 @@ class Index:
         return shard
 
     def _inspected(self, entries: Sequence[IndexEntry], data: bytes | mmap.mmap) -> Iterator[Inspected]:
-        """Each sample looked at, by threads that are a few samples ahead (Pillow decodes without the lock)."""
+        """Inspect each sample, in threads that are a few samples ahead (Pillow decodes without the lock)."""
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
             yield from in_order(pool, lambda each: inspected(each, data), entries, 2 * threads)
 
     def refuse_past_the_cap(self, whole: float = 1.0) -> None:
-        """Stop where more is set aside than may be of all samples: `whole` times those that were listed so far."""
+        """Stop if more is set aside than allowed of all samples: `whole` times those listed so far."""
         listed, aside = round(self.listed * whole), len(self.aside.rows)
         if aside > self.max_fraction * listed:
             raise DataError(
@@ -111,14 +111,14 @@ class Index:
             )
 
     def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
-        """Write the manifest, and say what became of each sample."""
+        """Write the manifest, and print what became of the samples."""
         self.refuse_past_the_cap()
         self.filters.refuse_unknown_columns()
         aside, processed = summary(self.aside.rows), sum(shard.samples for shard in shards)
         if not processed:
             why = worded(aside + self.filters.counts, 3) or "the tars are empty"
             raise UserError(f"not one of {self.listed} samples is left ({why}): check input= and filters=.")
-        info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered otherwise, are another data set
+        info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered differently, are another data set
         info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
         Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
         print(

@@ -1,4 +1,4 @@
-"""WebDataset tars that others wrote, as img2dataset does: <key>.jpg (.png, .webp), <key>.txt, <key>.json."""
+"""WebDataset tars that others wrote, such as img2dataset: <key>.jpg (.png, .webp), <key>.txt, <key>.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def tars_in(folder: str) -> list[str]:
-    """Names of the tars directly in a folder, sorted; others beside them (.parquet, _stats.json) are left alone."""
+    """Names of the tars directly in a folder, sorted; other files there (.parquet, _stats.json) are ignored."""
     packed = [name for ending in COMPRESSED for name in storage.files(folder, ending)]
     if packed:
         raise UserError(f"input={folder} holds compressed tars ({packed[0]}): unpack them, samples are read by place.")
@@ -37,7 +37,7 @@ def tars_in(folder: str) -> list[str]:
 
 
 def contents(path: str) -> bytes | mmap.mmap:
-    """A tar's bytes: mapped; of one in a bucket, read as a whole."""
+    """A tar's bytes: mapped; in a bucket, read as a whole."""
     if storage.is_s3(path):
         return storage.read_bytes(path)
     if not storage.size(path):
@@ -47,8 +47,8 @@ def contents(path: str) -> bytes | mmap.mmap:
 
 
 class Inspected(NamedTuple):
-    """A sample that can be used has a candidate; one that can't, a reason. absent: its json itself says that there is
-    no picture, as img2dataset does of what it could not fetch."""
+    """A usable sample has a candidate, an unusable one a reason. absent: its json itself says that there is no picture,
+    as img2dataset writes for what it could not fetch."""
 
     entry: IndexEntry
     candidate: Candidate | None = None
@@ -57,7 +57,7 @@ class Inspected(NamedTuple):
 
 
 def inspected(entry: IndexEntry, data: bytes | mmap.mmap) -> Inspected:
-    """Decode a sample, and keep those of its members that are read: one picture, .txt and .json."""
+    """Decode a sample, and keep only the members that are read: one picture, .txt and .json."""
     if not entry.key.isprintable() or entry.key.startswith("/") or ".." in entry.key.split("/"):
         return Inspected(entry, reason="a name that leads elsewhere, or can't be printed")
     picture = picture_in(entry)
@@ -77,7 +77,7 @@ def inspected(entry: IndexEntry, data: bytes | mmap.mmap) -> Inspected:
 
 
 def without_picture(entry: IndexEntry, facts: dict[str, Any]) -> Inspected:
-    """Not fetched, by its own account; or lost."""
+    """Not fetched, according to its json; or lost."""
     status = (facts.get("json") or {}).get("status", "success")
     if status != "success":
         return Inspected(entry, reason=f"not fetched: {status}", absent=True)
@@ -85,7 +85,7 @@ def without_picture(entry: IndexEntry, facts: dict[str, Any]) -> Inspected:
 
 
 def readable(caption: str) -> str:
-    """Without blanks around it; DataError for half a surrogate pair, which JSON can hold and no text file."""
+    """The caption stripped of blanks; DataError for half a surrogate pair, which only JSON can hold."""
     try:
         caption.encode()
     except UnicodeEncodeError as error:
@@ -105,9 +105,9 @@ class TarSample(SourceItem):
 
 
 class Tars:
-    """Samples of all tars of a folder, to be cut to squares and written anew (index_shards.py takes tars as they are).
+    """Samples of all tars of a folder, to be cut to squares and written again (index_shards.py uses tars as they are).
 
-    One tar is held at a time. Keys: the tar's name and the sample's.
+    One tar is held in memory at a time. Keys: the tar's name and the sample's.
     """
 
     def __init__(self, path: str, limit: int | None = None) -> None:
