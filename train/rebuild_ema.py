@@ -1,4 +1,4 @@
-"""Rebuild an average of the weights, of any length, after training, from the snapshots of a run."""
+"""Rebuild a weight average of any length after training, from the snapshots of a run."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ class Checkpoints:
         return False
 
     def _note_rollback(self, state: TrainState) -> None:
-        """So that a kill before the next save does not forget it: the run would go bad and roll back endlessly."""
+        """Record the rollback: if a kill before the next save lost it, the run could roll back endlessly."""
         note = {"step": state.step, "passed_over": state.passed_over, "rollbacks": state.rollbacks}
         self.store.write(json.dumps(note).encode(), "rollback.json")
 
@@ -199,7 +199,7 @@ class Checkpoints:
         return [name for name in reversed(names) if step_of(name) <= up_to]
 
     def _whole_by_size(self, names: list[str]) -> Iterator[Found]:
-        """Those of `names` whose files have the right sizes. Collective: all ranks must iterate alike."""
+        """Those of `names` that `look` finds complete, the same on all ranks, which must iterate alike."""
         for name in names:
             found, damaged = broadcast_object(look(self.store.root, name) if self.ranks.is_main else None)
             if damaged:
@@ -250,7 +250,7 @@ class Checkpoints:
             return None
 
     def _set_aside(self, damaged: list[str]) -> None:
-        """Move them out of the way: this run will reach their steps again."""
+        """Set damaged checkpoints aside: this run will reach their steps again."""
         for step in damaged:
             log.warning("%s %s", self.store.at(step), self.store.set_aside(step))
 

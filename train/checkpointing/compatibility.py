@@ -35,7 +35,7 @@ def refuse_what_differs(
 
 
 def refuse_other_shapes(saved: Mapping[str, list[int]], own: Mapping[str, list[int]], where: str) -> None:
-    """Must be checked because pieces are flat: they would load into other shapes, as nonsense."""
+    """UserError if shapes differ: as pieces are flat, they would load into other shapes too, as nonsense."""
     differing = sorted(name for name in saved | own if saved.get(name) != own.get(name))
     if differing:
         name = differing[0]

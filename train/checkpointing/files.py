@@ -15,7 +15,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.saved_objects import read_config, refuse_wrong_kinds
 
-Facts = dict[str, Any]  # of a file, as listed in its manifest: bytes, sha256
+Facts = dict[str, Any]  # about a file, as in its manifest: bytes, sha256
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-\d{8,}((\.removed)?\.tmp)?")  # other names belong to the user
 CHUNK = 2**27  # bytes of an object that are held in memory at once
@@ -107,7 +107,7 @@ def _state_in(text: bytes) -> dict[str, Any] | None:
 
 
 def newest_whole(root: str) -> Found | None:
-    """The checkpoint that a run would resume from, judged by `look`."""
+    """The checkpoint that a run would resume from, as far as `look` can tell."""
     looks = (look(root, name)[0] for name in reversed(complete_checkpoints(root)))
     return next((found for found in looks if found), None)
 

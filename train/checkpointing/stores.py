@@ -1,8 +1,7 @@
 """Where checkpoints are stored: in a folder, or in a bucket. Everything that differs between the two is here.
 
 In a folder, a checkpoint is written under a temporary name and published by one rename. Buckets have no rename: files
-are written under their final names, and the manifest, written last, publishes them; a step without a manifest was left
-by a killed save.
+get their final names, and the manifest, written last, publishes them; a step without one was left by a killed save.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Store:
         storage.write_atomically(self.at(*parts), data)
 
     def note(self, data: bytes, step: str, name: str) -> None:
-        """A small file in an unpublished step that rank 0 waits for: the caller must not change the step after it."""
+        """Write a small file that rank 0 waits for to an unpublished step; after it, the step must not be changed."""
         self.write(data, self.unpublished(step), name)
 
     def steps(self) -> list[str]:

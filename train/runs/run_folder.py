@@ -39,7 +39,7 @@ class InUse(UserError):
 
 
 class RunFolder:
-    """<run>/config.yaml metrics.jsonl samples/ checkpoints/. Made by rank 0; one id for all ranks and all resumes."""
+    """<run>/config.yaml metrics.jsonl samples/ checkpoints/. Made by rank 0; one id for all ranks and resumptions."""
 
     def __init__(self, path: str | Path, what: str, config: dict[str, Any], ranks: Ranks) -> None:
         if is_s3(path):
