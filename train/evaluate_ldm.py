@@ -1,4 +1,4 @@
-"""Judge a trained run: recall of training captions, and grids of drawn beside real, seen and held out."""
+"""Evaluate a trained run: recall of training captions, and grids of generated beside real pictures (also held-out)."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def main(cfg: DictConfig) -> None:
 
 
 def usable(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that precompute would not have set aside, as far as this run is conditioned on what they lack."""
+    """The samples that have a picture, a caption and all that this run is conditioned on."""
     whole = [sample for sample in samples if "image" in sample and sample["caption"]]
     return [s for s in whole if not any(condition.reason_against(s) for condition in run.conditions.values())]
 
 
 def recall_figures(drawn: np.ndarray, real: np.ndarray, right: np.ndarray, seed: int) -> dict[str, Any]:
-    """Recall of training captions, and the same with the captions shuffled, which is what chance gives."""
+    """Recall of training captions, and with the captions shuffled as the baseline of chance."""
     recall = training_recall(drawn, real, right)
     shuffled = training_recall(drawn, real, np.random.default_rng(seed).permutation(right))
     return {
@@ -83,8 +83,8 @@ def likeness_figures(
     heldout: list[dict[str, Any]],
     unseen: np.ndarray,
 ) -> dict[str, float]:
-    """PSNR to the picture that each condition is of, which matters where the condition is a picture; and where it is a
-    class, how often the nearest training picture of what is drawn is of that class."""
+    """PSNR to the picture that each condition came from, which matters if the condition is a picture; for class
+    conditions, also how often the training picture nearest to a generated one has its class."""
     figures = {"psnr_db": float(psnr(drawn, np.stack([sample["image"] for sample in chosen])).mean())}
     if heldout:
         figures["heldout_psnr_db"] = float(psnr(unseen, np.stack([sample["image"] for sample in heldout])).mean())
@@ -103,7 +103,7 @@ def save_grids(
     heldout: list[dict[str, Any]],
     unseen: np.ndarray,
 ) -> None:
-    """drawn.png (captions under), blind.png (the same without), beside_real.png and heldout.png (pairs)."""
+    """Save drawn.png (with captions), blind.png (without), beside_real.png and heldout.png (pairs)."""
     count = min(64, len(chosen))
     shown = np.linspace(0, len(chosen), count, endpoint=False).astype(int)
     captions = [chosen[i]["caption"] for i in shown]

@@ -1,4 +1,4 @@
-"""Hand a trained model over: as diffusers' folder, and as CompVis' single file where one is asked for."""
+"""Export a trained model as a diffusers folder and, if requested, as a CompVis single file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def pipeline_of(run: TrainedRun) -> Pipeline:
-    """The run's parts on the CPU; what diffusers has no place for is refused."""
+    """The run's parts, on the CPU; UserError for parts that diffusers can't store."""
     refuse_trained_conditioners(run.generator.network.conditioner)
     autoencoder = None if run.facts.stored_as == "pixels" else run.image.cpu()
     text = run.text if "text" in run.config["conditioning"] else None
@@ -54,7 +54,7 @@ def pipeline_of(run: TrainedRun) -> Pipeline:
 
 
 def refuse_trained_conditioners(conditioner: nn.Module) -> None:
-    """A conditioner with weights of its own would be left behind."""
+    """UserError for a conditioner with trained weights: the export would lack them."""
     trained = [name for name, part in conditioner.parts.items() if any(True for _ in part.parameters())]
     if trained:
         raise UserError(
@@ -64,12 +64,12 @@ def refuse_trained_conditioners(conditioner: nn.Module) -> None:
 
 
 def shape_of(run: TrainedRun) -> tuple[int, int, int]:
-    """(C, h, w) of what the U-Net takes."""
+    """(C, h, w) of the U-Net's input."""
     return run.generator.network.unet.in_channels, *run.facts.unet_shape[1:]
 
 
 def what_it_is_for(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
-    """How to load it, and what a reader must know."""
+    """How to load the export, and how to scale its latents, as text."""
     if pipeline.drawn_by_theirs:
         return f'to draw: diffusers.StableDiffusionPipeline.from_pretrained("{output}")("a red heart").images[0]'
     name = "UNet2DModel" if pipeline.unet.context_dim is None else "UNet2DConditionModel"

@@ -1,4 +1,4 @@
-"""The whole chain on a real small data set, by the same commands that a user types; finished stages are skipped."""
+"""Run all stages on a small real data set, with the commands that a user would type; finished stages are skipped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WHAT = {
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A script with its arguments, as typed from the repo's root."""
+    """A script with its arguments, as typed in the repository root."""
 
     script: str
     arguments: Sequence[str]
@@ -50,12 +50,12 @@ class Stage:
         return [self.script, *self.arguments]
 
     def note(self, output: Path) -> Path:
-        """Written when it has finished."""
+        """The file that is written when the stage has finished."""
         return output / "finished" / f"{self.name}.json"
 
 
 def stages(output: str, extra: DictConfig) -> list[Stage]:
-    """The chain below `output`; `extra` adds to each stage's command line."""
+    """All stages, with results under `output`; `extra` has additional arguments for each stage."""
     shards, latents, autoencoder, clip, ldm = (
         f"{output}/{name}" for name in ("shards", "latents", "autoencoder", "clip", "ldm")
     )
@@ -86,12 +86,12 @@ def main(cfg: DictConfig) -> None:
 
 
 def say_what_is_to_come(chain: Sequence[Stage], output: Path, measured: DictConfig) -> None:
-    """The stages that are to run, each with about how long it takes on this machine by a calibration of 3 seconds."""
+    """Print the stages to run, with their estimated minutes on this machine, by a calibration of 3 seconds."""
     left = [finished_before(stage, output) is None for stage in chain]
-    ahead = [stage.name for stage in chain[left.index(True) :]] if any(left) else []  # later ones run again
+    ahead = [stage.name for stage in chain[left.index(True) :]] if any(left) else []  # all later stages run again
     if not ahead:
         return
-    from train.engine.calibration import calibration_seconds  # torch takes two seconds to import
+    from train.engine.calibration import calibration_seconds  # here, as torch takes two seconds to import
 
     slowness = calibration_seconds() / measured.calibration_s
     minutes = expected_minutes(ahead, measured.minutes, slowness)
@@ -105,24 +105,24 @@ def say_what_is_to_come(chain: Sequence[Stage], output: Path, measured: DictConf
 
 
 def expected_minutes(names: Sequence[str], measured: Mapping[str, float], slowness: float) -> dict[str, float]:
-    """Of each stage, from the minutes of a measured run and how many times slower this machine is."""
+    """Minutes of each stage, from those of a measured run and how many times slower this machine is."""
     return {name: slowness * measured[name] for name in names}
 
 
 def say_minutes(notes: dict[str, dict[str, Any]]) -> None:
-    """A line for each stage."""
+    """Print the minutes of each stage."""
     print("\nquickstart: minutes taken")
     for name, note in notes.items():
         print(f"  {name:<20} {note['seconds'] / 60:5.1f} min")
 
 
 def run_chain(chain: Sequence[Stage], output: Path, only: str | None = None) -> dict[str, dict[str, Any]]:
-    """Each stage's note, in order, up to `only`; those that have finished before are skipped."""
+    """Run the stages in order, up to `only`, skipping finished ones; returns each stage's note."""
     notes = {}
     for number, stage in enumerate(chain, 1):
         note, place = finished_before(stage, output), f"[{number}/{len(chain)}]"
         if note is None:
-            for later in chain[number - 1 :]:  # they work on what it makes
+            for later in chain[number - 1 :]:  # they depend on this stage's output
                 later.note(output).unlink(missing_ok=True)
             note = run_stage(stage, output, place)
         else:
@@ -134,14 +134,14 @@ def run_chain(chain: Sequence[Stage], output: Path, only: str | None = None) -> 
 
 
 def finished_before(stage: Stage, output: Path) -> dict[str, Any] | None:
-    """What was noted when the same command finished: its seconds, and the peak of its memory."""
+    """The note of this stage, if the same command has finished before: its seconds, and its peak memory."""
     path = stage.note(output)
     note = json.loads(path.read_text()) if path.exists() else {}
     return note if note.get("command") == stage.command else None
 
 
 def run_stage(stage: Stage, output: Path, place: str) -> dict[str, Any]:
-    """Run it, and note that it has finished."""
+    """Run the stage, and record that it has finished."""
     command = stage.command
     typed = " ".join(part if all(c not in part for c in " '[]") else f'"{part}"' for part in command)
     print(f"\n{place} python {typed}", flush=True)
@@ -150,14 +150,14 @@ def run_stage(stage: Stage, output: Path, place: str) -> dict[str, Any]:
     if code:
         print(f"quickstart: {stage.name} ended with code {code}; mend it and start again to go on", file=sys.stderr)
         sys.exit(code)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of this stage, or of one before it
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of this or an earlier stage
     note = {"command": command, "seconds": time.monotonic() - started, "peak_memory_gb": peak}
     write_atomically(stage.note(output), json.dumps(note).encode())
     return note
 
 
 def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:
-    """The demo's figures in one place: <output>/summary.json, and on the terminal."""
+    """Write the demo's figures to <output>/summary.json, and print them."""
     autoencoder = json.loads((output / "autoencoder/config.json").read_text())
     clip = json.loads((output / "clip/config.json").read_text())
     evaluation = json.loads((output / "ldm/evaluation/evaluation.json").read_text())

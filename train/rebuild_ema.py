@@ -1,4 +1,4 @@
-"""Rebuild an average of the weights of any length after training, from the snapshots of a run."""
+"""Rebuild a weight average of any length after training, from the snapshots of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def updates_asked(updates: Any, snapshots: Sequence[Snapshot]) -> float:
-    """At which update the average is to be; None: the newest snapshot's. One that they do not reach is refused."""
+    """The update at which the average ends; None: the newest snapshot's. UserError outside the snapshots' range."""
     there = [snapshot.profile.updates for snapshot in snapshots]
     if updates is None:
         return max(there)

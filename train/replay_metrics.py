@@ -1,4 +1,4 @@
-"""Tell W&B all that a run's metrics.jsonl holds, in a W&B run of its own: for when it lacks some of it."""
+"""Send all of a run's metrics.jsonl to a new W&B run: for use when the original W&B run lacks some of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw pictures from a trained run: one PNG each, and a grid with what was asked for written under them."""
+"""Generate pictures from a trained run: one PNG each, and a grid with the requests written under them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> ByClassifier | None:
-    """The classifier that guides towards `labels`, where one is given; refused if it is of other latents."""
+    """The classifier that guides towards `labels`, if one is given; UserError if it was trained on other latents."""
     if cfg.classifier.path is None:
         return None
     if "labels" not in rows[0]:

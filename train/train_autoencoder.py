@@ -1,4 +1,4 @@
-"""Train a first stage, KL or VQ, on image-text shards; measure it on held-out pictures; save it, fingerprinted."""
+"""Train a first stage, KL or VQ, on image-text shards; measure it on held-out pictures; save it with a fingerprint."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ main = on_all_ranks(train)
 
 
 def refuse_what_cannot_train(config: dict[str, Any]) -> None:
-    """A first stage that has no weights, or has them already; an adversary where parameters are partitioned."""
+    """UserError for a first stage without trainable weights, and for an adversary with partitioned parameters."""
     target = config["autoencoder"]["_target_"]
     if target not in TRAINABLE:
         raise UserError(
@@ -83,7 +83,7 @@ def refuse_what_cannot_train(config: dict[str, Any]) -> None:
 
 
 def refuse_sizes(size: Sequence[int], crop: int, factor: int) -> None:
-    """Pictures, or crops of them, that the first stage can't shrink by its factor."""
+    """UserError for pictures, or crops of them, that the first stage can't shrink by its factor."""
     if any(side % factor for side in size):
         raise UserError(f"pictures of {size[0]}x{size[1]} can't be shrunk {factor} times: make shards of another size.")
     if crop % factor or crop > min(size):
@@ -106,7 +106,7 @@ def report(
     train_pictures: np.ndarray,
     images_fingerprint: str,
 ) -> None:
-    """Measure, save the model, draw the curves, and say it."""
+    """Measure and save the model, plot the curves, and print the figures."""
     again = reconstructed(autoencoder, heldout)
     facts = {
         "heldout_psnr_db": float(psnr(heldout, again).mean()),

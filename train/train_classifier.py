@@ -1,4 +1,4 @@
-"""Train a classifier of noised latents for classifier guidance, and save it with what it belongs to."""
+"""Train a classifier of noised latents for classifier guidance, and save it with facts on its latents and process."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ main = on_all_ranks(train)
 
 
 def heldout_batch(cfg: DictConfig, ranks: Ranks) -> Batch:
-    """The held-out samples as one batch, a stream each, so that their noise is always the same."""
+    """The held-out samples as one batch, with one stream per sample, so that their noise is always the same."""
     samples = instantiate(cfg.read, root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
     keys, captions = tuple(s["key"] for s in samples), tuple(s["caption"] for s in samples)
     return Batch(keys, captions, collated(samples), tuple(range(len(samples))), 0, DataCursor()).to(ranks.device)
 
 
 def belongs_to(facts: LatentFacts, config: dict[str, Any]) -> dict[str, Any]:
-    """What a run must have in common with a classifier that guides it, and the classes by number."""
+    """What a run must share with the classifier that guides it, and the class names by number."""
     belongs = {
         "autoencoder": facts.fingerprints["autoencoder"],
         "mean": facts.mean,
@@ -91,7 +91,7 @@ def belongs_to(facts: LatentFacts, config: dict[str, Any]) -> dict[str, Any]:
 def report(
     folder: Path, arguments: dict[str, Any], classifier: NoisyClassifier, belongs: dict[str, Any], heldout: int
 ) -> None:
-    """Save the model, draw the curves, and say it."""
+    """Save the model, plot the curves, and print the figures."""
     rows = read_metrics(folder / "metrics.jsonl")
     plot_curves(rows, ["loss", "accuracy"], folder / "curves.png")
     figures: dict[str, Any] = {

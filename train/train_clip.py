@@ -66,7 +66,7 @@ def report(
     figures: dict[str, float],
     images_fingerprint: str,
 ) -> None:
-    """Save the model, draw the curves, and say the figures."""
+    """Save the model, plot the curves, and print the figures."""
     arguments = {k: v for k, v in config["clip"].items() if k != "_target_"}
     mark = save_model(folder, "CLIP", arguments, weights, {**figures, "images": images_fingerprint})
     rows = read_metrics(folder / "metrics.jsonl")

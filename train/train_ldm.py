@@ -41,12 +41,12 @@ from train.weights.published import load_weights
 
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
-    """Check what doesn't belong together, build, fit, and say where it lies."""
+    """Check the options, build, fit, and print where the results are."""
     config = configuration(cfg)
     make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
     refuse_unfit(make_objective.keywords["process"], make_objective.keywords["parameterization"])
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
-    sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses a number of steps that it can't take
+    sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses an invalid number of steps
     data = Manifest.load(f"{cfg.input}/train")
     recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
     latents = latents_of(config, data, recipe.make_loader, read, instantiate, ranks.device)
@@ -62,7 +62,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     heldout = read(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
     def actions(context: TrainingContext) -> list[Action]:
-        if ranks.is_main:  # only now is it certain that this run may go on in this folder
+        if ranks.is_main:  # not earlier: only now the run is sure to continue in this folder
             facts.save(run.path)
         validation = HeldoutLoss(objective, averaged, heldout, ranks, context.reporter)
         found = [Action(cfg.validate_every, with_averaged_weights(context, averaged, validation.measure))]
@@ -82,7 +82,7 @@ main = on_all_ranks(train)
 
 
 def configuration(cfg: DictConfig) -> dict[str, Any]:
-    """As plain values. Sampling finds the encoders by it, from any folder: their paths are absolute."""
+    """The configuration as plain values, with absolute paths to the encoders: sampling uses them from any folder."""
     config = OmegaConf.to_container(cfg, resolve=True)
     for encoder in ("autoencoder", "clip"):
         if config[encoder].get("path"):
@@ -91,7 +91,7 @@ def configuration(cfg: DictConfig) -> dict[str, Any]:
 
 
 def initial_network(config: dict[str, Any], facts: LatentFacts) -> ConditionedUNet:
-    """With random weights of the seed, the same on all ranks, or those to start from."""
+    """The network with random weights by the seed, the same on all ranks, or with the weights to start from."""
     torch.manual_seed(config["seed"])
     network = build_network(config, facts, instantiate)
     if config["start_from"] is not None:
@@ -100,7 +100,7 @@ def initial_network(config: dict[str, Any], facts: LatentFacts) -> ConditionedUN
 
 
 def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict[str, Any]:
-    """What a resumed run must have in common with its checkpoint; latents' encoders are part of their fingerprint."""
+    """What a resumed run must share with its checkpoint; the fingerprint of stored latents includes their encoders."""
     same = {
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
@@ -110,13 +110,13 @@ def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict
 
 
 def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:
-    """The backend of each head width of the U-Net, as it will run."""
+    """The attention backend that the U-Net will use for each head width, as text."""
     widths = {module.to_q.out_features // module.heads for module in unet.modules() if hasattr(module, "to_q")}
     return ", ".join(f"{attention_backend(ranks.device.type, dtype, w)} (head width {w})" for w in sorted(widths))
 
 
 def report(run: RunFolder) -> None:
-    """The curves as a plot and in the terminal, and where the weights are."""
+    """Plot and print the curves, and print where the results are."""
     rows = read_metrics(run.path / "metrics.jsonl")
     plot_curves(rows, ["loss", "heldout_loss", "lr"], run.path / "curves.png")
     print(curve_line("train loss", rows, "loss"))

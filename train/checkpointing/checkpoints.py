@@ -1,15 +1,15 @@
-"""Checkpoints that can't be torn, that any number of ranks can load, and that training does not wait for.
+"""Checkpoints: published atomically, written while training goes on, loadable with any number of ranks.
 
 <run>/checkpoints/step-00001000/
-    part-00000.safetensors    each rank's pieces of the parameters: weights, moments, EMA (fragments.py)
-    ema.safetensors           the EMA gathered, by the module's own names: what sampling and export read
-    state.json                step, samples seen, and what the run is made of
+    part-00000.safetensors    each rank's pieces of the parameters: weights, moments, EMA (part_files.py)
+    ema.safetensors           the full EMA weights, by the module's own names, for sampling and export
+    state.json                step, samples seen, and the run's identity
     manifest.json             bytes and sha256 of each file above
 <run>/checkpoints/latest      the name of the newest complete one
-<run>/ema_snapshots/step-00001000.safetensors    the power-function averages, where there are any
+<run>/ema_snapshots/step-00001000.safetensors    the power-function averages, if there are any
 
-Training stops for a copy into memory. A thread of each rank writes it and reads it back, and leaves a note; rank 0's
-waits for all notes, and then publishes (checkpoint_stores.py: by a rename, or in a bucket by the manifest).
+Training pauses only for a copy to memory. A thread on each rank writes it, reads it back and leaves a note; rank 0's
+thread waits for all notes and then publishes (stores.py: by a rename, or in a bucket by writing the manifest).
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ RESUME = ("auto", "must", "never")
 class CheckpointConfig:
     """How checkpoints are written and kept.
 
-    keep: how many of the newest; keep_every: besides those, each whose step is a multiple of it.
-    may_change: names of what may differ between a checkpoint and the run that goes on from it.
-    scratch: a folder of each node, for what goes to and comes from a bucket.
+    keep: how many of the newest to keep; keep_every: also keep each whose step is a multiple of it.
+    may_change: names of what may differ between a checkpoint and the run that resumes from it.
+    scratch: a folder on each node, for uploads to and downloads from a bucket.
     """
 
     keep: int = 2
@@ -61,10 +61,10 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """All checkpoints of a run. Every method is called by all ranks.
+    """All checkpoints of a run. All ranks must call every method.
 
-    identity: what must be the same in a checkpoint and the run that goes on from it, by name, but for `may_change`.
-    folder: the run's own; places: where they are kept, if that is elsewhere (training.checkpoints).
+    identity: by name, what must be the same in a checkpoint and the run that resumes from it, except `may_change`.
+    folder: the run's own; places: where checkpoints are kept, if not there (training.checkpoints).
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Checkpoints:
         self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, config.keep, config.keep_every)
         self.at: int | None = None  # the step last saved or resumed from
         self.writing: Writing | None = None
-        self.copies: Copies = {}  # kept: new memory would take training several times as long to fill
+        self.copies: Copies = {}  # reused: filling newly allocated memory takes several times as long
 
     def save(self, engine: Engine, ema: Ema, state: TrainState) -> None:
-        """Take the present state as step-<step>; the one before stays until this one is whole."""
+        """Save the present state as step-<step>; the previous checkpoint stays until this one is complete."""
         if state.step == self.at:
             return
-        self.finish()  # the one before, whose copies this one takes
+        self.finish()  # the previous save, whose copies this one overwrites
         tensors = {**engine.tensors(), **ema.tensors()}
         pieces = self._copied(engine, tensors)
         about = {
@@ -106,14 +106,14 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for what this rank has to do for the last save. What went wrong with it is raised here."""
+        """Wait until this rank's part of the last save is done; raises the error if it failed."""
         if self.writing is not None:
             writing, self.writing = self.writing, None
             writing.join()
             writing.raise_if_failed()
 
     def raise_if_failed(self) -> None:
-        """At once, rather than at the next save."""
+        """Raise the error of a failed save now, rather than at the next save."""
         if self.writing is not None:
             self.writing.raise_if_failed()
 
@@ -123,13 +123,13 @@ class Checkpoints:
     def resume(
         self, how: str, engine: Engine, ema: Ema, state: TrainState, before_anew: Callable[[], None] = lambda: None
     ) -> bool:
-        """Go on from the newest intact checkpoint, as `how` asks; true if there was one.
+        """Resume from the newest intact checkpoint, as `how` asks; true if there was one.
 
-        before_anew: called where there is none, before anything is removed; what it raises ends the resume.
+        before_anew: called if there is none, before anything is removed; an error that it raises ends the resume.
         """
         assert how in RESUME, how
         self.store.tidy()
-        barrier()  # no rank of this node has begun to fetch
+        barrier()  # so that no rank of this node fetches before the tidying
         where, any_there, resumed, run_id = self.store.root, self._names(), None, state.run_id
         for found in self._whole_by_size(any_there):
             if how == "never":
@@ -148,22 +148,22 @@ class Checkpoints:
             raise UserError(f"resume=must, but {where} has no intact checkpoint: check output=, or use resume=auto.")
         if not resumed:
             before_anew()
-        state.run_id = run_id  # whoever's the checkpoint was, it is this run's now
+        state.run_id = run_id  # the checkpoint may be another run's; from now on it is this run's
         if self.ranks.is_main:
             self.writer.take_over(run_id)
             self._set_aside([name for name in any_there if name > (resumed or "")])
             self._remove_newer(resumed or "")
-        if self.config.asynchronous:  # so that the first save finds its memory there
+        if self.config.asynchronous:  # allocates the memory of the first save
             self._copied(engine, {**engine.tensors(), **ema.tensors()})
-        barrier()  # nobody writes before that
+        barrier()  # no rank writes before this
         if resumed:
             self._recall_rollbacks(state)
         return bool(resumed)
 
     def roll_back(self, engine: Engine, ema: Ema, state: TrainState, before: int) -> bool:
-        """Load the newest intact one of a step up to `before`, with the data after it passed over up to here, and
-        remove those after it; false if there is none."""
-        with contextlib.suppress(UserError):  # of what went bad, whether it could be written does not matter
+        """Load the newest intact checkpoint of a step up to `before`, remove later ones, and skip the data between its
+        step and the present one; false if there is no such checkpoint."""
+        with contextlib.suppress(UserError):  # the state went bad: a failed save of it does not matter
             self.finish()
         barrier()
         if self.ranks.is_main:
@@ -181,7 +181,7 @@ class Checkpoints:
         return False
 
     def _note_rollback(self, state: TrainState) -> None:
-        """A kill before the next save would forget it: the run would go bad again, and be rolled back, without end."""
+        """Record the rollback: if a kill before the next save lost it, the run could roll back endlessly."""
         note = {"step": state.step, "passed_over": state.passed_over, "rollbacks": state.rollbacks}
         self.store.write(json.dumps(note).encode(), "rollback.json")
 
@@ -194,12 +194,12 @@ class Checkpoints:
                 state.passed_over = note["passed_over"]
 
     def _names(self, up_to: float = math.inf) -> list[str]:
-        """All that was ever published of a step up to that, newest first; by rank 0's view."""
+        """All checkpoints ever published up to that step, newest first, as rank 0 sees them."""
         names = broadcast_object(self.store.published() if self.ranks.is_main else None)
         return [name for name in reversed(names) if step_of(name) <= up_to]
 
     def _whole_by_size(self, names: list[str]) -> Iterator[Found]:
-        """Those of `names` that look whole, the same on every rank. All ranks must go through it alike."""
+        """Those of `names` that `look` finds complete, the same on all ranks, which must iterate alike."""
         for name in names:
             found, damaged = broadcast_object(look(self.store.root, name) if self.ranks.is_main else None)
             if damaged:
@@ -213,14 +213,14 @@ class Checkpoints:
             log.warning("checkpoint %s is damaged (%s); trying the one before", where, ", ".join(files))
 
     def load(self, found: Found, engine: Engine, ema: Ema, state: TrainState) -> bool:
-        """Weights, moments, EMA and state, wherever the ranks that saved them had them.
+        """Load weights, moments, EMA and state, however the ranks that saved them had partitioned them.
 
-        Nothing is loaded before all ranks have checked their share of the files: false, if any of them is damaged.
+        All ranks check their share of the files before anything is loaded; false if any file is damaged.
         """
         refuse_other_shapes(found.saved["shapes"], engine.shapes, self.store.root)
         tensors = {**engine.tensors(), **ema.tensors()}
         parts = [part_name(rank) for rank in range(found.saved["layout"]["ranks"])]
-        own = self.ranks.rank % len(parts)  # the same layout finds all that it needs there
+        own = self.ranks.rank % len(parts)  # with the same layout, this part has all that the rank needs
         parts = [parts[own], *parts[:own], *parts[own + 1 :]]
         to_check = list(found.files)[self.ranks.rank :: self.ranks.world_size]
         if self.store.fetches:
@@ -238,7 +238,7 @@ class Checkpoints:
         engine.after_loading(found.saved["engine"])
         ema.load_scalars(found.saved["ema"])
         state.load_state_dict(found.saved["state"])
-        barrier()  # every rank has what it needs
+        barrier()  # every rank has read what it needs
         self.store.forget(found.name)
         self.at = state.step
         return True
@@ -250,12 +250,12 @@ class Checkpoints:
             return None
 
     def _set_aside(self, damaged: list[str]) -> None:
-        """This run comes to their steps again."""
+        """Set damaged checkpoints aside: this run will reach their steps again."""
         for step in damaged:
             log.warning("%s %s", self.store.at(step), self.store.set_aside(step))
 
     def _remove_newer(self, than: str) -> None:
-        """Those of another course of the run, and what was killed while it was written or removed."""
+        """Remove later checkpoints, and what a kill left half written or half removed."""
         if than:
             self.writer.point_to(than)
         published = self.store.published()

@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: by what the two are made of, and by their shapes."""
+"""Whether a run may resume from a checkpoint: compares their identities and parameter shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_pipeline.shards.provenance import flat
 def refuse_what_differs(
     identity: Mapping[str, Any], saved: Mapping[str, Any], may_change: Sequence[str], where: str
 ) -> list[str]:
-    """Refuse to go on from a checkpoint whose run was made of something else; returns what differs and may."""
+    """Refuse to resume from a checkpoint whose run has another identity; returns the differences that are allowed."""
     now, before = flat(identity), flat(named(saved))
     if unknown := set(may_change) - (now | before).keys() - {"run_id"}:
         raise UserError(
@@ -35,7 +35,7 @@ def refuse_what_differs(
 
 
 def refuse_other_shapes(saved: Mapping[str, list[int]], own: Mapping[str, list[int]], where: str) -> None:
-    """Pieces are flat: they would fit into other shapes, and mean nothing there."""
+    """UserError if shapes differ: as pieces are flat, they would load into other shapes too, as nonsense."""
     differing = sorted(name for name in saved | own if saved.get(name) != own.get(name))
     if differing:
         name = differing[0]

@@ -1,4 +1,4 @@
-"""The EMA weights of a run's newest whole checkpoint, for sampling and export."""
+"""The EMA weights of a run's checkpoint, for sampling and export."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from train.checkpointing.files import MANIFEST, Places, at_hand, complete_checkp
 
 
 class EmaWeights(NamedTuple):
-    """Tensors by name, and the file that they are from."""
+    """Tensors by name, and the path of their file."""
 
     path: str
     tensors: dict[str, Tensor]
 
 
 def ema_weights(run: Path, step: str | int = "latest") -> EmaWeights:
-    """The gathered EMA of a run at `step`, for sampling: errors say what there is. Or a file of rebuild_ema.py."""
+    """The full EMA weights of a run at `step`, or from a file of rebuild_ema.py; errors list the steps there are."""
     if str(step).endswith(".safetensors"):
         if not Path(step).exists():
             raise UserError(f"step={step} is not there: make it with train/rebuild_ema.py.")

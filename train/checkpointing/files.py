@@ -1,4 +1,4 @@
-"""The files of checkpoints, in folders and in buckets: where they lie, which are whole, the weights to sample from."""
+"""The files of checkpoints, in folders and in buckets: where they are, and which checkpoints are complete."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.saved_objects import read_config, refuse_wrong_kinds
 
-Facts = dict[str, Any]  # of a file, as its manifest has them: bytes, sha256
+Facts = dict[str, Any]  # about a file, as in its manifest: bytes, sha256
 MANIFEST = "manifest.json"
-STEP = re.compile(r"step-\d{8,}((\.removed)?\.tmp)?")  # any other name is the user's
-CHUNK = 2**27  # bytes of an object that are in memory at once
-IN_STATE = {  # what a resume reads of state.json
+STEP = re.compile(r"step-\d{8,}((\.removed)?\.tmp)?")  # other names belong to the user
+CHUNK = 2**27  # bytes of an object that are held in memory at once
+IN_STATE = {  # what a resume reads from state.json
     "state": {"step", "applied_steps", "samples_seen", "run_id", "passed_over", "rollbacks"},
     "identity": set(), "layout": {"ranks", "zero_stage"}, "engine": set(), "ema": set(), "shapes": set(),
 }  # fmt: skip
 
 
 class Places(NamedTuple):
-    """Where a run keeps its checkpoints, and its snapshots of power-function averages; local or s3."""
+    """Where a run keeps its checkpoints and its snapshots of power-function averages; local or s3."""
 
     checkpoints: str
     snapshots: str
@@ -40,7 +40,7 @@ class Places(NamedTuple):
 
     @classmethod
     def of_run(cls, run: Path) -> Places:
-        """As its configuration has it, where it has one."""
+        """As given by the run's configuration, if it has one."""
         config = run / "config.yaml"
         training = (read_config(config).get("training") or {}) if config.exists() else {}
         refuse_wrong_kinds({"checkpoints": None, **training}, {"checkpoints": str | None}, f"{config}: training")
@@ -48,12 +48,12 @@ class Places(NamedTuple):
 
 
 def steps_in(root: str | Path) -> list[str]:
-    """Names of all that is ours there, whole or what was left of a save or a removal; oldest first."""
+    """Names of all step folders there, complete or left over from a save or a removal; oldest first."""
     return [name for name in storage.subfolders(root) if STEP.fullmatch(name)]
 
 
 def complete_checkpoints(root: str | Path) -> list[str]:
-    """Names of the published ones, oldest first."""
+    """Names of the published checkpoints, oldest first."""
     names = [name for name in steps_in(root) if not name.endswith(".tmp")]
     return [name for name in names if storage.exists(storage.join(root, name, MANIFEST))]
 
@@ -67,7 +67,7 @@ def part_name(rank: int) -> str:
 
 
 class Found(NamedTuple):
-    """A checkpoint whose files have the sizes that they should have: its name, its manifest, its state.json."""
+    """A checkpoint whose files have the right sizes: its name, manifest and state.json."""
 
     name: str
     files: dict[str, Facts]
@@ -75,7 +75,7 @@ class Found(NamedTuple):
 
 
 def look(root: str, name: str) -> tuple[Found | None, list[str]]:
-    """A published checkpoint, by a listing and its small files; or which of its files are damaged."""
+    """A published checkpoint, judged by file sizes and its small files; or which of its files are damaged."""
     at = storage.join(root, name)
     manifest, text = (storage.read_if_there(storage.join(at, file)) for file in (MANIFEST, "state.json"))
     try:
@@ -97,7 +97,7 @@ def look(root: str, name: str) -> tuple[Found | None, list[str]]:
 
 
 def _state_in(text: bytes) -> dict[str, Any] | None:
-    """What a state.json says; None where it lacks something."""
+    """The contents of a state.json; None if something is missing."""
     try:
         saved = json.loads(text)
         whole = all(saved[part].keys() >= names for part, names in IN_STATE.items())
@@ -107,7 +107,7 @@ def _state_in(text: bytes) -> dict[str, Any] | None:
 
 
 def newest_whole(root: str) -> Found | None:
-    """The one that a run would go on from, as far as a look tells."""
+    """The checkpoint that a run would resume from, as far as `look` can tell."""
     looks = (look(root, name)[0] for name in reversed(complete_checkpoints(root)))
     return next((found for found in looks if found), None)
 
@@ -119,20 +119,20 @@ def digest_of(path: Path) -> str:
 
 
 def is_as_written(path: Path, facts: Facts) -> bool:
-    """A local file."""
+    """Whether a local file has the size and digest of its facts."""
     return path.exists() and path.stat().st_size == facts["bytes"] and digest_of(path) == facts["sha256"]
 
 
 def chunks(path: str, start: int, length: int) -> Iterator[bytes]:
-    """`length` bytes from `start`, in pieces that memory holds."""
+    """`length` bytes from `start`, in pieces that fit in memory."""
     for at in range(start, start + length, CHUNK):
         yield storage.read_bytes(path, at, min(CHUNK, start + length - at))
 
 
 def fetched(source: str, target: Path, facts: Facts) -> bool:
-    """An object of a bucket as a local file, digested as it comes. Other bytes than its facts say: false, and no file.
+    """Download an object of a bucket to a local file, checking its digest. If its bytes differ: false, and no file.
 
-    OSError where the disk does not take it.
+    OSError if it can't be written to the disk.
     """
     digest = hashlib.sha256()
     try:
@@ -140,7 +140,7 @@ def fetched(source: str, target: Path, facts: Facts) -> bool:
             for chunk in chunks(source, 0, facts["bytes"]):
                 digest.update(chunk)
                 file.write(chunk)
-    except DataError:  # it ends before
+    except DataError:  # the object is too short
         target.unlink()
         return False
     if facts["sha256"] not in (None, digest.hexdigest()):
@@ -151,7 +151,7 @@ def fetched(source: str, target: Path, facts: Facts) -> bool:
 
 @contextlib.contextmanager
 def at_hand(path: str, facts: Facts | None) -> Iterator[Path | None]:
-    """A local or an s3 file, to be read as a local one for as long; None if it is not what its facts, if any, say."""
+    """A local or s3 file as a local one within the context; None if it does not match its facts (if given)."""
     if not storage.is_s3(path):
         yield Path(path) if facts is None or is_as_written(Path(path), facts) else None
         return

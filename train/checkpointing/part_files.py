@@ -1,7 +1,7 @@
-"""Flat tensors of a rank as pieces of named parameters: what one layout of ranks and ZeRO stage saves, any other loads.
+"""A rank's flat tensors as pieces of named parameters: any layout of ranks and ZeRO stage loads what another saved.
 
-A part file (safetensors) holds one vector a piece, named <kind>/<parameter>@<start>: kind is weight, exp_avg,
-exp_avg_sq or an EMA's name, start its place in the flattened parameter.
+A part file (safetensors) holds one vector per piece, named <kind>/<parameter>@<start>: kind is weight, exp_avg,
+exp_avg_sq or an EMA's name; start is the piece's offset in the flattened parameter.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from data_pipeline.common.errors import DataError
 from train.engine.param_shards import Fragment, Shards
 
-Copies = dict[tuple[str, int], Tensor]  # by kind and number of the shard, on the CPU
+Copies = dict[tuple[str, int], Tensor]  # by kind and shard number, on the CPU
 
 
 def copied_pieces(fragments: Sequence[Fragment], kinds: Mapping[str, Shards], copies: Copies) -> dict[str, Tensor]:
-    """What a part file holds, copied to the CPU: training may go on. A copy a shard, not a piece.
+    """The contents of a part file, copied to the CPU so that training can go on. One copy per shard, not per piece.
 
-    Into the memory of `copies`, the last time's: the system's clearing of new memory would take several times as long.
+    Reuses the memory in `copies` from the last save: clearing new memory would take several times as long.
     """
     used = {fragment.shard for fragment in fragments}
     pieces = {}
@@ -40,9 +40,9 @@ def copied_pieces(fragments: Sequence[Fragment], kinds: Mapping[str, Shards], co
 
 
 def fill(fragments: Sequence[Fragment], kinds: Mapping[str, Shards], files: Sequence[Path]) -> None:
-    """Read each fragment of each kind from part files that may be cut otherwise. One that is not there: DataError.
+    """Read each fragment of each kind from part files, which may be cut differently; DataError if one is missing.
 
-    Files are opened in the given order, and no more of them than are needed.
+    Files are opened in the given order, and only as many as needed.
     """
     with ExitStack() as stack:
         parts = PartFiles(files, stack)
@@ -54,7 +54,7 @@ def fill(fragments: Sequence[Fragment], kinds: Mapping[str, Shards], files: Sequ
 
 
 def gathered(kind: str, shapes: Mapping[str, Sequence[int]], files: Sequence[Path]) -> dict[str, Tensor]:
-    """Whole parameters of a kind, by name."""
+    """Full parameters of a kind, by name."""
     whole = {name: torch.empty(tuple(shape)) for name, shape in shapes.items()}
     names = list(whole)
     fill([Fragment(name, 0, whole[name].numel(), names.index(name), 0) for name in names],
@@ -68,10 +68,10 @@ def files_needed(
     files: Sequence[str],
     pieces_of: Callable[[str], Mapping[str, int] | None],
 ) -> list[str]:
-    """Of part files those that hold any of the fragments, looked into in the given order while something is missing.
+    """The part files that hold any of the fragments; files are inspected in the given order until nothing is missing.
 
-    pieces_of: a file's pieces and their lengths; None: it can't be told, and it counts as needed. All files, where they
-    do not add up: what is wrong is found when they are read.
+    pieces_of: a file's pieces and their lengths; None if unknown: the file then counts as needed. Returns all files if
+    the pieces do not add up: reading them finds what is wrong.
     """
     spans: dict[str, list[tuple[int, int]]] = {}
     for kind in kinds:
@@ -97,14 +97,14 @@ def _overlap(spans: Mapping[str, list[tuple[int, int]]], key: str, length: int) 
 
 
 class PartFiles:
-    """Pieces by kind and parameter, over files that are opened when none before them holds what is asked for."""
+    """Pieces by kind and parameter. A file is opened only if the files before it do not hold the requested piece."""
 
     def __init__(self, files: Sequence[Path], stack: ExitStack) -> None:
         self.unopened, self.stack = list(files), stack
         self.pieces: dict[str, list[tuple[int, int, Any]]] = {}  # kind/name -> (start, length, slice)
 
     def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
-        """(where it begins in the parameter, values) of pieces that together are [start, start + length)."""
+        """(offset in the parameter, values) of the pieces that together cover [start, start + length)."""
         at, end = start, start + length
         while at < end:
             piece_start, piece_length, piece = self._holding(f"{kind}/{name}", at)

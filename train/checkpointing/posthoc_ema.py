@@ -1,8 +1,8 @@
 """An average of any length, rebuilt after training from snapshots of power-function averages (Karras et al. 2024).
 
-An average over t updates of exponent gamma weighs the weights after update s by (gamma + 1) s^gamma / t^(gamma + 1).
-The snapshots' weighting functions span a space; the wanted one's least-squares projection gives their coefficients
-(section 3.2, algorithm 3).
+An average over t updates with exponent gamma gives the weights after update s the weight
+(gamma + 1) s^gamma / t^(gamma + 1). The least-squares projection of the wanted weighting function onto those of the
+snapshots gives the coefficients (section 3.2, algorithm 3).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from train.checkpointing.files import Places, at_hand
 from train.checkpointing.safetensors_io import Header
 from train.engine.ema import gamma_of
 
-FARTHEST = 0.25  # of the wanted weighting function's own norm
+FARTHEST = 0.25  # largest distance, relative to the norm of the wanted weighting function
 
 
 class Profile(NamedTuple):
-    """An average's weighting function: over how many updates, and its exponent."""
+    """An average's weighting function: its number of updates, and its exponent."""
 
     updates: float
     gamma: float
 
 
 class Snapshot(NamedTuple):
-    """One saved average: the file that holds it (local or s3), its kind within, its weighting function."""
+    """One saved average: its file (local or s3), its kind in that file, its weighting function."""
 
     path: str
     kind: str
@@ -44,7 +44,7 @@ class Snapshot(NamedTuple):
 
 
 def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
-    """(len(a), len(b)): integrals of the products of weighting functions, with time in updates of the last one."""
+    """(len(a), len(b)): integrals of the products of weighting functions; the largest number of updates is time 1."""
     (ta, ga), (tb, gb) = (np.array(profiles, np.float64).T for profiles in (a, b))
     ta, ga, tb, gb = ta[:, None], ga[:, None], tb[None], gb[None]
     scale = max(ta.max(), tb.max())
@@ -54,9 +54,9 @@ def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
 
 
 def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
-    """(len(snapshots),): how much of each makes the nearest to the wanted average; a UserError if that is not near.
+    """(len(snapshots),): the coefficients of the best approximation to the wanted average; UserError if it is poor.
 
-    They sum to 1, which the paper does not ask for: else all weights would be scaled.
+    They are constrained to sum to 1, unlike in the paper: otherwise all weights would be scaled.
     """
     products = inner_products([*snapshots, wanted], [*snapshots, wanted])
     gram, toward, whole = products[:-1, :-1], products[:-1, -1], products[-1, -1]
@@ -73,7 +73,7 @@ def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
 
 
 def find_snapshots(run: Path) -> list[Snapshot]:
-    """All of a run; none is a UserError."""
+    """All snapshots of a run; UserError if there are none."""
     found = []
     root = Places.of_run(run).snapshots
     for name in storage.files(root, ".safetensors"):
@@ -91,8 +91,8 @@ def find_snapshots(run: Path) -> list[Snapshot]:
 
 
 def rebuilt(snapshots: Sequence[Snapshot], wanted: Profile) -> dict[str, Tensor]:
-    """The wanted average's weights by name; a parameter at a time, in float64. A file of a bucket is fetched for as
-    long as it is read. A damaged one is a DataError."""
+    """The wanted average's weights by name, one parameter at a time, in float64. A file in a bucket is downloaded
+    only while it is read; DataError if one is damaged."""
     shares = coefficients([snapshot.profile for snapshot in snapshots], wanted)
     total: dict[str, Tensor] = {}
     by_file = groupby(zip(snapshots, shares, strict=True), key=lambda one: one[0].path)
@@ -109,7 +109,7 @@ def rebuilt(snapshots: Sequence[Snapshot], wanted: Profile) -> dict[str, Tensor]
 
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """A file of snapshots, compared with the digest beside it; those of older runs have none."""
+    """A snapshot file, checked against the digest beside it; snapshots of older runs have no digest."""
     note = storage.read_if_there(f"{path.removesuffix('.safetensors')}.json")
     with at_hand(path, json.loads(note) if note else None) as file:
         if file is None:

@@ -1,4 +1,4 @@
-"""Writing safetensors files, and reading some of one that lies in a bucket."""
+"""Writes safetensors files, and reads parts of those in a bucket."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from train.checkpointing.files import Facts, chunks, digest_of
 
-LONGEST_HEADER = 10**8  # bytes, as the library has it
+LONGEST_HEADER = 10**8  # bytes, the library's limit
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """All of the file under its name, or nothing; readable as the umask says (the library: by its owner alone).
+    """Write the file atomically, with the umask's permissions (the library: only the owner can read it).
 
-    A disk that is full is an OSError.
+    OSError if the disk is full.
     """
     writing = path.with_name(f"{path.name}.tmp")
     try:
         save_file(dict(tensors), writing, None if metadata is None else dict(metadata))
-    except SafetensorError as error:  # which hides an OSError in a sentence
+    except SafetensorError as error:  # the library has an OSError only in its message
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
@@ -40,7 +40,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def facts_read_back(path: Path, tensors: Mapping[str, Tensor]) -> Facts:
-    """Of a file that was just written, as it is read again; OSError if that is not, bit for bit, what was written."""
+    """Facts of a file just written, by reading it back; OSError if it is not bit for bit what was written."""
     facts = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
     with safe_open(path, "pt") as file:
         for name, tensor in tensors.items():
@@ -50,12 +50,12 @@ def facts_read_back(path: Path, tensors: Mapping[str, Tensor]) -> Facts:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """So that what is not a number equals itself."""
+    """As bytes, so that NaN equals itself."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 class Header(NamedTuple):
-    """Of a safetensors file: where its data begin, and each tensor's length and place (begin, end) in the file."""
+    """Header of a safetensors file: where the data begin; by tensor, its length and (begin, end) in the file."""
 
     begin: int
     tensors: dict[str, tuple[int, int, int]]
@@ -63,7 +63,7 @@ class Header(NamedTuple):
 
     @classmethod
     def of(cls, path: str) -> Header:
-        """A local or an s3 file's, in two reads; one that has none is a DataError."""
+        """The header of a local or s3 file, in two reads; DataError if it has none."""
         try:
             size = int.from_bytes(storage.read_bytes(path, 0, 8), "little")
             about = json.loads(storage.read_bytes(path, 8, size) if size <= LONGEST_HEADER else b"")
@@ -82,7 +82,7 @@ class Header(NamedTuple):
 
 
 def copy_some(source: str, target: Path, wanted: Callable[[str], bool]) -> None:
-    """A file of a bucket, of whose tensors only the `wanted` are fetched and take room; the others are zeros."""
+    """Copy a file from a bucket, downloading only the `wanted` tensors; the others are zeros, without disk space."""
     header = Header.of(source)
     places = sorted((begin, end) for name, (_, begin, end) in header.tensors.items() if wanted(name))
     with target.open("wb") as file:
@@ -93,7 +93,7 @@ def copy_some(source: str, target: Path, wanted: Callable[[str], bool]) -> None:
 
 
 def _joined(places: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbours as one."""
+    """Adjacent ranges merged."""
     begin, end = places[0]
     for next_begin, next_end in places[1:]:
         if next_begin != end:

@@ -1,7 +1,7 @@
-"""Where checkpoints lie: in a folder, or in a bucket. All in which the two differ is here.
+"""Where checkpoints are stored: in a folder, or in a bucket. Everything that differs between the two is here.
 
-In a folder a checkpoint is written under a temporary name and published by one rename. A bucket knows no rename: there
-all lies under its final name, and the manifest, put last, publishes; what has none was left by a killed save.
+In a folder, a checkpoint is written under a temporary name and published by one rename. Buckets have no rename: files
+get their final names, and the manifest, written last, publishes them; a step without one was left by a killed save.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from train.checkpointing.files import MANIFEST, Facts, complete_checkpoints, fet
 from train.checkpointing.safetensors_io import copy_some, facts_read_back
 
 log = logging.getLogger(__name__)
-OWNER = "owner"  # of a place outside the run's folder: the run's id, and which start of it writes here
+OWNER = "owner"  # file in a place outside the run's folder: the run's id, and which start of the run writes here
 
 
 class Store:
-    """Steps (step-00001000) of files. What is being written is seen by nobody as a checkpoint until `publish`.
+    """Steps (step-00001000) of files. A step being written does not count as a checkpoint until `publish`.
 
-    fetches: whether what is read must be brought to this node first. pause: seconds between looks for another rank's
-    part.
+    fetches: whether files must be downloaded to this node before reading. pause: seconds between checks for another
+    rank's part.
     """
 
     fetches: bool
     pause: float
-    lacks_part: str  # what may be the matter
+    lacks_part: str  # why a part may be missing, for the error message
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -46,70 +46,70 @@ class Store:
         return storage.join(self.root, *parts)
 
     def read(self, *parts: str) -> bytes | None:
-        """A small file; None if it is not there."""
+        """The contents of a small file; None if it does not exist."""
         return storage.read_if_there(self.at(*parts))
 
     def write(self, data: bytes, *parts: str) -> None:
-        """A small file, all or nothing."""
+        """Write a small file atomically."""
         storage.write_atomically(self.at(*parts), data)
 
     def note(self, data: bytes, step: str, name: str) -> None:
-        """A small file of a step that is written, at which rank 0 goes on: nothing may be done to the step after it."""
+        """Write a small file that rank 0 waits for to an unpublished step; after it, the step must not be changed."""
         self.write(data, self.unpublished(step), name)
 
     def steps(self) -> list[str]:
-        """All that lies here, published or left over; oldest first."""
+        """All steps here, published or left over; oldest first."""
         return steps_in(self.root)
 
     def published(self) -> list[str]:
-        """All that was ever published, whatever became of it since; oldest first."""
+        """All steps ever published, even if damaged since; oldest first."""
         raise NotImplementedError
 
     def unpublished(self, step: str) -> str:
-        """The name of a step while it is written."""
+        """The name of a step before it is published."""
         raise NotImplementedError
 
     def workplace(self, step: str) -> contextlib.AbstractContextManager[Path]:
-        """A folder in which this rank writes files of the step."""
+        """A folder where this rank writes files of the step."""
         raise NotImplementedError
 
     def add(self, step: str, path: Path, tensors: Mapping[str, Tensor]) -> Facts:
-        """A file of the workplace becomes one of the step's; OSError if it does not hold `tensors`."""
+        """Add a file of the workplace to the step; OSError if it does not hold `tensors`."""
         raise NotImplementedError
 
     def send(self, path: Path, target: str) -> None:
-        """A file of the workplace to any other place of this kind."""
+        """Move a file of the workplace to another path in the same kind of storage."""
         raise NotImplementedError
 
     def parts(self, step: str, workplace: Path, names: list[str], kinds: list[str]) -> list[Path]:
-        """Every rank's part of the step that is written, to read pieces of these kinds from."""
+        """All ranks' part files of an unpublished step, in the workplace, with at least the pieces of these kinds."""
         raise NotImplementedError
 
     def publish(self, step: str, manifest: bytes) -> None:
-        """Of all files of the step; from then on it is a checkpoint."""
+        """Publish the step with a manifest of all its files; from then on it is a checkpoint."""
         raise NotImplementedError
 
     def remove(self, step: str) -> None:
-        """Any of `steps`; killed on the way it is no longer among `published`."""
+        """Remove any of `steps`; if killed halfway, it is no longer among `published`."""
         raise NotImplementedError
 
     def set_aside(self, step: str) -> str:
-        """A damaged one of `published`, which is then no longer; what became of it, in words."""
+        """Take a damaged step out of `published`; returns what was done with it, for a message."""
         raise NotImplementedError
 
     def local(self, step: str, name: str) -> Path:
-        """Where a file of a published step can be read once `check` has seen it."""
+        """Where a file of a published step can be read after `check`."""
         raise NotImplementedError
 
     def check(self, step: str, name: str, facts: Facts) -> bool:
-        """Whether a file of a published step is what was written."""
+        """Whether a file of a published step is intact; downloads it if needed."""
         raise NotImplementedError
 
     def forget(self, step: str) -> None:
-        """What `check` brought here is needed no longer."""
+        """Remove what `check` downloaded."""
 
     def tidy(self) -> None:
-        """Remove what a killed process left on this node. Before any rank of this run begins."""
+        """Remove what a killed process left on this node. Must be called before any rank of this run begins."""
 
 
 class OnDisk(Store):
@@ -133,7 +133,7 @@ class OnDisk(Store):
     def note(self, data: bytes, step: str, name: str) -> None:
         note = Path(self.at(self.unpublished(step), name))
         note.with_suffix(".tmp").write_bytes(data)
-        note.with_suffix(".tmp").replace(note)  # and no sync: the folder may have its final name already
+        note.with_suffix(".tmp").replace(note)  # no sync after it: the folder may already have its final name
 
     def add(self, step: str, path: Path, tensors: Mapping[str, Tensor]) -> Facts:
         _sync(path)
@@ -163,7 +163,7 @@ class OnDisk(Store):
             os.rename(self.at(step), self.at(doomed))
         try:
             shutil.rmtree(self.at(doomed))
-        except OSError as error:  # as where another node of a network file system reads it still; the next start tries
+        except OSError as error:  # e.g. another node on a network file system reads it; the next start tries
             log.warning("%s can't be removed yet (%s)", self.at(doomed), error)
 
     def set_aside(self, step: str) -> str:
@@ -180,8 +180,8 @@ class OnDisk(Store):
 
 
 class InBucket(Store):
-    """Under a prefix. Each rank writes to the node's scratch folder, and uploads from there: at most one part of each
-    rank, or what the ranks of a node resume from, lies there at a time."""
+    """A prefix in a bucket. Each rank writes to the node's scratch folder, and uploads from there: it holds at most one
+    part per rank, or the files that the node's ranks resume from."""
 
     fetches, pause = True, 0.2
     lacks_part = "that rank is gone, or its upload takes too long"
@@ -211,12 +211,12 @@ class InBucket(Store):
         return facts
 
     def send(self, path: Path, target: str) -> None:
-        with path.open("rb") as file:  # mapped: its size costs no memory
+        with path.open("rb") as file:  # memory-mapped: even a large file needs no memory
             storage.write_atomically(target, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def parts(self, step: str, workplace: Path, names: list[str], kinds: list[str]) -> list[Path]:
         for name in names:
-            if not (workplace / name).exists():  # another rank's
+            if not (workplace / name).exists():  # of another rank
                 copy_some(self.at(step, name), workplace / name, lambda key: key.partition("/")[0] in kinds)
         return [workplace / name for name in names]
 
@@ -224,7 +224,7 @@ class InBucket(Store):
         self.write(manifest, step, MANIFEST)
 
     def remove(self, step: str) -> None:
-        names = sorted(storage.sizes(self.at(step)), key=lambda name: name != MANIFEST)  # it first
+        names = sorted(storage.sizes(self.at(step)), key=lambda name: name != MANIFEST)  # manifest first
         for name in names:
             storage.remove(self.at(step, name))
 
@@ -236,7 +236,7 @@ class InBucket(Store):
         return self.scratch / "fetched" / step / name
 
     def check(self, step: str, name: str, facts: Facts) -> bool:
-        """Fetched by one rank of the node, while the others that need it wait."""
+        """One rank of the node downloads the file; others that need it wait."""
         path = self.local(step, name)
         try:
             _make(path.parent)
@@ -264,12 +264,12 @@ class InBucket(Store):
 
     def _leave_scratch(self) -> None:
         for folder in (self.scratch / "fetched", self.scratch):
-            with contextlib.suppress(OSError):  # others use it
+            with contextlib.suppress(OSError):  # other ranks still use it
                 folder.rmdir()
 
 
 def refuse_other_owner(root: str, run_id: str | None, may_change: Sequence[str]) -> None:
-    """Of a place outside the run's folder; run_id: None of a run that is to begin."""
+    """UserError if another run owns this place outside the run's folder. run_id: None for a new run."""
     owner = (storage.read_if_there(storage.join(root, OWNER)) or b"").decode().partition(" ")[0]
     if owner and owner != run_id and "run_id" not in may_change:
         raise UserError(
@@ -280,7 +280,7 @@ def refuse_other_owner(root: str, run_id: str | None, may_change: Sequence[str])
 
 
 def store_of(root: str, scratch: str | None = None, rank: int = 0) -> Store:
-    """scratch: a folder on each node's own disk, for what lies in buckets (None: where temporary files go)."""
+    """The store at `root`. scratch: a folder on each node's own disk, for files in buckets (None: the temp folder)."""
     if not storage.is_s3(root):
         return OnDisk(root)
     mark = hashlib.sha256(root.encode()).hexdigest()[:12]
@@ -290,12 +290,12 @@ def store_of(root: str, scratch: str | None = None, rank: int = 0) -> Store:
 
 def _make(folder: Path) -> None:
     while True:
-        with contextlib.suppress(FileNotFoundError):  # another rank has just left the scratch, and removed it
+        with contextlib.suppress(FileNotFoundError):  # another rank has just removed the scratch folder
             return folder.mkdir(parents=True, exist_ok=True)
 
 
 def _sync(path: Path) -> None:
-    """To the disk, and out of memory: what is read next is what the disk holds."""
+    """Flush to disk and drop from the page cache: the next read comes from the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):

@@ -1,4 +1,4 @@
-"""How a checkpoint is written by all ranks, each in a thread of its own, and published by rank 0's (checkpoint.py)."""
+"""Writes a checkpoint: each rank in a thread of its own; rank 0's thread publishes it (checkpoints.py)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from train.checkpointing.stores import OWNER, Store
 from train.distributed.collectives import broadcast_object
 from train.distributed.ranks import Ranks
 
-PATIENCE_S = 1800.0  # for the slowest rank's part
+PATIENCE_S = 1800.0  # how long to wait for the slowest rank's part
 LONGEST_PAUSE = 5.0
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # for the user to mend
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # errors that only the user can fix
 
 
 class Writer:
-    """Writes steps into a store, and keeps the newest `keep`, and each whose step is a multiple of `keep_every`.
+    """Writes steps to a store, and keeps the newest `keep` and each whose step is a multiple of `keep_every`.
 
-    folder: the run's own, into which launch scripts look. A store elsewhere has an owner, as no lock guards it.
+    folder: the run's own, which launch scripts read. A store elsewhere has an owner file, as no lock protects it.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Writer:
         self.store, self.places, self.folder, self.ranks = store, places, folder, ranks
         self.weights_prefix, self.keep, self.keep_every = weights_prefix, keep, keep_every
         self.elsewhere = store.root != str(folder)
-        self.attempt = str(broadcast_object(secrets.token_hex(4)))  # of this process and its peers
+        self.attempt = str(broadcast_object(secrets.token_hex(4)))  # shared by all ranks of this start
         self.saves = 0
 
     def next_mark(self) -> str:
-        """On the notes of one save, which so differ from those of one that was killed at the same step."""
+        """Marks the notes of one save, so that they differ from those of a killed save of the same step."""
         self.saves += 1
         return f"{self.attempt}-{self.saves}"
 
     def write(self, name: str, mark: str, pieces: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """This rank's part; as rank 0 all that is to be done until it is published."""
+        """Write this rank's part; rank 0 also completes and publishes the checkpoint."""
         with self.store.workplace(name) as workplace:
             facts = self._add(name, workplace / part_name(self.ranks.rank), pieces)
             note = json.dumps({"save": mark, **facts}).encode()
@@ -69,7 +69,7 @@ class Writer:
         return self.store.add(name, path, tensors)
 
     def _complete(self, name: str, mark: str, workplace: Path, about: dict[str, Any]) -> None:
-        """What rank 0 adds to all ranks' parts, and the end of it."""
+        """Rank 0 waits for all parts, adds its own files, and publishes."""
         names = [part_name(rank) for rank in range(self.ranks.world_size)]
         files = self._wait_for(name, mark, names)
         averages = [kind for kind in about["kinds"] if kind == "ema" or kind.startswith("ema_")]
@@ -97,7 +97,7 @@ class Writer:
         workplace: Path,
         parts: list[Path],
     ) -> None:
-        """Of the power-function averages, for good: posthoc_ema.py rebuilds others of them."""
+        """Save the power-function averages permanently: posthoc_ema.py rebuilds others from them."""
         tensors = {
             f"{kind}/{n.removeprefix(self.weights_prefix)}": weights
             for kind in kinds
@@ -110,7 +110,7 @@ class Writer:
         storage.write_atomically(storage.join(self.places.snapshots, f"{name}.json"), json.dumps(about).encode())
 
     def _wait_for(self, name: str, mark: str, parts: list[str]) -> dict[str, Facts]:
-        """What each rank noted of its part, by the part's name."""
+        """Facts from each rank's note, by the name of its part."""
         deadline, found = time.monotonic() + PATIENCE_S, {}
         for rank, part in enumerate(parts):
             pause = self.store.pause
@@ -140,24 +140,24 @@ class Writer:
                 self.store.remove(old)
 
     def point_to(self, name: str) -> None:
-        """The launch scripts, which see whether there is progress, look into the run's folder."""
+        """Write `latest`, in the run's folder too: there, launch scripts check for progress."""
         self.store.write(name.encode(), "latest")
         if self.elsewhere:
             storage.write_atomically(self.folder / "latest", name.encode())
 
     def take_over(self, run_id: str) -> None:
-        """From now on no other process publishes here: not even one that was given up, and lives."""
+        """Own the store: from now on no other process publishes here, not even one that was given up but still runs."""
         if self.elsewhere:
             self.store.write(f"{run_id} {self.attempt}\n".encode(), OWNER)
 
     def refuse_if_taken_over(self) -> None:
-        """By another process, whose checkpoints these are now."""
+        """UserError if another process has become the owner of these checkpoints."""
         if self.elsewhere and (self.store.read(OWNER) or b"").split()[-1:] != [self.attempt.encode()]:
             raise UserError(f"{self.store.root} was taken over by another process: see that only one trains into it.")
 
 
 class Writing(threading.Thread):
-    """A save on its way. A daemon: a process that fails does not wait for it."""
+    """A save in progress. A daemon thread: a failing process does not wait for it."""
 
     def __init__(self, write: Callable[[], None]) -> None:
         super().__init__(daemon=True, name="checkpoint")
@@ -170,10 +170,10 @@ class Writing(threading.Thread):
         except BaseException as error:  # raised by raise_if_failed
             self.error = error
         finally:
-            del self.write  # and the copies, where they are not kept
+            del self.write  # frees the copies, unless they are reused
 
     def raise_if_failed(self) -> None:
-        """A UserError for what only the user can mend; anything else as it is, for a new start may pass it."""
+        """UserError for what only the user can fix; other errors are raised unchanged, as a new start may succeed."""
         if isinstance(self.error, OSError) and self.error.errno in UNWRITABLE:
             raise UserError(f"the checkpoint can't be written ({self.error}): make room, and start again to go on.")
         if self.error is not None:
@@ -181,5 +181,5 @@ class Writing(threading.Thread):
 
 
 def _note(part: str) -> str:
-    """Written when the part is, with its digest."""
+    """The note of a part: written after the part, with its digest."""
     return part.replace(".safetensors", ".json")

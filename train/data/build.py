@@ -1,4 +1,4 @@
-"""The network of a configuration, for the latents that there are."""
+"""Builds the network of a configuration for given latents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.common.saved_objects import build
 from train.data.latent_facts import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners
 
-Instantiate = Callable[..., Any]  # hydra's, handed in by the entry script: for what its user says, never for files
+Instantiate = Callable[..., Any]  # hydra's, passed by the entry script: for the user's configuration, never for files
 
 
 def build_network(config: Mapping[str, Any], facts: LatentFacts, instantiate: Instantiate) -> ConditionedUNet:
@@ -23,18 +23,18 @@ def build_network(config: Mapping[str, Any], facts: LatentFacts, instantiate: In
 def network_of(
     unet: Mapping[str, Any], make_unet: Callable[[], nn.Module], parts: Mapping[str, Callable], facts: LatentFacts
 ) -> ConditionedUNet:
-    """What doesn't fit together is refused before the U-Net, of the arguments `unet`, is made."""
+    """The U-Net, with arguments `unet`, and its conditioners; misfits are refused before the U-Net is made."""
     conditioner = Conditioners(facts, parts)
     facts.refuse_other_shapes(unet, conditioner)
     return ConditionedUNet(make_unet(), conditioner)
 
 
 def used_conditions(config: Mapping[str, Any], facts: LatentFacts, where: str) -> dict[str, Any]:
-    """What makes the stored fields that the run is conditioned on, of all that its data set holds. where: that file."""
+    """The conditions, of all in the data set, that the run is conditioned on. where: the file, for error messages."""
     used = {name: made for name, made in facts.conditions.items() if name in config["conditioning"]}
     return {name: build(made, "conditions", f"{where}: conditions.{name}") for name, made in used.items()}
 
 
 def uses_clip(conditions: Mapping[str, Any]) -> bool:
-    """Whether sampling needs the CLIP."""
+    """Whether sampling needs CLIP."""
     return any(condition.uses_clip for condition in conditions.values())

@@ -1,4 +1,4 @@
-"""What training and sampling must know of a latent data set: scale, shape, nulls, and which encoders made it."""
+"""Facts on a latent data set that training and sampling need: scale, shapes, nulls, and the encoders that made it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from train.models.latents import STORED_AS, LatentScaling, StoredLatents
 
 @dataclass(frozen=True, slots=True)
 class LatentFacts:
-    """Kept in the run folder too, so that what is sampled with is what was trained with."""
+    """Facts on a latent data set. Also saved in the run folder, so that sampling uses the same as training."""
 
     shapes: Mapping[str, Sequence[int]]  # of the stored fields, unbatched
     mean: list[float]  # per channel, of posterior draws over the training split
     std: list[float]
     fold: int
     fingerprints: Mapping[str, str]
-    conditions: Mapping[str, Mapping[str, Any]]  # what builds each condition again
-    null: Mapping[str, Tensor]  # the encoders' own, by field
+    conditions: Mapping[str, Mapping[str, Any]]  # how to build each condition again
+    null: Mapping[str, Tensor]  # null conditions from the encoders, by field
     codebook: Tensor | None = None
 
     @classmethod
     def of(cls, root: str, manifest: Manifest, fold: int, scaling_factor: float | None = None) -> LatentFacts:
-        """From a latent data set; statistics are those that precompute measured on all of it.
+        """Read from a latent data set, with the statistics that precompute measured on all of it.
 
-        scaling_factor: Stable Diffusion's way instead, mean 0 and standard deviation 1 / factor for all channels.
+        scaling_factor: as in Stable Diffusion instead, mean 0 and standard deviation 1 / factor for all channels.
         """
         shapes = {
             name.removesuffix(".npy"): field["shape"] for name, field in manifest.fields.items() if "shape" in field
@@ -53,7 +53,7 @@ class LatentFacts:
         return cls(**{name: facts[name] for name in KINDS}, null=null, codebook=codebook).checked(scaling_factor)
 
     def checked(self, scaling_factor: float | None) -> LatentFacts:
-        """With the one factor in place of what was measured, if it is given; a fold that does not fit is refused."""
+        """With scaling_factor, if given, in place of measured statistics; UserError for a fold that does not fit."""
         _, h, w = self.latent_shape
         if h % self.fold or w % self.fold:
             raise UserError(f"fold={self.fold} does not divide latents of {h}x{w}: choose one that does.")
@@ -74,7 +74,7 @@ class LatentFacts:
 
     @property
     def unet_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) that the U-Net sees."""
+        """(C, h, w) of the U-Net's input."""
         channels, h, w = self.latent_shape
         return channels * self.fold**2, h // self.fold, w // self.fold
 
@@ -93,7 +93,7 @@ class LatentFacts:
         return names
 
     def refuse_other_encoders(self, autoencoder: str | None, clip: str | None) -> None:
-        """Latents or text states that the encoders of these fingerprints did not make; None: unknown, not checked."""
+        """UserError if encoders with these fingerprints did not make the latents or text states; None: not checked."""
         for option, field, mark in (("autoencoder", "autoencoder", autoencoder), ("clip", "text_encoder", clip)):
             if mark is not None and mark != self.fingerprints.get(field, mark):
                 raise UserError(
@@ -102,7 +102,7 @@ class LatentFacts:
                 )
 
     def refuse_other_shapes(self, unet: Mapping[str, Any], conditioner: Conditioners) -> None:
-        """A U-Net, by its configuration, that these latents and what conditions it don't fit into."""
+        """UserError if the U-Net of this configuration does not fit the latents and conditioners."""
         channels, planes = self.unet_shape[0], conditioner.concat_channels
         needed = [
             ("unet.in_channels", unet["in_channels"], channels + planes),
@@ -127,7 +127,7 @@ class LatentFacts:
             )
 
     def save(self, run: Path) -> None:
-        """<run>/latents.json, null.safetensors and, for codes, codebook.safetensors."""
+        """Write <run>/latents.json, null.safetensors and, for codes, codebook.safetensors."""
         about = {name: getattr(self, name) for name in self.__slots__ if name not in ("null", "codebook")}
         storage.write_atomically(run / "latents.json", json.dumps(about, indent=1).encode())
         storage.write_atomically(run / "null.safetensors", save(dict(self.null)))
@@ -136,7 +136,7 @@ class LatentFacts:
 
     @classmethod
     def of_run(cls, run: Path) -> LatentFacts:
-        """What `save` wrote."""
+        """Read what `save` wrote."""
         saved = read_json(run / "latents.json")
         refuse_wrong_kinds(saved, KINDS, str(run / "latents.json"))
         refuse_no_latents(saved["shapes"], str(run / "latents.json"))
@@ -144,24 +144,24 @@ class LatentFacts:
         return cls(**about, null=tensors_in(str(run / "null.safetensors")), codebook=codebook_of(run))
 
 
-# Of what latents.json holds.
+# Types of the fields in latents.json.
 KINDS = {name: hint for name, hint in get_type_hints(LatentFacts).items() if name not in ("null", "codebook")}
 
 
 def refuse_no_latents(shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    """Fields none of which holds latents of (C, h, w) or codes of (h, w)."""
+    """DataError if no field holds latents of (C, h, w) or codes of (h, w)."""
     if not any(len(shapes.get(name, ())) in (2, 3) for name in STORED_AS):
         raise DataError(f"{where} has no field of latents ({', '.join(STORED_AS)}): make it, or copy it, again.")
 
 
 def codebook_of(root: str | Path) -> Tensor | None:
-    """(N, C) of a data set or run whose latents are codes."""
+    """The codebook (N, C) of a data set or run; None if its latents are not codes."""
     path = storage.join(root, "codebook.safetensors")
     return tensors_in(path)["codebook"] if storage.exists(path) else None
 
 
 def tensors_in(path: str) -> dict[str, Tensor]:
-    """Of a small safetensors file."""
+    """The tensors of a small safetensors file."""
     try:
         return load(storage.read_bytes(path))
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""The latents that a diffusion model is trained on: stored, or encoded as they come."""
+"""The latents that a diffusion model is trained on: stored, or encoded during training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.weights.saved import saved_fingerprint
 
 
 class Latents(NamedTuple):
-    """What is trained on, by make_loader; `read` gives whole sets of them, autoencoder is for previews."""
+    """Latents to train on. make_loader: batches; read: lists of samples; autoencoder: for previews."""
 
     make_loader: Callable[..., Any]
     read: Callable[..., list[dict[str, Any]]]
@@ -37,7 +37,7 @@ def latents_of(
     instantiate: Instantiate,
     device: torch.device,
 ) -> Latents:
-    """As they are stored; or, of image-text shards, encoded while training. make_loader, read: of what is stored."""
+    """Latents as stored, or encoded from image-text shards during training. make_loader, read: for the stored data."""
     if data.kind == "latents":
         autoencoder = instantiate(config["autoencoder"]) if config["preview_every"] else None
         facts = LatentFacts.of(f"{config['input']}/train", data, config["fold"], config["scaling_factor"])
@@ -51,7 +51,7 @@ def latents_of(
 def refuse_other_encoders(
     facts: LatentFacts, config: Mapping[str, Any], autoencoder: nn.Module | None, instantiate: Instantiate
 ) -> None:
-    """Encoders that did not make these latents, as far as their folders or the loaded first stage tell."""
+    """UserError if other encoders made these latents, as far as their folders and the loaded first stage can tell."""
     where = f"{config['input']}/train/manifest.json"
     needed, path = uses_clip(used_conditions(config, facts, where)), config["clip"].get("path")
     if needed and path is None:
@@ -62,7 +62,7 @@ def refuse_other_encoders(
 
 
 def text_fingerprint(clip: Mapping[str, Any], instantiate: Instantiate) -> str | None:
-    """Of the text encoder at clip.path, which is loaded where its folder does not tell; None for clip.path=none."""
+    """Fingerprint of the text encoder at clip.path, loaded if its folder has none; None for clip.path=none."""
     path = clip["path"]
     if Path(path).name == "none":
         return None
@@ -72,7 +72,7 @@ def text_fingerprint(clip: Mapping[str, Any], instantiate: Instantiate) -> str |
 
 
 def scaled_as_known(config: Mapping[str, Any], facts: LatentFacts) -> LatentFacts:
-    """A U-Net to start from knows latents at one scale: its own run's, or the one factor of a published model."""
+    """Facts with the scaling that the U-Net to start from was trained with: of its run, or one factor if published."""
     start_from, scaling_factor = config["start_from"], config["scaling_factor"]
     if start_from is None:
         return facts
@@ -102,7 +102,7 @@ def scaled_as_known(config: Mapping[str, Any], facts: LatentFacts) -> LatentFact
 
 
 def refuse_other_classes(config: Mapping[str, Any], known: LatentFacts, facts: LatentFacts) -> None:
-    """A run to start from has a vector for each of its classes, by number: others would be taken for them."""
+    """The run to start from has a vector per class number: other classes would get the vectors of its own."""
     start_from = config["start_from"]
     theirs = read_config(Path(start_from) / "config.yaml").get("conditioning") or {}
     for name in sorted(set(theirs) & set(config["conditioning"])):

@@ -1,4 +1,4 @@
-"""Training on pictures and captions themselves: frozen encoders make of a batch what precompute would have stored."""
+"""Training directly on pictures and captions: frozen encoders make from each batch what precompute would store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_pipeline.shards.samples import collated
 from train.data.build import Instantiate
 from train.data.latent_facts import LatentFacts
 
-# What conditionings need to be encoded; the others need what precompute learns of a whole data set.
+# Conditions to encode, by conditioning; all others need facts that precompute learns from a whole data set.
 CONDITIONS: Mapping[str, dict[str, Any]] = {
     "text": {"text": {"name": "text"}},
     "joint_text": {},
@@ -28,8 +28,8 @@ ENCODED_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class OnlineLatents:
-    """The encoders, outside the engine: they are not trained, not sharded, and in fp32. `image` and `text` are what
-    conditions are encoded with."""
+    """The encoders, outside the engine: not trained, not sharded, and in fp32. Conditions are encoded with `image` and
+    `text`."""
 
     image: nn.Module
     text: nn.Module | None
@@ -39,7 +39,7 @@ class OnlineLatents:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], instantiate: Instantiate, device: torch.device) -> OnlineLatents:
-        """By a training's configuration; what can't be encoded online is refused."""
+        """Build from a training configuration; UserError for conditionings that can't be encoded online."""
         unknown = [name for name in config["conditioning"] if name not in CONDITIONS]
         if unknown:
             raise UserError(
@@ -59,7 +59,7 @@ class OnlineLatents:
 
     @torch.no_grad()
     def encoded(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Fields by name, as a latent data set has them. images (B, 3, H, W) in [-1, 1]."""
+        """Fields by name, as in a latent data set. images: (B, 3, H, W) in [-1, 1]."""
         images = images.to(self.device, non_blocking=True)
         fields = {self.image.stored_as: self.image.encode_stored(images)}
         for condition in self.conditions.values():
@@ -67,11 +67,11 @@ class OnlineLatents:
         return fields
 
     def loader(self, make_loader: Callable[..., Iterable[Batch]]) -> Callable[..., Iterable[Batch]]:
-        """What makes a loader of pictures -> what makes one of latents, in the same order."""
+        """Turns a function that makes loaders of pictures into one that makes loaders of latents, in the same order."""
         return lambda **how: EncodedBatches(make_loader(**how), self)
 
     def read(self, read: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:
-        """What reads samples with pictures -> what gives them with latents."""
+        """Turns a function that reads samples with pictures into one that returns them with latents."""
         return lambda **how: list(self._encoded_samples(read(**how)))
 
     def _encoded_samples(self, samples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -84,7 +84,7 @@ class OnlineLatents:
                 yield plain | {name: value[i] for name, value in arrays.items()}
 
     def facts(self, batches: Iterable[Batch], fold: int, scaling_factor: float | None = None) -> LatentFacts:
-        """Shapes, and mean and standard deviation over these batches of pictures."""
+        """Facts on the latents; shapes, mean and standard deviation come from these batches of pictures."""
         sums, count, fields = torch.zeros(2, 1, dtype=torch.float64), 0, {}
         for batch in batches:
             fields = self.encoded(batch.tensors["image"], batch.captions)
@@ -124,13 +124,13 @@ def frozen(encoder: nn.Module, device: torch.device) -> nn.Module:
 def first_batches(
     make_loader: Callable[..., Iterable[Batch]], batch_size: int, samples: int, data_samples: int
 ) -> Iterator[Batch]:
-    """The first of an undivided loader, the same on every rank: `samples`, or one epoch of a smaller data set."""
+    """The first batches, undivided and so the same on every rank: `samples`, or one epoch of a smaller data set."""
     loader = make_loader(global_batch_size=batch_size, rank=0, world_size=1, accumulation=1, start=DataCursor())
     return islice(iter(loader), max(min(samples, data_samples) // batch_size, 1))
 
 
 class EncodedBatches:
-    """A loader whose batches hold latents in place of pictures."""
+    """A loader whose batches have latents instead of pictures."""
 
     def __init__(self, loader: Iterable[Batch], encoders: OnlineLatents) -> None:
         self.loader, self.encoders = loader, encoders
@@ -140,5 +140,5 @@ class EncodedBatches:
             yield replace(batch, tensors=self.encoders.encoded(batch.tensors["image"], batch.captions))
 
     def shards_of(self, step: int) -> list[str]:
-        """As the loader's: what a rank that waits for data is named with."""
+        """The loader's shards of a step, to report what a waiting rank waits for."""
         return self.loader.shards_of(step)

@@ -1,4 +1,4 @@
-"""What ranks do together; alone, each does nothing and costs nothing."""
+"""Collectives; with a single rank they do nothing and cost nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def barrier() -> None:
-    """Wait for all ranks, where there are others."""
+    """Wait for all ranks, if there are others."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -24,7 +24,7 @@ def broadcast_object(value: object) -> object:
 
 
 def gathered_objects(value: object) -> list[Any]:
-    """Every rank's value, in their order, on every rank."""
+    """Every rank's value, in rank order, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

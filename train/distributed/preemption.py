@@ -1,4 +1,4 @@
-"""A request to stop, by SIGUSR1 or SIGTERM (Slurm's warning before a time limit): save, then leave with code 75."""
+"""A request to stop, by SIGUSR1 or SIGTERM (Slurm's warning before a time limit): save, then exit with code 75."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch.distributed as dist
 
 from data_pipeline.common.stop_request import Stopped, StopRequest
 
-CHECK_EVERY = 10  # steps between asking the other ranks; it costs a host sync
+CHECK_EVERY = 10  # steps between checks with the other ranks; a check costs a host sync
 
 
 class Preemption(StopRequest):
-    """Remembers the signal; `agreed(step)` is the same on all ranks, so that all stop at the same step."""
+    """Remembers the signal; `agreed` gives the same answer on all ranks, so that all stop at the same step."""
 
     def agreed(self, step: int, device: torch.device) -> bool:
-        """Whether any rank was asked to stop; between checks, false."""
+        """Whether any rank was asked to stop; false at steps without a check."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.asked
         if step % CHECK_EVERY:
@@ -25,4 +25,4 @@ class Preemption(StopRequest):
 
 
 class Preempted(Stopped):
-    """Raised when the state is saved and the run wants to be started again."""
+    """Raised once the state is saved, to exit so that the run is started again."""

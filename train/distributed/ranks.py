@@ -1,4 +1,4 @@
-"""Which rank this process is, under torchrun, srun or alone; and the few collectives that are not the engine's."""
+"""Finds this process' rank under torchrun, srun or alone, and creates and closes the process group."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import torch.distributed as dist
 
 from data_pipeline.common.errors import UserError
 
-# The heartbeats' watch comes first, and knows more; a collective that never ends is given up in any case.
+# The heartbeats detect hangs earlier, and with more detail; this only ensures that no collective hangs forever.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 MEETING_TIMEOUT = timedelta(minutes=10)
-# Port 0: the one that the system gives away; one that was looked up before may be another's by then.
+# Port 0: the system chooses a free port; a free port looked up before might be taken by then.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process' place among all."""
+    """This process' rank, the number of ranks, and its device."""
 
     rank: int
     world_size: int
@@ -40,13 +40,13 @@ class Ranks:
 
 
 def find_ranks() -> Ranks:
-    """Join the others: by the launcher's environment (torchrun's, else srun's step, else this process is alone)."""
+    """Join the process group given by the launcher's environment: torchrun's, else srun's; otherwise a single rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_the_launcher()
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
     meeting_place = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not meeting_place:  # else each would wait at a place of its own
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not meeting_place:  # each would wait at its own address
         raise UserError("several ranks have no MASTER_ADDR and MASTER_PORT: start with torchrun, or slurm/*.sbatch.")
     for name, alone in ALONE.items():
         os.environ.setdefault(name, alone)
@@ -64,15 +64,15 @@ def find_ranks() -> Ranks:
 
 
 def _end_with_the_launcher() -> None:
-    """Have Linux send TERM when torchrun dies, which a kill -9 keeps from doing so: then this rank saves and leaves."""
-    with suppress(OSError, AttributeError):  # no Linux
+    """Have Linux send SIGTERM when torchrun dies, as torchrun can't after kill -9: this rank then saves and exits."""
+    with suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM.value)
 
 
 def _meet(rank: int, world_size: int) -> dist.Store:
-    """The store at the meeting place, once all ranks are there; who is not in time is named."""
+    """The store at MASTER_ADDR:MASTER_PORT, once all ranks have connected; TimeoutError names those that have not."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # otherwise torchrun hosts it
     store = dist.TCPStore(address, port, world_size, hosts_it, timeout=MEETING_TIMEOUT, wait_for_workers=False)
     os.environ["MASTER_PORT"] = str(store.port)
     store.set(f"arrived/{rank}", "")
@@ -88,9 +88,9 @@ def _meet(rank: int, world_size: int) -> dist.Store:
 
 @contextmanager
 def closing_distributed() -> Iterator[None]:
-    """Leave the process group in order, so that gloo and NCCL end without complaint.
+    """Destroy the process group at the end, so that gloo and NCCL exit without warnings.
 
-    Not after an error: that may wait for the other ranks, while they wait for this one.
+    Not after an error: destroying it may wait for the other ranks, while they wait for this one.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""How fast this machine computes, so that the demo can say beforehand how long it will take."""
+"""Measures how fast this machine computes, so that the demo can estimate its duration in advance."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CHANNELS, SIDE, BATCH = 64, 16, 32  # as in the demo's networks
 
 
 def calibration_seconds(budget_s: float = 3.0) -> float:
-    """Seconds that a fixed piece of fp32 work takes with all of torch's threads: the median over about `budget_s`.
+    """Median seconds of a fixed piece of fp32 work with all of torch's threads, repeated for about `budget_s`.
 
-    The work is what the demo's networks do: 3x3 convolutions, norms and a matrix product, forward and backward.
+    The work is that of the demo's networks: 3x3 convolutions, norms and a matrix product, forward and backward.
     """
     layers = [nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.GroupNorm(8, CHANNELS), nn.SiLU()] * 4
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(CHANNELS * SIDE**2, CHANNELS))
@@ -30,7 +30,7 @@ def calibration_seconds(budget_s: float = 3.0) -> float:
 
 
 def _durations(work: Callable[[], None], budget_s: float) -> list[float]:
-    """Of repeated calls, at least three."""
+    """Seconds of each of at least three repeated calls."""
     durations: list[float] = []
     while len(durations) < 3 or sum(durations) < budget_s:
         started = time.perf_counter()

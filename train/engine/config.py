@@ -1,4 +1,4 @@
-"""How a training computes: precision, ZeRO stage, offload, and what DeepSpeed is told of it."""
+"""How training computes: precision, ZeRO stage, offload, and the DeepSpeed configuration for them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What we rely on of DeepSpeed, each field spelled out: its own defaults clip gradients at 1.0, for one.
+    """The DeepSpeed settings that we rely on, all set explicitly: its defaults, for example, clip gradients at 1.0.
 
-    dtype: as dtype.py has chosen it.
+    dtype: as chosen by loop/dtype.py.
     """
 
     zero_stage: Annotated[int, OneOf((0, 1, 2, 3))] = 1
     dtype: Annotated[str, OneOf(tuple(DTYPES))] = "fp32"
     gradient_clipping: NotNegative = 1.0  # 0: none
-    reduce_bucket_size: Annotated[float, Within(1)] = 50_000_000  # values; 5e7, too
+    reduce_bucket_size: Annotated[float, Within(1)] = 50_000_000  # number of values; 5e7 is accepted too
     allgather_bucket_size: Annotated[float, Within(1)] = 50_000_000
     overlap_comm: bool = False
     offload: Annotated[str, OneOf(OFFLOAD)] = "none"
@@ -44,7 +44,7 @@ class EngineConfig:
         self._check_offload()
         if self.compile and self.zero_stage == 3:
             raise UserError("engine.compile=true does not go with ZeRO stage 3: take engine=zero2.")
-        compiler = os.environ.get("CXX", "g++")  # torch's choice
+        compiler = os.environ.get("CXX", "g++")  # the compiler that torch uses
         if self.compile and shutil.which(compiler) is None:
             raise UserError(f"engine.compile=true needs {compiler}, which is not there: install it, or leave it out.")
 
@@ -60,7 +60,7 @@ class EngineConfig:
             raise UserError("engine.offload=all, the weights too, needs ZeRO stage 3: take engine=zero3.")
 
     def _accumulates_in_fp32(self, accumulation: int) -> bool:
-        """Not where there is nothing to accumulate: at stage 1 in bf16 it would cost a second, slower optimizer."""
+        """False at stage 1 in bf16 without accumulation, where it would cost a second, slower optimizer."""
         return not (self.dtype == "bf16" and self.zero_stage == 1 and accumulation == 1)
 
     def for_deepspeed(self, micro_batch: int, accumulation: int, world_size: int) -> dict[str, Any]:
@@ -71,10 +71,10 @@ class EngineConfig:
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "train_batch_size": micro_batch * accumulation * world_size,
-            "gradient_clipping": self.gradient_clipping if self.zero_stage else 0.0,  # stage 0: by Engine
-            # Without the second, its optimizer for bf16 with fp32 accumulation adds earlier micro-batches again.
+            "gradient_clipping": self.gradient_clipping if self.zero_stage else 0.0,  # stage 0: Engine clips
+            # Without immediate_grad_update, DeepSpeed's bf16 optimizer with fp32 accumulation adds earlier ones again.
             "bf16": {"enabled": self.dtype == "bf16", "immediate_grad_update": True},
-            # Dynamic loss scale: from 2^16, halved at each overflow, doubled after 1000 steps without.
+            # Dynamic loss scale: starts at 2^16, halves at each overflow, doubles after 1000 steps without one.
             "fp16": {
                 "enabled": self.dtype == "fp16",
                 "loss_scale": 0,
@@ -97,7 +97,7 @@ class EngineConfig:
                 **dict.fromkeys(offloads[self.offload], to_cpu),
             },
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the CPU, too, and needs no compiler
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on the CPU, and needs no compiler
             "steps_per_print": 2**31,
             "wall_clock_breakdown": False,
         }

@@ -1,4 +1,4 @@
-"""The only importer of deepspeed, at first use: initialisation, one step, and the whole weights."""
+"""DeepSpeed: initialisation, one step, and the full weights. Only this file imports deepspeed, at first use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.engine.zero_state import ZeroState
 
 
 class StepResult(NamedTuple):
-    """One global step: parts are this rank's means over its micro-batches, still on the device."""
+    """The result of one global step. parts: this rank's means over its micro-batches, still on the device."""
 
     parts: dict[str, Tensor]
     cursor: DataCursor
@@ -35,7 +35,7 @@ class StepResult(NamedTuple):
 
 
 class Engine(ZeroState):
-    """A module under DeepSpeed ZeRO. `module(batch)` gives LossTerms; its parameters are the ones trained."""
+    """A module under DeepSpeed ZeRO. `module(batch)` returns LossTerms; its parameters are trained."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Engine(ZeroState):
         self.ranks, self.batch_size, self.accumulation, self.optimizer = ranks, batch_size, accumulation, optimizer
         self.config, self.norm = config, torch.tensor(0.0)
         micro_batch = batch_size // (ranks.world_size * accumulation)
-        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # over the group that ranks.py has made
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # uses the process group made by ranks.py
         module.to(ranks.device)
         _tune(module, config)
         self.deepspeed, self.zero, _, _ = deepspeed.initialize(
@@ -61,7 +61,7 @@ class Engine(ZeroState):
         )
         self.module = self.deepspeed.module
         if config.dtype == "fp16":
-            self.zero.loss_scaler.raise_error_at_min_scale = False  # steps skipped in a row are bad_numbers.py's
+            self.zero.loss_scaler.raise_error_at_min_scale = False  # stability_monitor.py counts skips
 
     def train_step(self, batches: Iterator[Batch], applied_steps: int, total_steps: int) -> StepResult:
         """One optimizer step over `accumulation` micro-batches."""
@@ -72,7 +72,7 @@ class Engine(ZeroState):
         for _ in range(self.accumulation):
             batch = next(batches).to(self.ranks.device)
             terms = self.deepspeed(batch)
-            # A loss may be infinite and its gradients not: then these are made so, and no rank applies the step.
+            # An infinite loss may have finite gradients: make them NaN too, so that no rank applies the step.
             self.deepspeed.backward(terms.total * torch.where(terms.total.detach().isfinite(), 1.0, torch.nan))
             finite = self._clip_or_drop_gradients()
             self.deepspeed.step()
@@ -81,9 +81,9 @@ class Engine(ZeroState):
         return StepResult(sums, batch.cursor, keys, lr, finite and self.deepspeed.was_step_applied())
 
     def _clip_or_drop_gradients(self) -> bool:
-        """Whether this step may be applied. ZeRO's stages clip and find that out themselves; stage 0 would apply all.
+        """Whether this step may be applied. ZeRO stages 1 to 3 clip and check that themselves; stage 0 would apply any.
 
-        A host sync a step, as they have. The gradients are reduced already, so all ranks find the same.
+        One host sync a step, as in stages 1 to 3. Gradients are already reduced, so all ranks get the same result.
         """
         if self.config.zero_stage or not self.deepspeed.is_gradient_accumulation_boundary():
             return True
@@ -98,15 +98,15 @@ class Engine(ZeroState):
         return True
 
     def gradient_norm(self) -> float:
-        """Global norm before clipping, of the last step; a host sync."""
+        """Global gradient norm of the last step, before clipping; costs a host sync."""
         norm = self.deepspeed.get_global_grad_norm() if self.config.zero_stage else self.norm
         return float(norm) if norm is not None else float("nan")
 
     @torch.no_grad()
     def full_state_dict(self, shards: Sequence[Tensor] | None = None, prefix: str = "") -> dict[str, Tensor]:
-        """Whole fp32 weights by name, on the CPU of every rank; `shards` (an EMA's) in place of the master's.
+        """Full fp32 weights by name, on the CPU of every rank; if given, from `shards` (an EMA's), not the masters.
 
-        Collective: all ranks must call it. `prefix` keeps the names below it, and takes it off.
+        Collective: all ranks must call it. Only names that start with `prefix` are kept, without the prefix.
         """
         safe_get_full_fp32_param = quiet_deepspeed().utils.safe_get_full_fp32_param
         with self._masters_replaced_by(shards):
@@ -135,7 +135,7 @@ class Engine(ZeroState):
                 master.data.copy_(original)
 
     def flops(self, batch: Batch) -> int:
-        """Of one step on this rank, of which `batch` is a micro-batch. Collective at stage 3."""
+        """FLOPs of one step on this rank; `batch` is one of its micro-batches. Collective at stage 3."""
         batch = batch.to(self.ranks.device)
         return self.accumulation * of_training(lambda: self.module(batch))
 
@@ -146,7 +146,7 @@ class Engine(ZeroState):
 
 
 def _tune(module: nn.Module, config: EngineConfig) -> None:
-    """Hand on what concerns the network alone; asked for in vain, it is refused."""
+    """Pass on the options that concern only the network; a UserError if no network takes them."""
     networks = [part for part in module.modules() if hasattr(part, "tune")]
     for network in networks:
         network.tune(config.compile, config.checkpoint_activations)
@@ -155,9 +155,9 @@ def _tune(module: nn.Module, config: EngineConfig) -> None:
 
 
 def quiet_deepspeed() -> ModuleType:
-    """Its warnings and errors only, and no compilation of a shared-memory op that gloo does without."""
+    """DeepSpeed, logging only warnings and errors, without compiling a shared-memory op that gloo does not need."""
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ.setdefault("DS_ACCELERATOR", accelerator)  # else it guesses, and warns
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)  # otherwise it guesses, and warns
     import deepspeed
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")  # its calls
@@ -169,8 +169,8 @@ def quiet_deepspeed() -> ModuleType:
 
 @functools.cache
 def _import_muon_uncompiled() -> None:
-    """DeepSpeed imports its Muon optimizer with the first engine, and so torch's compiler: seconds of every start, for
-    functions that nothing here calls."""
+    """DeepSpeed's first engine imports its Muon optimizer, and with it torch's compiler: this would cost seconds at
+    every start, for functions that nothing here calls."""
     from deepspeed.runtime import compiler
 
     compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function

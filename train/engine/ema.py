@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, over each rank's own fp32 master shards: no communication."""
+"""Exponential moving averages of the weights, on each rank's own fp32 master shards, without communication."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from data_pipeline.common.errors import UserError
 
 
 class Ema:
-    """shadow <- d * shadow + (1 - d) * weights, d = min(decay, (1 + n) / (10 + n)) at its n-th update.
+    """shadow <- d * shadow + (1 - d) * weights, d = min(decay, (1 + n) / (10 + n)) at the n-th update.
 
-    The ramp (as in TensorFlow's ExponentialMovingAverage) lets short runs forget their random start. Beside it, for
-    each of `sigma_rels`, a power-function average, from whose snapshots one of any length is rebuilt (posthoc_ema.py):
-    d = (1 - 1/n)^(gamma + 1) (Karras et al. 2024, eq. 2).
+    The ramp (as in TensorFlow's ExponentialMovingAverage) lets short runs forget their random initial weights. In
+    addition, each of `sigma_rels` has a power-function average, d = (1 - 1/n)^(gamma + 1) (Karras et al. 2024, eq. 2);
+    posthoc_ema.py rebuilds averages of any length from their snapshots.
     """
 
     def __init__(self, master_shards: Sequence[Tensor], decay: float, sigma_rels: Sequence[float] = ()) -> None:
@@ -28,7 +28,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, master_shards: Sequence[Tensor]) -> None:
-        """After each applied step."""
+        """To be called after each applied step."""
         self.updates += 1
         weights = [shard.detach() for shard in master_shards]
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -37,20 +37,20 @@ class Ema:
             torch._foreach_lerp_(self.powers[kind], weights, 1.0 - (1.0 - 1.0 / self.updates) ** (gamma + 1.0))
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """This rank's part, by kind, cut as its master shards are."""
+        """This rank's shards of each average, by kind, with the shapes of its master shards."""
         return {"ema": self.shards, **self.powers}
 
     def scalars(self) -> dict[str, int]:
-        """What is saved beside `tensors`."""
+        """The scalars saved with `tensors`."""
         return {"updates": self.updates}
 
     def load_scalars(self, saved: dict[str, int]) -> None:
-        """`tensors` have been filled: go on counting."""
+        """Restore the update count, after `tensors` have been filled."""
         self.updates = saved["updates"]
 
 
 def power_kind(sigma_rel: float) -> str:
-    """The name under which an average of this width is saved."""
+    """The name under which the average of this relative width is saved."""
     return f"ema_{sigma_rel:g}"
 
 

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step is, and what the device could do."""
+"""FLOPs of a training step, and the peak FLOP/s of the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense peak of the matrix units in FLOP/s by the makers' data sheets: (bf16 and fp16, TF32, which fp32 may run in).
+# Dense peak FLOP/s of the matrix units by the makers' data sheets: (bf16 and fp16, TF32, which fp32 may use).
 PEAKS = {
     "A100": (312e12, 156e12),
     "H100": (989e12, 495e12),
@@ -19,11 +19,11 @@ PEAKS = {
 
 
 def of_training(forward: Callable[[], Any]) -> int:
-    """Floating-point operations of a step's matrix products and convolutions: three times the forward pass' own, as
-    backward takes two of the kind for each.
+    """Floating-point operations of a step's matrix products and convolutions: three times those of the forward pass, as
+    the backward pass needs two for each.
 
-    The pass is an extra one: counted, torch computes by other kernels, whose last bits differ. What torch can't see
-    into is left out: xformers' attention, compiled code.
+    This is an extra forward pass: while counting, torch uses other kernels, whose last bits differ. What torch can't
+    count is left out: xformers' attention, compiled code.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward()
@@ -31,7 +31,7 @@ def of_training(forward: Callable[[], Any]) -> int:
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Of one device, in FLOP/s; None where no data sheet is known, as for CPUs."""
+    """Peak of one device in FLOP/s; None if no data sheet is listed, as for CPUs."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate as a function of the number of applied steps."""
+"""The optimizer, and its learning rate as a function of the number of applied steps."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ Decay = Annotated[float, Within(0, 1, below=True)]
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Factor of the base rate: linear warm-up, then flat ("constant"), a half cosine to 0 ("cosine"), linear to 0
-    ("linear"), flat and then linear to 0 over the last `tail` of the run ("linear_tail"; warmup-stable-decay, Hu et al.
-    2024), or sqrt(start / step) from step `start` on ("inverse_sqrt", as in Karras et al. 2024, eq. 67).
+    """Factor on the base learning rate: linear warm-up, then flat ("constant"), a half cosine to 0 ("cosine"),
+    linear to 0 ("linear"), flat and then linear to 0 over the last `tail` of the run ("linear_tail";
+    warmup-stable-decay, Hu et al. 2024), or sqrt(start / step) from step `start` on ("inverse_sqrt", as in Karras et
+    al. 2024, eq. 67).
     """
 
     kind: Annotated[str, OneOf(SCHEDULES)] = "constant"
@@ -32,7 +33,7 @@ class Schedule:
         refuse_wrong(self, "optimizer.schedule")
 
     def factor(self, step: int, total: int) -> float:
-        """At applied step `step` of `total`, counted from 0."""
+        """The factor at applied step `step` of `total`, counted from 0."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.kind == "cosine":
@@ -48,7 +49,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """torch's fused AdamW (Loshchilov & Hutter 2019). Biases, norms and other vectors are not decayed."""
+    """torch's fused AdamW (Loshchilov & Hutter 2019). Biases, norms and other vectors have no weight decay."""
 
     lr: NotNegative
     schedule: Schedule
@@ -60,7 +61,7 @@ class AdamW:
         refuse_wrong(self, "optimizer")
 
     def build(self, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-        """Over the module's trainable parameters."""
+        """The optimizer of the module's trainable parameters."""
         trainable = [p for p in module.parameters() if p.requires_grad]
         groups = [
             {"params": params, "weight_decay": decay}
@@ -73,11 +74,11 @@ class AdamW:
         return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)
 
     def lr_at(self, step: int, total: int) -> float:
-        """The rate of applied step `step`."""
+        """The learning rate at applied step `step`."""
         return self.lr * self.schedule.factor(step, total)
 
 
 def set_lr(groups: Iterable[dict], lr: float) -> None:
-    """The same rate in all parameter groups."""
+    """Set the same learning rate in all parameter groups."""
     for group in groups:
         group["lr"] = lr

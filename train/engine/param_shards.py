@@ -1,4 +1,4 @@
-"""Pieces of parameters, as ZeRO deals them out."""
+"""Pieces of parameters, as ZeRO partitions them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-Shards = Sequence[Tensor]  # a rank's tensors of one kind; those of another kind are cut in the same way
+Shards = Sequence[Tensor]  # a rank's tensors of one kind; all kinds are partitioned in the same way
 
 
 class Fragment(NamedTuple):
-    """`length` values from `start` of the flattened parameter `name`: at `offset` of shard number `shard`."""
+    """`length` values of the flattened parameter `name` from `start` on, stored at `offset` of shard number `shard`."""
 
     name: str
     start: int
@@ -20,5 +20,5 @@ class Fragment(NamedTuple):
     offset: int
 
     def of(self, shards: Shards) -> Tensor:
-        """The piece itself, a view."""
+        """The piece itself, as a view."""
         return shards[self.shard].detach().view(-1).narrow(0, self.offset, self.length)

@@ -1,4 +1,4 @@
-"""Where a run stands: the same on every rank, and the only thing of the trainer's that changes."""
+"""The progress of a run: the same on every rank, and the trainer's only mutable state."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from data_pipeline.loading.batch import DataCursor
 
 @dataclass(slots=True)
 class TrainState:
-    """step: optimizer steps asked for, applied_steps: those not skipped for non-finite gradients.
+    """step: optimizer steps, skipped ones included; applied_steps: those not skipped for non-finite gradients.
 
-    passed_over: steps' worth of data that a rollback left out; rollbacks: how many there were.
+    passed_over: steps' worth of data that rollbacks left out; rollbacks: how many there were.
     """
 
     total_steps: int
@@ -28,7 +28,7 @@ class TrainState:
 
     @property
     def cursor(self) -> DataCursor:
-        """Where the data goes on: its number fixes the samples (epoch_plan.py)."""
+        """Where the data continues: the cursor's number determines the samples (epoch_plan.py)."""
         return DataCursor(self.step + self.passed_over)
 
     def advance(self, cursor: DataCursor, samples: int, applied: bool) -> None:
@@ -41,11 +41,11 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, saved: dict[str, int | str]) -> None:
-        """Go on from `saved`, to this run's own total."""
+        """Continue from `saved`; total_steps stays this run's own."""
         for name in ("step", "applied_steps", "samples_seen", "run_id", "passed_over", "rollbacks"):
             setattr(self, name, saved[name])
 
 
 def due(step: int, every: int | None, total: int | None = None) -> bool:
-    """Whether something that happens every `every` steps (None: never) happens now; at the last step it does."""
+    """Whether something due every `every` steps (None: never), and at step `total`, is due now."""
     return bool(every) and (step % every == 0 or step == total)

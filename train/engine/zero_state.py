@@ -1,4 +1,4 @@
-"""What training changes, wherever ZeRO keeps it: master weights, moments, scalars; to be saved, loaded, averaged."""
+"""Access to what training changes, wherever ZeRO stores it: master weights, moments, scalars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  
 
 
 class ZeroState:
-    """The part of Engine that reads and writes DeepSpeed's own attributes. `zero`: its optimizer."""
+    """The part of Engine that reads and writes DeepSpeed's attributes. `zero`: DeepSpeed's optimizer."""
 
     module: nn.Module
     zero: Any
@@ -24,7 +24,7 @@ class ZeroState:
     ranks: Ranks
 
     def master_shards(self) -> list[Tensor]:
-        """This rank's fp32 weights: flat partitions under ZeRO, the parameters themselves without."""
+        """This rank's fp32 weights: flat partitions with ZeRO, the parameters themselves without it."""
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             shards = getattr(self.zero, name, None)  # stage 3; stages 1 and 2; stage 1 in bf16
             if shards:
@@ -33,45 +33,45 @@ class ZeroState:
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """Of the trained parameters, whole, by name."""
+        """Full shapes of the trained parameters, by name."""
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._trained()}
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
     def fragments(self) -> list[Fragment]:
-        """What this rank's master shards are pieces of, padding left out."""
+        """The pieces of parameters in this rank's master shards, without padding."""
         if self.config.zero_stage == 0:
             return [Fragment(name, 0, p.numel(), i, 0) for i, (name, p) in enumerate(self._trained())]
         if self.config.zero_stage == 3:
             return [f for name, p in self._trained() if (f := self._fragment_at_stage_3(name, p)).length > 0]
         found = []
         for name, parameter in self._trained():
-            if (mapping := parameter._hp_mapping) is not None:  # None: all of it is other ranks'
+            if (mapping := parameter._hp_mapping) is not None:  # None: other ranks hold all of it
                 whole, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
                 found.append(Fragment(name, whole.start, whole.numel, mapping.param_group_index, flat.start))
         return found
 
     def _fragment_at_stage_3(self, name: str, parameter: nn.Parameter) -> Fragment:
-        """Each parameter is cut evenly over the ranks, the last part padded."""
+        """Each parameter is split evenly over the ranks; the last part is padded."""
         shard, offset, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
         start = self.ranks.rank * length
         return Fragment(name, start, min(length, parameter.ds_numel - start), shard, offset)
 
     def fragments_to_save(self) -> list[Fragment]:
-        """Those that no other rank saves. Without ZeRO all ranks hold all, and take turns."""
+        """The fragments that only this rank saves. Without ZeRO all ranks hold all, and each saves its share."""
         if self.config.zero_stage:
             return self.fragments()
         return [f for i, f in enumerate(self.fragments()) if i % self.ranks.world_size == self.ranks.rank]
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """Master weights and Adam's moments of this rank, by kind, cut alike."""
+        """This rank's master weights and Adam moments, by kind, all partitioned alike."""
         masters = self.master_shards()
         states = [self._adam_state(master) for master in masters]
         return {"weight": masters, **{kind: [state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq")}}
 
     def _adam_state(self, master: Tensor) -> dict[str, Tensor]:
-        """As torch makes it at the first step, which may not have been."""
+        """The state as torch creates it at the first step, created here if no step was taken yet."""
         state = getattr(self.zero, "optimizer", self.zero).state[master]
         if "exp_avg" not in state:
             step = torch.zeros((), device=master.device)
@@ -79,7 +79,7 @@ class ZeroState:
         return state
 
     def scalars(self) -> dict[str, float]:
-        """What is saved beside `tensors`, the same on all ranks."""
+        """The scalars saved with `tensors`; the same on all ranks."""
         step = max(float(self._adam_state(master)["step"]) for master in self.master_shards())
         if self.config.dtype != "fp16":
             return {"adam_step": step}
@@ -87,7 +87,7 @@ class ZeroState:
 
     @torch.no_grad()
     def after_loading(self, scalars: dict[str, float]) -> None:
-        """`tensors` have been filled: set the rest, and the weights that the module computes with. Collective."""
+        """Once `tensors` are filled, set the scalars, and the weights that the module computes with. Collective."""
         for master in self.master_shards():
             self._adam_state(master)["step"].fill_(scalars["adam_step"])
         for name in LOSS_SCALE if self.config.dtype == "fp16" else ():

@@ -1,4 +1,4 @@
-"""What a run consists of: put together once by fit.py, used by the loop and by the actions within it."""
+"""The parts of a run: assembled once by fit.py, used by the loop and its actions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from train.runs.metrics import Reporter
 
 
 class TrainedModel(NamedTuple):
-    """What is trained: the parameters of `objective`, which computes the loss. `prefix` + name is a parameter of the
-    network in it whose EMA weights are the result; `name` stands before each message."""
+    """The model to train: the parameters of `objective`, which computes the loss. The EMA weights of the
+    parameters whose names start with `prefix` are the result; `name` starts each message."""
 
     name: str
     objective: nn.Module
@@ -28,7 +28,7 @@ class TrainedModel(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TrainingContext:
-    """The parts of a run: the same objects to its end, also over rollbacks. Training changes what they hold."""
+    """The parts of a run: the same objects until its end, even after rollbacks. Training changes their contents."""
 
     model: TrainedModel
     engine: Engine
@@ -37,27 +37,27 @@ class TrainingContext:
     checkpoints: Checkpoints
     reporter: Reporter
     watchdog: Heart
-    preemption: Preemption = field(default_factory=Preemption)  # hears signals from now on
+    preemption: Preemption = field(default_factory=Preemption)  # catches signals from now on
 
     @property
     def ranks(self) -> Ranks:
         return self.engine.ranks
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The network's EMA weights by its own names, whole, fp32, on the CPU of every rank. Collective."""
+        """The network's full EMA weights by its own names, in fp32, on the CPU of every rank. Collective."""
         return self.engine.full_state_dict(self.ema.shards, prefix=self.model.prefix)
 
     def save(self) -> None:
-        """Take a checkpoint of the present state; it is written while training goes on."""
+        """Save a checkpoint of the present state; it is written while training goes on."""
         self.watchdog.beat("save", self.state.step)
         self.checkpoints.save(self.engine, self.ema, self.state)
 
     def roll_back(self, before: int) -> bool:
-        """To the newest intact checkpoint of a step up to `before`; false if there is none."""
+        """Go back to the newest intact checkpoint of a step up to `before`; false if there is none."""
         self.watchdog.beat("start", self.state.step)  # reading a checkpoint may take long
         return self.checkpoints.roll_back(self.engine, self.ema, self.state, before)
 
     def say(self, sentence: str) -> None:
-        """To the terminal, once for all ranks."""
+        """Print a sentence, on rank 0 only."""
         if self.ranks.is_main:
             print(f"{self.model.name}: {sentence}", flush=True)

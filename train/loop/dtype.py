@@ -1,4 +1,4 @@
-"""What a training computes in: engine.dtype=auto is decided once, before the run's identity, alike on all ranks."""
+"""The dtype of training: engine.dtype=auto is resolved once, before the run's identity, and alike on all ranks."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from train.engine.config import DTYPES
 
 log = logging.getLogger(__name__)
 CHOICES = ("auto", *DTYPES)
-LEAST_FIRST = ("fp32", "fp16", "bf16")  # a machine that is best in one can do those before it
-STAND_IN = "LDT_CPU_BF16"  # 0 or 1: take this CPU for one without or with bf16 instructions, as in tests
+LEAST_FIRST = ("fp32", "fp16", "bf16")  # a machine whose best is one of these can also use those before it
+STAND_IN = "LDT_CPU_BF16"  # 0 or 1: treat this CPU as one without or with bf16 instructions, for tests
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # the last two are ARM's
-ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN takes the first that is set, in any case of letters
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN uses the first that is set, in upper or lower case
 ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 class Chosen(NamedTuple):
-    """One of DTYPES, and why it is, for the log and config.yaml."""
+    """One of DTYPES, and the reason for it, for the log and config.yaml."""
 
     dtype: str
     because: str
 
 
 class Saved(NamedTuple):
-    """The checkpoint that a run goes on from: where it lies, and what it was trained in."""
+    """The checkpoint that a run resumes from: its path, and the dtype of its training."""
 
     path: str
     dtype: str
 
 
 def settled(engine: Mapping[str, Any], places: Places, ranks: Ranks) -> Chosen:
-    """For a run that keeps its checkpoints there, and says so, before it may be refused. Collective."""
+    """The dtype of a run with checkpoints at `places`; printed before later checks may refuse the run. Collective."""
     refuse_wrong_values({"dtype": engine["dtype"]}, {"dtype": Annotated[str, OneOf(CHOICES)]}, "engine.")
     saved = broadcast_object(saved_there(places) if ranks.is_main else None)
     best = common(gathered_objects(best_here(ranks.device)))
@@ -57,13 +57,13 @@ def settled(engine: Mapping[str, Any], places: Places, ranks: Ranks) -> Chosen:
 
 
 def by_machine(engine: Mapping[str, Any], best: Chosen) -> Chosen:
-    """The machines' best, where the other options go with it."""
+    """The best dtype of the machines, or fp32 if the other options need it."""
     why = only_fp32(engine)
     return Chosen("fp32", why) if why else best
 
 
 def common(of_ranks: Sequence[Chosen]) -> Chosen:
-    """What every rank's machine can do, where they differ."""
+    """The best dtype that every rank's machine supports."""
     least = min(of_ranks, key=lambda of_rank: LEAST_FIRST.index(of_rank.dtype))
     those = [str(rank) for rank, of_rank in enumerate(of_ranks) if of_rank.dtype == least.dtype]
     if len(those) == len(of_ranks):
@@ -73,7 +73,7 @@ def common(of_ranks: Sequence[Chosen]) -> Chosen:
 
 
 def kept(saved: Saved, fresh: Chosen, device: torch.device) -> Chosen:
-    """A resumed run's, whatever machine it goes on at. fresh: what a new run would take there."""
+    """The dtype of a resumed run, independent of its machine now. fresh: what a new run would use there."""
     if saved.dtype == "fp16" and device.type != "cuda":
         raise UserError(
             f"{saved.path} was trained in fp16, which needs a GPU: go on where there is one, or in {fresh.dtype} by "
@@ -87,7 +87,7 @@ def kept(saved: Saved, fresh: Chosen, device: torch.device) -> Chosen:
 
 
 def saved_there(places: Places) -> Saved | None:
-    """Of the newest checkpoint; what is no dtype is left to be refused where all of it is compared."""
+    """The newest checkpoint and its dtype; None if it has no valid one, which comparing identities refuses later."""
     found = newest_whole(places.checkpoints)
     identity = found.saved.get("identity") if found else None
     dtype = identity.get("dtype") if isinstance(identity, dict) else None
@@ -95,7 +95,7 @@ def saved_there(places: Places) -> Saved | None:
 
 
 def only_fp32(engine: Mapping[str, Any]) -> str | None:
-    """Why these options go with fp32 alone, where they do: engine.py refuses them with others."""
+    """Why these options need fp32, or None if they do not: EngineConfig refuses them with another dtype."""
     if engine["zero_stage"] == 0:
         return "DeepSpeed keeps no fp32 master weights beside others at ZeRO stage 0"
     if engine["offload"] == "optimizer" and engine["zero_stage"] in (1, 2):
@@ -104,24 +104,24 @@ def only_fp32(engine: Mapping[str, Any]) -> str | None:
 
 
 def cost_of_bf16(best: Chosen) -> str:
-    """Where the machines are best in something else. Of a CPU it is measured, a step of a small U-Net: 2 times with
-    AVX-512 alone, 9 times with AVX2."""
+    """What bf16 costs on machines whose best dtype is another. Measured on CPUs, for a step of a small U-Net: 2 times
+    as long with AVX-512 alone, 9 times with AVX2."""
     times = "two to nine" if best.dtype == "fp32" else "several"
     return f"{best.because}, and bf16 takes {times} times as long there as {best.dtype}"
 
 
 def best_here(device: torch.device) -> Chosen:
-    """What this rank's machine is fastest in, of 16 bits or more."""
+    """The fastest dtype of 16 bits or more on this rank's machine."""
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
         return Chosen("bf16" if has else "fp16", f"this GPU has {'' if has else 'no '}bf16 instructions")
-    # Kernels in torch are not enough: it has them for AVX-512 alone, too, and emulates the instructions there.
+    # Kernels in torch are not enough: it also has them for AVX-512 alone, where it emulates the instructions.
     kernels = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return of_cpu(torch.cpu.get_capabilities(), kernels, os.environ)
 
 
 def of_cpu(capabilities: Mapping[str, Any], kernels: bool, environment: Mapping[str, str]) -> Chosen:
-    """By its instructions; whether torch has kernels for bf16 on it; and what keeps oneDNN, whose they are, from it."""
+    """The best dtype of a CPU: by its instructions, torch's bf16 kernels, and limits on oneDNN, which provides them."""
     has, because = _cpu_has_bf16(capabilities, kernels, environment)
     return Chosen("bf16" if has else "fp32", because)
 

@@ -1,4 +1,4 @@
-"""A training from its first step, or its last checkpoint, to its end: what all the entries that train call."""
+"""Training from the first step, or the last checkpoint, to the end: called by all entry scripts that train."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ MakeActions = Callable[[TrainingContext], list[Action]]
 def fit(
     model: TrainedModel, recipe: Recipe, run: RunFolder, identity: dict[str, Any], make_actions: MakeActions
 ) -> dict[str, Tensor]:
-    """Train to the end, from a checkpoint where there is one. Returns the EMA weights, whole, on every rank.
+    """Train to the end, from a checkpoint if there is one. Returns the full EMA weights on every rank.
 
-    identity: what a resumed run must have in common with its checkpoint, beside what the recipe tells.
+    identity: what a resumed run must share with its checkpoint, in addition to the recipe's identity.
     """
     ranks, training = run.ranks, recipe.training
     with Heartbeat(run.path / "heartbeats", ranks, training.hang_timeout_s) as watchdog:
@@ -57,7 +57,7 @@ def fit(
 def resumed(
     model: TrainedModel, recipe: Recipe, run: RunFolder, identity: dict[str, Any], watchdog: Heart
 ) -> TrainingContext:
-    """The parts of a run, in the state of its checkpoint where there is one."""
+    """The parts of a run, restored from its checkpoint if there is one."""
     ranks, training = run.ranks, recipe.training
     engine = Engine(model.objective, recipe.optimizer, recipe.engine, ranks, training.batch_size, training.accumulation)
     ema = Ema(engine.master_shards(), training.ema_decay, training.power_ema)
@@ -75,7 +75,7 @@ def resumed(
 
 
 def refuse_to_begin_anew_in_silence(run: RunFolder, training: Training) -> None:
-    """There is no checkpoint, though there was a run: killed before its first one, or its checkpoints are lost."""
+    """For a run that logged steps but has no checkpoint: killed before the first, or its checkpoints are lost."""
     last = broadcast_object(run.last_step_logged() if run.ranks.is_main else None)
     if training.resume == "auto" and training.save_every and last > 2 * training.save_every:
         raise UserError(
@@ -87,13 +87,13 @@ def refuse_to_begin_anew_in_silence(run: RunFolder, training: Training) -> None:
 
 
 def size_of(engine: Engine) -> str:
-    """How many parameters, whole."""
+    """The number of parameters, over all ranks, as text."""
     size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
     return f"{size / 1e6:.2f} M parameters"
 
 
 def how_it_runs(recipe: Recipe, ranks: Ranks) -> str:
-    """Where, in what precision, and how the batch is cut: size of a micro-batch x accumulation x ranks."""
+    """Device, precision, and how the batch is split: size of a micro-batch x accumulation x ranks."""
     training, world_size = recipe.training, ranks.world_size
     micro_batch = training.batch_size // (world_size * training.accumulation)
     return (
@@ -103,7 +103,7 @@ def how_it_runs(recipe: Recipe, ranks: Ranks) -> str:
 
 
 def roll_back(context: TrainingContext, watch: Watch, bad: NumbersWentBad) -> None:
-    """To the last checkpoint before it, past the data in between; what can't be mended so is a UserError."""
+    """Go back to the last checkpoint before the fault, skipping the data in between; UserError if that can't help."""
     state = context.state
     gone_bad, rollbacks = state.step, state.rollbacks
     remedy = "lower optimizer.lr, or look for broken values in the data (skipped.jsonl names the samples)."
@@ -117,7 +117,7 @@ def roll_back(context: TrainingContext, watch: Watch, bad: NumbersWentBad) -> No
 
 
 def say_what_was_skipped(context: TrainingContext, watch: Watch) -> None:
-    """Of all steps; where it was most of them, the run is not a result: a UserError."""
+    """Report the number of skipped steps; UserError if they are more than half, as the result is then useless."""
     state = context.state
     skipped = state.step - state.applied_steps
     if 2 * skipped > state.step:

@@ -1,7 +1,7 @@
-"""A rank that hangs or starves ends the run: each rank says what it is at, and a thread of each watches the clock.
+"""Ends a run of which a rank hangs or starves: each rank records its phase, and a thread on each watches the clock.
 
-<run>/heartbeats/rank-00000.json is what a rank is at. Past its time a rank looks at all of them, says whom everyone
-waits for, shows its own stacks, and leaves at once with HUNG; the launcher takes the others down.
+<run>/heartbeats/rank-00000.json has the phase of a rank. A rank that exceeds its timeout reads all of them, names the
+rank that all wait for, prints its own stacks, and exits at once with HUNG; the launcher then ends the others.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from train.engine.train_state import TrainState
 
 HUNG = 76
 WAITS_FOR_OTHERS = ("step",)  # a rank in this phase may be waiting in a collective
-SLOW = ("start", "first step", "actions", "save", "finish")  # compiling, drawing, writing
+SLOW = ("start", "first step", "actions", "save", "finish")  # phases that compile, sample or write
 SLOW_FACTOR = 6.0
 BEATS_PER_TIMEOUT = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """What a rank last said of itself; times by its own clock."""
+    """The last report of a rank about itself; times are from its own clock."""
 
     rank: int
     host: str
@@ -51,13 +51,13 @@ class Sign:
 
 
 class Heart:
-    """Says nothing, and watches nothing."""
+    """A heartbeat that does nothing."""
 
     def beat(self, phase: str, step: int) -> None:
-        """A phase begins: there is progress."""
+        """Report that a phase begins, which counts as progress."""
 
     def watched(self, batches: Iterator[Batch], state: TrainState, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; waiting for one is phase data, what is done with it phase step."""
+        """The same batches; waiting for one is phase "data", processing it phase "step"."""
         first = True
         while True:
             self.beat("data", state.step)
@@ -68,7 +68,7 @@ class Heart:
 
 
 class Heartbeat(Heart):
-    """`with Heartbeat(folder, ranks, 300) as heart:`; hang_timeout_s: for a step or a batch, 6 times that for SLOW."""
+    """`with Heartbeat(folder, ranks, 300) as heart:`; hang_timeout_s: for a step or a batch; 6 times it for SLOW."""
 
     def __init__(self, folder: Path, ranks: Ranks, hang_timeout_s: float) -> None:
         self.folder, self.ranks, self.timeout = folder, ranks, hang_timeout_s
@@ -111,13 +111,13 @@ class Heartbeat(Heart):
         while not self.stopped.wait(self.interval):
             late = time.monotonic() - last - self.interval
             last += self.interval + late
-            if late > self.interval:  # stopped and continued: that was not this rank's fault
+            if late > self.interval:  # the process was stopped and continued, which is no hang
                 self.began += late
-            # Of C, for when a call that never returns keeps Python from running this thread.
+            # A timer in C, in case a call that never returns keeps Python from running this thread.
             faulthandler.dump_traceback_later(self.timeout * SLOW_FACTOR, exit=True, file=sys.__stderr__)
             try:
                 self._look()
-            except Exception as error:  # a thread that ended would leave the timer to end a healthy rank
+            except Exception as error:  # if this thread ended, the timer would kill a healthy rank
                 _say(f"{self._sign()}: the watch failed with {type(error).__name__}: {error}")
 
     def _look(self) -> None:
@@ -131,7 +131,7 @@ class Heartbeat(Heart):
         return self.timeout * (SLOW_FACTOR if phase in SLOW else 1.0)
 
     def _name_shards(self) -> None:
-        """Of the batch that is waited for, where the loader tells."""
+        """Note the shards of the awaited batch, if the loader names them."""
         names = getattr(self.loader, "shards_of", None)
         if self.phase == "data" and not self.shards and self.state is not None and names is not None:
             self.shards = ", ".join(names(self.state.cursor.step))
@@ -142,7 +142,7 @@ class Heartbeat(Heart):
         return Sign(self.ranks.rank, self.host, self.phase, self.step, self.shards, since, now)
 
     def _write(self) -> None:
-        """Not synced, as it is for the living; a full disk is none of its business."""
+        """Written without a sync, as only running ranks read it; a full disk is ignored."""
         with contextlib.suppress(OSError):
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(json.dumps(asdict(self._sign())))
@@ -165,7 +165,7 @@ class Heartbeat(Heart):
 
 
 def read_signs(folder: Path, world_size: int) -> list[Sign]:
-    """Every rank's; of one that never wrote any, that it is still to begin."""
+    """The sign of every rank; a rank that has not written any is taken to be in phase start."""
     signs = []
     for rank in range(world_size):
         try:
@@ -176,8 +176,8 @@ def read_signs(folder: Path, world_size: int) -> list[Sign]:
 
 
 def slowest(signs: list[Sign], now: float, silence: float) -> Sign:
-    """Whom the others wait for: one that is silent, else one behind the others, else one that waits for none of them,
-    else the one that is at it for longest."""
+    """The rank that the others wait for: a silent one, else one behind in steps, else one not waiting in a collective,
+    else the one longest in its phase."""
     return min(
         signs,
         key=lambda sign: (sign.silent_for(now) < silence, sign.step, sign.phase in WAITS_FOR_OTHERS, sign.since),

@@ -1,4 +1,4 @@
-"""What is measured between two logged steps: losses, throughput, memory."""
+"""Measurements between two logged steps: losses, throughput, memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from train.engine.flops import peak
 
 @dataclass(slots=True)
 class Interval:
-    """What has come since the last log line; times by the monotonic clock."""
+    """Sums since the last log line; times from the monotonic clock."""
 
     began: float
     last: float  # when the last step ended
-    away: float = 0.0  # seconds in between that were not training
-    waited: float = 0.0  # seconds for batches
+    away: float = 0.0  # seconds not spent training
+    waited: float = 0.0  # seconds spent waiting for batches
     steps: int = 0
     skipped: int = 0
     lr: float = 0.0
@@ -42,11 +42,11 @@ class Meter:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.shown: dict[str, str] = {}
-        self.flops = 0  # of a step, on this rank
+        self.flops = 0  # of one step, on this rank
         self.since = Interval.now()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, the time spent waiting for each counted."""
+        """The same batches; adds up the time spent waiting for them."""
         while True:
             started = time.monotonic()
             batch = next(batches)
@@ -54,24 +54,24 @@ class Meter:
             yield batch
 
     def add(self, result: StepResult) -> None:
-        """Count a step in."""
+        """Add a step."""
         since = self.since
         since.steps += 1
         since.skipped += not result.applied
         since.lr = result.lr
-        for name, value in result.parts.items():  # one that is not finite would hide all others
+        for name, value in result.parts.items():  # one non-finite value would hide all others
             counted = value if result.applied else torch.zeros_like(value)
             since.sums[name] = since.sums.get(name, 0.0) + counted
         since.last = time.monotonic()
 
     def restart_clock(self) -> None:
-        """Leave out of the rate what passed since the last step: it was not training."""
+        """Exclude the time since the last step, which was not training, from the rate."""
         now = time.monotonic()
         self.since.away += now - self.since.last
         self.since.last = now
 
     def summary(self, engine: Engine) -> dict[str, float]:
-        """What a log line says, of the time since the last one; collective, as the losses are means over all ranks."""
+        """The values of a log line, since the last one. Collective, as the losses are means over all ranks."""
         since = self.since
         names = sorted(since.sums)
         means = mean_over_ranks(torch.stack([since.sums[name] for name in names]).double()).tolist()
@@ -94,7 +94,7 @@ class Meter:
 
 
 def utilisation(engine: Engine, achieved: float) -> dict[str, float]:
-    """Model FLOPs a second on this rank and, where a data sheet says what it could do, their share of that."""
+    """Model FLOP/s on this rank and, if the device's peak is known, their share of it (MFU)."""
     if not achieved:
         return {}
     most = peak(engine.ranks.device, engine.dtype)
@@ -102,7 +102,7 @@ def utilisation(engine: Engine, achieved: float) -> dict[str, float]:
 
 
 def peak_memory_gb() -> float:
-    """Highest so far: the device's on CUDA, else the process'."""
+    """Peak memory so far: of the device on CUDA, otherwise of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""What a training is made of: its options, and what each of the four trainings gives the loop."""
+"""The options of training, and what each of the four training scripts gives the loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from train.engine.optimizer import AdamW
 from train.loop.dtype import settled
 from train.loop.stability_monitor import BadNumbers
 
-# Of an entry's own options, those that some of them have; checked before anything is built of them.
+# Options that only some entry scripts have; checked before anything is built from them.
 OPTIONS = {
     "seed": int,
     "fold": Count,
@@ -48,9 +48,9 @@ OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How long, in what batches, and how it is followed. batch_size is global: over all ranks and accumulation.
+    """Steps, batches, checkpoints and logging. batch_size is global: over all ranks and accumulation.
 
-    micro_batch: what a rank takes at once; accumulation then follows from the number of ranks.
+    micro_batch: samples per rank and forward pass; accumulation then follows from the number of ranks.
     """
 
     steps: Count
@@ -65,17 +65,17 @@ class Training:
     keep_every: Count | None = None
     asynchronous_save: bool = True
     checkpoints: str | None = None  # another folder or s3://bucket/prefix; None: in the run's folder
-    scratch: str | None = None  # of each node, for what goes to and comes from a bucket
+    scratch: str | None = None  # folder on each node, for uploads and downloads
     resume: Annotated[str, OneOf(RESUME)] = "auto"
     may_change: Sequence[str] = ()
     bad_numbers: BadNumbers = field(default_factory=BadNumbers)
     wandb_project: str | None = None
-    hang_timeout_s: Annotated[float, Within(1)] = 300.0  # for a step; six times that for a save or what else is slow
+    hang_timeout_s: Annotated[float, Within(1)] = 300.0  # for a step; 6 times it for slow phases, such as a save
 
     def __post_init__(self) -> None:
         refuse_wrong(self, "training")
         for width in self.power_ema:
-            gamma_of(width)  # refuses what is none
+            gamma_of(width)  # refuses invalid widths
         if self.micro_batch is not None and self.accumulation != 1:
             raise UserError(
                 f"training.accumulation={self.accumulation} and training.micro_batch={self.micro_batch} both say how a "
@@ -90,13 +90,13 @@ class Training:
 
     @property
     def saving(self) -> CheckpointConfig:
-        """How its checkpoints are written and kept."""
+        """How this run's checkpoints are written and kept."""
         return CheckpointConfig(
             self.keep_checkpoints, self.keep_every, self.asynchronous_save, tuple(self.may_change), self.scratch
         )
 
     def over(self, world_size: int) -> Training:
-        """With accumulation as the micro-batch asks for; a global batch that the ranks can't share is refused."""
+        """With accumulation computed from micro_batch; UserError if the ranks can't share the global batch."""
         if self.micro_batch is None:
             self.check(world_size)
             return self
@@ -109,7 +109,7 @@ class Training:
         return replace(self, accumulation=self.batch_size // at_once, micro_batch=None)
 
     def check(self, world_size: int) -> None:
-        """A global batch that the ranks can't share is refused before anything is loaded."""
+        """UserError, before anything is loaded, if the ranks can't share the global batch."""
         parts = world_size * self.accumulation
         if self.batch_size % parts:
             raise UserError(
@@ -120,7 +120,7 @@ class Training:
 
 
 def refuse_wrong_entry(cfg: Any) -> None:
-    """An entry's own options that can't be."""
+    """UserError for invalid values of an entry script's own options."""
     groups = {"": cfg, "objective.": cfg.get("objective") or {}}
     found = {prefix + name: value for prefix, group in groups.items() for name, value in group.items()}
     refuse_wrong_values({name: value for name, value in found.items() if name in OPTIONS}, OPTIONS)
@@ -128,18 +128,18 @@ def refuse_wrong_entry(cfg: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that the training entries have in common; make_loader lacks only the ranks and where to start."""
+    """What all training scripts have in common; make_loader only needs the ranks and where to start."""
 
     training: Training
     optimizer: AdamW
     engine: EngineConfig
     make_loader: Callable[..., Iterable[Batch]]
-    data_order: dict[str, Any]  # what the order of the samples depends on, beside the seed and the data set
+    data_order: dict[str, Any]  # what sample order depends on, besides seed and data
     dtype_because: str = "given by name"  # why the engine has its dtype
 
     @classmethod
     def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:
-        """From an entry's configuration by hydra's instantiate; what doesn't fit together is refused."""
+        """Build from an entry script's configuration by hydra's instantiate; UserError for options that do not fit."""
         refuse_wrong_entry(cfg)
         data = build(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed)
         order = {
@@ -163,12 +163,12 @@ class Recipe:
         )
 
     def check(self, ranks: Ranks) -> None:
-        """Refuse damaged shards, and streams that can't be shared, before the run's folder is made."""
+        """Refuse damaged shards, and streams that the ranks can't share, before the run's folder is made."""
         self.loader(ranks, DataCursor())
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with its checkpoint. The learning rate and its schedule may change."""
+        """What a resumed run must share with its checkpoint. The learning rate and its schedule may change."""
         training, optimizer = self.training, self.optimizer
         moments = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
         batch = {"batch_size": training.batch_size}

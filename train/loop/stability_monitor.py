@@ -1,4 +1,4 @@
-"""When training's numbers go bad: steps skipped in a row, or a loss far above what it was."""
+"""Detects unstable training: many steps skipped in a row, or a loss far above its usual value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class NumbersWentBad(Exception):
-    """The run can't go on from here. good_step: the last one that nothing was wrong with."""
+    """Training has become unstable, and must be rolled back. good_step: the last step without a fault."""
 
     def __init__(self, why: str, good_step: int) -> None:
         super().__init__(why)
@@ -30,9 +30,8 @@ class NumbersWentBad(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BadNumbers:
-    """What is borne. spike_factor: of the median of the last `spike_window` logged losses; None: any loss is.
-
-    max_rollbacks: how often a run goes back to a checkpoint, past the window of data that it went bad in.
+    """Limits. spike_factor: a loss this many times the median of the last `spike_window` logged ones is a spike;
+    None: no loss is. max_rollbacks: how often a run may go back to a checkpoint, past the data that it failed on.
     """
 
     max_skipped: int = 100
@@ -51,17 +50,17 @@ class BadNumbers:
 
 @dataclass(slots=True)
 class Watch:
-    """Follows a run on every rank; all come to the same end at the same step, as skips and logged losses are global."""
+    """Monitors a run on every rank; all decide alike at the same step, as skips and logged losses are global."""
 
     limits: BadNumbers
     ranks: Ranks
-    notes: Path  # skipped.jsonl: which samples were in the steps that were not applied
+    notes: Path  # skipped.jsonl: the samples of steps that were not applied
     skipped: int = 0
     good_step: int = 0
     losses: deque[float] = field(default_factory=deque)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Note a step that was not applied, with its samples."""
+        """Record a step that was not applied, with its samples; NumbersWentBad after too many in a row."""
         if result.applied:
             self.skipped = 0
             return
@@ -72,13 +71,13 @@ class Watch:
         self.note({"step": state.step, "skipped": "gradients not finite", "keys": keys})
         if self.skipped >= self.limits.max_skipped:
             why = f"the gradients of {self.skipped} steps in a row, up to step {state.step}, were not finite"
-            raise NumbersWentBad(why, state.step - self.skipped)  # skipped steps changed nothing
+            raise NumbersWentBad(why, state.step - self.skipped)  # skipped steps changed no weights
 
     def after_log(self, step: int, loss: float) -> None:
-        """A loss that has been averaged over all ranks."""
+        """Check a logged loss, which is the mean over all ranks; NumbersWentBad if it is a spike."""
         usual = statistics.median(self.losses) if len(self.losses) >= self.limits.spike_window else None
         factor = self.limits.spike_factor
-        # NaN is the loss where all steps were skipped, which are counted by themselves.
+        # The loss is NaN if all steps were skipped; those are counted separately.
         if factor is not None and usual is not None and loss >= factor * usual:
             why = f"the loss of step {step} is {loss:.4g}, {loss / usual:.1f} times what it was"
             raise NumbersWentBad(why, self.good_step)
@@ -90,7 +89,7 @@ class Watch:
             self.good_step = step
 
     def after_rollback(self, from_step: int, step: int, why: str) -> None:
-        """Begin anew at `step`, and note it."""
+        """Start over from `step`, and record the rollback."""
         self.skipped, self.good_step = 0, step
         self.note({"step": from_step, "rolled_back_to": step, "why": why})
 

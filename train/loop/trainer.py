@@ -1,4 +1,4 @@
-"""The loop, and what happens periodically in it. It knows no model, no diffusion and no configuration."""
+"""The training loop and its periodic actions; independent of the model, of diffusion and of the configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.loop.stability_monitor import Watch
 
 
 class Action(NamedTuple):
-    """Something done by all ranks every `every` steps (None: never), and at the last one."""
+    """Something that all ranks do every `every` steps (None: never) and at the last step."""
 
     every: int | None
     run: Callable[[TrainState], None]
@@ -26,7 +26,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """How often, in steps."""
+    """How often to log and save, in steps."""
 
     log_every: int = 50
     save_every: int | None = 1000  # None: at the last step only
@@ -47,9 +47,9 @@ class Trainer:
         self.meter = Meter(context.engine.batch_size)
 
     def fit(self) -> None:
-        """Train to the end, or to a signal: then save, and leave with stop_request.EXIT_CODE.
+        """Train to the end, or until a signal: then save, and exit with stop_request.EXIT_CODE.
 
-        NumbersWentBad is raised by all ranks at once.
+        All ranks raise NumbersWentBad together.
         """
         context, state, meter = self.context, self.context.state, self.meter
         batches = context.watchdog.watched(meter.timed(iter(self.batches)), state, self.batches)
@@ -76,8 +76,8 @@ class Trainer:
         self.watch.after_step(state, result)
 
     def _log_when_due(self) -> None:
-        """First, then the actions, then the save: so a kill in between loses no row. Those past the last checkpoint
-        are cut, and come again."""
+        """Called before the actions and the save, so that a kill in between loses no row: rows past the last
+        checkpoint are cut, and logged again."""
         context, state = self.context, self.context.state
         if due(state.step, self.cadence.log_every, state.total_steps):
             values = self.meter.summary(context.engine)
@@ -85,7 +85,7 @@ class Trainer:
             self.watch.after_log(state.step, values["loss"])
 
     def _act_when_due(self) -> None:
-        """The entry's own actions: validate, preview."""
+        """Run the entry script's own actions: validation, previews."""
         state = self.context.state
         for action in self.actions:
             if due(state.step, action.every, state.total_steps):
@@ -98,7 +98,7 @@ class Trainer:
         self.context.checkpoints.raise_if_failed()
         if state.finished:
             self._save_and_wait()
-        elif due(state.step, self.cadence.save_every) and not self.watch.skipped:  # the way back stays kept
+        elif due(state.step, self.cadence.save_every) and not self.watch.skipped:  # keep what to roll back to
             self._save()
 
     def _stop_when_asked(self, bar: Progress) -> None:
@@ -114,7 +114,7 @@ class Trainer:
         self.meter.restart_clock()
 
     def _save_and_wait(self) -> None:
-        """Until it is published: then any rank may leave."""
+        """Save and wait until the checkpoint is published: then any rank may exit."""
         self._save()
         self.context.checkpoints.finish()
         barrier()

@@ -1,4 +1,4 @@
-"""What the entry scripts that train share: all ranks join and leave in order, and figures of the EMA weights."""
+"""Shared by the entry scripts that train: joining and leaving the process group, and validation of the EMA weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.loop.trainer import Action
 
 
 def on_all_ranks(train: Callable[[Any, Ranks], None]) -> Callable[[Any], None]:
-    """The `main(cfg)` of an entry: `train(cfg, ranks)` within a process group."""
+    """The `main(cfg)` of an entry script: runs `train(cfg, ranks)` within a process group."""
 
     def main(cfg: Any) -> None:
         ranks = find_ranks()
@@ -27,7 +27,7 @@ def on_all_ranks(train: Callable[[Any, Ranks], None]) -> Callable[[Any], None]:
 def with_averaged_weights(
     context: TrainingContext, network: nn.Module, run: Callable[[TrainState], None]
 ) -> Callable[[TrainState], None]:
-    """`run`, with the EMA weights in `network`: a copy of the trained one, of its shape, beside the engine."""
+    """`run`, after loading the EMA weights into `network`: a copy of the trained network outside the engine."""
 
     def loaded_first(state: TrainState) -> None:
         network.load_state_dict(context.averaged_weights())
@@ -39,7 +39,7 @@ def with_averaged_weights(
 def validation(
     context: TrainingContext, network: nn.Module, every: int | None, measure: Callable[[], dict[str, float]]
 ) -> Action:
-    """Every `every` steps rank 0 logs the figures that `measure()` takes of `network` with the EMA weights in it."""
+    """Every `every` steps, rank 0 logs the figures that `measure()` returns, with the EMA weights in `network`."""
 
     def log(state: TrainState) -> None:
         if context.ranks.is_main:

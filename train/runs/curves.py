@@ -1,4 +1,4 @@
-"""What a person looks at: curves in the terminal and as plots; grids are data_pipeline's."""
+"""Curves in the terminal and as plots; grids are in data_pipeline/images/grid.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """A line of bars from the lowest (▁) to the highest (█) value, at most `width` of them, each a mean."""
+    """A line of at most `width` bars, each a mean, from the lowest (▁) to the highest (█)."""
     if not values:
         return ""
     means = [float(np.mean(part)) for part in np.array_split(np.asarray(values, float), min(width, len(values)))]
@@ -22,13 +22,13 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 def curve_line(name: str, rows: Sequence[Mapping[str, float]], key: str) -> str:
     """`name ▁▂▃ first -> last`, from metrics rows."""
-    values = [row[key] for row in rows if row.get(key) is not None]  # None: was not finite
+    values = [row[key] for row in rows if row.get(key) is not None]  # None: not finite
     return f"{name} {sparkline(values)} {values[0]:.4g} -> {values[-1]:.4g}" if values else f"{name}: no figures"
 
 
 def plot_curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], path: Path) -> Path:
-    """A panel a key over steps, as PNG."""
-    from matplotlib.figure import Figure  # pyplot would take as long again, and look for a window
+    """Save a PNG with one panel per key, over steps."""
+    from matplotlib.figure import Figure  # pyplot takes as long again to import, and looks for a display
 
     figure = Figure(figsize=(4.5 * len(keys), 3), layout="constrained")
     axes = figure.subplots(1, len(keys), squeeze=False)

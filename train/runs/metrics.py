@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, which is the truth, and W&B beside it. Rank 0 only; the others report to no one."""
+"""Reporters of metrics: metrics.jsonl, the authoritative copy, and W&B. On rank 0; other ranks report nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
-    """Values and pictures by step."""
+    """Takes values and pictures by step."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def image(self, step: int, name: str, path: Path) -> None: ...
@@ -27,7 +27,7 @@ class Reporter(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, flushed at once. Rows past the step resumed from are cut: they come again."""
+    """One JSON object per line, flushed at once. Rows past the step resumed from are cut: they will be logged again."""
 
     def __init__(self, path: Path, from_step: int = 0) -> None:
         self.path, self.file = path, _cut_after(from_step, path)
@@ -37,7 +37,7 @@ class JsonLines:
         self.file.flush()
 
     def rewind(self, step: int) -> None:
-        """Drop what comes after `step`: the run has gone back to it."""
+        """Drop the rows after `step`: the run has gone back to it."""
         self.file.close()
         self.file = _cut_after(step, self.path)
 
@@ -52,14 +52,14 @@ class JsonLines:
 
 
 def _cut_after(from_step: int, path: Path) -> TextIO:
-    """The file at `path`, open to be added to, without the rows past that step."""
+    """The file at `path` without the rows past that step, open for appending."""
     kept = [row for row in read_metrics(path) if row["step"] <= from_step] if path.exists() else []
     write_atomically(path, "".join(map(_line, kept)).encode())
     return path.open("a")
 
 
 def rows_by_step(rows: Sequence[dict[str, Any]], samples: Path) -> Iterator[dict[str, Any]]:
-    """One row a step: the losses, what was validated, and the grids of it, by path where they still lie there."""
+    """One row per step with all its values; grids by path, if the files still exist."""
     for step, of_step in itertools.groupby(rows, itemgetter("step")):
         row = {"step": step}
         for name, value in itertools.chain.from_iterable(part.items() for part in of_step):
@@ -70,7 +70,7 @@ def rows_by_step(rows: Sequence[dict[str, Any]], samples: Path) -> Iterator[dict
 
 
 class Reporters:
-    """Several as one; with none, a reporter that says nothing."""
+    """Several reporters as one; without any, it does nothing."""
 
     def __init__(self, *reporters: Reporter) -> None:
         self.reporters = reporters
@@ -93,13 +93,13 @@ class Reporters:
 
 
 def _line(row: dict[str, Any]) -> str:
-    """JSON knows no NaN: null."""
+    """A row as JSON; null for NaN and infinity, which JSON does not have."""
     known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
     return json.dumps(known, allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, None for what was not finite; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl, with None for non-finite values, without a last line that a kill cut short."""
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:

@@ -29,13 +29,13 @@ from train.runs.metrics import JsonLines, Reporters, read_metrics
 from train.runs.wandb_reporter import WeightsAndBiases
 
 log = logging.getLogger(__name__)
-LOCK_PATIENCE_S = 90.0  # of a job that Slurm has restarted
+LOCK_PATIENCE_S = 90.0  # how long a job restarted by Slurm waits for the lock
 _SECRET_NAME = re.compile(r"secret|passw(or)?d|credential|(^|_)token$|(api|access|private|auth)_?key")
 _URL_WITH_SECRET = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
 class InUse(UserError):
-    """Another process holds the run."""
+    """Another process has locked the run."""
 
 
 class RunFolder:
@@ -49,15 +49,15 @@ class RunFolder:
                 f"{', '.join(secrets_in_it)} holds a secret, and a run's configuration is kept and shown: give it by "
                 "the environment (WANDB_API_KEY, AWS_SECRET_ACCESS_KEY), not by the configuration."
             )
-        # What is built from it again goes by short names; else the code could not move (saved_names.py).
+        # Saved with short names, not Python paths: otherwise the code could not be moved (saved_names.py).
         self.path, self.what, self.config, self.ranks = Path(path), what, named(config), ranks
-        if elsewhere := self._training.get("checkpoints"):  # sampling finds them by config.yaml, from any folder
+        if elsewhere := self._training.get("checkpoints"):  # absolute, as sampling finds them from any folder
             self._training["checkpoints"] = storage.absolute(elsewhere)
         self.places = Places.of(self.path, self._training.get("checkpoints"))
-        self.lock: TextIO | None = None  # of rank 0, held to the end of its process
+        self.lock: TextIO | None = None  # on rank 0, held until its process ends
         self.run_id = str(broadcast_object(self._claimed() if ranks.is_main else None))
         if not self.run_id:
-            raise Preempted  # on every rank: Slurm is to start all of them again
+            raise Preempted  # on every rank, so that Slurm starts all of them again
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
 
     @property
@@ -65,9 +65,9 @@ class RunFolder:
         return self.config.get("training", {})
 
     def _claimed(self) -> str:
-        """The run's id; "" where Slurm has restarted the job and the run's last process seems to hold it still.
+        """The run's id; "" if Slurm has restarted the job and the run's last process still seems to hold the lock.
 
-        A file system over the network keeps the lock of a node that died until it notices: for a minute or more.
+        A network file system keeps the lock of a dead node until it notices, which takes a minute or more.
         """
         deadline = time.monotonic() + LOCK_PATIENCE_S
         while True:
@@ -105,8 +105,8 @@ class RunFolder:
             refuse_other_owner(self.places.checkpoints, run_id, self._training.get("may_change", ()))
 
     def _lock(self) -> None:
-        """Held until this process ends, however it does: two writers would tear each other's checkpoints."""
-        self.lock = (self.path / "lock").open("a+")  # not "w": that would empty the holder's
+        """Lock the folder until this process ends in any way: two writers would damage each other's checkpoints."""
+        self.lock = (self.path / "lock").open("a+")  # not "w": that would erase the holder's name
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -121,12 +121,12 @@ class RunFolder:
             self.lock.flush()
 
     def last_step_logged(self) -> int:
-        """In metrics.jsonl, of whatever start; 0: none."""
+        """The last step in metrics.jsonl, over all starts of the run; 0: none."""
         metrics = self.path / "metrics.jsonl"
         return max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.exists() else 0
 
     def reporters(self, from_step: int, wandb_project: str | None) -> Reporters:
-        """metrics.jsonl, going on behind `from_step`, and W&B where a project is named; nothing off rank 0."""
+        """metrics.jsonl, continued after `from_step`, and W&B if a project is given; none on ranks other than 0."""
         if not self.ranks.is_main:
             return Reporters()
         write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
@@ -139,12 +139,12 @@ class RunFolder:
 
 
 def _left_by_a_kill(path: Path) -> bool:
-    """While the folder was made."""
+    """Whether this file may be left by a kill while the folder was made."""
     return path.name == "lock" or path.name.startswith("run_id.tmp.")
 
 
 def secret_names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where a configuration holds what looks like a secret: by its name, or a URL with a password in it."""
+    """Names of options that look like secrets: by their name, or as a URL that contains a password."""
     found = []
     for name, value in config.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Metrics to Weights & Biases, which may be down without the training noticing."""
+"""Metrics to Weights & Biases; training is unaffected if it is down."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ _KEY_REFUSED = re.compile(r"API key|\b40[13]\b|unauthorized|forbidden|permission
 
 
 class WeightsAndBiases:
-    """W&B in the run folder; offline where no account is set up, or it can't be reached (`wandb sync <folder>` uploads
-    it later). Never waited for: a thread feeds it from a queue, and where that is full, values are dropped and counted.
+    """W&B in the run folder; offline if no account is set up or W&B can't be reached (`wandb sync <folder>` uploads it
+    later). Training never waits for it: a thread sends values from a queue; if the queue is full, values are dropped
+    and counted.
 
-    rows: of metrics.jsonl, from before this start; W&B is told those that it lacks, as a kill may have come between.
-    No step is told twice. patience_s: for its end; None: any.
+    rows: those in metrics.jsonl before this start; W&B gets those that it lacks, e.g. after a kill. No step is sent
+    twice. patience_s: how long `close` waits; None: without limit.
     """
 
     def __init__(
@@ -66,17 +67,17 @@ class WeightsAndBiases:
         self.log(step, {name: path})
 
     def rewind(self, step: int) -> None:
-        """W&B knows no way back: it goes on when the run has come to its last step again."""
+        """Does nothing: W&B can't go back. It gets values again once the run has reached its last step again."""
 
     def close(self) -> None:
-        """Wait until all is told, but not longer than patience_s, and thrice that for what is then kept offline."""
+        """Wait until everything is sent, at most patience_s; then at most three times that to save the rest offline."""
         if not self._ended(self.patience_s):
             if self.about.get("mode") != "offline":
-                _kill_service()  # who waits for a server in vain is told so by that, and goes on offline
+                _kill_service()  # makes a thread that waits for the server fail, and continue offline
             if not self._ended(3 * self.patience_s):
                 self.dropped += sum(entry is not None for entry in tuple(self.queue.queue))
                 _kill_service()
-            _teardown()  # now, or Python's end does it, and shows what it suffers
+            _teardown()  # now, as otherwise Python's exit does it, and prints its errors
         if self.dropped or self.thread.is_alive():
             log.warning(
                 "W&B lacks some of the run (%d entries were dropped%s): train/replay_metrics.py tells it all of "
@@ -84,7 +85,7 @@ class WeightsAndBiases:
             )  # fmt: skip
 
     def _ended(self, patience_s: float | None) -> bool:
-        """Whether the thread has told all within so many seconds; None: however long it takes."""
+        """Whether the thread has sent everything and ended within patience_s seconds; None: without limit."""
         deadline = None if patience_s is None else time.monotonic() + patience_s
         try:
             self.queue.put(None, timeout=patience_s)
@@ -94,7 +95,7 @@ class WeightsAndBiases:
         return not self.thread.is_alive()
 
     def _feed(self, rows: Sequence[dict[str, Any]]) -> None:
-        """In the thread: begin, tell all, end. What goes wrong there is W&B's trouble, and not training's."""
+        """Runs in the thread: starts W&B, sends all values, finishes. Errors are logged and do not stop training."""
         try:
             run = _begin_run(self.about, self.patience_s)
             has = _last_step_told(run, self.folder, self.run_id)
@@ -110,7 +111,7 @@ class WeightsAndBiases:
 
 
 def _kill_service() -> None:
-    """W&B's own process, which Python would wait for at its end, for a minute and a half."""
+    """Kill W&B's own process, for which Python would otherwise wait a minute and a half at exit."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if "wandb-core" in child.name():
@@ -118,7 +119,7 @@ def _kill_service() -> None:
 
 
 def _teardown() -> None:
-    """Forget the service: the next run starts another."""
+    """Forget the service; the next run starts a new one."""
     import wandb
 
     with contextlib.suppress(Exception, SystemExit):
@@ -126,10 +127,10 @@ def _teardown() -> None:
 
 
 def _begin_run(about: dict[str, Any], patience_s: float | None) -> Any:
-    """Online or offline, as about["mode"] then says: as there is an account, or the server can't be had."""
+    """Start a run: online, or offline if there is no account or no server; sets about["mode"] accordingly."""
     import wandb
 
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else its own reports hold Python's end up, for 20 s
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its error reports would delay Python's exit by 20 s
     about["mode"] = os.environ.get("WANDB_MODE")
     try:
         about["mode"] = about["mode"] or ("online" if wandb.login(prompt=False) else "offline")
@@ -139,13 +140,13 @@ def _begin_run(about: dict[str, Any], patience_s: float | None) -> Any:
             raise
         about["mode"] = "offline"
         log.warning("%s: the run is kept offline; `wandb sync` uploads it later", _why_not_online(error))
-        _kill_service()  # it holds the run's id, and would go on asking for it
+        _kill_service()  # it holds the run's id, and would keep requesting it
         _teardown()
         return _init(about, patience_s)
 
 
 def _why_not_online(error: Exception) -> str:
-    """A wrong key, or what else W&B says; it may say nothing."""
+    """The reason for a message: a wrong key, or W&B's own error, which may be empty."""
     import wandb
 
     said = str(error) or "no answer up to the run's end: is WANDB_API_KEY right, and WANDB_BASE_URL?"
@@ -165,11 +166,11 @@ def _init(about: dict[str, Any], patience_s: float | None) -> Any:
 
 
 def _last_step_told(run: Any, folder: Path, run_id: str) -> int:
-    """Which W&B has of this run from earlier starts: as its server says, or its offline files. 0: none."""
+    """The last step of this run that W&B has from earlier starts, by its server or its offline files; 0: none."""
     last = run.step - 1 if run.resumed else 0
-    keep_logs_there = {**os.environ, "WANDB_DIR": str(folder)}  # its command keeps one, by default in TMPDIR
+    keep_logs_there = {**os.environ, "WANDB_DIR": str(folder)}  # the command writes a log, by default to TMPDIR
     for path in folder.glob(f"wandb/offline-run-*-{run_id}/run-*.wandb"):
-        if path.parent == Path(run.dir).parent:  # it has just begun
+        if path.parent == Path(run.dir).parent:  # the run that has just begun
             continue
         line = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
         with contextlib.suppress(subprocess.TimeoutExpired):
