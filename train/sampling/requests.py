@@ -105,7 +105,7 @@ def title(row: Mapping[str, Any]) -> str:
 
 
 def refuse_no_numbers(guidance_scale: Any, steps: Any) -> None:
-    """UserError, before anything is loaded, unless both are numbers; None: the run's own value."""
+    """UserError, before anything is loaded, if a value is not a valid number; None: the run's own."""
     if guidance_scale is not None:
         number("guidance.scale", guidance_scale)
     count = 1 if steps is None else number("sampler.steps", steps)
