@@ -1,4 +1,4 @@
-"""A loader that does something bad on rank 1 at a step: data._target_=failing_loader.FailingLoader."""
+"""A loader that fails on rank 1 at a given step: data._target_=failing_loader.FailingLoader."""
 
 from __future__ import annotations
 
