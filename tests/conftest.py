@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _place_in_order(item: pytest.Item) -> int:
-    """Folders that ORDER does not name come last."""
+    """Index of the test's folder in ORDER; other folders come last."""
     folder = item.path.relative_to(TESTS).parts[0]
     return ORDER.index(folder) if folder in ORDER else len(ORDER)
 
@@ -76,7 +76,7 @@ def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 
 @pytest.fixture(scope="session")
 def tiny_latents(shared_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """train/ with 64 samples and heldout/ with 8, of synthetic.TINY_LATENTS."""
+    """train/ with 64 samples and heldout/ with 8, with the shapes of synthetic.TINY_LATENTS."""
     from synthetic import TINY_LATENTS, write_splits
 
     return shared_once("tiny_latents", lambda folder: write_splits(folder, TINY_LATENTS))

@@ -13,7 +13,7 @@ BAD_STEP = 5
 
 
 class FailingLoader(Loader):
-    """does: crash, damaged or starve."""
+    """does: the kind of failure, crash, damaged or starve."""
 
     def __init__(self, *args, does: str = "nothing", **kwargs) -> None:
         super().__init__(*args, **kwargs)

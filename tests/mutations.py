@@ -49,7 +49,7 @@ class Fault:
     found_by: tuple[str, ...]
 
     def in_place_of(self, text: str) -> str:
-        """The text of `file` with the fault in it."""
+        """The text of `file` with the fault applied."""
         assert text.count(self.old) == 1, f"{self.name}: {self.file} has {text.count(self.old)} x {self.old!r}"
         return text.replace(self.old, self.new)
 

@@ -26,7 +26,7 @@ SMALL = {"latent_channels": 4, "channels": [8, 16], "layers_per_block": 1, "norm
 
 
 class Table:
-    """A text encoder: one row per letter, then a matrix product, whose last bits depend on the batch."""
+    """A text encoder: one row per letter, then a matrix product, whose last bits depend on the rest of the batch."""
 
     fingerprint = "table"
 

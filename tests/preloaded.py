@@ -123,7 +123,7 @@ def preload() -> None:
     from train.models.open_clip_alone import open_clip
 
     quiet_deepspeed()
-    open_clip()  # both as the program imports them: after DS_ACCELERATOR is set, without transformers and timm
+    open_clip()  # both imports as in the program: after DS_ACCELERATOR is set, without transformers and timm
     for name in WORLD:
         importlib.import_module(name)
     first_uses()

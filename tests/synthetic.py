@@ -1,4 +1,4 @@
-"""Small data sets with known content, and the entry points run as a user runs them."""
+"""Small data sets with known content, and functions that run the entry points as a user does."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """Base of both regularisations: pictures (B, 3, H, W) <-> (B, C, H/f, W/f), f = patch * 2^(levels - 1)."""
 
-    fingerprint = ""  # of the configuration and weights, if it was loaded
+    fingerprint = ""  # of configuration and weights, if loaded
 
     def __init__(
         self,

@@ -68,7 +68,7 @@ class TextOptions(Transformer, _Length, total=False):
 class CLIP(nn.Module):
     """Image and text towers of `open_clip.model.CLIP`, with its tokenizer (padded with 0)."""
 
-    fingerprint = ""  # of the configuration and weights, if it was loaded
+    fingerprint = ""  # of configuration and weights, if loaded
 
     def __init__(self, embed_dim: int, vision: VisionOptions, text: TextOptions) -> None:
         super().__init__()

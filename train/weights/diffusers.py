@@ -273,12 +273,12 @@ def load_scaling(path: str | Path) -> LatentScaling:
 
 
 def save_unet(folder: Path, unet: UNet) -> None:
-    """<folder>/config.json and weights, for UNet2DConditionModel or UNet2DModel."""
+    """Writes <folder>/config.json and weights, for UNet2DConditionModel or UNet2DModel."""
     _save(folder, unet_config(unet_options(unet)), unet.state_dict())
 
 
 def save_autoencoder(folder: Path, autoencoder: nn.Module, scaling_factor: float = SCALING_FACTOR, **more: Any) -> None:
-    """<folder>/config.json and weights, for AutoencoderKL or VQModel; more: more entries of config.json."""
+    """Writes <folder>/config.json and weights, for AutoencoderKL or VQModel; more: extra entries of config.json."""
     config = {**autoencoder_config(autoencoder_options(autoencoder), scaling_factor), **more}
     _save(folder, config, autoencoder.state_dict())
 

@@ -56,7 +56,7 @@ _FUSED = Form(lambda ours: torch.cat(list(ours)), lambda theirs: theirs.chunk(3)
 class TextEncoder(nn.Module):
     """Captions -> states per token for cross-attention. options: width, heads, layers, context_length, vocab_size."""
 
-    fingerprint = ""  # of the options and weights, if it was loaded
+    fingerprint = ""  # of options and weights, if loaded
 
     def __init__(self, options: Mapping[str, Any], quick_gelu: bool, pad_id: int) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ def transformers_state(encoder: TextEncoder) -> dict[str, Tensor]:
 
 
 def save_text_encoder(folder: Path, encoder: TextEncoder) -> None:
-    """<folder>/text_encoder for transformers' CLIPTextModel, <folder>/tokenizer for its CLIPTokenizer."""
+    """Writes <folder>/text_encoder for transformers' CLIPTextModel, <folder>/tokenizer for its CLIPTokenizer."""
     options, words = encoder.options, encoder.tokenizer.encoder
     write_tensors(folder / "text_encoder" / "model.safetensors", transformers_state(encoder))
     config = {

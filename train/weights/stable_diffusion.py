@@ -166,7 +166,7 @@ def unet_arguments(
         raise UserError(f"{where} holds no whole U-Net of CompVis' shape: give another file.")
     channels, attention, layers, count = [], [], 0, 0
     for i in range(1, 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))):
-        if f"input_blocks.{i}.0.out_layers.3.weight" not in state:  # a change of resolution
+        if f"input_blocks.{i}.0.out_layers.3.weight" not in state:  # a resampling layer
             count = 0
             continue
         if count == 0:
