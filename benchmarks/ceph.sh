@@ -26,7 +26,7 @@ port=${PORT:-17480}
 (umask 077; mkdir -p "$folder"/{mon,osd,run,log})
 export CEPH_CONF="$folder/ceph.conf"
 
-# Whoever is on this machine may speak to the monitor (auth none): it holds nothing but what the command writes.
+# Any user of this machine can access the monitor (auth none); it stores only what the command writes.
 cat >"$CEPH_CONF" <<CONF
 [global]
 fsid = $(cat /proc/sys/kernel/random/uuid)
@@ -97,7 +97,7 @@ until_it_works 60 bash -c 'timeout 5 ceph osd stat | grep -q "1 up"'
 start radosgw -f -n client.gateway
 until_it_works 120 bash -c "exec 3<>/dev/tcp/127.0.0.1/$port"
 
-# The keys go from the gateway into the environment: no command line, which others could list, holds them.
+# The keys go from the gateway into the environment, never into a command line, which other users could list.
 made=$(radosgw-admin user create --uid trainer --display-name trainer 2>>"$folder/log/output.log")
 field() { sed -n "s/^ *\"$1\": \"\(.*\)\",\{0,1\}$/\1/p" <<<"$made" | head -n1; }
 AWS_ACCESS_KEY_ID=$(field access_key) AWS_SECRET_ACCESS_KEY=$(field secret_key)

@@ -1,9 +1,9 @@
-"""How fast one process gets batches of latents off its disk: this loader, plain webdataset, and read() alone.
+"""How fast one process reads batches of latents from disk: this loader, plain webdataset, and read() alone.
 
     python benchmarks/loader.py output=/tmp/loader_benchmark repetitions=7
 
-Shards of Stable Diffusion's 512 px layout in fp16: moments 8 x 64 x 64 and text 77 x 768, 177 KiB a sample. All ways go
-through the same shards in turns, page cache warm, one thread for torch; the loader's threads are its own.
+Shards of Stable Diffusion's 512 px layout in fp16: moments 8 x 64 x 64 and text 77 x 768, 177 KiB per sample. All
+variants read the same shards in turns, with a warm page cache and one torch thread, besides the loader's own threads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHUNK = 2**20
 
 
 def write_latents(root: Path) -> None:
-    """Random halves: nothing here depends on what they are."""
+    """Random fp16 values: nothing here depends on them."""
     random, shards = np.random.default_rng(0), []
     for first in range(0, SHARDS * PER_SHARD, PER_SHARD):
         writer = ShardWriter()
@@ -43,31 +43,31 @@ def write_latents(root: Path) -> None:
 
 
 def ours(root: Path, **how: object) -> Iterator[int]:
-    """Runs through epochs of one loader: shards are checked in the first only."""
+    """Sample counts of successive epochs of one loader, which checks shards only in the first epoch."""
     batches = iter(Loader(str(root), BATCH, 8, **how))
     while True:
         yield sum(len(batch) for batch in islice(batches, STEPS))
 
 
 def first_epoch(root: Path) -> int:
-    """A loader's first epoch, digests and all."""
+    """A loader's first epoch, including its check of the shards' digests."""
     return next(ours(root))
 
 
 def plain(root: Path, shards: list[str]) -> int:
-    """As webdataset's own documentation reads arrays: decoded by extension, shuffled in a buffer, collated."""
+    """Reads arrays as in webdataset's documentation: decodes by extension, shuffles in a buffer, collates."""
     data = wds.WebDataset([str(root / name) for name in shards], shardshuffle=len(shards), seed=0)
     batches = data.shuffle(256).decode().to_tuple("__key__", "moments.npy", "text.npy", "json").batched(BATCH)
     return sum(len(torch.as_tensor(moments)) for _, moments, _, _ in batches)
 
 
 def read_whole(root: Path, shards: list[str]) -> int:
-    """read() of each shard: new memory each time."""
+    """read() of each shard, which allocates new memory each time."""
     return sum(len((root / name).read_bytes()) for name in shards)
 
 
 def read_again(root: Path, shards: list[str], buffer: bytearray) -> int:
-    """The floor: readinto() one buffer of a batch's size, again and again."""
+    """Lower bound: readinto() one buffer of a batch's size, repeatedly."""
     total = 0
     for name in shards:
         with open(root / name, "rb", buffering=0) as file:
@@ -95,7 +95,7 @@ def main(output: str, repetitions: str = "7") -> None:
         "read() of each shard": lambda: read_whole(root, shards),
         "readinto() one small buffer": lambda: read_again(root, shards, buffer),
     }
-    for way in ways.values():  # page cache, first epochs and imports
+    for way in ways.values():  # warm up page cache, first epochs and imports
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with Progress("repeat", int(repetitions) * len(ways)) as bar:

@@ -1,8 +1,8 @@
-"""What an epoch plan of 10^5 shards and 10^8 samples costs: to start, to seek, to go on; and its manifest.
+"""Cost of an epoch plan of 10^5 shards and 10^8 samples: start, seek, next step; and cost of its manifest.
 
     python benchmarks/plan.py output=/tmp/plan_benchmark repetitions=7
 
-Memory is what the process grew by, at its peak. Each repetition has a plan of its own and seeks to random steps.
+Memory is the growth of the process at its peak. Each repetition makes a new plan and seeks to random steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def peak_mb() -> float:
 
 
 def timed(make: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what it gives."""
+    """Seconds that `make` took, and its result."""
     began = time.perf_counter()
     made = make()
     return time.perf_counter() - began, made
@@ -41,7 +41,7 @@ def line(what: str, seconds: list[float]) -> None:
 
 
 def plans(streams: int, own: range, repetitions: int) -> None:
-    """Of a rank that has the streams `own` of all, 8 samples a step each."""
+    """Plans of a rank that has the streams `own`, each with 8 samples per step."""
     sizes, random = [PER_SHARD] * SHARDS, np.random.default_rng(0)
     before, far = peak_mb(), 10 * SHARDS * PER_SHARD // (8 * streams)
     starts, seeks, steps = [], [], []
@@ -59,7 +59,7 @@ def plans(streams: int, own: range, repetitions: int) -> None:
 
 
 def write_manifest(root: Path) -> None:
-    """And its shards, which are empty files."""
+    """Writes a manifest and its shards, which are empty files."""
     shards = tuple(Shard(f"shards/{i:06d}.tar", PER_SHARD, 0, f"{i:064x}") for i in range(SHARDS))
     Manifest("latents", shards, {"moments.npy": {}, "json": {}}).save(root)
     (root / "shards").mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ def write_manifest(root: Path) -> None:
 
 
 def manifests(root: Path, repetitions: int) -> None:
-    """Reading it, and comparing its shards' sizes with those of the files."""
+    """Times loading the manifest, and comparing its shard sizes with the files."""
     before = peak_mb()
     loads, checks = [], []
     for _ in range(repetitions):
@@ -82,7 +82,7 @@ def manifests(root: Path, repetitions: int) -> None:
 
 
 def alone(function: Callable[..., None], *arguments: Any) -> None:
-    """In a process of its own, whose peak of memory is its own."""
+    """Runs `function` in a new process, so that its peak memory is measured separately."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()

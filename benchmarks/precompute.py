@@ -1,9 +1,9 @@
-"""What decoding and writing beside encoding gains: precompute with its three threads, and all in one, in turns.
+"""Gain of decoding and writing while encoding: precompute with its three threads, and with one thread, in turns.
 
     python benchmarks/precompute.py output=/tmp/precompute_benchmark repetitions=7
 
-Two encoders: a small autoencoder on this CPU (one thread), and one that only waits `wait_ms` a picture and copies, as
-this process does while a GPU encodes. Pictures of 256 x 256, lossless PNG, page cache warm.
+Two encoders: a small autoencoder on this CPU (one thread), and one that only waits `wait_ms` per picture and copies, as
+this process does while a GPU encodes. Pictures are 256 x 256 lossless PNG; the page cache is warm.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class BehindInline(AheadInline):
 
 
 class Waiting:
-    """Moments by averaging pixels, after a time that the CPU is free in."""
+    """Moments from averaged pixels, after a wait during which the CPU is idle."""
 
     stored_as, factor, fingerprint = "moments", 8, "waiting"
 
@@ -79,7 +79,7 @@ class Waiting:
 
 
 def write_pictures(root: Path) -> None:
-    """Smooth noise, which PNG makes as small as drawings."""
+    """Smooth noise, which PNG compresses as well as drawings."""
     random, shards = np.random.default_rng(0), []
     for first in range(0, PICTURES, SHARD):
         writer = ShardWriter()
@@ -91,7 +91,7 @@ def write_pictures(root: Path) -> None:
 
 
 def images_per_second(root: Path, image: Any, threads: bool) -> float:
-    """One run into an empty folder."""
+    """Throughput of one run into an empty folder."""
     output = root / "latents"
     shutil.rmtree(output, ignore_errors=True)
     shard_reader.Ahead = split_encoder.Ahead = Ahead if threads else AheadInline

@@ -1,9 +1,9 @@
-"""What W&B costs a training: the same one without it, with it offline, and told to an endpoint that never answers.
+"""Cost of W&B in training: without it, with it offline, and with an endpoint that never answers.
 
     python benchmarks/reporting.py output=/tmp/reporting repetitions=15 steps=20 log_every=10
 
-A process each, which run in turns, `steps` steps at a time, so that what disturbs one disturbs all.
-Of a step, the wall's time and the CPU's, of all threads and of W&B's own process. The end's time is the process'.
+One process for each; they run in turns, `steps` steps at a time, so that disturbances affect all.
+Times per step: wall time, and CPU time of all threads and of W&B's own process. The end is timed per process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENVIRONMENT = {"WANDB_MODE": "offline", "WANDB_API_KEY": "0123456789" * 4}
 
 
 def train(output: Path, way: str, channels: list[int], batch: int, log_every: int) -> None:
-    """Steps as the trainer's, as many as each line of stdin asks for; answered by the seconds that they took."""
+    """Runs training steps, as many as each line of stdin says, and answers with the seconds that they took."""
     ranks = find_ranks()
     torch.set_num_threads(1)
     trained, stream, meter = engine(channels, batch, ranks), batches(batch, ranks), Meter(batch)
@@ -59,13 +59,13 @@ def train(output: Path, way: str, channels: list[int], batch: int, log_every: in
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children, W&B's service."""
+    """CPU time of this process and its children (W&B's service)."""
     times = [process.cpu_times() for process in (psutil.Process(), *psutil.Process().children(recursive=True))]
     return sum(time.user + time.system for time in times)
 
 
 def never_answering() -> str:
-    """A port of this machine that takes connections, and says nothing."""
+    """Address of a local port that accepts connections and never answers."""
     server, held = socket.create_server(("127.0.0.1", 0)), []
 
     def take() -> None:
@@ -95,7 +95,7 @@ def ask(process: subprocess.Popen[str], steps: int) -> dict[str, float]:
 
 
 def ended(process: subprocess.Popen[str]) -> float:
-    """Seconds from the last step to the process' end."""
+    """Seconds from the last step to the end of the process."""
     began = time.perf_counter()
     process.stdin.close()
     process.wait()
@@ -105,7 +105,7 @@ def ended(process: subprocess.Popen[str]) -> float:
 def measure(output: Path, how: list[str], repetitions: int, steps: int) -> None:
     shutil.rmtree(output, ignore_errors=True)
     processes = {way: start(way, output / way, how) for way in WAYS}
-    begun = {way: ask(process, WARM_UP) for way, process in processes.items()}  # W&B begins beside these
+    begun = {way: ask(process, WARM_UP) for way, process in processes.items()}  # W&B starts during these
     times: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for turn in range(repetitions):
         for i in range(len(WAYS)):
@@ -131,7 +131,7 @@ def median(times: list[dict[str, float]], clock: str, steps: int) -> str:
 
 
 def beside(times: dict[str, list[dict[str, float]]], way: str, clock: str) -> str:
-    """The median of what each turn took more than that turn's without W&B, and its standard error by the quartiles."""
+    """Median of each turn's extra time relative to its turn without W&B, and its standard error from quartiles."""
     more = sorted(a[clock] / b[clock] - 1 for a, b in zip(times[way], times["without"], strict=True))
     low, _, high = statistics.quantiles(more, n=4)
     return f"{statistics.median(more):+.2%} +- {1.25 * (high - low) / 1.35 / len(more) ** 0.5:.2%}"

@@ -1,8 +1,8 @@
-"""What a checkpoint and the EMA cost a training: asynchronous and synchronous saves in turns, two ranks, ZeRO-2.
+"""Cost of checkpoints and EMA in training: asynchronous and synchronous saves in turns, two ranks, ZeRO-2.
 
     python benchmarks/saving.py output=/tmp/saving channels=256,512 batch=32 repetitions=7
 
-channels: of the demo's U-Net (128,256 make 16 M parameters; 256,512 make 64 M). It starts its ranks itself.
+channels: those of the demo's U-Net (128,256: 16 M parameters; 256,512: 64 M). The script starts its own ranks.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
 
-STEPS = 4  # between saves, at least
+STEPS = 4  # at least, between saves
 
 
 class Training:
-    """One engine, and what is timed of it. Seconds are the slowest rank's."""
+    """One engine, and its measured times. Seconds are those of the slowest rank."""
 
     def __init__(self, output: Path, channels: list[int], batch: int, ranks: Ranks) -> None:
         self.ranks, self.batch = ranks, batch
@@ -36,12 +36,12 @@ class Training:
         self.ema, self.state = Ema(self.engine.master_shards(), 0.999), TrainState(10**6)
         self.checkpoints = {
             how: Checkpoints(output / str(how) / "checkpoints", ranks, {}, "network.", CheckpointConfig(1, None, how))
-            for how in (True, False)  # asynchronous, or not
+            for how in (True, False)  # asynchronous or synchronous
         }
         for checkpoints in self.checkpoints.values():
             checkpoints.resume("auto", self.engine, self.ema, self.state)
         self.times: dict[str, list[float]] = {}
-        self.cpu: dict[str, list[float]] = {}  # of the rank's own thread: what else runs on the machine adds nothing
+        self.cpu: dict[str, list[float]] = {}  # of the rank's own thread, independent of other load on the machine
 
     def timed(self, what: str, do: Callable[[], object]) -> None:
         began, used = time.perf_counter(), time.thread_time()
@@ -51,14 +51,14 @@ class Training:
         self.cpu.setdefault(what, []).append(used)
 
     def step(self, what: str) -> None:
-        """As the trainer's, each part timed. After a barrier: the ranks' waiting for one another is nobody's cost."""
+        """A training step like the trainer's, each part timed. The barrier excludes waiting between ranks."""
         barrier()
         self.timed(what, lambda: self.engine.train_step(self.stream, 0, 1))
         self.timed("EMA", lambda: self.ema.update(self.engine.master_shards()))
         self.state.step += 1
 
     def save(self, asynchronous: bool) -> None:
-        """One save of the kind, and steps until it is written."""
+        """One asynchronous or synchronous save, and steps until it is written."""
         checkpoints, how = self.checkpoints[asynchronous], "asynchronous" if asynchronous else "synchronous"
         barrier()
         began = time.perf_counter()
@@ -89,7 +89,7 @@ def measure(output: Path, channels: list[int], batch: int, repetitions: int) -> 
 
 
 def show(times: dict[str, list[float]], cpu: dict[str, list[float]]) -> None:
-    """Median (least - most), and the two shares that have a bound."""
+    """Prints median (minimum - maximum), and the two ratios that have a limit."""
     for what, seconds in times.items():
         middle = statistics.median(seconds)
         print(f"{what:44s}{1e3 * middle:9.1f} ms ({1e3 * min(seconds):.1f} - {1e3 * max(seconds):.1f})")

@@ -1,4 +1,4 @@
-"""The demo's training without its data: what the benchmarks of saving and reporting run."""
+"""The demo's training on noise in place of its data, for the benchmarks of saving and reporting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES = {"moments": (8, 16, 16), "text": (16, 192), "pooled": (128,)}
 
 
 def engine(channels: list[int], batch: int, ranks: Ranks, zero_stage: int = 2) -> Engine:
-    """conf/unet/demo.yaml with `channels` ([128, 256] are its own) under conf/experiment-less train_ldm.py."""
+    """conf/unet/demo.yaml with `channels` (its own: [128, 256]), as train_ldm.py builds it without an experiment."""
     null = {name: torch.zeros(SHAPES[name]) for name in ("text", "pooled")}
     facts = LatentFacts(SHAPES, [0.0] * 4, [1.0] * 4, 2, {}, {}, null)
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def engine(channels: list[int], batch: int, ranks: Ranks, zero_stage: int = 2) -
 
 
 def batches(batch: int, ranks: Ranks) -> Iterator[Batch]:
-    """This rank's part of global batches of `batch`: the same numbers each time."""
+    """This rank's part of global batches of size `batch`, with the same numbers each time."""
     count, streams = batch // ranks.world_size, 8 // ranks.world_size
     tensors = {name: torch.randn(count, *shape) for name, shape in SHAPES.items()}
     own = tuple(range(ranks.rank * streams, (ranks.rank + 1) * streams))

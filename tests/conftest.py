@@ -1,6 +1,6 @@
-"""Fast tests first; each worker of pytest-xdist with its share of the cores; what is made once for all of them.
+"""Orders tests (fast ones first), gives each pytest-xdist worker its share of the cores, and shares fixtures.
 
-torch is not imported here: it counts its threads when it is imported, and pytest-xdist's controller needs none.
+torch is not imported here: it reads its thread count on import, and pytest-xdist's controller does not need torch.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from made_once import changed_files, made_once
 
 ORDER = ("test_architecture.py", "unit", "golden", "s3", "distributed", "cluster", "e2e")
 TESTS = Path(__file__).parent
-os.environ["LDT_CPU_BF16"] = "0"  # engine.dtype=auto is fp32 on any CPU, in runs that tests start, too
+os.environ["LDT_CPU_BF16"] = "0"  # engine.dtype=auto is fp32 on any CPU, also in runs that tests start
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-# Two processes with two threads each on two cores spend nine tenths of their time waiting for one another.
+# On two cores, two processes with two threads each spend nine tenths of their time waiting for each other.
 THREADS = max(1, len(os.sched_getaffinity(0)) // WORKERS)
 os.environ["OMP_NUM_THREADS"] = str(min(THREADS, int(os.environ.get("OMP_NUM_THREADS") or THREADS)))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """By folder, in the order above; within a folder as collected. What shares a module's fixture stays together."""
+    """Sorts by folder, in the order above; keeps tests that share a module's fixture on one worker."""
     items.sort(key=_place_in_order)
     for item in items:
         if _shares_a_fixture(item) and not item.get_closest_marker("xdist_group"):
@@ -33,26 +33,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _place_in_order(item: pytest.Item) -> int:
-    """Folders that ORDER does not name come last."""
+    """Index of the test's folder in ORDER; other folders come last."""
     folder = item.path.relative_to(TESTS).parts[0]
     return ORDER.index(folder) if folder in ORDER else len(ORDER)
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: from here on nothing looks through it for garbage, half a second each time."""
+    """Excludes everything imported so far from garbage collection, which would take half a second each time."""
     gc.collect()
     gc.freeze()
 
 
 def _shares_a_fixture(item: pytest.Item) -> bool:
-    """Whether it has a fixture that lasts for a module, which another worker would make once more."""
+    """Whether the test has a module fixture, which a second worker would make again."""
     found = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
     return any(definitions[-1].scope in ("module", "class") for definitions in found.values())
 
 
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
-    """Many parts set torch's threads for the process that they are in."""
+    """Restores torch's thread count, which many parts of the code set for their process."""
     yield
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -60,9 +60,9 @@ def same_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Callable[[Path], object]], Path]]:
-    """shared_once(name, make) -> a folder that `make(folder)` fills, once for all workers; read-only from then on."""
+    """shared_once(name, make) -> a folder that `make(folder)` fills once for all workers, then read-only."""
     base, used = tmp_path_factory.getbasetemp(), {}
-    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folder lies in that of the whole run
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker's folder is inside that of the whole run
         base = base.parent
 
     def shared(name: str, make: Callable[[Path], object]) -> Path:
@@ -76,7 +76,7 @@ def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 
 @pytest.fixture(scope="session")
 def tiny_latents(shared_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """train/ with 64 samples and heldout/ with 8, of synthetic.TINY_LATENTS."""
+    """train/ with 64 samples and heldout/ with 8, with the shapes of synthetic.TINY_LATENTS."""
     from synthetic import TINY_LATENTS, write_splits
 
     return shared_once("tiny_latents", lambda folder: write_splits(folder, TINY_LATENTS))

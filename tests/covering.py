@@ -1,4 +1,4 @@
-"""Products of options: a choice of them in which every two values meet, and the rest for `make test-all`."""
+"""Pairwise test parameters: combinations that cover every pair of values; the rest run in `make test-all`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 
 def covering(*options: Iterable[Any]) -> list[Any]:
-    """All combinations, for parametrize. A choice in which every two values meet is kept; the others are `exhaustive`.
+    """All combinations, for parametrize. A subset that covers every pair of values is kept; others are `exhaustive`.
 
-    The choice is always the same. covering(a, b) keeps all, as each pair is one combination.
+    The subset is always the same. covering(a, b) keeps all, as each pair is one combination.
     """
     numbered = [list(enumerate(values)) for values in options]
     combinations = [tuple(zip(*each, strict=True)) for each in itertools.product(*numbered)]  # (places, values)
@@ -23,7 +23,7 @@ def covering(*options: Iterable[Any]) -> list[Any]:
 
 
 def _chosen(product: list[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """Combinations in which every pair of places occurs: each time the first that brings most of the rest."""
+    """Combinations that cover every pair of places: greedily the first that covers most of the remaining pairs."""
     to_come = set().union(*map(_pairs, product))
     chosen = set()
     while to_come:
@@ -34,5 +34,5 @@ def _chosen(product: list[tuple[int, ...]]) -> set[tuple[int, ...]]:
 
 
 def _pairs(places: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
-    """((option, value), (option, value)) of every two options; of a single option its value."""
+    """((option, value), (option, value)) for each pair of options; for a single option, its value."""
     return set(itertools.combinations(enumerate(places), min(2, len(places))))

@@ -1,6 +1,6 @@
-"""Steps of the engine in several configurations, one after another: torchrun ... engine_steps.py IN OUT NAME ...
+"""Runs engine steps in several configurations, one after another: torchrun ... engine_steps.py IN OUT NAME ...
 
-OUT/<configuration>.safetensors: the weights after them, whole; losses and gradients' norms as its metadata.
+OUT/<configuration>.safetensors: the full weights after the steps; its metadata: losses and gradient norms.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from train.models.unet import UNet
 from train.objectives.latent_diffusion import LatentDiffusion
 
 SEED, BATCH, STREAMS, STEPS, DROPOUT = 3, 32, 16, 2, 0.3
-# An eps above rounding: Adam divides by the gradient's own size, also where the gradient is zero but for rounding.
+# eps is above rounding errors, because Adam divides by the gradient's magnitude even if that is only rounding error.
 OPTIMIZER = AdamW(0.01, Schedule("constant", warmup=2), (0.9, 0.99), eps=1e-3, weight_decay=0.1)
 
 
 class Configuration(NamedTuple):
-    """clipping: far below the norms that come, or 0 for none."""
+    """clipping: far below the gradient norms that occur, or 0 for none."""
 
     stage: int
     accumulation: int
@@ -51,7 +51,7 @@ CONFIGURATIONS = list(itertools.starmap(Configuration, itertools.product((0, 1, 
 
 
 def network(root: str) -> ConditionedUNet:
-    """Of few tensors, some too large for each rank to keep them whole at stage 3; no weight of it zero."""
+    """A network of few tensors, some too large for a rank to keep whole at stage 3; no weight is zero."""
     facts, shapes = facts_of(root), TINY_LATENTS
     torch.manual_seed(0)
     unet = UNet(16, 16, [48], 1, shapes["text.npy"][-1], shapes["pooled.npy"][-1], [True], heads=2, norm_groups=4)
@@ -66,7 +66,7 @@ def facts_of(root: str) -> LatentFacts:
 
 
 def trained(root: str, how: Configuration, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
-    """The network's weights after STEPS, and of each step the loss and the norm of its gradient."""
+    """The network's weights after STEPS, and the loss and gradient norm of each step."""
     objective = LatentDiffusion(
         network(root), RectifiedFlow(), Flow(), uniform, facts_of(root).latents, prompt_dropout=DROPOUT, seed=SEED
     )
@@ -83,7 +83,7 @@ def trained(root: str, how: Configuration, ranks: Ranks) -> tuple[dict[str, torc
 
 def main(root: str, output: str, *names: str) -> None:
     ranks = find_ranks()
-    gc.freeze()  # stage 3 collects garbage at each start, through all that was imported: half a second
+    gc.freeze()  # stage 3 runs the garbage collector at each start: half a second over all that was imported
     with closing_distributed():
         for how in (how for how in CONFIGURATIONS if str(how) in names):
             weights, said = trained(root, how, ranks)

@@ -1,4 +1,4 @@
-"""A loader that does something bad on rank 1 at a step: data._target_=failing_loader.FailingLoader."""
+"""A loader that fails on rank 1 at a given step: data._target_=failing_loader.FailingLoader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BAD_STEP = 5
 
 
 class FailingLoader(Loader):
-    """does: crash, damaged or starve."""
+    """does: the kind of failure, crash, damaged or starve."""
 
     def __init__(self, *args, does: str = "nothing", **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Processes that run a script as `python SCRIPT ...` would, forked from one that has imported all (preloaded.py)."""
+"""Processes that run a script like `python SCRIPT ...`, forked from one with all imports done (preloaded.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def channel() -> socket.socket:
-    """To this process' server, which ends when this process does."""
+    """A socket to this process' server, which ends when this process ends."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -35,7 +35,7 @@ def channel() -> socket.socket:
 
 
 class Forked:
-    """What is used of Popen: pid, returncode, poll, wait, send_signal, terminate, kill."""
+    """The part of Popen that tests use: pid, returncode, poll, wait, send_signal, terminate, kill."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], stdout: IO[Any], stderr: IO[Any] | None = None
@@ -77,7 +77,7 @@ class Forked:
 def forked(
     command: Sequence[str], ranks: int, environment: Mapping[str, str], stdout: IO[Any], stderr: IO[Any] | None = None
 ) -> Forked:
-    """Several ranks: below a torchrun that forks them, too."""
+    """Starts a command as a fork; several ranks are forked by a forked torchrun."""
     launcher = ["tests/forked_torchrun.py", str(ranks)] if ranks > 1 else []
     return Forked([*launcher, *command], environment, stdout, stderr)
 
@@ -85,7 +85,7 @@ def forked(
 def run_forked(
     command: Sequence[str], ranks: int, environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """As subprocess.run with capture_output."""
+    """Like subprocess.run with capture_output."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = forked(command, ranks, environment, out, err)
         try:

@@ -1,6 +1,6 @@
-"""torchrun that forks its ranks where it would start Pythons: `forked_torchrun.py RANKS SCRIPT ...`, itself forked.
+"""torchrun that forks its ranks instead of starting Python for each: `forked_torchrun.py RANKS SCRIPT ...`.
 
-The agent is torch's own: it has the ranks meet, watches them, takes the others down, and reports. Its Popen is not.
+It is itself forked. The agent (rendezvous, monitoring, termination, reports) is torch's own; only Popen is replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_han
 
 
 class ForkedRank(subprocess.Popen):
-    """`python -u SCRIPT ...` in a session of its own, as this process' fork."""
+    """`python -u SCRIPT ...` as a fork of this process, in a new session."""
 
     def __init__(self, args: tuple[str, ...], env: dict[str, str]) -> None:
         self.request = preloaded.Request(list(args[2:]), os.getcwd(), env)
@@ -29,7 +29,7 @@ class ForkedRank(subprocess.Popen):
         self._child_created = True
         if self.pid == 0:
             os.setsid()
-            os.closerange(3, 1 << 16)  # of the agent's store, too: its ranks have connections of their own
+            os.closerange(3, 1 << 16)  # also those of the agent's store: the ranks open their own connections
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)

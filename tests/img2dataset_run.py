@@ -1,4 +1,4 @@
-"""Runs img2dataset itself (in an interpreter of its own: it pins old packages) on pictures served on loopback."""
+"""Runs img2dataset itself, in a separate interpreter as it pins old packages, on pictures served on loopback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The address at which a folder is served."""
+    """Serves a folder; yields its address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -39,7 +39,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def make_pictures(folder: Path) -> list[str]:
-    """Smooth pictures of different sizes and formats, two broken ones, and names of three that are not there."""
+    """Smooth pictures of different sizes and formats, two broken ones, and the names of three missing ones."""
     folder.mkdir(parents=True)
     names = []
     for i in range(TALLY["good"]):
@@ -55,7 +55,7 @@ def make_pictures(folder: Path) -> list[str]:
 
 
 def run(interpreter: str, root: Path, shard_size: int = 8, **options: str) -> Path:
-    """The folder of tars that img2dataset makes of them, with captions and a number of their own."""
+    """The folder of tars that img2dataset makes of the pictures, each with a caption and a number."""
     names = make_pictures(root / "served")
     with served(root / "served") as address:
         with open(root / "list.csv", "w", newline="") as file:

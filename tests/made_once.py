@@ -1,4 +1,4 @@
-"""What several tests read and none changes: made once for all workers of a run of pytest."""
+"""Read-only data that several tests share, made once for all workers of a pytest run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """`folder`, in which `make(folder)` has written: called by the worker that comes first, while the others wait.
+    """`folder`, filled by `make(folder)`, which the first worker calls while the others wait.
 
-    It is made where it stays, as runs hold the paths of what they were trained on. What failed is tried again.
+    It is made in its final place, because runs store the paths of their training data. A failed `make` is repeated.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _beside(folder, "lock").open("w") as lock:
@@ -26,7 +26,7 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 
 def changed_files(folder: Path) -> list[str]:
-    """Names of what is not as it was when `folder` was made: other tests may have read it."""
+    """Names of files that have changed since `folder` was made; other tests may have read them."""
     then, now = json.loads(_beside(folder, "listing").read_text()), _listing(folder)
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
 
@@ -36,6 +36,6 @@ def _beside(folder: Path, ending: str) -> Path:
 
 
 def _listing(folder: Path) -> dict[str, list[int]]:
-    """Relative path -> size and time of change."""
+    """Relative path -> size and modification time."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}

@@ -1,6 +1,6 @@
 """Makes data/before.tar.xz: data sets, a run and its checkpoint as earlier commits of this repository wrote them.
 
-python tests/make_before.py        from a clone that has the commits, in an environment that they run in
+python tests/make_before.py        in a clone that has the commits, in an environment where they run
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 ARCHIVE = HERE / "data/before.tar.xz"
-# The first notes conditions and configurations by Python's paths; the second by short names.
+# The first commit records conditions and configurations by Python paths; the second by short names.
 COMMITS = ("e6e97b4", "bc7cbfb")
 PICTURES, SIDE = 10, 16
 AUTOENCODER = [
     "autoencoder.channels=[4]", "autoencoder.norm_groups=2", "objective.crop=16", "objective.crop_until=0",
     "training.steps=4", "training.batch_size=8", "training.save_every=null", "validation_pictures=null",
 ]  # fmt: skip
-# What the test trains on with, too: these may not change.
+# The test continues training with the same options, so these must not change.
 RUN = [
     "experiment=super_resolution", "conditioning=[label,low_resolution]", "fold=1", "unet.channels=[4]",
     "unet.attention_levels=[true]", "unet.layers_per_block=1", "unet.heads=1", "unet.norm_groups=2",
@@ -37,7 +37,7 @@ RUN = [
 
 
 def write_pictures(folder: Path) -> None:
-    """Stripes of two groups of things."""
+    """Pictures of stripes, in two groups."""
     folder.mkdir()
     for i in range(PICTURES):
         stripes = np.zeros((SIDE, SIDE, 3), np.uint8)
@@ -48,7 +48,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def make(checkout: Path, to: Path) -> None:
-    """shards/ latents/ autoencoder/ run/ of 4 steps, on/ with the losses of 2 more, drawn.png of the 4."""
+    """Makes shards/ latents/ autoencoder/ run/ of 4 steps, on/ with the losses of 2 more, drawn.png after the 4."""
 
     def run(script: str, *options: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "LDT_CPU_BF16": "0"}
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """A file as anybody's; not the plot, which is large, nor what names a machine."""
+    """The file without owner and time; None for the plot, which is large, and for files that name a machine."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     return None if Path(member.name).name in ("lock", "heartbeats", "curves.png") else member

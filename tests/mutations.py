@@ -1,10 +1,10 @@
-"""Faults made by hand, each of which a test must find: puts each into a copy of the checkout, and runs its tests there.
+"""Hand-made faults, each of which a test must find: applies each to a copy of the checkout and runs its tests there.
 
-    python tests/mutations.py                                all of mutations.yaml: half an hour and more
-    python tests/mutations.py velocity resume                those whose names have one of these words
-    python tests/mutations.py --checkout ../older            in another checkout, whose suite is asked
+    python tests/mutations.py                                all of mutations.yaml: more than half an hour
+    python tests/mutations.py velocity resume                those whose names contain one of these words
+    python tests/mutations.py --checkout ../older            with the code and tests of another checkout
 
-Ends with 0 where the tests pass without a fault and each fault is found. docs/testing.md has the results.
+Exits with 0 if the tests pass without faults and each fault is found. docs/testing.md has the results.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("mutations.yaml")
-# Imported once for all faults, none of it ours: they cost more than most tests.
+# Foreign packages, imported once for all faults: their imports take longer than most tests.
 COMMON = (
     "torch", "deepspeed", "hydra", "matplotlib.pyplot", "safetensors.torch", "webdataset", "torchvision", "open_clip",
     "diffusers", "s3fs", "_pytest.config",
 )  # fmt: skip
 OWN_FOLDERS = ("", str(ROOT), str(ROOT / "tests"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
 NOT_EXHAUSTIVE = ["-m", "not exhaustive"]
-PASSED, FAILED = 0, 1  # what pytest ends with; a module that can't be imported, or a test that there is not, has others
+PASSED, FAILED = 0, 1  # pytest's exit codes; a failed import or a missing test has other codes
 FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`new` in the place of `old`, which stands exactly once in `file`; found_by: test files, or tests in them."""
+    """Replaces `old`, which must occur exactly once in `file`, by `new`; found_by: test files, or tests in them."""
 
     name: str
     file: str
@@ -49,7 +49,7 @@ class Fault:
     found_by: tuple[str, ...]
 
     def in_place_of(self, text: str) -> str:
-        """The text of `file` with the fault in it."""
+        """The text of `file` with the fault applied."""
         assert text.count(self.old) == 1, f"{self.name}: {self.file} has {text.count(self.old)} x {self.old!r}"
         return text.replace(self.old, self.new)
 
@@ -60,7 +60,7 @@ def listed(path: Path = LIST) -> list[Fault]:
 
 @contextlib.contextmanager
 def copied(checkout: Path) -> Iterator[Path]:
-    """A copy of what git knows of a checkout, as it is on the disk."""
+    """A copy of a checkout's tracked files, in their present state on disk."""
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         known = subprocess.run(["git", "ls-files", "-z"], cwd=checkout, check=True, capture_output=True, text=True)
         for name in filter(None, known.stdout.split("\0")):
@@ -73,13 +73,13 @@ def copied(checkout: Path) -> Iterator[Path]:
 def preload() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu")
     for name in COMMON:
-        with contextlib.suppress(Exception):  # as of torchvision beside another torch; the tests say what they lack
+        with contextlib.suppress(Exception):  # such as torchvision with another torch; tests report what is missing
             importlib.import_module(name)
 
 
 def tested(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's code on these tests of the copy, up to the first that fails; its output. A fork: what is imported here
-    need not be there. No bytecode is kept: it is told to be old by whole seconds."""
+    """pytest's exit code and output for these tests of the copy, up to the first failure. Runs in a fork, which need
+    not repeat the imports. No bytecode is written: its timestamps are whole seconds, so old files could be used."""
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
         if child == 0:
@@ -96,7 +96,7 @@ def tested(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
 
 
 def tried(copy: Path, fault: Fault) -> str:
-    """What found the fault; else what came instead, in brackets."""
+    """The test that found the fault; otherwise what happened instead, in brackets."""
     path = copy / fault.file
     sound = path.read_text()
     if sound.count(fault.old) != 1:

@@ -1,4 +1,4 @@
-"""Precompute as processes that tests start, stop and kill: forked from one that has imported all, so in no time."""
+"""Precompute processes that tests start, stop and kill. They start fast: forked from one with all imports done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = {"latent_channels": 4, "channels": [8, 16], "layers_per_block": 1, "norm
 
 
 class Table:
-    """A row a letter, and a mix of them by a matrix product, whose last bits depend on what it is done with."""
+    """A text encoder: one row per letter, then a matrix product, whose last bits depend on the rest of the batch."""
 
     fingerprint = "table"
 
@@ -41,7 +41,7 @@ class Table:
 
 
 def table_at(path: str) -> Table:
-    """As a configuration builds a CLIP."""
+    """Builds a table, as a configuration builds a CLIP."""
     return Table()
 
 
@@ -60,7 +60,7 @@ def split_of(images: str, output: str) -> Split:
 
 
 def work(images: str, output: str, number: int, workers: int, ready: Event, go: Event) -> None:
-    """What each process does, from when `go` is set."""
+    """What each process runs once `go` is set."""
     torch.set_num_threads(1)
     split, stop = split_of(images, output), StopRequest()
     ready.set()
@@ -76,8 +76,8 @@ def started(images: str, output: object, number: int = 0, workers: int = 1) -> B
 
 
 def prepared(images: str, output: object, number: int, workers: int) -> tuple[BaseProcess, Event]:
-    """A process that has all that it needs, and encodes when its event is set. No two share one: a killed process
-    can take the event's lock with it."""
+    """A process that is ready and encodes when its event is set. Each has its own event, because a process that is
+    killed may keep the event's lock."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "data_pipeline.encode.split_encoder", "train.models.autoencoder"])
     ready, go = context.Event(), context.Event()
@@ -89,7 +89,7 @@ def prepared(images: str, output: object, number: int, workers: int) -> tuple[Ba
 
 
 def finished(process: BaseProcess, code: int = 0) -> None:
-    """Wait for the end of a process, with that exit code."""
+    """Waits for a process to end with exit code `code`."""
     process.join(60)
     if process.exitcode != code:
         raise AssertionError(f"exit code {process.exitcode}, not {code}")

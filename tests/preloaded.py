@@ -1,7 +1,7 @@
-"""A Python that has imported all, and forks: each child runs a script as `python SCRIPT ...` would. `preloaded.py FD`.
+"""A Python with all imports done that forks: each child runs a script like `python SCRIPT ...`. `preloaded.py FD`.
 
-A start costs a fork instead of four to twelve CPU-seconds of imports. What no child shows: that its script imports what
-it needs, and what another hash seed would do. Tests of launchers, kills and Slurm, and the demo, start real Pythons.
+A start costs a fork instead of four to twelve CPU-seconds of imports. Children can't test that their script imports
+what it needs, nor other hash seeds. Tests of launchers, kills and Slurm, and the demo, start real Pythons.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 WORLD = (
     "train.train_ldm", "train.train_autoencoder", "train.train_clip", "train.train_classifier", "train.sample_images",
     "train.evaluate_ldm", "train.export_diffusers", "train.rebuild_ema", "train.replay_metrics",
@@ -32,17 +32,17 @@ WORLD = (
     "data_pipeline.make_shards", "data_pipeline.index_shards", "data_pipeline.verify_shards",
     "data_pipeline.plan_storage", "data_pipeline.loading.worker_pool", "train.models.torchvision_patch",
     "webdataset", "s3fs", "wandb", "matplotlib.pyplot", "safetensors.torch",
-    # What they import at the first use:
+    # Modules that the above import at first use:
     "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "omegaconf._impl",
     "deepspeed.ops.op_builder.all_ops", "matplotlib.backends.backend_agg", "torch.profiler._cupti_monitor",
     "hydra._internal.core_plugins.basic_launcher", "data_pipeline.loading.loader", "torch.distributed.run",
 )  # fmt: skip
-FOUND_AT: list[str] = []  # sys.path of any script, but for its own folder and PYTHONPATH
-ADDED: dict[str, str] = {}  # what imports add to the environment
+FOUND_AT: list[str] = []  # sys.path of any script, without its own folder and PYTHONPATH
+ADDED: dict[str, str] = {}  # environment variables that imports add
 
 
 class Request(NamedTuple):
-    """What a child becomes; the environment is all that it gets, but for what imports add."""
+    """The command that a child runs; `environment` is its whole environment, except for what imports add."""
 
     command: list[str]
     cwd: str
@@ -50,10 +50,10 @@ class Request(NamedTuple):
 
 
 class Server:
-    """Forks on request, and tells of each child's end what Popen.returncode would be."""
+    """Forks on request; when a child ends, sends what would be its Popen.returncode."""
 
     def __init__(self, channel: socket.socket) -> None:
-        self.channel, self.running = channel, {}  # pid -> where its end is told
+        self.channel, self.running = channel, {}  # pid -> descriptor that receives its return code
         self.woken, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -61,7 +61,7 @@ class Server:
         self.own = [channel.fileno(), self.woken, wake]
 
     def serve(self) -> Request:
-        """Returns in children alone."""
+        """Returns only in children."""
         while True:
             ready, _, _ = select.select([self.channel, self.woken], [], [])
             if self.woken in ready:
@@ -69,7 +69,7 @@ class Server:
                 self._tell()
             if self.channel in ready:
                 message, descriptors, _, _ = socket.recv_fds(self.channel, 1 << 20, 3)
-                if not message:  # who asked has ended
+                if not message:  # the client has ended
                     os._exit(0)
                 out, err, end = descriptors
                 pid = os.fork()
@@ -91,7 +91,7 @@ class Server:
             os.close(end)
 
     def _leave(self, out: int, err: int, end: int) -> None:
-        """In a child: nothing of the server is kept, and it dies with it."""
+        """In a child: drops the server's signals and descriptors, and lets the child die with the server."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL.value)
@@ -102,11 +102,11 @@ class Server:
 
 
 def become(request: Request) -> None:
-    """Run the script in this process."""
+    """Runs the script in this process."""
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(ADDED | request.environment)
-    tempfile.tempdir = None  # TMPDIR may be another
+    tempfile.tempdir = None  # TMPDIR may differ
     random.seed()
     script, folders = request.command[0], request.environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv, sys.path = request.command, [str(Path(script).resolve().parent), *filter(None, folders), *FOUND_AT]
@@ -123,7 +123,7 @@ def preload() -> None:
     from train.models.open_clip_alone import open_clip
 
     quiet_deepspeed()
-    open_clip()  # both as the program imports them: after DS_ACCELERATOR is set, without transformers and timm
+    open_clip()  # both imports as in the program: after DS_ACCELERATOR is set, without transformers and timm
     for name in WORLD:
         importlib.import_module(name)
     first_uses()
@@ -133,7 +133,7 @@ def preload() -> None:
 
 
 def first_uses() -> None:
-    """What is slow once a process: a configuration and a plot."""
+    """Does what is slow the first time in a process: composes a configuration, and plots."""
     from hydra import compose, initialize_config_dir
 
     from data_pipeline.common.entry import CONF

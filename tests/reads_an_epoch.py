@@ -1,4 +1,4 @@
-"""A process of a node, for tests: ROOT FOLDER. Reads an epoch of ROOT once FOLDER/go is there."""
+"""One process of a node, for tests: ROOT FOLDER. Reads an epoch of ROOT once FOLDER/go exists."""
 
 from __future__ import annotations
 

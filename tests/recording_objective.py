@@ -1,4 +1,4 @@
-"""The objective of latent diffusion, which writes down what it trained on: objective._target_=recording_objective..."""
+"""The latent diffusion objective, which also records what it trains on: objective._target_=recording_objective..."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.objectives.terms import LossTerms
 
 
 class RecordingObjective(LatentDiffusion):
-    """<records>/<process>.jsonl: of each micro-batch its step, and of each of its streams keys and digests of draws."""
+    """<records>/<process>.jsonl: for each micro-batch its step, and per stream its keys and digests of draws."""
 
     def __init__(self, *args, records: str, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -44,7 +44,7 @@ class RecordingObjective(LatentDiffusion):
 
 
 def read_records(folder: Path) -> dict[tuple[int, int], list[str]]:
-    """(step, stream) -> keys, and digests of noise and times; the same each time that it came."""
+    """(step, stream) -> keys, and digests of noise and times; asserts that repetitions are equal."""
     found: dict[tuple[int, int], list[str]] = {}
     for path in folder.glob("*.jsonl"):
         for line in path.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Small data sets with known content, and the entry points run as a user runs them."""
+"""Small data sets with known content, and functions that run the entry points as a user does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NO_ENCODERS = ["autoencoder.path=none", "clip.path=none", "preview_every=null", 
 
 
 def tar_of(members: Iterable[tuple[str, bytes] | tarfile.TarInfo]) -> bytes:
-    """A tar of (name, bytes) and ready TarInfos."""
+    """A tar of (name, bytes) pairs and given TarInfos."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for member in members:
@@ -51,9 +51,9 @@ def write_latents(
     shard_size: int = 16,
     spoilt: Mapping[int, float] = MappingProxyType({}),
 ) -> None:
-    """<root> as a latent data set of standard normal numbers, a function of `samples` and `shapes` alone.
+    """Writes <root>, a latent data set of standard normal numbers that depend only on `samples` and `shapes`.
 
-    spoilt: number of a sample -> the value of all its moments' means.
+    spoilt: index of a sample -> value that replaces the means of its moments.
     """
     random, shards = np.random.default_rng(samples), []
     for first in range(0, samples, shard_size):
@@ -75,14 +75,14 @@ def write_latents(
 
 
 def write_splits(root: Path, shapes: dict[str, tuple[int, ...]], samples: int = 64) -> Path:
-    """<root>/train and <root>/heldout."""
+    """Writes <root>/train and <root>/heldout."""
     write_latents(root / "train", samples, shapes)
     write_latents(root / "heldout", 8, shapes)
     return root
 
 
 def environment() -> dict[str, str]:
-    """One thread a process: on two cores, two ranks of two threads each spend their time waiting for one another."""
+    """One thread per process: on two cores, two ranks with two threads each mostly wait for each other."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -103,9 +103,9 @@ def run(
     fresh: bool = False,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry point from the repo's root to its end; its output is shown where it fails.
+    """Runs an entry point in the repository's root until it ends; shows its output if it fails.
 
-    fresh: by a Python of its own, and torchrun for several ranks, not forked from one that has imported all.
+    fresh: in a new Python, with torchrun for several ranks, instead of a fork of one with all imports done.
     """
     variables = {**environment(), **variables}
     if fresh:
@@ -125,13 +125,13 @@ def run(
 
 
 def started(log: Path, script: str, *arguments: str, ranks: int = 1, **more: str) -> Forked:
-    """An entry point that runs, to be watched, told to stop or killed; both its outputs go to `log`."""
+    """A running entry point, to be watched, stopped or killed; stdout and stderr go to `log`."""
     with log.open("wb") as file:
         return forked([script, *arguments], ranks, {**environment(), **more}, file)
 
 
 def metric_rows(folder: Path) -> list[dict[str, Any]]:
-    """Whole lines of a run's metrics.jsonl; none before it exists."""
+    """Complete lines of a run's metrics.jsonl; none before it exists."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -139,5 +139,5 @@ def metric_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> dict[int, str]:
-    """Step -> loss, every bit of it."""
+    """Step -> loss, with all its bits."""
     return {row["step"]: float(row["loss"]).hex() for row in metric_rows(folder) if "loss" in row}

@@ -1,4 +1,4 @@
-"""Who may import whom (docs/architecture.md). Read from the sources, so that nothing needs to be imported."""
+"""Import rules (docs/architecture.md). Checked on the source text, so nothing needs to be imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p for folder in ("train", "data_pipeline") for p in (ROOT / folder).rglob("*.py"))
 
-# Foreign package -> the only files that may import it.
+# Third-party package -> the only files that may import it.
 OWNERS = {
     "deepspeed": {"train/engine/deepspeed_engine.py"},
     "wandb": {"train/runs/wandb_reporter.py"},
@@ -19,8 +19,8 @@ OWNERS = {
     "open_clip": {"train/models/open_clip_alone.py"},
     "pyarrow": {"data_pipeline/sources/table.py"},
     "diffusers": set(),
-    # By name: what a file names only in the first (docs/security.md), the script that runs in the second; the others
-    # look for their own package's files.
+    # Only the first imports by names that are read from files (docs/security.md); the second imports the script that
+    # runs; the others look up their own package's files.
     "importlib": {
         "data_pipeline/common/saved_objects.py",
         "data_pipeline/common/entry.py",
@@ -32,7 +32,7 @@ OWNERS = {
 }
 OPENS_URLS = ("fsspec", "s3fs", "aiohttp", "botocore", "aiobotocore", "boto3", "urllib", "urllib3", "requests", "httpx")
 OWNERS |= {package: {"data_pipeline/common/s3.py"} for package in (*OPENS_URLS, "http", "smart_open")}
-# Folder -> what of the same package it may import. An entry script may import any folder, and no other script.
+# Folder -> folders of the same package that it may import. An entry script may import any folder, but no other script.
 FOLDERS = {
     "data_pipeline/common": "",
     "data_pipeline/images": "common",
@@ -54,7 +54,7 @@ FOLDERS = {
     "train/evaluation": "objectives models diffusion runs distributed engine",
     "train/sampling": "data objectives models diffusion checkpointing runs engine",
 }
-# What train/ may import of data_pipeline/: what these begin with.
+# train/ may import only modules of data_pipeline/ whose names begin with one of these.
 FOR_TRAINING = (
     "common",
     "images",
@@ -84,7 +84,7 @@ def name(path: Path) -> str:
 
 
 def foreign(path: Path) -> list[str]:
-    """Packages that another file owns."""
+    """Packages that only other files may import."""
     here, packages = name(path), {(module.partition(".")[0], module) for module in imports(path)}
     bad = [module for package, module in packages if package in OWNERS and here not in OWNERS[package]]
     if here != "data_pipeline/common/entry.py" and path not in ENTRIES:
@@ -125,16 +125,16 @@ def test_every_folder_has_its_line() -> None:
     folders = {name(path.parent) for path in FILES}
     assert folders == {*FOLDERS, "train", "data_pipeline"}
     known: set[str] = set()
-    for folder, allowed in FOLDERS.items():  # only of lines before it, so there is no circle
+    for folder, allowed in FOLDERS.items():  # only folders from lines above, so there is no cycle
         package = folder.partition("/")[0]
         assert {f"{package}/{each}" for each in allowed.split()} <= known, folder
         known.add(folder)
     scripts = {path for path in FILES if name(path.parent) in ("train", "data_pipeline") and path.stem != "__init__"}
-    assert scripts == ENTRIES  # all else lies in a folder
+    assert scripts == ENTRIES  # all other modules are in a folder
 
 
 @pytest.mark.parametrize("folder", ["train", "data_pipeline"])
 def test_no_script_hides_a_module_of_the_standard_library_or_a_dependency(folder: str) -> None:
-    """`python train/x.py` puts train/ first on sys.path."""
+    """`python train/x.py` puts train/ first in sys.path."""
     taken = set(sys.stdlib_module_names) | {"torch", "train", "data_pipeline", "numpy", "wandb", "hydra", "webdataset"}
     assert not {p.stem for p in (ROOT / folder).iterdir()} & taken

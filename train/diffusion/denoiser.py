@@ -1,4 +1,4 @@
-"""A trained network as a function (x_t, t, conditioning) -> x0, which is all that samplers and guidance know."""
+"""A trained network as a function (x_t, t, conditioning) -> x0, the interface that samplers and guidance use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.diffusion.process import DiffusionProcess, like
 
 
 class Conditioned(Protocol):
-    """What guidance needs of a condition: itself and its null, as one batch of twice the size."""
+    """What guidance needs of a condition: the condition and its null in one batch of twice the size."""
 
     def for_guidance(self) -> Conditioned: ...
 
@@ -21,7 +21,7 @@ Denoiser = Callable[[Tensor, Tensor, Conditioned], Tensor]
 
 
 class NetworkDenoiser:
-    """x0 as the network and its parameterization say: x_t (B, C, h, w), t scalar -> (B, C, h, w) in x_t's dtype."""
+    """x0 from the network's prediction: x_t (B, C, h, w), t scalar -> (B, C, h, w) in the dtype of x_t."""
 
     def __init__(
         self,

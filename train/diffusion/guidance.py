@@ -1,4 +1,4 @@
-"""Guidance wraps a denoiser and is one."""
+"""Guidance: wraps a denoiser, and is itself a denoiser."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from train.diffusion.process import DiffusionProcess
 
 
 class ClassifierFreeGuidance:
-    """s x0(c) + (1 - s) x0(null) (Ho & Salimans 2022, eq. 6, s = 1 + w), the same for eps, v and flow.
+    """s x0(c) + (1 - s) x0(null) (Ho & Salimans 2022, eq. 6, s = 1 + w), equivalent for eps, v and flow.
 
-    One pass over both halves. At scale 1, or where nothing is given, the null is not evaluated: the result is the
-    unguided one, bit for bit. rescale phi: the result's standard deviation moved by phi towards the conditional's. Lin
-    et al. 2024 (eq. 15-16) do so to the network's prediction, here it is done to x0: the same for Sample only, and
-    another picture at the same phi for the others (docs/maths.md says by how much).
-    interval: fractions of the process, from data to noise, in which guidance acts (Kynkäänniemi et al. 2024).
+    One pass over both halves. At scale 1, or without a condition, the null is not evaluated, and the result equals the
+    unguided one bit for bit. rescale phi: moves the result's standard deviation by phi towards the conditional one. Lin
+    et al. 2024 (eq. 15-16) rescale the network's prediction, this class rescales x0: the same for Sample only; other
+    parameterizations give another picture at the same phi (docs/maths.md says by how much).
+    interval: fractions of the process, from data to noise, where guidance is active (Kynkäänniemi et al. 2024).
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class ClassifierFreeGuidance:
         scale: float,
         rescale: float = 0.0,
         interval: tuple[float, float] = (0.0, 1.0),
-        process: DiffusionProcess | None = None,  # needed by an interval
+        process: DiffusionProcess | None = None,  # needed for an interval
     ) -> None:
         assert process is not None or tuple(interval) == (0.0, 1.0), "an interval is one of a process"
         self.denoise, self.scale, self.rescale = denoise, scale, rescale
@@ -62,7 +62,7 @@ LogProb = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, h, w), t (B,) -> log 
 class ClassifierGuidance:
     """x0 + s sigma^2 / alpha * d log p(y | x_t) / d x_t (Dhariwal & Nichol 2021, alg. 2, with eps written as x0).
 
-    Where alpha is 0, x_t says nothing of x0 and there is nothing to guide by. Costs a backward pass of the classifier.
+    Not applied where alpha is 0, since x_t then has no information on x0. Costs a backward pass of the classifier.
     """
 
     def __init__(self, denoise: Denoiser, log_prob: LogProb, scale: float, process: DiffusionProcess) -> None:

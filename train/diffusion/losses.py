@@ -1,7 +1,7 @@
-"""How far a prediction is from its target, and what each time counts.
+"""Error functions between prediction and target, and loss weights per time.
 
 Errors: (prediction, target) -> elementwise. Weightings: (alpha (B,), sigma (B,), parameterization) -> (B,). Weights
-that papers state for x0 become weights of the prediction by (d x0 / d prediction)^2. SNR = alpha^2 / sigma^2.
+that papers state for x0 are converted to weights of the prediction by (d x0 / d prediction)^2. SNR = alpha^2 / sigma^2.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class L1:
 
 
 class Huber:
-    """Half the square up to `delta`, linear beyond: outliers count less (Huber 1964)."""
+    """Half the square up to `delta`, linear beyond, so outliers weigh less (Huber 1964)."""
 
     def __init__(self, delta: float = 1.0) -> None:
         self.delta = delta
@@ -38,14 +38,14 @@ class Huber:
 
 
 class Uniform:
-    """1 for the prediction itself, whatever it is: L_simple (Ho et al. 2020)."""
+    """Weight 1 for the prediction in any parameterization: L_simple (Ho et al. 2020)."""
 
     def __call__(self, alpha: Tensor, sigma: Tensor, parameterization: Parameterization) -> Tensor:
         return torch.ones_like(alpha)
 
 
 class MinSnr:
-    """min(SNR, gamma) for x0 (Hang et al. 2023, eq. 8): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
+    """min(SNR, gamma) for x0 (Hang et al. 2023, eq. 8), that is, min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
 
     def __init__(self, gamma: float = 5.0) -> None:
         self.gamma = gamma
@@ -56,8 +56,8 @@ class MinSnr:
 
 
 class TruncatedSnr:
-    """max(SNR, 1) for x0 (Salimans & Ho 2022, sec. 4), so that noise and picture both count: max(1 / SNR, 1) for eps,
-    max(alpha^2, sigma^2) for v and flow, SNR itself for x0 towards the data, and there at most `limit`."""
+    """max(SNR, 1) for x0 (Salimans & Ho 2022, sec. 4), so that both noise and picture have weight: max(1 / SNR, 1) for
+    eps, max(alpha^2, sigma^2) for v and flow. For x0 it equals SNR near the data; the weight is at most `limit`."""
 
     def __init__(self, limit: float = 1e4) -> None:
         self.limit = limit
@@ -68,6 +68,6 @@ class TruncatedSnr:
 
 
 def _snr(alpha: Tensor, sigma: Tensor, parameterization: Parameterization) -> tuple[Tensor, Tensor]:
-    """SNR and |d x0 / d prediction|; at 0 as at a little noise or signal, so that their product is its limit."""
+    """SNR and |d x0 / d prediction|. alpha and sigma are clamped above 0, so that the product takes its limit there."""
     alpha, sigma = alpha.clamp(min=1e-6), sigma.clamp(min=1e-6)
     return (alpha / sigma).square(), parameterization.x0_error_scale(alpha, sigma)

@@ -1,7 +1,7 @@
-"""What the network predicts, and what its prediction stands for. Coefficients come from a process; no network.
+"""What the network predicts: targets, and x0 and eps from a prediction. Coefficients come from a process.
 
-With x_t = alpha x0 + sigma eps, a prediction of any kind and x_t stand for an x0 and an eps: so any kind goes over into
-any other (`converted`).
+With x_t = alpha x0 + sigma eps, x_t and a prediction of any kind determine x0 and eps, so each kind can be converted
+to any other (`converted`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from data_pipeline.common.errors import UserError
 
 
 class Parameterization(Protocol):
-    """alpha and sigma broadcast against x. `fits`: whether target and x0 undo one another at such coefficients."""
+    """alpha and sigma must broadcast to x. `fits`: whether `x0` inverts `target` at these coefficients."""
 
     def fits(self, alpha: Tensor, sigma: Tensor) -> bool: ...
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
@@ -26,10 +26,10 @@ class Parameterization(Protocol):
 
 
 class FromX0:
-    """What all kinds have in common."""
+    """Base of all kinds."""
 
     def from_x0(self, x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The prediction that stands for x0. Needs sigma > 0, but for Sample."""
+        """The prediction that corresponds to x0. sigma must be > 0, except for Sample."""
         return self.target(x0, (x_t - alpha * x0) / sigma, alpha, sigma)
 
 
@@ -49,7 +49,7 @@ class Epsilon(FromX0):
         return prediction
 
     def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """|d x0 / d prediction|: by what an error of the prediction counts in x0."""
+        """|d x0 / d prediction|: the factor from an error of the prediction to an error of x0."""
         return sigma / alpha
 
 
@@ -113,9 +113,9 @@ class Flow(FromX0):
 def converted(
     prediction: Tensor, x_t: Tensor, source: Parameterization, to: Parameterization, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """What a network of kind `source` predicts, as kind `to`; refused where it says nothing of what `to` needs.
+    """Converts a prediction of kind `source` to kind `to`; UserError where it does not determine what `to` needs.
 
-    Velocity and flow stand for x0 and eps at every time. Costs a host sync.
+    Velocity and flow determine x0 and eps at every time. Costs a host sync.
     """
     if type(source) is type(to):
         return prediction

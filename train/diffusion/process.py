@@ -1,8 +1,8 @@
-"""Noising processes x_t = alpha(t) x0 + sigma(t) eps: the schedules, and nothing of networks.
+"""Noising processes x_t = alpha(t) x0 + sigma(t) eps: the schedules, independent of networks.
 
 t is a float tensor from `start`, the data itself (alpha 1, sigma 0), to `end`, the noise. `first` is the least noisy
-time that is trained at. `network_time(t)` is what the U-Net's time embedding sees, in thousandths of the process, as
-Stable Diffusion's timesteps are.
+time used in training. `network_time(t)` is the input of the U-Net's time embedding, in thousandths of the process like
+Stable Diffusion's timesteps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data_pipeline.common.errors import UserError
 
 
 class DiffusionProcess(Protocol):
-    """alpha(t), sigma(t), both shaped as t."""
+    """alpha(t) and sigma(t), both of the shape of t."""
 
     start: float
     first: float
@@ -40,7 +40,7 @@ def add_noise(process: DiffusionProcess, x0: Tensor, noise: Tensor, t: Tensor) -
 
 
 class Continuous:
-    """A process whose t runs from 0 to 1, at any value between."""
+    """A process with real-valued t from 0 to 1."""
 
     start, first, end = 0.0, 0.0, 1.0
 
@@ -48,15 +48,15 @@ class Continuous:
         return 1000.0 * t
 
     def at(self, fraction: Tensor) -> Tensor:
-        """Fractions in [0, 1] of the way to noise -> t."""
+        """Fractions of the process in [0, 1], from data to noise -> t."""
         return fraction
 
 
 class RectifiedFlow(Continuous):
     """alpha = 1 - t, sigma = t: straight paths (Liu et al. 2022; Lipman et al. 2022).
 
-    shift s > 1 spends more of the fractions near the noise, as larger pictures need: t' = s t / (1 + (s - 1) t) (Esser
-    et al. 2024, eq. 23). Training times and sampling steps both come by `at`.
+    shift s > 1 maps more of the fractions close to the noise, as larger pictures need: t' = s t / (1 + (s - 1) t)
+    (Esser et al. 2024, eq. 23). Training times and sampling steps both use `at`.
     """
 
     def __init__(self, shift: float = 1.0) -> None:
@@ -71,7 +71,7 @@ class RectifiedFlow(Continuous):
         return t
 
     def at(self, fraction: Tensor) -> Tensor:
-        """Fractions in [0, 1] of the way to noise -> t, shifted."""
+        """Fractions of the process in [0, 1], from data to noise -> t, shifted."""
         return fraction if self.shift == 1.0 else self.shift * fraction / (1.0 + (self.shift - 1.0) * fraction)
 
 
@@ -105,10 +105,10 @@ SCHEDULES = ("linear", "scaled_linear", "cosine")
 
 
 def betas_of(schedule: str, beta_start: float, beta_end: float, steps: int) -> Tensor:
-    """The variance that each step adds, (steps,) float64.
+    """Variance added by each step, (steps,) float64.
 
-    "linear" (Ho et al. 2020), "scaled_linear", linear in the square roots, as latent diffusion trains, and "cosine"
-    (Nichol & Dhariwal 2021, eq. 17), which has no beta_start and beta_end.
+    "linear" (Ho et al. 2020); "scaled_linear": linear in the square roots, as in latent diffusion; "cosine" (Nichol &
+    Dhariwal 2021, eq. 17), which uses neither beta_start nor beta_end.
     """
     if schedule not in SCHEDULES:
         raise UserError(f"process.schedule={schedule} is unknown: take one of {', '.join(SCHEDULES)}.")
@@ -121,15 +121,15 @@ def betas_of(schedule: str, beta_start: float, beta_end: float, steps: int) -> T
 
 
 def with_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Signal shifted and scaled so that none is left at the last step and the first is as it was (Lin et al. 2024, alg.
-    1); (T,) -> (T,)."""
+    """Shifts and scales the signal to 0 at the last step, keeping the first step (Lin et al. 2024, alg. 1);
+    (T,) -> (T,)."""
     root = alphas_cumprod.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
 
 class DiscreteVP:
-    """Variance preserving, by a table of betas (Ho et al. 2020): t is a timestep 0..T-1, between them interpolated in
-    alpha^2, and -1 the data itself."""
+    """Variance preserving, from a table of betas (Ho et al. 2020). t is a timestep 0..T-1, -1 is the data itself;
+    alpha^2 is interpolated between timesteps."""
 
     start, first = -1.0, 0.0
 
@@ -147,7 +147,7 @@ class DiscreteVP:
         self._table = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
 
     def _alpha_squared(self, t: Tensor) -> Tensor:
-        """In float64: near the data 1 - alpha^2 would have few digits in float32."""
+        """Computed in float64: near the data 1 - alpha^2 would have few digits in float32."""
         table, place = self._table.to(t.device), (t.double() + 1.0).clamp(0, self.steps)
         below = place.floor().clamp(max=self.steps - 1).long()
         return torch.lerp(table[below], table[below + 1], place - below)
@@ -162,17 +162,18 @@ class DiscreteVP:
         return t * (1000.0 / self.steps)
 
     def at(self, fraction: Tensor) -> Tensor:
-        """Fractions in [0, 1] -> whole timesteps; each of the T is as likely under a uniform fraction."""
+        """Fractions in [0, 1] -> whole timesteps; a uniform fraction gives each of the T with equal probability."""
         return (fraction * self.steps).floor().clamp(max=self.end)
 
 
 def log_snr(process: DiffusionProcess, t: Tensor) -> Tensor:
-    """lambda(t) = log(alpha / sigma), half the log of the SNR (Lu et al. 2022); infinite where either is 0."""
+    """lambda(t) = log(alpha / sigma), half the log of the SNR (Lu et al. 2022); infinite where alpha or sigma is 0."""
     return process.alpha(t).log() - process.sigma(t).log()
 
 
 def time_at_noise(process: DiffusionProcess, ratio: Tensor, precision: int = 60) -> Tensor:
-    """t at which sigma / alpha is `ratio`, (N,) float64, by bisection: it grows with t in every process here."""
+    """t at which sigma / alpha equals `ratio`, (N,) float64. By bisection, as sigma / alpha grows with t in all
+    processes here."""
     low = torch.full_like(ratio, process.start, dtype=torch.float64)
     high = torch.full_like(low, process.end)
     for _ in range(precision):
@@ -183,7 +184,7 @@ def time_at_noise(process: DiffusionProcess, ratio: Tensor, precision: int = 60)
 
 
 def largest_noise(process: DiffusionProcess, limit: float = 200.0) -> float:
-    """sigma / alpha at the end, at most `limit`, which stands for the pure noise of an end without signal."""
+    """sigma / alpha at the end, at most `limit`; `limit` also stands for an end of pure noise, without signal."""
     end = torch.tensor(process.end, dtype=torch.float64)
     alpha, sigma = float(process.alpha(end)), float(process.sigma(end))
     return sigma / alpha if sigma < limit * alpha else limit

@@ -1,5 +1,5 @@
-"""Randomness as a function of position: of (seed, step, stream, purpose). So no RNG state is ever saved, and noise is
-the same whatever the number of ranks (DESIGN.md, invariant 3)."""
+"""Random draws as a function of their position (seed, step, stream, purpose). So no RNG state has to be saved, and the
+noise is independent of the number of ranks (DESIGN.md, invariant 3)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def generator_at(device: torch.device | str, *position: int | str) -> torch.Gene
 
 
 class StreamRandom:
-    """Draws for one micro-batch of `len(streams)` streams, `per_stream` samples each, stream after stream."""
+    """Draws for one micro-batch of `len(streams)` streams with `per_stream` samples each, ordered by stream."""
 
     def __init__(self, seed: int, step: int, streams: Sequence[int], per_stream: int, device: torch.device) -> None:
         self.seed, self.step, self.streams, self.per_stream, self.device = seed, step, streams, per_stream, device

@@ -1,6 +1,6 @@
-"""Samplers: functions of a denoiser (x_t, t) -> x0, a starting point and a falling list of times.
+"""Samplers: functions of a denoiser (x_t, t) -> x0, a starting point and decreasing times.
 
-`times` (N + 1,) falls from the process' end to its start, the data: N evaluations, but for Heun's 2 N - 1. x at
+`times` (N + 1,) go from the process' end to its start, the data: N evaluations, except for Heun's 2 N - 1. x at
 times[0] is alpha x0 + sigma eps with x0 unknown, that is, sigma(times[0]) * noise. Letters as in the papers:
 lambda = log(alpha / sigma), h its increase in a step from t to s.
 """
@@ -23,11 +23,11 @@ Noise = Callable[[int], Tensor]  # step -> fresh standard normal noise shaped as
 Times = Callable[[DiffusionProcess, int], Tensor]
 
 
-MUCH_NOISE = 200.0  # sigma / alpha from which on steps in it are too unlike to be averaged over
+MUCH_NOISE = 200.0  # if a process ends above this sigma / alpha, Heun's method doesn't average slopes in it
 
 
 class Level(NamedTuple):
-    """Signal and noise at a time, as numbers in double precision."""
+    """Signal and noise levels at a time, in double precision."""
 
     alpha: float
     sigma: float
@@ -41,13 +41,13 @@ class Level(NamedTuple):
 
 
 def levels_at(process: DiffusionProcess, times: Tensor) -> list[Level]:
-    """Of each time."""
+    """The level of each time."""
     wide = times.double()
     return [Level(*pair) for pair in zip(process.alpha(wide).tolist(), process.sigma(wide).tolist(), strict=True)]
 
 
 def uniform_times(process: DiffusionProcess, steps: int) -> Tensor:
-    """At equal distances from the end to the least noisy time that was trained at; then the data."""
+    """Equally spaced from the end to the least noisy time used in training; then the data."""
     _refuse_steps(process, steps)
     if process.first == process.start:
         return process.at(torch.linspace(1.0, 0.0, steps + 1))
@@ -56,7 +56,7 @@ def uniform_times(process: DiffusionProcess, steps: int) -> Tensor:
 
 
 def trailing_times(process: DiffusionProcess, steps: int) -> Tensor:
-    """At equal distances from the end to the data (Lin et al. 2024, table 2); whole timesteps where there are."""
+    """Equally spaced from the end to the data (Lin et al. 2024, table 2); in whole timesteps if it has them."""
     if process.first == process.start:
         return uniform_times(process, steps)
     _refuse_steps(process, steps)
@@ -65,9 +65,10 @@ def trailing_times(process: DiffusionProcess, steps: int) -> Tensor:
 
 
 def karras_times(process: DiffusionProcess, steps: int, rho: float = 7.0, smallest: float = 0.002) -> Tensor:
-    """Equal distances in (sigma / alpha)^(1 / rho) (Karras et al. 2022, eq. 5); then the data.
+    """Equally spaced in (sigma / alpha)^(1 / rho) (Karras et al. 2022, eq. 5); then the data.
 
-    From the process' largest noise (at most 200) to that of the least noisy time trained at, or `smallest`.
+    From the process' largest noise (at most 200) to that of the least noisy time used in training, or `smallest` if
+    that is 0.
     """
     _refuse_steps(process, steps, whole=False)
     first = levels_at(process, torch.tensor([process.first]))[0]
@@ -78,7 +79,7 @@ def karras_times(process: DiffusionProcess, steps: int, rho: float = 7.0, smalle
 
 
 def _refuse_steps(process: DiffusionProcess, steps: int, whole: bool = True) -> None:
-    """No step at all, or more than there are whole timesteps, where some would lead from a time to itself."""
+    """UserError for fewer than one step, or more steps than whole timesteps: some would not change the time."""
     if steps < 1:
         raise UserError(f"sampler.steps={steps} draws nothing: take at least 1.")
     most = int(process.end - process.start)
@@ -98,7 +99,7 @@ def sample_ddim(
     for i, (now, then) in enumerate(pairwise(levels_at(process, times))):
         x0 = denoise(x, times[i])
         eps = (x - now.alpha * x0) / now.sigma
-        # sigma of eq. 16, in terms of signal and noise levels
+        # sigma of eq. 16, expressed by signal and noise levels
         kept = now.alpha * then.sigma / (then.alpha * now.sigma)
         fresh = eta * then.sigma * max(1.0 - kept**2, 0.0) ** 0.5
         x = then.alpha * x0 + max(then.sigma**2 - fresh**2, 0.0) ** 0.5 * eps
@@ -110,16 +111,16 @@ def sample_ddim(
 def sample_euler(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise) -> Tensor:
     """Euler's method on the probability-flow ODE (Karras et al. 2022, alg. 1, no churn).
 
-    In d(x/alpha) / d(sigma/alpha) = eps a step is DDIM's at eta 0, which has no pole at alpha 0.
+    A step in d(x/alpha) / d(sigma/alpha) = eps equals a DDIM step at eta 0, which has no pole at alpha 0.
     """
     return sample_ddim(denoise, x, times, process, noise)
 
 
 def sample_heun(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise) -> Tensor:
-    """Heun's method (Karras et al. 2022, alg. 1, no churn): the mean of the slopes at both ends; 2 N - 1 evaluations.
+    """Heun's method (Karras et al. 2022, alg. 1, no churn): averages the slopes at both ends; 2 N - 1 evaluations.
 
-    In d(x/alpha) / d(sigma/alpha) = eps. Where the process ends with hardly any signal that has a pole, and the mean is
-    taken in dx = x0 d alpha + eps d sigma. The step to the data is Euler's, as there is no slope at sigma 0.
+    Solves d(x/alpha) / d(sigma/alpha) = eps. If the process ends with hardly any signal, this has a pole; slopes are
+    then averaged in dx = x0 d alpha + eps d sigma. The step to the data is Euler's, as there is no slope at sigma 0.
     """
     levels = levels_at(process, times)
     pole = levels[0].sigma > MUCH_NOISE * levels[0].alpha
@@ -146,9 +147,9 @@ def sample_ddpm(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionPr
 
 
 def sample_dpmpp_2m(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022b, alg. 2): x0 extrapolated in lambda from the step before.
+    """DPM-Solver++(2M) (Lu et al. 2022b, alg. 2): extrapolates x0 in lambda from the previous step.
 
-    First order at the first step, at the last to the data, and behind a time without signal, where lambda is infinite.
+    First order at the first step, at the last (to the data), and after a time without signal, where lambda is infinite.
     """
     levels = levels_at(process, times)
     x0_before: Tensor | None = None
@@ -170,10 +171,10 @@ def _exponential_step(x: Tensor, x0: Tensor, now: Level, then: Level) -> Tensor:
 
 
 def sample_unipc(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionProcess, noise: Noise) -> Tensor:
-    """UniPC of order 2 with B(h) = e^h - 1, predicting x0 (Zhao et al. 2023, alg. 5-8): each x is corrected by the x0
-    that is evaluated at it, without another evaluation."""
+    """UniPC of order 2 with B(h) = e^h - 1 for x0 prediction (Zhao et al. 2023, alg. 5-8). The x0 evaluated at each x
+    also corrects that x, at no extra evaluation."""
     levels = levels_at(process, times)
-    known: list[tuple[Level, Tensor]] = []  # levels and the x0 evaluated there, the latest two
+    known: list[tuple[Level, Tensor]] = []  # the latest two levels, each with the x0 evaluated there
     x_before, order = x, 0
     for i, now in enumerate(levels[:-1]):
         x0 = denoise(x, times[i])
@@ -190,7 +191,7 @@ def sample_unipc(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionP
 def _unipc_step(
     x: Tensor, known: Sequence[tuple[Level, Tensor]], then: Level, order: int, x0_then: Tensor | None = None
 ) -> Tensor:
-    """From the latest known level to `then`: the predictor, or the corrector where x0 there is given (eq. 4 and 8)."""
+    """Step from the latest known level to `then`: predictor, or corrector if x0 at `then` is given (eq. 4 and 8)."""
     now, x0 = known[-1]
     h = then.log_snr - now.log_snr
     step = _exponential_step(x, x0, now, then)
@@ -209,7 +210,7 @@ def _unipc_step(
 
 
 def _unipc_weights(h: float, places: Sequence[float], corrects: bool) -> Sequence[float]:
-    """rho of eq. 5 for one or two differences; one difference is weighted by 1/2, as the paper's code does."""
+    """rho of eq. 5 for up to two differences; a single difference has weight 1/2, as in the paper's code."""
     if len(places) < 2:
         return [0.5] * len(places)
     # sum_k rho_k r_k^(n-1) = b_n, with b_n = n! phi_{n+1}(h) h^n / B(h) of eq. 5.

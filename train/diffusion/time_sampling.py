@@ -1,4 +1,4 @@
-"""How the times of a training step are spread: uniform draws in [0, 1) -> fractions of the process, (B,) -> (B,)."""
+"""Distributions of training times: uniform draws in [0, 1) -> fractions of the process, (B,) -> (B,)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def uniform(u: Tensor) -> Tensor:
-    """Every time as likely."""
+    """All times equally likely."""
     return u
 
 
 class LogitNormal:
-    """sigmoid of a normal (Esser et al. 2024, eq. 19): more of the middle, where the task is hardest."""
+    """Sigmoid of a normal variable (Esser et al. 2024, eq. 19): more times in the middle, where the task is hardest."""
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
         self.mean, self.std = mean, std
@@ -22,14 +22,14 @@ class LogitNormal:
 
 
 def stratified(u: Tensor, stratum: Tensor, count: int) -> Tensor:
-    """Uniform draws (B,), each moved into its own of `count` equal parts of [0, 1): (stratum + u) / count.
+    """Moves uniform draws (B,) each into its own stratum, one of `count` equal parts of [0, 1): (stratum + u) / count.
 
-    Where a batch of `count` uses each stratum once, its times are spread evenly and each is still uniform by itself:
-    less variance for nothing (Kingma et al. 2021, app. I.1, with a jitter per sample).
+    If a batch of `count` uses each stratum once, its times are spread evenly, and each is still uniform by itself: less
+    variance at no cost (Kingma et al. 2021, app. I.1, with a jitter per sample).
     """
     return (stratum.to(u.dtype) + u) / count
 
 
 def evenly_spaced(count: int) -> Tensor:
-    """Midpoints of `count` equal parts of [0, 1]: the times of a validation, the same at each."""
+    """Midpoints of `count` equal parts of [0, 1]: the fixed times of every validation."""
     return (torch.arange(count) + 0.5) / count

@@ -1,4 +1,4 @@
-"""Distances between pictures, and what they say of a generator."""
+"""Distances between pictures, and recall of training captions."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ RECALL_PIXELS = 16
 
 
 def shrunk(images: np.ndarray, size: int = RECALL_PIXELS) -> np.ndarray:
-    """(N, H, W, 3) uint8 -> (N, size*size*3) float, each value the mean of a box of pixels."""
+    """Box-averages pictures: (N, H, W, 3) uint8 -> (N, size*size*3) float."""
     n, h, w, c = images.shape
     boxes = images.reshape(n, size, h // size, size, w // size, c).astype(np.float32)
     return boxes.mean((2, 4)).reshape(n, -1)
 
 
 class Recall(NamedTuple):
-    """Shares of drawn pictures whose right picture is the nearest, and among the five nearest."""
+    """Fractions of drawn pictures whose right real picture is the nearest, or among the five nearest."""
 
     top1: float
     top5: float
 
 
 def training_recall(drawn: np.ndarray, real: np.ndarray, right: np.ndarray) -> Recall:
-    """How often the nearest training picture is the caption's own: recall of training captions, not generalisation.
+    """How often the nearest training picture is that of the caption: recall of training captions, not generalisation.
 
     drawn (N, H, W, 3) and real (M, H, W, 3) uint8; right (N,) indices into real. Distance: mean squared error between
-    pictures box-averaged to 16x16 pixels. Real pictures exactly as near as the right one count for it.
+    pictures box-averaged to 16x16 pixels. Ties with the right picture count as correct.
     """
     distances = nearness(drawn, real)
     own = distances[np.arange(len(drawn)), right]
@@ -46,5 +46,5 @@ def nearness(drawn: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean squared differences of each row of a (N, D) to each of b (M, D): (N, M), summed in float64."""
+    """Mean squared difference between each row of a (N, D) and each row of b (M, D): (N, M), summed in float64."""
     return np.stack([np.square(row - b).mean(1, dtype=np.float64) for row in a])

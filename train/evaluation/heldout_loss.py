@@ -1,4 +1,4 @@
-"""The denoiser's loss on held-out latents: fixed noise, evenly spaced times, so that its values can be compared."""
+"""The denoiser's loss on held-out latents, with fixed noise and evenly spaced times so that values are comparable."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class HeldoutLoss:
         self.reporter.log(state.step, {"heldout_loss": float(sums[0].sum() / sums[1].sum()), **row})
 
     def _batch(self, jobs: Sequence[tuple[int, int]]) -> Batch:
-        """One stream a job, so that its noise depends on the job alone."""
+        """One stream per job, so that its noise depends on the job only."""
         samples = [self.samples[i] for i, _ in jobs]
         tensors = {name: value.to(self.ranks.device) for name, value in collated(samples).items()}
         keys, captions = tuple(s["key"] for s in samples), tuple(s["caption"] for s in samples)

@@ -1,4 +1,4 @@
-"""How well an autoencoder gives pictures back, and the statistics of its latents."""
+"""Reconstruction quality of an autoencoder, and statistics of its latents."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from train.models.quantizer import usage
 
 
 def to_model(pictures: np.ndarray, autoencoder: Autoencoder) -> Sequence[torch.Tensor]:
-    """(N, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1] beside the model, 64 at a time."""
+    """(N, H, W, 3) uint8 -> batches (B, 3, H, W) in [-1, 1] on the model's device, 64 at a time."""
     images = torch.from_numpy(from_uint8(pictures)).permute(0, 3, 1, 2)
     return images.to(autoencoder.last_layer.device).split(64)
 
 
 @torch.no_grad()
 def reconstructed(autoencoder: Autoencoder, pictures: np.ndarray) -> np.ndarray:
-    """What decoding the posterior's mean, or the nearest codes, gives back, as uint8."""
+    """Pictures decoded from the posterior's mean or from the nearest codes, as uint8."""
     parts = to_model(pictures, autoencoder)
     return np.concatenate([to_uint8(autoencoder.reconstruct(part).cpu().numpy()) for part in parts])
 
 
 @torch.no_grad()
 def latent_statistics(autoencoder: Autoencoder, pictures: np.ndarray) -> dict[str, Any]:
-    """Of latents as they are stored: mean and std of each channel of posterior draws; a KL model's mean posterior std
-    and KL in nats, or how many codes a VQ model uses, and their perplexity."""
+    """Statistics of stored latents: mean and std per channel of posterior samples; for a KL model the mean posterior
+    std and KL in nats, for a VQ model the number of codes used and their perplexity."""
     stored = torch.cat([autoencoder.encode_stored(part) for part in to_model(pictures, autoencoder)])
     mean, variance = autoencoder.posterior_of(stored)
     figures = {
@@ -44,7 +44,7 @@ def latent_statistics(autoencoder: Autoencoder, pictures: np.ndarray) -> dict[st
 
 
 def said_of(latents: dict[str, Any]) -> str:
-    """The latents' statistics in a line."""
+    """The latents' statistics in one line."""
     std = f"latents' std {np.mean(latents['channel_std']):.3f}"
     if "kl_nats" in latents:
         return f"{std}, KL {latents['kl_nats']:.0f} nats a picture"

@@ -1,4 +1,4 @@
-"""How well a CLIP finds the caption of a picture."""
+"""Text-to-image retrieval of a CLIP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.models.clip import CLIP
 
 
 def retrieval_of(clip: CLIP, splits: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Text to image: of all pictures of a split, how often the caption's own is nearest, or among the five nearest."""
+    """Text to image: how often the caption's own picture is the nearest of its split, or among the five nearest."""
     figures = {}
     for split, samples in splits.items():
         ranks = caption_ranks(clip, samples)
@@ -23,7 +23,7 @@ def retrieval_of(clip: CLIP, splits: dict[str, list[dict[str, Any]]]) -> dict[st
 
 @torch.no_grad()
 def caption_ranks(clip: CLIP, samples: list[dict[str, Any]]) -> np.ndarray:
-    """For each caption, how many pictures lie nearer than its own: (N,)."""
+    """For each caption, how many pictures are nearer than its own: (N,)."""
     images, texts = [], []
     for first in range(0, len(samples), 128):
         part = samples[first : first + 128]

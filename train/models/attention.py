@@ -1,4 +1,4 @@
-"""The one attention function, and the spatial transformer of latent diffusion (Rombach et al. 2022, sec. 3.3).
+"""The attention function of all models, and latent diffusion's spatial transformer (Rombach et al. 2022, sec. 3.3).
 
 Parameter names are those of diffusers' `Transformer2DModel`, so that weights load there unchanged.
 Letters: B batch, T tokens (h*w or text length), C channels, H heads, D head width.
@@ -23,7 +23,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
         return xformers.ops.memory_efficient_attention(q, k, v)
     dtype = q.dtype
-    # On a CPU the bf16 kernel takes four to eight times as long as fp32's, backward above all.
+    # On a CPU the bf16 kernel takes four to eight times as long as the fp32 kernel, mainly in the backward pass.
     half = dtype in (torch.bfloat16, torch.float16)
     working = torch.float32 if half and q.device.type == "cpu" else dtype
     q, k, v = (x.transpose(1, 2).to(working) for x in (q, k, v))  # (B, T, H, D) -> (B, H, T, D)
@@ -31,7 +31,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that runs forward and backward on this device, dtype and head width: "xformers" or "sdpa"."""
+    """The backend that can run forward and backward for this device, dtype and head width: "xformers" or "sdpa"."""
     return _probed(device_type, dtype, head_dim)
 
 
@@ -43,12 +43,12 @@ def _probed(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
         import xformers.ops
         from xformers.ops.fmha import common
 
-        # Its C extension may not load beside a newer CUDA, though the kernels that it dispatches to are torch's own.
+        # xformers' C extension may not load with a newer CUDA, but the kernels that it dispatches to are torch's own.
         common._built_with_cuda = True
         probe = torch.randn(2, 16, 2, head_dim, device=device_type, dtype=dtype, requires_grad=True)
         with torch.enable_grad():
             xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
-    except Exception as error:  # whatever it dies of, training can go on without it, and the log says so
+    except Exception as error:  # whatever the error, training can continue with sdpa; the log says so
         log.warning("attention: xformers can't run %s with head width %d (%s); using sdpa", dtype, head_dim, error)
         return "sdpa"
     return "xformers"
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, inner, bias=qkv_bias)
         self.to_k = nn.Linear(context_dim or channels, inner, bias=qkv_bias)
         self.to_v = nn.Linear(context_dim or channels, inner, bias=qkv_bias)
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])  # a list because diffusers has a dropout behind it
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])  # a list because diffusers has dropout after it
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -77,9 +77,9 @@ class Attention(nn.Module):
 
 
 class PixelAttention(Attention):
-    """Self-attention over pixels, residual: (B, C, h, w) -> (B, C, h, w). The autoencoder's has one head and eps 1e-6.
+    """Self-attention over pixels, residual: (B, C, h, w) -> (B, C, h, w). The autoencoder uses one head and eps 1e-6.
 
-    The unconditional U-Net's (Dhariwal & Nichol 2021; Rombach et al. 2022, app. E) has any number; it takes no context.
+    The unconditional U-Net (Dhariwal & Nichol 2021; Rombach et al. 2022, app. E) uses any number of heads. No context.
     """
 
     def __init__(self, channels: int, norm_groups: int, heads: int = 1, eps: float = 1e-6) -> None:
@@ -104,7 +104,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to `expansion` times the width and back."""
+    """GEGLU to `expansion` times the width, then a linear layer back."""
 
     def __init__(self, channels: int, expansion: int = 4) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Pictures as sequences of pixels through transformer blocks: (B, C, h, w) -> (B, C, h, w), residual.
+    """Transformer blocks over a picture's pixels as a sequence: (B, C, h, w) -> (B, C, h, w), residual.
 
     linear_projection: proj_in and proj_out as linear layers (SD 2.x) instead of 1x1 convolutions (SD 1.x).
     """

@@ -1,8 +1,8 @@
-"""The first stages of latent diffusion (Rombach et al. 2022, sec. 3.1, app. G): KL-regularised, VQ-regularised, none.
+"""First stages of latent diffusion (Rombach et al. 2022, sec. 3.1, app. G): KL-regularised, VQ-regularised, identity.
 
-With their defaults shaped and named as diffusers' `AutoencoderKL` and `VQModel`. Beyond that: a pixel-unshuffle stem
-(`patch`), which saves the costly full-resolution level on a CPU. What precompute and sampling call on each of them is
-data_pipeline.encode.encoders.ImageEncoder, `latent_channels`, `decode` and `reconstruct`.
+With the defaults, shapes and names are those of diffusers' `AutoencoderKL` and `VQModel`. An addition is the
+pixel-unshuffle stem (`patch`), which saves the full-resolution level, costly on a CPU. Precompute and sampling use only
+data_pipeline.encode.encoders.ImageEncoder, `latent_channels`, `decode` and `reconstruct` of each class.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DiagonalGaussian:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> DiagonalGaussian:
-        """(B, 2C, h, w), means first; log-variances are held within [-30, 20] as CompVis does."""
+        """(B, 2C, h, w), means first; log-variances are clamped to [-30, 20] as in CompVis' code."""
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
@@ -38,13 +38,13 @@ class DiagonalGaussian:
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """KL(q || N(0, 1)) in nats, summed over a picture: (B,)."""
+        """KL(q || N(0, 1)) in nats, summed over each picture: (B,)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum((1, 2, 3))
 
 
 @dataclass(frozen=True, slots=True)
 class Trunk:
-    """What encoder and decoder have in common; channels and attention by level, the full resolution first."""
+    """Options that encoder and decoder share; channels and attention per level, full resolution first."""
 
     channels: Sequence[int]
     attention: Sequence[bool]
@@ -69,7 +69,7 @@ class AutoencoderMid(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, each with attention behind it or none, then `downsamplers` or `upsamplers`, where it has one."""
+    """Residual blocks, each followed by attention or not, then `downsamplers` or `upsamplers`, if any."""
 
     def __init__(
         self, in_channels: int, out_channels: int, layers: int, norm_groups: int, attention: bool, resample: str | None
@@ -99,7 +99,7 @@ class Level(nn.Module):
 def levels_of(
     channels: Sequence[int], attention: Sequence[bool], layers: int, norm_groups: int, resample: str
 ) -> nn.ModuleList:
-    """Levels in the order they are passed through; the last one keeps its resolution."""
+    """Levels in the order of the forward pass; the last one keeps its resolution."""
     last = len(channels) - 1
     return nn.ModuleList(
         Level(channels[max(i - 1, 0)], width, layers, norm_groups, attention[i], resample if i < last else None)
@@ -146,9 +146,9 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """What both regularisations share: pictures (B, 3, H, W) <-> (B, C, H/f, W/f), f = patch * 2^(levels - 1)."""
+    """Base of both regularisations: pictures (B, 3, H, W) <-> (B, C, H/f, W/f), f = patch * 2^(levels - 1)."""
 
-    fingerprint = ""  # of the weights it was loaded from
+    fingerprint = ""  # of configuration and weights, if loaded
 
     def __init__(
         self,
@@ -157,10 +157,10 @@ class Autoencoder(nn.Module):
         layers_per_block: int = 2,
         norm_groups: int = 32,
         mid_attention: bool = True,
-        patch: int = 1,  # pixel-unshuffle before the encoder, pixel-shuffle behind the decoder
-        attention_levels: Sequence[bool] | None = None,  # attention behind each residual block; None: in no level
+        patch: int = 1,  # pixel-unshuffle before the encoder, pixel-shuffle after the decoder
+        attention_levels: Sequence[bool] | None = None,  # attention after each residual block; None: in no level
         channels_last: bool = False,  # memory format of the activations: faster on CPUs and in bf16
-        encoded_channels: int | None = None,  # what the encoder gives; None: latent_channels
+        encoded_channels: int | None = None,  # output channels of the encoder; None: latent_channels
     ) -> None:
         super().__init__()
         pixels, encoded = 3 * patch * patch, encoded_channels or latent_channels
@@ -180,7 +180,7 @@ class Autoencoder(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The decoder's last weights, where an adversary's gradient is weighed against the reconstruction's."""
+        """The decoder's last weights: the adaptive weight compares the two losses' gradients there."""
         return self.decoder.conv_out.weight
 
     def encoded(self, images: Tensor) -> Tensor:
@@ -189,13 +189,13 @@ class Autoencoder(nn.Module):
         return self.quant_conv(self.encoder(x.contiguous(memory_format=self.memory_format)))
 
     def decoded(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) as training gave them to the decoder -> (B, 3, H, W), about in [-1, 1]."""
+        """(B, C, h, w), as the decoder receives them in training -> (B, 3, H, W), approximately in [-1, 1]."""
         x = self.decoder(self.post_quant_conv(z.contiguous(memory_format=self.memory_format)))
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
 
 class AutoencoderKL(Autoencoder):
-    """With a Gaussian posterior, held loosely to N(0, 1); its moments are stored. Keyword arguments of Autoencoder."""
+    """Gaussian posterior, weakly regularised to N(0, 1); its moments are stored. Keyword arguments of Autoencoder."""
 
     stored_as = "moments"
 
@@ -211,7 +211,7 @@ class AutoencoderKL(Autoencoder):
         return DiagonalGaussian.from_moments(self.encoded(images))
 
     def encode_stored(self, images: Tensor) -> Tensor:
-        """The moments: a posterior draw is made afresh each time that they are read."""
+        """The moments, so that each read can draw a new sample from the posterior."""
         return self.encoded(images)
 
     def posterior_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,20 +220,20 @@ class AutoencoderKL(Autoencoder):
         return posterior.mean, posterior.logvar.exp()
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) unscaled -> (B, 3, H, W), about in [-1, 1]."""
+        """(B, C, h, w) unscaled -> (B, 3, H, W), approximately in [-1, 1]."""
         return self.decoded(z)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Decode of the posterior's mean."""
+        """The decoded mean of the posterior."""
         return self.decode(self.encode(images).mean)
 
 
 class VQModel(Autoencoder):
-    """With a codebook of codebook_size latent vectors; indices are stored. Further keyword arguments of Autoencoder.
+    """Codebook of codebook_size latent vectors; indices are stored. Other keyword arguments: those of Autoencoder.
 
-    The quantization layer belongs to the decoder (Rombach et al. 2022, sec. 3.1): so a diffusion model may give it
-    latents that are no codes.
+    The quantization layer belongs to the decoder (Rombach et al. 2022, sec. 3.1), so a diffusion model's latents need
+    not be codes.
     """
 
     stored_as = "indices"
@@ -246,7 +246,7 @@ class VQModel(Autoencoder):
 
     @property
     def codebook(self) -> Tensor:
-        """(N, C)."""
+        """The N codes, (N, C)."""
         return self.quantize.embedding.weight
 
     def encode(self, images: Tensor) -> Tensor:
@@ -258,27 +258,27 @@ class VQModel(Autoencoder):
         return self.quantize(self.encoded(images)).indices
 
     def posterior_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices (B, h, w) -> the codes, each (B, C, h, w), and a variance of zero."""
+        """Indices (B, h, w) -> the codes, and a variance of zero, each (B, C, h, w)."""
         codes = self.codebook[stored.to(self.codebook.device)].permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
         return codes, torch.zeros_like(codes)
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) unscaled, quantized first -> (B, 3, H, W), about in [-1, 1]."""
+        """(B, C, h, w) unscaled, quantized first -> (B, 3, H, W), approximately in [-1, 1]."""
         return self.decoded(self.quantize(z).z)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Decode of the nearest codes."""
+        """The decoded nearest codes."""
         return self.decode(self.encode(images))
 
 
 class Identity(nn.Module):
-    """No first stage: the latents are the pixels, and the diffusion model is one in pixel space."""
+    """No first stage: the latents are the pixels, and the diffusion model works in pixel space."""
 
     stored_as, fingerprint, latent_channels, factor = "pixels", "identity", 3, 1
 
     def encode_stored(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) as they are."""
+        """(B, 3, H, W), unchanged."""
         return images
 
     def posterior_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,9 +286,9 @@ class Identity(nn.Module):
         return stored, torch.zeros_like(stored)
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, 3, H, W) as they are."""
+        """(B, 3, H, W), unchanged."""
         return z
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) as they are."""
+        """(B, 3, H, W), unchanged."""
         return images

@@ -1,4 +1,4 @@
-"""A classifier of noisy latents: the U-Net's way down, pooled (Dhariwal & Nichol 2021, sec. 4 and app. H)."""
+"""A classifier of noisy latents: the U-Net's downsampling half, pooled (Dhariwal & Nichol 2021, sec. 4 and app. H)."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class NoisyClassifier(nn.Module):
         return self.out(x.mean((2, 3))).float()
 
     def log_prob(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """log p(label | x_t) of each row, (B,)."""
+        """log p(label | x_t) for each row, (B,)."""
         return self(x, t).log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of rows whose highest logit is the label's, a scalar."""
+    """Fraction of rows whose highest logit is that of the label, a scalar."""
     return (logits.argmax(-1) == labels).to(torch.float32).mean()

@@ -1,4 +1,4 @@
-"""A CLIP of open_clip's classes; its text tower is the encoder that conditions the U-Net (tau in Rombach et al.)."""
+"""A CLIP built from open_clip's classes; its text tower encodes the U-Net's condition (tau in Rombach et al.)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ VOCABULARY = 49408  # byte pairs of OpenAI's CLIP
 
 @functools.cache
 def tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
-    """Captions -> (B, context_length) ids, padded with 0; open_clip carries its vocabulary. Half a second to make."""
+    """Captions -> (B, context_length) ids, padded with 0. open_clip includes the vocabulary. Takes half a second."""
     return open_clip().SimpleTokenizer(context_length=context_length)
 
 
 class Transformer(TypedDict, total=False):
-    """Of either tower, by open_clip's names. No others are taken from a saved CLIP: some lead to models elsewhere."""
+    """Options of either tower, by open_clip's names. A saved CLIP may set no others: some load other models."""
 
     width: int
     layers: int
@@ -34,7 +34,7 @@ class Transformer(TypedDict, total=False):
 
 
 class VisionOptions(Transformer, total=False):
-    """Of the image tower."""
+    """Options of the image tower."""
 
     image_size: int | Sequence[int]
     patch_size: int
@@ -53,7 +53,7 @@ class _Length(TypedDict):
 
 
 class TextOptions(Transformer, _Length, total=False):
-    """Of the text tower."""
+    """Options of the text tower."""
 
     vocab_size: int
     heads: int
@@ -68,7 +68,7 @@ class TextOptions(Transformer, _Length, total=False):
 class CLIP(nn.Module):
     """Image and text towers of `open_clip.model.CLIP`, with its tokenizer (padded with 0)."""
 
-    fingerprint = ""  # of the weights it was loaded from
+    fingerprint = ""  # of configuration and weights, if loaded
 
     def __init__(self, embed_dim: int, vision: VisionOptions, text: TextOptions) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextStates:
-        """Per-token states of the last layer, normed (B, T, D), and the text embedding (B, E) at unit variance."""
+        """Normalised states of the last layer per token (B, T, D), and the text embedding (B, E) at unit variance."""
         tokens = self.tokenizer(list(captions)).to(self.towers.text_projection.device)
         out = self.towers.forward_intermediates(
             text=tokens, text_indices=1, normalize_intermediates=True, text_output_fmt="NLC"

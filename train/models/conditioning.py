@@ -1,7 +1,7 @@
-"""What the U-Net is conditioned on: conditioners turn a batch's stored fields into a Conditioning with its null.
+"""Conditioning of the U-Net: conditioners turn a batch's stored fields into a Conditioning with its null.
 
-Each conditioner says what it gives: tokens for cross-attention, a vector for the time embedding, or planes that are
-concatenated to x_t. Several at once are `Conditioners`. Letters: B batch, T tokens, D width, C channels.
+Each conditioner declares its outputs: tokens for cross-attention, a vector for the time embedding, or planes that are
+concatenated to x_t. `Conditioners` combines several. Letters: B batch, T tokens, D width, C channels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from train.models.latents import LatentScaling
 
 
 class Parts(NamedTuple):
-    """context (B, T, D) for cross-attention, vector (B, P) for the time embedding, concat (B, C, h, w); None: none."""
+    """context (B, T, D) for cross-attention, vector (B, P) for the time embedding, concat (B, C, h, w); or None."""
 
     context: Tensor | None = None
     vector: Tensor | None = None
@@ -27,10 +27,10 @@ class Parts(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """What is given, and the null of each part, of a batch of 1 or B. A tuple, as DeepSpeed's hooks look into no other.
+    """The condition and the null of each part, batch 1 or B. A tuple: DeepSpeed's hooks skip most other types.
 
-    A null is what a dropped condition is replaced by in training and what guidance steers away from in sampling (Ho &
-    Salimans 2022, alg. 1): for text, the encoder's own states of the empty prompt.
+    The null replaces a dropped condition in training, and guidance steers away from it in sampling (Ho & Salimans
+    2022, alg. 1). For text it is the encoder's states of the empty prompt.
     """
 
     given: Parts
@@ -38,11 +38,11 @@ class Conditioning(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is given at all."""
+        """Whether there is no condition at all."""
         return all(part is None for part in self.given)
 
     def dropped(self, drop: Tensor) -> Conditioning:
-        """The null in place of the condition where drop (B,) is true; all parts together."""
+        """The null in place of the condition where drop (B,) is true, in all parts together."""
 
         def replaced(value: Tensor | None, null: Tensor | None) -> Tensor | None:
             return None if value is None else torch.where(drop.view(-1, *[1] * (value.dim() - 1)), null, value)
@@ -50,7 +50,7 @@ class Conditioning(NamedTuple):
         return self._replace(given=Parts(*map(replaced, self.given, self.null)))
 
     def for_guidance(self) -> Conditioning:
-        """Twice the batch: the condition, then its null."""
+        """A batch of twice the size: the condition, then its null."""
 
         def doubled(value: Tensor | None, null: Tensor | None) -> Tensor | None:
             return None if value is None else torch.cat([value, null.expand_as(value)])
@@ -59,10 +59,10 @@ class Conditioning(NamedTuple):
 
 
 class DataFacts(Protocol):
-    """What conditioners must know of the data that they are trained on."""
+    """What conditioners need to know about the training data."""
 
-    null: Mapping[str, Tensor]  # the encoders' own, by field
-    shapes: Mapping[str, Sequence[int]]  # of the stored fields, unbatched
+    null: Mapping[str, Tensor]  # field -> the encoder's null
+    shapes: Mapping[str, Sequence[int]]  # stored field -> its shape without the batch
     scaling: LatentScaling
     unet_shape: tuple[int, int, int]  # (C, h, w) of x_t
 
@@ -70,9 +70,9 @@ class DataFacts(Protocol):
 
 
 class Conditioner(nn.Module):
-    """needs: stored fields that it reads; context_dim, vector_dim, concat_channels: what it gives the U-Net, if any.
+    """needs: the stored fields that it reads; context_dim, vector_dim, concat_channels: sizes of its outputs, if any.
 
-    of_text: whether a negative prompt takes the place of its null.
+    of_text: whether a negative prompt replaces its null.
     """
 
     of_text = False
@@ -86,7 +86,7 @@ class Conditioner(nn.Module):
 
 
 class StoredText(Conditioner):
-    """Text states as precompute stored them: tokens (B, T, D) and, if it did, the pooled vector (B, P); their null."""
+    """Text states stored by precompute: tokens (B, T, D), and the pooled vector (B, P) if stored; with their null."""
 
     of_text = True
     needs = ("text",)
@@ -104,7 +104,7 @@ class StoredText(Conditioner):
 
 
 class ClassLabel(Conditioner):
-    """A learnt vector a class as the only token (B, 1, D), and one more for none (Rombach et al. 2022, app. E.1)."""
+    """One token (B, 1, D), a learnt vector per class, and one more as the null (Rombach et al. 2022, app. E.1)."""
 
     needs = ("label",)
 
@@ -116,14 +116,14 @@ class ClassLabel(Conditioner):
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
         label = fields["label"]
         none = label.new_full((1,), self.embedding.num_embeddings - 1)
-        rows = self.embedding(torch.cat([label, none]))[:, None]  # not its weight: ZeRO's stage 3 may have put it away
+        rows = self.embedding(torch.cat([label, none]))[:, None]  # not its .weight: ZeRO stage 3 may have released it
         return Conditioning(Parts(rows[:-1]), Parts(rows[-1:]))
 
 
 class LayoutTokens(Conditioner):
-    """A token a box (B, N, D): its class' vector and its corners' sinusoids, through transformer blocks.
+    """One token per box (B, N, D): the vector of its class and sinusoids of its corners, through transformer blocks.
 
-    As tau for layouts (Rombach et al. 2022, sec. 4.3.1), but with corners as numbers, not as words of a vocabulary.
+    Like tau for layouts (Rombach et al. 2022, sec. 4.3.1), but the corners are numbers, not tokens of a vocabulary.
     The null is a layout without boxes.
     """
 
@@ -133,14 +133,14 @@ class LayoutTokens(Conditioner):
     def __init__(self, facts: DataFacts, dim: int, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.context_dim = dim
-        self.embedding = nn.Embedding(len(facts.classes("layout")) + 1, dim)  # the first: no box
+        self.embedding = nn.Embedding(len(facts.classes("layout")) + 1, dim)  # index 0: no box
         self.corners = nn.Linear(4 * 2 * self.FREQUENCIES, dim)
         self.blocks = nn.ModuleList(TransformerBlock(dim, None, heads, dim // heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
         boxes, labels = fields["boxes"], fields["box_label"]
-        # One more row without boxes: the null goes through the same weights.
+        # One more row, without boxes, so that the null passes through the same weights.
         boxes = torch.cat([boxes, torch.zeros_like(boxes[:1])])  # (B + 1, N, 4)
         labels = torch.cat([labels, torch.full_like(labels[:1], -1)])  # (B + 1, N)
         tokens = self.embedding(labels + 1)
@@ -159,7 +159,7 @@ def fourier(x: Tensor, frequencies: int) -> Tensor:
 
 
 class ImageTokens(Conditioner):
-    """A CLIP image embedding (B, E) as `tokens` tokens (B, T, D); the null is the projection of zeros."""
+    """Projects a CLIP image embedding (B, E) to `tokens` tokens (B, T, D); the null is the projection of zeros."""
 
     needs = ("image_embedding",)
 
@@ -179,7 +179,7 @@ class ImageTokens(Conditioner):
 class LowResolutionImage(Conditioner):
     """A small picture (B, 3, H, W), enlarged to the latents and concatenated (Rombach et al. 2022, sec. 4.4).
 
-    drop: whether guidance and dropping take it away too (its null is grey), or leave it.
+    drop: whether dropout and guidance replace it, too, by its null (grey), or keep it.
     """
 
     needs = ("low_resolution",)
@@ -200,8 +200,8 @@ class LowResolutionImage(Conditioner):
 
 
 class HoleAndRest(Conditioner):
-    """The hole (B, 1, h, w) and the latents of the rest (B, C, h, w), concatenated in this order as Stable Diffusion's
-    inpainting does (Rombach et al. 2022, sec. 4.5). The null is a hole everywhere; drop: as in LowResolutionImage."""
+    """The hole (B, 1, h, w), then the latents of the rest (B, C, h, w), concatenated in the order of Stable Diffusion's
+    inpainting (Rombach et al. 2022, sec. 4.5). The null is a hole everywhere; drop: as in LowResolutionImage."""
 
     needs = ("hole", "masked_latents")
 
@@ -218,7 +218,7 @@ class HoleAndRest(Conditioner):
 
 
 class Conditioners(Conditioner):
-    """Any number of conditioners as one, none included: tokens and planes one after another, vectors likewise."""
+    """Combines any number of conditioners, or none: concatenates their tokens, vectors and planes."""
 
     def __init__(self, facts: DataFacts, parts: Mapping[str, Callable[[DataFacts], Conditioner]]) -> None:
         super().__init__()
@@ -241,13 +241,13 @@ class Conditioners(Conditioner):
         return Conditioning(joined([one.given for one in made]), joined([one.null for one in made]))
 
     def against(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Parts:
-        """The null with the states of a negative prompt in the place of the empty one's; other parts keep theirs."""
+        """The null, with the states of a negative prompt in place of the empty prompt's; other parts keep theirs."""
         made = [(part.of_text, part(fields, captions)) for part in self.parts.values()]
         return joined([one.given if of_text else one.null for of_text, one in made])
 
 
 def joined(all_parts: Sequence[Parts]) -> Parts:
-    """Along tokens, width of the vector, and channels. Nulls of a batch of 1 are spread where another has B."""
+    """Concatenates tokens, vectors and channels along dimension 1. Batches of 1 are expanded if another has B."""
 
     def one(values: Sequence[Tensor | None]) -> Tensor | None:
         there = [value for value in values if value is not None]
@@ -260,20 +260,20 @@ def joined(all_parts: Sequence[Parts]) -> Parts:
 
 
 class ConditionedUNet(nn.Module):
-    """The network that is trained: a U-Net, and the conditioners that are trained with it."""
+    """The network to train: a U-Net, and the conditioners that are trained with it."""
 
     def __init__(self, unet: nn.Module, conditioner: Conditioner) -> None:
         super().__init__()
         self.unet, self.conditioner = unet, conditioner
 
     def condition(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        """What a batch is conditioned on."""
+        """The conditioning of a batch."""
         return self.conditioner(fields, captions)
 
     def condition_against(
         self, conditioning: Conditioning, fields: Mapping[str, Tensor], captions: Sequence[str]
     ) -> Conditioning:
-        """The same, steering away from negative prompts."""
+        """The same conditioning, with negative prompts as its null."""
         return conditioning._replace(null=self.conditioner.against(fields, captions))
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

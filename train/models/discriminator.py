@@ -1,4 +1,4 @@
-"""The discriminator that first stages are trained against: a PatchGAN (Isola et al. 2017, sec. 3.2.2, app. 6.1.2)."""
+"""The discriminator for training first stages: a PatchGAN (Isola et al. 2017, sec. 3.2.2, app. 6.1.2)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from data_pipeline.common.errors import UserError
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures (B, 3, H, W) -> a logit a patch, (B, 1, about H/2^layers, W/2^layers); above 0: real.
+    """Pictures (B, 3, H, W) -> one logit per patch, (B, 1, about H/2^layers, W/2^layers); above 0 means real.
 
-    Group norm where theirs is batch norm: a batch's statistics would be those of one rank's micro-batch, mix real
-    pictures with reconstructions, and add state that changes in each forward; a picture's own do none of it.
+    Group norm in place of their batch norm: batch statistics would come from one rank's micro-batch, mix real pictures
+    with reconstructions, and add state that changes in each forward pass.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3, norm_groups: int = 32) -> None:
@@ -36,7 +36,7 @@ class PatchDiscriminator(nn.Module):
 
     @property
     def smallest_picture(self) -> int:
-        """Pixels a side that leave one patch: the last two convolutions take one each."""
+        """Side in pixels of the smallest picture that gives one patch: the last two convolutions each take one."""
         return 3 * 2**self.layers
 
     def forward(self, images: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Weights from N(0, 0.02^2), as Isola et al."""
+    """Weights from N(0, 0.02^2), as in Isola et al."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""From what is stored of a picture to what the U-Net sees, and back to raw latents."""
+"""From a picture's stored latents to the U-Net's input x0, and back to raw latents."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ STORED_AS = ("moments", "indices", "pixels")
 
 
 class LatentScaling:
-    """x0 = fold((z - mean) / std), per channel; and its inverse.
+    """x0 = fold((z - mean) / std), with mean and std per channel; and its inverse.
 
-    Rombach et al. 2022 (app. G) divide by one standard deviation so that noise meets unit variance; Stable Diffusion's
-    scaling_factor is 1 / std with mean 0. fold > 1 trades resolution for channels (pixel-unshuffle): a cheaper U-Net.
+    Rombach et al. 2022 (app. G) divide by one standard deviation, so that latents have unit variance; Stable
+    Diffusion's scaling_factor is 1 / std with mean 0. fold > 1 trades resolution for channels (pixel-unshuffle), which
+    makes the U-Net cheaper.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], fold: int = 1) -> None:
@@ -39,14 +40,14 @@ class LatentScaling:
 
 @dataclass(frozen=True, slots=True)
 class StoredLatents:
-    """Latents as precompute stored them, one of STORED_AS; codebook (N, C) for indices."""
+    """Latents in the form that precompute stored, one of STORED_AS; codebook (N, C) for indices."""
 
     stored_as: str
     scaling: LatentScaling
     codebook: Tensor | None = None
 
     def draw(self, fields: Mapping[str, Tensor], normal: Callable[[Sequence[int]], Tensor]) -> Tensor:
-        """x0 for the U-Net, (B, C, h, w): a fresh draw of the posterior by normal(shape), or what codes stand for."""
+        """x0 for the U-Net, (B, C, h, w): a new posterior sample with noise normal(shape), or the codes of indices."""
         stored = fields[self.stored_as]
         if self.stored_as == "moments":
             posterior = DiagonalGaussian.from_moments(stored)

@@ -1,7 +1,7 @@
-"""The only importer of open_clip: at first use, and without transformers and timm.
+"""The only module that imports open_clip: at first use, and without transformers and timm.
 
-open_clip imports these two where they are installed, for models that are not built here: seconds, and timm brings
-wandb. They are hidden from it while it is imported, as if they were not installed.
+If they are installed, open_clip imports both for models that are not used here. That takes seconds, and timm imports
+wandb. While open_clip is imported, they are hidden as if they were not installed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ NOT_NEEDED = ("transformers", "timm")
 
 @functools.cache
 def open_clip() -> ModuleType:
-    """The package. torchvision is made importable beside a CPU torch first."""
+    """The package. First makes torchvision importable with a CPU torch."""
     import train.models.torchvision_patch  # noqa: F401
 
     hidden = {name: sys.modules.get(name) for name in NOT_NEEDED}
-    sys.modules.update(dict.fromkeys(NOT_NEEDED))  # None: an import of it is an ImportError
+    sys.modules.update(dict.fromkeys(NOT_NEEDED))  # None: importing it raises ImportError
     try:
         import open_clip
     finally:

@@ -1,4 +1,4 @@
-"""Residual blocks and changes of resolution that the U-Net and the autoencoder share. Names as in diffusers."""
+"""Residual, downsampling and upsampling blocks that the U-Net and the autoencoder share. Names as in diffusers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class ResnetBlock(nn.Module):
-    """norm-SiLU-conv twice, the time embedding added between (Ho et al. 2020, app. B).
+    """norm-SiLU-conv twice, with the time embedding added in between (Ho et al. 2020, app. B).
 
     (B, Cin, h, w) -> (B, Cout, h, w).
     """
@@ -32,7 +32,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution by a strided convolution. The autoencoder pads right and below only, as CompVis' does."""
+    """Halves the resolution by a strided convolution. The autoencoder pads only right and bottom, like CompVis'."""
 
     def __init__(self, channels: int, asymmetric: bool = False) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution by nearest neighbour, then a convolution."""
+    """Doubles the resolution by nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from train.models.conditioning import Conditioner, Conditioning, DataFacts, Part
 
 
 class JointText(Conditioner):
-    """Captions -> (B, T, D): byte-pair tokens with learnt positions through transformer blocks, no mask, normed.
+    """Captions -> (B, T, D): byte-pair tokens with learnt positions, transformer blocks without a mask, final norm.
 
     LDM's 1.45 B model has dim 1280, 32 layers and 77 tokens. The null is the empty caption through the same weights.
     """

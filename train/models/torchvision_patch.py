@@ -1,8 +1,8 @@
-"""Lets a CUDA-linked torchvision be imported beside a CPU torch; importing this module does it. Elsewhere a no-op.
+"""Makes a CUDA-linked torchvision importable with a CPU torch, when this module is imported. Otherwise a no-op.
 
-The registry's torchvision dies on import there (`operator torchvision::nms does not exist`) and takes open_clip, timm,
-and diffusers with it. Declaring the two operators' schemas is enough for everything but `ops.nms` and `io.decode_*`,
-which still raise.
+PyPI's torchvision fails on import there (`operator torchvision::nms does not exist`), and so do open_clip, timm and
+diffusers. Declaring the schemas of two operators is enough for everything except `ops.nms` and `io.decode_*`, which
+still raise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_library: torch.library.Library | None = None  # the declarations live as long as this reference
+_library: torch.library.Library | None = None  # the declarations last as long as this reference
 
 
 def _import_torchvision() -> None:

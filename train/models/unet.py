@@ -1,8 +1,8 @@
 """The time-conditional U-Net of latent diffusion, with and without cross-attention (Rombach et al. 2022, sec. 3.2-3.3).
 
-With its defaults the classes are shaped and named as diffusers' `UNet2DConditionModel`, with transformer_depth 0 as its
-`UNet2DModel`: such a configuration's weights load there as they are. Beyond that: per-level switches for either
-attention, and a vector condition (pooled text) added to the time embedding.
+With the defaults, shapes and names are those of diffusers' `UNet2DConditionModel`; with transformer_depth 0, those of
+its `UNet2DModel`: the weights load there unchanged. Additions: per-level switches for self- and cross-attention, and a
+vector condition (pooled text) added to the time embedding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.models.resblocks import Downsample, ResnetBlock, Upsample
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """(B,) timesteps, in units of a thousandth of the process -> (B, dim), cosines first (Ho et al. 2020; as in SD)."""
+    """Timesteps (B,), in thousandths of the process -> (B, dim), cosines first (Ho et al. 2020; as in SD)."""
     half = dim // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies[None]
@@ -46,7 +46,7 @@ MakeAttention = Callable[[], nn.Module]  # a module (x (B, C, h, w), context) ->
 
 
 class AttentionKind(NamedTuple):
-    """What the attention of all levels has in common. depth: of the transformers; 0: plain attention over pixels."""
+    """Attention options that all levels share. depth: of the transformers; 0: plain attention over pixels."""
 
     depth: int
     context_dim: int | None
@@ -54,7 +54,7 @@ class AttentionKind(NamedTuple):
     norm_groups: int
 
     def of(self, channels: int, heads: int, self_attention: bool) -> MakeAttention:
-        """What makes that of a level."""
+        """A factory for the attention modules of one level."""
         if self.depth == 0:
             return partial(PixelAttention, channels, self.norm_groups, heads, eps=1e-5)
         make = partial(SpatialTransformer, channels, self.context_dim, heads, channels // heads, self.depth)
@@ -62,7 +62,7 @@ class AttentionKind(NamedTuple):
 
 
 class DownBlock(nn.Module):
-    """`layers` residual blocks, each followed by attention where the level has it; then half the resolution."""
+    """`layers` residual blocks, each followed by attention if the level has it; then downsampling by 2."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """As DownBlock, each residual block taking one skip; then twice the resolution."""
+    """Like DownBlock, but each residual block takes one skip; then upsampling by 2."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class UpBlock(nn.Module):
 def _down_blocks(
     channels: Sequence[int], layers: int, time_dim: int, norm_groups: int, attentions: Sequence[MakeAttention | None]
 ) -> nn.ModuleList:
-    """From the widest picture to the smallest; the last keeps its resolution."""
+    """From the highest resolution to the lowest; the last block keeps its resolution."""
     inputs, last = [channels[0], *channels[:-1]], len(channels) - 1
     return nn.ModuleList(
         DownBlock(inputs[level], width, time_dim, layers, norm_groups, attentions[level], downsample=level < last)
@@ -155,7 +155,8 @@ def _down_blocks(
 def _up_blocks(
     channels: Sequence[int], layers: int, time_dim: int, norm_groups: int, attentions: Sequence[MakeAttention | None]
 ) -> nn.ModuleList:
-    """Back again, one residual block more a level; each takes the output of conv_in or of a layer on the way down."""
+    """From the lowest resolution to the highest, with one residual block more per level than on the way down; each
+    takes the output of conv_in or of a layer on the way down as its skip."""
     skips = [channels[0]]
     for level, width in enumerate(channels):
         skips += [width] * (layers + (level < len(channels) - 1))
@@ -183,9 +184,9 @@ class UNet(nn.Module):
         context_dim: int | None = 768,
         vector_dim: int | None = None,  # width of a pooled condition added to the time embedding
         attention_levels: Sequence[bool] = (True, True, True, False),
-        self_attention_levels: Sequence[bool] | None = None,  # where transformers attend to the picture too; all
-        heads: int | Sequence[int] = 8,  # a level; SD 1.x: 8 everywhere, SD 2.x: 5, 10, 20, 20
-        transformer_depth: int = 1,  # 0: plain attention over pixels, for the U-Net that has no context
+        self_attention_levels: Sequence[bool] | None = None,  # levels with self-attention; None: all
+        heads: int | Sequence[int] = 8,  # per level; SD 1.x: 8 everywhere, SD 2.x: 5, 10, 20, 20
+        transformer_depth: int = 1,  # 0: plain attention over pixels, for a U-Net without context
         linear_projection: bool = False,
         norm_groups: int = 32,
         channels_last: bool = False,  # memory format of the activations: faster on CPUs and in bf16
@@ -232,9 +233,9 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def tune(self, compiled: bool, checkpoint_activations: bool) -> None:
-        """How it is trained. Checkpointing keeps only what goes into a block, and computes each a second time."""
+        """Options for training. Checkpointing stores only the inputs of each block and recomputes the rest."""
         self.checkpoint_activations = checkpoint_activations
-        if compiled:  # the first else looks into the probe, and cuts its graph at each attention
+        if compiled:  # else torch.compile would trace into the probe and break the graph at each attention
             torch.compiler.assume_constant_result(attention_backend)
             self.compile()
 

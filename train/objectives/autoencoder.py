@@ -17,11 +17,11 @@ from train.objectives.terms import LossTerms
 
 KL_WEIGHT = 1e-4
 COMMITMENT_WEIGHT = 0.25  # van den Oord et al. 2017, beta of eq. 3
-REVIVAL_WEIGHT = 0.1  # of a code's share of the batch: a tenth of what a code of average use feels
+REVIVAL_WEIGHT = 0.1  # a tenth of the weight that the codebook loss gives a code of average use
 
 
 class Passed(NamedTuple):
-    """Pictures that went through a first stage: what came out, what it costs (B,), and figures of it (B,) or ()."""
+    """Result of a pass through a first stage: the reconstruction, its penalty (B,), and metrics, each (B,) or ()."""
 
     reconstruction: Tensor
     penalty: Tensor
@@ -31,11 +31,12 @@ class Passed(NamedTuple):
 class AutoencoderObjective(nn.Module):
     """L1 + gradient_weight * L1 of finite differences + regularisation [+ adversary].
 
-    Of a KL model kl_weight * KL per latent value; of a VQ model its codebook loss + commitment_weight * commitment loss
-    + revival_weight * the revival of unused codes. Each is None for the constant above, and must be for other models.
+    Regularisation of a KL model: kl_weight * KL per latent value. Of a VQ model: codebook loss + commitment_weight *
+    commitment loss + revival_weight * revival of unused codes. None: the constant above; weights of the other kind of
+    model must be None.
 
-    Until step `crop_until`, random crops of `crop` pixels (0: never), the same place within a batch: cheaper, and as
-    good for a convolutional network; then whole pictures. Half of all pictures are mirrored.
+    Trains on random crops of `crop` pixels (0: never) until step `crop_until`, at one position per batch, then on whole
+    pictures: crops are cheaper, and as good for a convolutional network. Half of all pictures are mirrored.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class AutoencoderObjective(nn.Module):
         return LossTerms(total, {name: value.detach().mean() for name, value in parts.items()}, loss.detach())
 
     def through_posterior(self, images: Tensor, random: StreamRandom) -> Passed:
-        """By a draw of the posterior: (B, 3, H, W) -> the same in fp32."""
+        """Decodes a posterior sample: (B, 3, H, W) -> the same shape in fp32."""
         posterior = self.autoencoder.encode(images)
         noise = random.normal("posterior", posterior.mean.shape[1:]).to(posterior.mean)
         kl = posterior.kl().float() / posterior.mean[0].numel()
@@ -89,22 +90,22 @@ class AutoencoderObjective(nn.Module):
         return Passed(reconstruction, self.kl_weight * kl, {"kl": kl})
 
     def through_codebook(self, images: Tensor, random: StreamRandom) -> Passed:
-        """By the nearest codes: (B, 3, H, W) -> the same in fp32. Usage and perplexity are of this rank's micro-batch,
-        and so lower than a larger one's."""
+        """Decodes the nearest codes: (B, 3, H, W) -> the same shape in fp32. Usage and perplexity are those of this
+        rank's micro-batch, so lower than for a larger batch."""
         codes = self.autoencoder.quantize(self.autoencoder.encode(images), self.anchors)
         used, perplexity = usage(codes.indices, len(self.anchors))
         distance = codes.codebook + self.commitment_weight * codes.commitment
-        penalty = distance + self.revival_weight * codes.revival  # the batch's one number, on each sample alike
+        penalty = distance + self.revival_weight * codes.revival  # revival: one scalar per batch, added to each sample
         parts = {"quantization": codes.codebook, "revival": codes.revival}
         parts |= {"codes_used": used, "code_perplexity": perplexity}
         return Passed(self.autoencoder.decoded(codes.z).float(), penalty, parts)
 
     def augmented(self, images: Tensor, random: StreamRandom, step: int) -> Tensor:
-        """Mirrored by half and, early on, cropped: (B, 3, H, W) -> (B, 3, crop, crop)."""
+        """Mirrors half of the pictures and, early in training, crops all: (B, 3, H, W) -> (B, 3, crop, crop)."""
         mirror = random.uniform("mirror") < 0.5
         images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
         if self.crop and step < self.crop_until:
-            # One place for the whole global batch: it must not depend on which streams this rank holds.
+            # One position for the whole global batch: it must not depend on which streams this rank has.
             draws = torch.rand(2, generator=generator_at("cpu", self.seed, step, "crop"))
             top, left = (int(d * (size - self.crop + 1)) for d, size in zip(draws, images.shape[-2:], strict=True))
             images = images[..., top : top + self.crop, left : left + self.crop]
@@ -112,7 +113,7 @@ class AutoencoderObjective(nn.Module):
 
 
 def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
-    """L1 between finite differences, down and across: (B, C, H, W) twice -> (B,). It is what keeps edges sharp."""
+    """L1 between vertical and horizontal finite differences, which keeps edges sharp: two (B, C, H, W) -> (B,)."""
     d = a - b
     down = (d[..., 1:, :] - d[..., :-1, :]).abs().mean((1, 2, 3))
     across = (d[..., :, 1:] - d[..., :, :-1]).abs().mean((1, 2, 3))

@@ -1,4 +1,4 @@
-"""Symmetric cross-entropy between pictures and captions (Radford et al. 2021, fig. 3), negatives from all ranks."""
+"""Symmetric cross-entropy between pictures and captions (Radford et al. 2021, fig. 3), with negatives of all ranks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from train.objectives.terms import LossTerms
 
 
 class Contrastive(nn.Module):
-    """Batch of pictures and captions -> LossTerms. Half of the pictures are mirrored, all shifted by up to `shift`."""
+    """Batch of pictures and captions -> LossTerms. Mirrors half of the pictures; shifts all by up to `shift` pixels."""
 
     def __init__(self, clip: CLIP, rank: int = 0, world_size: int = 1, shift: int = 4, seed: int = 0) -> None:
         super().__init__()
         self.clip, self.shift, self.seed = clip, shift, seed
-        # Each rank scores its own rows against all ranks' columns; averaged gradients are then those of the whole.
+        # Each rank scores its own rows against all ranks' columns; the averaged gradients equal those of the full loss.
         clip_loss = open_clip().loss.ClipLoss
         self.clip_loss = clip_loss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
 
@@ -36,7 +36,7 @@ class Contrastive(nn.Module):
         return LossTerms(loss, parts, loss.detach().expand(len(image)))
 
     def shifted(self, images: torch.Tensor, random: StreamRandom) -> torch.Tensor:
-        """Each picture moved on its own by -shift..shift pixels over white: (B, 3, H, W) -> the same."""
+        """Shifts each picture separately by -shift..shift pixels, filled with white: (B, 3, H, W) -> same shape."""
         size, reach = images.shape[-1], 2 * self.shift + 1
         padded = nn.functional.pad(images, [self.shift] * 4, value=1.0)
         offsets = (random.uniform("shift", (2,)) * reach).long().tolist()

@@ -1,4 +1,4 @@
-"""Cross-entropy of classes given noised latents: what classifier guidance needs (Dhariwal & Nichol 2021, sec. 4)."""
+"""Cross-entropy of classes given noised latents, for classifier guidance (Dhariwal & Nichol 2021, sec. 4)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.objectives.terms import LossTerms
 
 
 class NoisyClassification(nn.Module):
-    """Batch of latents with `label` -> LossTerms; noised by the process that the U-Net is trained on."""
+    """Batch of latents with `label` -> LossTerms. Latents are noised by the process of the U-Net's training."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class NoisyClassification(nn.Module):
         return self.loss(self.classifier, batch, t, random)
 
     def loss(self, classifier: NoisyClassifier, batch: Batch, t: Tensor, random: StreamRandom) -> LossTerms:
-        """At given times (B,)."""
+        """The loss at given times (B,)."""
         x0 = self.latents.draw(batch.tensors, lambda shape: random.normal("posterior", shape))
         x_t = add_noise(self.process, x0, random.normal("noise", x0.shape[1:]), t)
         logits, labels = classifier(x_t, self.process.network_time(t)), batch.tensors["label"]
@@ -48,7 +48,7 @@ class NoisyClassification(nn.Module):
 
     @torch.no_grad()
     def accuracies(self, classifier: NoisyClassifier, batch: Batch, fractions: Tensor) -> dict[str, float]:
-        """How often it is right at some fractions of the process, the same noise in each."""
+        """Accuracy at each of the given fractions of the process, with the same noise in each."""
         device, rows = batch.tensors["label"].device, len(batch)
         random = StreamRandom(self.seed, batch.step, batch.streams, rows // len(batch.streams), device)
         times = {float(f): self.process.at(f.expand(rows).to(device)) for f in fractions}

@@ -1,4 +1,4 @@
-"""What an objective hands to the engine."""
+"""The value that an objective returns to the engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class LossTerms(NamedTuple):
-    """`total`: the scalar to descend; `parts`: detached named means; `per_sample`: (B,) detached; `t`: (B,) or None.
+    """`total`: the scalar to minimise; `parts`: named means, detached; `per_sample`: (B,), detached; `t`: (B,) or None.
 
     A tuple, because DeepSpeed's hooks look for tensors in tuples and dictionaries only.
     """

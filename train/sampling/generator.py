@@ -1,4 +1,4 @@
-"""From conditions to pictures: the one path that previews, sample_images and evaluate_ldm draw by."""
+"""From conditions to pictures: the sampling code that previews, sample_images and evaluate_ldm share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """Classifier-free guidance: scale 1 is none; rescale and interval as in diffusion/guidance.py."""
+    """Classifier-free guidance: scale 1 turns it off; rescale and interval as in diffusion/guidance.py."""
 
     scale: float = 1.0
     rescale: float = 0.0
@@ -58,7 +58,7 @@ class Guidance:
 
 
 def rises_within_1(interval: Any) -> bool:
-    """Whether it is two numbers, 0 <= low < high <= 1."""
+    """Whether `interval` is two numbers, 0 <= low < high <= 1."""
     if not isinstance(interval, list | tuple) or not all(isinstance(value, int | float) for value in interval):
         return False
     return len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1
@@ -66,14 +66,14 @@ def rises_within_1(interval: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ByClassifier:
-    """Guidance by a classifier of noised latents towards labels (N,), one for each picture."""
+    """Guidance by a classifier of noised latents towards labels (N,), one per picture."""
 
     classifier: NoisyClassifier
     labels: Tensor
     scale: float = 1.0
 
     def of(self, denoise: Denoiser, process: DiffusionProcess, first: int, count: int) -> Denoiser:
-        """The guided denoiser of pictures `first` to `first + count`."""
+        """The guided denoiser for pictures `first` to `first + count`."""
 
         def log_prob(x_t: Tensor, t: Tensor) -> Tensor:
             labels = self.labels[first : first + count].to(x_t.device)
@@ -84,8 +84,8 @@ class ByClassifier:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What N pictures are to be of: stored fields by name, each (N, ...), and captions. negative: what to steer away
-    from, one for each picture; None: the null."""
+    """Conditions of N pictures: stored fields by name, each (N, ...), and captions. negative: the conditions to steer
+    away from, one per picture; None: the null."""
 
     fields: Mapping[str, Tensor]
     captions: Sequence[str]
@@ -95,7 +95,7 @@ class Asked:
         return len(self.captions)
 
     def part(self, first: int, count: int, device: torch.device) -> Asked:
-        """`count` of them from `first` on."""
+        """The conditions of `count` pictures from `first` on."""
         rows = slice(first, first + count)
         negative = None if self.negative is None else self.negative.part(first, count, device)
         return Asked({n: v[rows].to(device) for n, v in self.fields.items()}, list(self.captions[rows]), negative)
@@ -103,7 +103,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """Everything fixed about drawing. latent_shape is x_t's (C, h, w); decode maps raw latents to pictures."""
+    """The fixed parts of sampling. latent_shape: (C, h, w) of x_t; decode maps raw latents to pictures."""
 
     network: ConditionedUNet
     process: DiffusionProcess
@@ -124,7 +124,7 @@ class Generator:
         on_batch: Callable[[int], None] = lambda n: None,
         by_classifier: ByClassifier | None = None,
     ) -> np.ndarray:
-        """N conditions -> (N, H, W, 3) uint8. Picture i depends on seed and i, not on the batch size."""
+        """N conditions -> (N, H, W, 3) uint8. Picture i depends on seed and i, but not on the batch size."""
         pictures = []
         for first in range(0, len(asked), batch_size):
             part = asked.part(first, batch_size, self.device)
@@ -140,7 +140,7 @@ class Generator:
 
     @torch.no_grad()
     def beside_what_was_given(self, asked: Asked, drawn: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """Pictures (N, H, W, 3) for a grid: to the left of each the one that it enlarges or fills in, where it does."""
+        """Pictures (N, H, W, 3) for a grid, each with the picture that it enlarges or fills in, if any, on its left."""
         size, given = drawn.shape[1:3], []
         for first in range(0, len(asked), batch_size):
             fields = asked.part(first, batch_size, self.device).fields
@@ -171,7 +171,7 @@ def generator_of(
     autoencoder: nn.Module,
     device: torch.device,
 ) -> Generator:
-    """Draws what `network` has learnt by `objective` of latents with these facts."""
+    """A generator for a `network` trained with `objective` on latents with these facts."""
     return Generator(
         network,
         objective.process,

@@ -1,4 +1,4 @@
-"""Pictures drawn during a training, to look at."""
+"""Sample grids drawn during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.sampling.generator import Asked, Generator, Guidance, Sampler
 
 
 class Preview:
-    """A grid of the conditions of `samples` with a fixed seed, drawn by rank 0 with the averaged weights."""
+    """A grid for the conditions of `samples` with a fixed seed, drawn by rank 0 with the EMA weights."""
 
     def __init__(
         self,

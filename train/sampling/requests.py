@@ -1,4 +1,4 @@
-"""What sample_images.py is asked for: prompts, labels, layouts, images and holes, as samples."""
+"""Turns the options of sample_images.py (prompts, labels, layouts, images, holes) into samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASKED = ("prompts", "labels", "layouts", "images", "holes")
 
 
 def asked_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
-    """Options that are each one value or a list -> one dictionary a picture. One value goes with all of a list."""
+    """Options, each one value or a list -> one dictionary per picture. A single value is used for all pictures."""
     lists = {name: as_list(name, value) for name, value in options.items() if value is not None}
     if any(not values for values in lists.values()):
         empty = next(name for name, values in lists.items() if not values)
@@ -31,7 +31,7 @@ def asked_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]
 
 
 def as_list(name: str, value: Any) -> list[Any]:
-    """As a list of values: one layout is itself a list of boxes, one hole a list of four numbers."""
+    """`value` as a list of values: one layout is itself a list of boxes, one hole a list of four numbers."""
     nested = {"layouts": 2, "holes": 1}.get(name, 0)
     probe = value
     for _ in range(nested):
@@ -40,7 +40,7 @@ def as_list(name: str, value: Any) -> list[Any]:
 
 
 def rows_away_from(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows with the negative prompt as their prompt; none where there is none."""
+    """The same rows with the negative prompt as their prompt; no rows without a negative prompt."""
     if negative_prompt is None:
         return []
     if "prompts" not in rows[0]:
@@ -51,7 +51,7 @@ def rows_away_from(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dic
 
 
 def refuse_unasked(run: TrainedRun, row: Mapping[str, Any], also: Sequence[str] = ()) -> None:
-    """Options that this run is not conditioned on, apart from those that are needed `also`, and those that it needs."""
+    """UserError for missing options, and for options that the run is not conditioned on, except those in `also`."""
     wanted = list(dict.fromkeys(option for name in run.config["conditioning"] for option in asked_by(run, name)))
     for name in wanted:
         if name not in row:
@@ -63,12 +63,12 @@ def refuse_unasked(run: TrainedRun, row: Mapping[str, Any], also: Sequence[str] 
 
 
 def asked_by(run: TrainedRun, conditioner: str) -> tuple[str, ...]:
-    """The options that a conditioner's condition is given by; a joint text encoder reads the prompt itself."""
+    """The options that specify a conditioner's condition; a joint text encoder reads the prompt itself."""
     return run.conditions[conditioner].asked if conditioner in run.conditions else ("prompts",)
 
 
 def as_sample(run: TrainedRun, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for as a sample, such as precompute reads from a shard."""
+    """One row of options as a sample, in the form that precompute reads from a shard."""
     values = dict(row)
     if "images" in values:
         values["images"] = load_picture(str(values["images"]), run.picture_size)
@@ -78,13 +78,13 @@ def as_sample(run: TrainedRun, row: Mapping[str, Any]) -> dict[str, Any]:
             parts = condition.as_sample(**{option: values[option] for option in condition.asked})
             sample["meta"] |= parts.pop("meta", {})
             sample |= parts
-    return {**sample, "key": title(row)}  # last: conditions have refused what is no layout
+    return {**sample, "key": title(row)}  # last, because the conditions refuse what is not a layout
 
 
 def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
-    """The middle of it, (H, W, 3) uint8 on white, at the size that the run draws: as the shards it learnt from.
+    """The picture's centre crop, (H, W, 3) uint8 on white, at the run's picture size, as in its training shards.
 
-    A smaller one is enlarged pixel by pixel, so that what super-resolution shrinks again is that small picture.
+    Smaller pictures are enlarged by repeating pixels, so super-resolution shrinks them back to the same small picture.
     """
     try:
         image = Image.fromarray(to_rgb(open_image(path)))
@@ -97,7 +97,7 @@ def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
 
 
 def title(row: Mapping[str, Any]) -> str:
-    """What was asked for, in a few words."""
+    """The requested conditions in a few words."""
     words = [str(row[name]) for name in ("prompts", "labels") if name in row]
     words += [" and ".join(str(box[0]) for box in row["layouts"])] if "layouts" in row else []
     words += [Path(str(row["images"])).stem] if "images" in row and not words else []
@@ -105,7 +105,7 @@ def title(row: Mapping[str, Any]) -> str:
 
 
 def refuse_no_numbers(guidance_scale: Any, steps: Any) -> None:
-    """Before anything is loaded; None: the run's own."""
+    """UserError, before anything is loaded, if a value is not a valid number; None: the run's own."""
     if guidance_scale is not None:
         number("guidance.scale", guidance_scale)
     count = 1 if steps is None else number("sampler.steps", steps)
@@ -114,7 +114,7 @@ def refuse_no_numbers(guidance_scale: Any, steps: Any) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    """`value` as a float, or a sentence."""
+    """`value` as a float; UserError if it is none."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -122,5 +122,5 @@ def number(name: str, value: Any) -> float:
 
 
 def file_stem(prompt: str) -> str:
-    """What of a prompt can stand in a file's name."""
+    """The characters of a prompt that a file name can contain."""
     return "".join(c if c.isalnum() else "-" for c in prompt.lower())[:40].strip("-") or "empty"

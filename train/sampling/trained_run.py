@@ -1,4 +1,4 @@
-"""A finished (or running) train_ldm run, ready to draw from: its EMA weights, decoder, encoders and nulls."""
+"""A finished (or running) train_ldm run, ready for sampling: its EMA weights, decoder, encoders and nulls."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """generator draws; conditions turn samples into what the network is conditioned on, with `image` and `text` as
-    their encoders; config is the run's own."""
+    """generator draws pictures; conditions turn samples into the network's conditions, with `image` and `text` as their
+    encoders; config is the run's configuration."""
 
     generator: Generator
     image: nn.Module
@@ -33,17 +33,17 @@ class TrainedRun:
     conditions: Mapping[str, Any]
     facts: LatentFacts
     config: dict[str, Any]
-    weights: str  # the file that they are from
+    weights: str  # path of the weights file
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """(H, W) of what it draws."""
+        """(H, W) of the pictures that it draws."""
         _, h, w = self.facts.latent_shape
         return h * self.image.factor, w * self.image.factor
 
     @torch.no_grad()
     def asked(self, samples: Sequence[Mapping[str, Any]], batch_size: int = 64) -> Asked:
-        """Samples ({"key", "caption", "meta", "image"}) as their conditions, made as precompute makes them."""
+        """Conditions of samples ({"key", "caption", "meta", "image"}), computed as in precompute."""
         parts = [self._fields(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
         fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
         return Asked(fields, [sample["caption"] for sample in samples])
@@ -60,15 +60,15 @@ class TrainedRun:
 def open_run(
     run: str, step: str | int, autoencoder_path: str | None = None, clip_path: str | None = None
 ) -> TrainedRun:
-    """Load a run's EMA weights in fp32. The encoders' paths are those it was trained with unless given.
+    """Loads a run with its EMA weights in fp32. Encoder paths default to those that it was trained with.
 
-    The folder may be a stranger's: what its files describe is built by data_pipeline/common/saved_objects.py alone.
+    The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """
     folder = Path(run)
     if not (folder / "config.yaml").exists():
         raise UserError(f"input={run} is not a run (no config.yaml there): give the output= of train_ldm.py.")
     config, where = sections_of(folder / "config.yaml"), f"{folder / 'config.yaml'}: "
-    unet = checked(config["unet"], "unet", f"{where}unet")  # before the weights, which take long
+    unet = checked(config["unet"], "unet", f"{where}unet")  # before loading weights, which is slow
     make_objective = build(config["objective"], "objective", f"{where}objective")
     for group in ("sampler", "guidance"):
         build(config[group], group, where + group)
@@ -92,7 +92,7 @@ def open_run(
 
 
 def sections_of(path: Path) -> dict[str, Any]:
-    """A run's configuration, with all that it is opened by."""
+    """A run's configuration; DataError if it lacks a section that is needed to open the run."""
     config = read_config(path)
     if lacking := [name for name in SECTIONS if not isinstance(config.get(name), Mapping)]:
         raise DataError(f"{path} has no {' and no '.join(lacking)}: give the output= of train_ldm.py.")
@@ -100,7 +100,7 @@ def sections_of(path: Path) -> dict[str, Any]:
 
 
 def load(network: nn.Module, weights: EmaWeights, where: str) -> None:
-    """Weights of another network than the configuration's are a sentence."""
+    """Loads the EMA weights; DataError if they belong to another network than the configuration's."""
     try:
         network.load_state_dict(weights.tensors)
     except RuntimeError as error:
@@ -109,18 +109,18 @@ def load(network: nn.Module, weights: EmaWeights, where: str) -> None:
 
 
 def as_the_run_draws(config: Mapping[str, Any], group: str, given: Mapping[str, Any]) -> Any:
-    """`sampler` or `guidance` of the run's own sample grids, but for what the command line gives."""
+    """`sampler` or `guidance` of the run's sample grids, with the options of the command line replaced."""
     saved, chosen = config[group], {name: value for name, value in given.items() if value is not None}
-    own: Collection[tuple[str, bool]] = targets_in(chosen)  # whatever it names: it is the user's
+    own: Collection[tuple[str, bool]] = targets_in(chosen)  # any class is allowed, since the user named it
     chosen = named(chosen)
     if {"name", "_target_"} & set(chosen):
         saved = {name: value for name, value in saved.items() if name not in ("name", "_target_")}
     try:
         return build({**saved, **chosen}, group, group, own)
-    except DataError as error:  # what the file says has been found in order
+    except DataError as error:  # the file has been checked, so this is the user's mistake
         raise UserError(str(error)) from error
 
 
 def with_path(config: Mapping[str, Any], path: str | None) -> dict[str, Any]:
-    """An encoder's entry, at another place where one is given."""
+    """An encoder's entry, with another path if one is given."""
     return {**config, **({"path": path} if path else {})}

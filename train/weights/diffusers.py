@@ -1,6 +1,6 @@
-"""Diffusers' folders, both ways: <folder>/{unet,vae}/{config.json, diffusion_pytorch_model.safetensors}.
+"""Reads and writes diffusers folders: <folder>/{unet,vae}/{config.json, diffusion_pytorch_model.safetensors}.
 
-Our parameters have diffusers' names and shapes, so that only the configurations need a map: `UNet` is its
+Our parameters have diffusers' names and shapes, so only the configurations are mapped: `UNet` is its
 UNet2DConditionModel, or UNet2DModel where transformer_depth is 0; the first stages are its AutoencoderKL and VQModel.
 """
 
@@ -25,9 +25,9 @@ from train.weights.shapes import autoencoder_options, make_autoencoder, unet_opt
 
 UNET_CLASSES, VAE_CLASSES = ("UNet2DConditionModel", "UNet2DModel"), ("AutoencoderKL", "VQModel")
 STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
-SCALING_FACTOR = 0.18215  # Stable Diffusion's, and diffusers' where a configuration says nothing
+SCALING_FACTOR = 0.18215  # Stable Diffusion's, and diffusers' default
 
-# What our U-Net and first stages have no switch for, at the value that they have.
+# Entries for which our U-Net and first stages have no option, with the values that they implement.
 _UNET_FIXED = {
     "act_fn": "silu", "center_input_sample": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1,
     "downsample_type": "conv", "upsample_type": "conv", "dropout": 0.0, "dual_cross_attention": False,
@@ -40,7 +40,7 @@ _VAE_FIXED = {
     "act_fn": "silu", "in_channels": 3, "out_channels": 3, "use_quant_conv": True, "use_post_quant_conv": True,
     "norm_type": "group", "lookup_from_codebook": False, "shift_factor": None,
 }  # fmt: skip
-# No part of the function that the weights are; addition_embed_type_num_heads counts only beside addition_embed_type.
+# Entries that don't change the model's function; addition_embed_type_num_heads matters only with addition_embed_type.
 _IGNORED = {
     "sample_size", "upcast_attention", "force_upcast", "addition_embed_type_num_heads", "num_train_timesteps",
     "scaling_factor", "latents_mean", "latents_std",
@@ -48,7 +48,7 @@ _IGNORED = {
 
 
 def unet_config(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Their config.json of a U-Net with our keyword arguments (as shapes.unet_options gives them)."""
+    """diffusers' config.json for a U-Net with our keyword arguments (as from shapes.unet_options)."""
     if options["vector_dim"] is not None:
         raise UserError("diffusers' U-Nets have no vector condition: train with unet.vector_dim=null to export.")
     if not all(options["self_attention_levels"]):
@@ -76,7 +76,7 @@ def _transformer_config(options: Mapping[str, Any]) -> dict[str, Any]:
         "_class_name": "UNet2DConditionModel",
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         **_block_types(options["attention_levels"], "CrossAttn"),
-        "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,  # their name for the number of heads
+        "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,  # diffusers' name for the number of heads
         "cross_attention_dim": options["context_dim"],
         "transformer_layers_per_block": options["transformer_depth"],
         "use_linear_projection": options["linear_projection"],
@@ -87,7 +87,7 @@ def _pixel_config(options: Mapping[str, Any]) -> dict[str, Any]:
     attending = [
         *options["attention_levels"][:-1],
         True,
-    ]  # the middle has attention always, with the last level's heads
+    ]  # the middle block always has attention, with the last level's heads
     sized = zip(options["channels"], options["heads"], attending, strict=True)
     head_dims = {width // heads for width, heads, attends in sized if attends}
     single = all(heads == 1 for heads, attends in zip(options["heads"], attending, strict=True) if attends)
@@ -110,7 +110,7 @@ def _block_types(attention: Sequence[bool], kind: str) -> dict[str, list[str]]:
 
 
 def unet_arguments(config: Mapping[str, Any], where: str | Path = "config.json") -> dict[str, Any]:
-    """Our keyword arguments of their configuration; UserError names what our U-Net has no switch for."""
+    """Our keyword arguments for diffusers' configuration; UserError names entries that our U-Net has no option for."""
     config = {name: _one_for_all(value) if name in _ONE_FOR_ALL else value for name, value in config.items()}
     odd = [f"{name}={config[name]}" for name in _ONE_FOR_ALL if isinstance(config.get(name), list)]
     if odd:
@@ -136,23 +136,23 @@ def unet_arguments(config: Mapping[str, Any], where: str | Path = "config.json")
     return options
 
 
-_ONE_FOR_ALL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block")  # of all our levels
+_ONE_FOR_ALL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block")  # one value here
 
 
 def _one_for_all(value: Any) -> Any:
-    """A list of one value a level as that value, where they are the same."""
+    """A list of one value per level, reduced to that value if all are equal."""
     return value[0] if isinstance(value, list) and all(one == value[0] for one in value) else value
 
 
 def _heads(given: int | Sequence[int] | None, channels: Sequence[int], plain: bool) -> list[int]:
-    """UNet2DModel's attention_head_dim is the width of a head; UNet2DConditionModel's is the number of heads."""
+    """Heads per level. attention_head_dim is a head's width in UNet2DModel, the head count in UNet2DConditionModel."""
     if plain:
         return [1 if given is None or width % given else width // given for width in channels]
     return [given] * len(channels) if isinstance(given, int) else list(given)
 
 
 def autoencoder_config(options: Mapping[str, Any], scaling_factor: float = SCALING_FACTOR) -> dict[str, Any]:
-    """Their config.json of a first stage with our keyword arguments (as shapes.autoencoder_options gives them)."""
+    """diffusers' config.json for a first stage with our keyword arguments (as from shapes.autoencoder_options)."""
     if options["patch"] != 1:
         raise UserError("diffusers' first stages have no pixel-unshuffle: train with autoencoder.patch=1 to export.")
     attention = options.get("attention_levels") or [False] * len(options["channels"])
@@ -176,7 +176,7 @@ def autoencoder_config(options: Mapping[str, Any], scaling_factor: float = SCALI
 
 
 def autoencoder_arguments(config: Mapping[str, Any], where: str | Path = "config.json") -> dict[str, Any]:
-    """Our keyword arguments of their configuration; UserError names what our first stages have no switch for."""
+    """Our keyword arguments for diffusers' configuration; UserError names entries without an option here."""
     vq = config.get("_class_name") == "VQModel"
     attention = ["Attn" in kind for kind in config["down_block_types"]]
     options = {
@@ -198,11 +198,11 @@ def autoencoder_arguments(config: Mapping[str, Any], where: str | Path = "config
 def _refuse_unmapped(
     config: Mapping[str, Any], mapped: Mapping[str, Any], fixed: Mapping[str, Any], where: str | Path
 ) -> None:
-    """Every entry must be one that we wrote the same, one that we can't change, or off."""
+    """UserError unless each entry equals what we would write, has the fixed value, or is off."""
 
     def same(name: str, value: Any) -> bool:
         value = list(value) if isinstance(value, tuple) else value
-        if name == "attention_head_dim":  # one number, or the same one for each level
+        if name == "attention_head_dim":  # may be one number, or an equal one for each level
             return True
         expected = {**fixed, **mapped}.get(name)
         return value == expected or (name not in fixed and name not in mapped and value in (None, False))
@@ -214,7 +214,7 @@ def _refuse_unmapped(
 
 
 def component(path: str | Path, names: Sequence[str], classes: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """The folder of one model and its config.json: <path>/<name>, or <path> itself."""
+    """The folder of one model, <path>/<name> or <path> itself, and its config.json."""
     for folder in (*(Path(path) / name for name in names), Path(path)):
         if (folder / "config.json").is_file():
             config = read_json(folder / "config.json")
@@ -227,7 +227,7 @@ def component(path: str | Path, names: Sequence[str], classes: Sequence[str]) ->
 
 
 def read_unet_state(path: str | Path) -> dict[str, Tensor]:
-    """The U-Net's tensors under our names, as they are stored."""
+    """The U-Net's tensors under our names, unchanged."""
     return _read_state(component(path, ("unet",), UNET_CLASSES)[0])
 
 
@@ -236,7 +236,7 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
 
 
 def _present_name(name: str) -> str:
-    """Attention over pixels had other names when most published first stages were saved."""
+    """Today's name of a parameter: pixel attention had other names when most published first stages were saved."""
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{older[m[2]]}.", name)
 
@@ -257,7 +257,8 @@ def load_autoencoder(path: str | Path) -> nn.Module:
 
 
 def frozen_autoencoder(options: Mapping[str, Any], state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
-    """A first stage of our keyword arguments with these weights; its fingerprint is of both, in whichever format."""
+    """A first stage from our keyword arguments and these weights. Its fingerprint covers both, independent of the file
+    format."""
     autoencoder = make_autoencoder(options)
     load_exactly(autoencoder, state, where)
     autoencoder.fingerprint = fingerprint(dict(options), autoencoder.state_dict())
@@ -265,19 +266,19 @@ def frozen_autoencoder(options: Mapping[str, Any], state: Mapping[str, Tensor], 
 
 
 def load_scaling(path: str | Path) -> LatentScaling:
-    """Their scaling_factor as our scaling: x0 = z * scaling_factor."""
+    """diffusers' scaling_factor as our scaling: x0 = z * scaling_factor."""
     _, config = component(path, ("vae", "vqvae"), VAE_CLASSES)
     channels = config.get("latent_channels", 4)
     return LatentScaling([0.0] * channels, [1 / config.get("scaling_factor", SCALING_FACTOR)] * channels)
 
 
 def save_unet(folder: Path, unet: UNet) -> None:
-    """<folder>/config.json and weights, for UNet2DConditionModel or UNet2DModel."""
+    """Writes <folder>/config.json and weights, for UNet2DConditionModel or UNet2DModel."""
     _save(folder, unet_config(unet_options(unet)), unet.state_dict())
 
 
 def save_autoencoder(folder: Path, autoencoder: nn.Module, scaling_factor: float = SCALING_FACTOR, **more: Any) -> None:
-    """<folder>/config.json and weights, for AutoencoderKL or VQModel; more: entries of the configuration."""
+    """Writes <folder>/config.json and weights, for AutoencoderKL or VQModel; more: extra entries of config.json."""
     config = {**autoencoder_config(autoencoder_options(autoencoder), scaling_factor), **more}
     _save(folder, config, autoencoder.state_dict())
 
@@ -288,6 +289,6 @@ def _save(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """JSON with sorted keys, as they write it."""
+    """Writes JSON with sorted keys, like diffusers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

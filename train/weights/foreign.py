@@ -1,6 +1,7 @@
-"""Other tools' weights: files read without running anything in them, keys carried both ways, one error for what is off.
+"""Other tools' weights: reads files without running code from them, maps names in both directions, reports all errors
+at once.
 
-Every module here that knows foreign names describes them as a list of `Carried`; this one knows none.
+Modules with foreign names describe them as a list of `Carried`; this module contains no foreign names.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NAMED_AT_MOST = 20
 
 
 class Form(NamedTuple):
-    """How our tensors become the foreign one, and back."""
+    """Conversion of our tensors to the foreign tensor, and back."""
 
     to_theirs: Callable[[Sequence[Tensor]], Tensor]
     to_ours: Callable[[Tensor], Sequence[Tensor]]
@@ -37,7 +38,7 @@ AS_IT_IS = Form(lambda ours: ours[0], lambda theirs: [theirs])
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """Our parameters `ours` are the foreign parameter `theirs`."""
+    """Our parameters `ours` correspond to the foreign parameter `theirs`."""
 
     ours: tuple[str, ...]
     theirs: str
@@ -45,14 +46,14 @@ class Carried:
 
 
 def to_theirs(carried: Iterable[Carried], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state under foreign names and in foreign shapes."""
+    """Our state with foreign names and shapes."""
     return {one.theirs: one.form.to_theirs([state[name] for name in one.ours]) for one in carried}
 
 
 def to_ours(
     carried: Sequence[Carried], state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path
 ) -> dict[str, Tensor]:
-    """A foreign state under our names and in our shapes; UserError unless it is all that `expected`, ours, needs."""
+    """A foreign state with our names and shapes; UserError unless it matches our state `expected` exactly."""
     shapes = {name: torch.empty_like(value, device="meta") for name, value in expected.items()}
     refuse_mismatch(to_theirs(carried, shapes), state, where)
     found = {}
@@ -62,7 +63,7 @@ def to_ours(
 
 
 def refuse_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str | Path) -> None:
-    """One UserError for all keys that are missing, surplus or of another shape: nothing is ever loaded in part."""
+    """One UserError for all keys that are missing, unknown or of another shape: nothing is loaded partially."""
     faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     faults += [f"{name} is not known" for name in sorted(found.keys() - expected.keys())]
     for name in sorted(expected.keys() & found.keys()):
@@ -76,7 +77,7 @@ def refuse_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
-    """Put `state` in the place of the model's own, in its dtypes; a model on the meta device comes to the CPU."""
+    """Loads `state` into the model, in the model's dtypes; a model on the meta device moves to the CPU."""
     own = model.state_dict()
     refuse_mismatch(own, state, where)
     on_meta = any(value.is_meta for value in own.values())
@@ -84,13 +85,13 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str | Pat
 
 
 def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a pickled one (.ckpt, .bin, .pt, .pth) by weights_only=True."""
+    """The tensors of a .safetensors file, or of a pickled one (.ckpt, .bin, .pt, .pth) read with weights_only=True."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: give the path of the weights.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, wanted)
     state = _read_pickled(path)
-    while isinstance(state.get("state_dict"), Mapping):  # a checkpoint of a trainer
+    while isinstance(state.get("state_dict"), Mapping):  # a trainer's checkpoint
         state = state["state_dict"]
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and wanted(name)}
 
@@ -104,7 +105,7 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Te
 
 
 class _Ignored:
-    """Stands in for a trainer's own objects in old checkpoints; takes any argument and any state, and does nothing."""
+    """Placeholder for a trainer's own objects in old checkpoints: accepts any arguments and state, does nothing."""
 
     def __new__(cls, *arguments: Any) -> _Ignored:
         return super().__new__(cls)
@@ -124,11 +125,11 @@ _STOOD_IN_FOR = (
 
 
 def _read_pickled(path: Path) -> Mapping[str, Any]:
-    """torch.load can't run code here: what is not a tensor or a plain container is stood in for, or refused."""
+    """torch.load can't run code here: other objects than tensors and containers become placeholders or are refused."""
     stand_ins = [(_Ignored, name) for name in _STOOD_IN_FOR]
     try:
         with torch.serialization.safe_globals(stand_ins):
-            # Mapped, not read: SD's training checkpoints hold the weights twice, and an optimizer.
+            # Memory-mapped, since SD's training checkpoints contain the weights twice, and optimizer state.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -146,7 +147,7 @@ def _read_pickled(path: Path) -> Mapping[str, Any]:
 
 
 def read_folder(folder: Path, stems: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of <stem>.safetensors or .bin, whole or in shards with an index; safetensors is taken first."""
+    """The tensors of <stem>.safetensors or .bin, in one file or in shards with an index; safetensors is preferred."""
     for ending in ("safetensors", "bin"):
         for stem in stems:
             if (folder / f"{stem}.{ending}").exists():
@@ -168,7 +169,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or a sentence."""
+    """A JSON object; DataError if the file holds none."""
     with contextlib.suppress(OSError, ValueError):
         about = json.loads(path.read_text())
         if isinstance(about, dict):
@@ -177,6 +178,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """As diffusers and transformers write safetensors: the same tensors give the same bytes."""
+    """Writes safetensors like diffusers and transformers; the same tensors give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors({name: value.detach().cpu().contiguous() for name, value in state.items()}, path, {"format": "pt"})

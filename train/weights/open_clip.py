@@ -1,8 +1,8 @@
-"""Stable Diffusion's text encoders, both ways: transformers' CLIPTextModel folders, and what single files hold.
+"""Reads and writes Stable Diffusion's text encoders: transformers' CLIPTextModel folders, and parts of single files.
 
 SD 1.x: CLIP ViT-L/14's text tower, quick GELU, states of the last layer, captions padded with the end token.
 SD 2.x: OpenCLIP ViT-H's, exact GELU, states of the last layer but one, captions padded with 0.
-Both: behind the final norm. Here each is a text tower of open_clip's that ends with the layer that is used.
+Both: after the final norm. Here each is an open_clip text tower that ends with the layer that is used.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from train.weights.saved import fingerprint
 STEMS = ("model", "pytorch_model", "model.fp16")
 IN_SD1, IN_SD2 = "cond_stage_model.transformer.", "cond_stage_model.model."
 END_OF_TEXT = 49407
-HEAD_WIDTH = 64  # of every published CLIP's text tower; single files do not tell it
+HEAD_WIDTH = 64  # in every published CLIP's text tower; single files do not store it
 
-_INSIDE = {  # of a layer: open_clip's name -> transformers'
+_INSIDE = {  # in a layer: open_clip's name -> transformers'
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }  # fmt: skip
@@ -56,7 +56,7 @@ _FUSED = Form(lambda ours: torch.cat(list(ours)), lambda theirs: theirs.chunk(3)
 class TextEncoder(nn.Module):
     """Captions -> states per token for cross-attention. options: width, heads, layers, context_length, vocab_size."""
 
-    fingerprint = ""  # of the weights it was loaded from
+    fingerprint = ""  # of options and weights, if loaded
 
     def __init__(self, options: Mapping[str, Any], quick_gelu: bool, pad_id: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextStates:
-        """Normed states of the last layer (B, T, D), and that of the end-of-text token (B, D) as the pooled one."""
+        """Normalised states of the last layer (B, T, D); that of the end-of-text token is the pooled one (B, D)."""
         ids = self.tokens(captions)
         out = self.tower.forward_intermediates(
             ids, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
@@ -84,7 +84,7 @@ class TextEncoder(nn.Module):
 
 
 def text_map(names: Iterable[str]) -> list[Carried]:
-    """transformers' names (of release 5: without "text_model.") -> open_clip's, fused. To open_clip is `to_theirs`."""
+    """transformers' names (release 5, no "text_model.") -> open_clip's, qkv fused; `to_theirs` gives open_clip's."""
     carried, fused = [], {}
     back = {theirs: ours for ours, theirs in _OUTSIDE.items()}
     inside = {theirs: ours for ours, theirs in _INSIDE.items()}
@@ -104,7 +104,7 @@ def text_map(names: Iterable[str]) -> list[Carried]:
 
 
 def transformers_names(layers: int) -> list[str]:
-    """All parameters of a CLIPTextModel of so many layers."""
+    """Names of all parameters of a CLIPTextModel with `layers` layers."""
     modules = [*_INSIDE.values(), *(f"self_attn.{part}_proj" for part in "qkv")]
     inside = [f"encoder.layers.{i}.{module}.{leaf}" for i in range(layers) for module in modules for leaf in _LEAVES]
     return [*_OUTSIDE.values(), *inside]
@@ -135,7 +135,7 @@ def _of_folder(path: Path) -> TextEncoder:
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """CLIPTextConfig -> open_clip's words, with its defaults."""
+    """CLIPTextConfig -> open_clip's names, with CLIPTextConfig's defaults."""
     width = config.get("hidden_size", 512)
     return {
         "context_length": config.get("max_position_embeddings", 77),
@@ -156,7 +156,7 @@ def _refuse_other_text_models(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _pad_of(tokenizer: Path, quick_gelu: bool) -> int:
-    """Which id captions are padded with: what the tokenizer says, else what goes with the tower."""
+    """The id that captions are padded with: from the tokenizer's files, else the usual one of this tower."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (tokenizer / name).is_file():
             token = read_json(tokenizer / name).get("pad_token")
@@ -198,7 +198,7 @@ def _of_sd1(state: Mapping[str, Tensor], path: Path) -> TextEncoder:
 
 
 def _of_sd2(state: dict[str, Tensor], path: Path) -> TextEncoder:
-    """The whole tower is in the file; its last layer and its projection are not used."""
+    """The file contains the whole tower; its last layer and its projection are not used."""
     number = re.compile(r"transformer\.resblocks\.(\d+)\.")
     last = max(int(m[1]) for m in map(number.match, state) if m)
     unused = (f"transformer.resblocks.{last}.", "text_projection", "logit_scale", "attn_mask")
@@ -220,7 +220,7 @@ def _of_sd2(state: dict[str, Tensor], path: Path) -> TextEncoder:
 
 
 def _fused_state(state: Mapping[str, Tensor], encoder: TextEncoder, where: Path) -> dict[str, Tensor]:
-    """transformers' tensors under the tower's names; one error for all that don't fit."""
+    """transformers' tensors under the tower's names; one UserError names all that don't fit."""
     carried, own, expected = text_map(transformers_names(encoder.options["layers"])), encoder.tower.state_dict(), {}
     for one in carried:
         expected |= dict(zip(one.ours, one.form.to_ours(own[one.theirs]), strict=True))
@@ -236,7 +236,7 @@ def _filled(encoder: TextEncoder, state: Mapping[str, Tensor], where: str | Path
 
 
 def tower_of(model: nn.Module) -> TextEncoder:
-    """A trained CLIP's text tower (models/clip.py) as Stable Diffusion's kind of encoder; such an encoder as it is."""
+    """The text tower of a trained CLIP (models/clip.py) as a TextEncoder; a TextEncoder is returned unchanged."""
     if isinstance(model, TextEncoder):
         return model
     towers, layer = model.towers, model.towers.transformer.resblocks[0]
@@ -255,7 +255,7 @@ def tower_of(model: nn.Module) -> TextEncoder:
 
 
 def transformers_state(encoder: TextEncoder) -> dict[str, Tensor]:
-    """Under the names of a CLIPTextModel, in the published form, which begins with "text_model."."""
+    """The weights under CLIPTextModel's names in the published form, with the prefix "text_model."."""
     own, state = encoder.tower.state_dict(), {}
     for one in text_map(transformers_names(encoder.options["layers"])):
         state |= dict(zip(one.ours, one.form.to_ours(own[one.theirs]), strict=True))
@@ -263,7 +263,7 @@ def transformers_state(encoder: TextEncoder) -> dict[str, Tensor]:
 
 
 def save_text_encoder(folder: Path, encoder: TextEncoder) -> None:
-    """<folder>/text_encoder for transformers' CLIPTextModel, <folder>/tokenizer for its CLIPTokenizer."""
+    """Writes <folder>/text_encoder for transformers' CLIPTextModel, <folder>/tokenizer for its CLIPTokenizer."""
     options, words = encoder.options, encoder.tokenizer.encoder
     write_tensors(folder / "text_encoder" / "model.safetensors", transformers_state(encoder))
     config = {
@@ -299,14 +299,14 @@ def save_text_encoder(folder: Path, encoder: TextEncoder) -> None:
 
 
 def fits_single_file(encoder: TextEncoder) -> bool:
-    """Whether a reader of single files would give it the heads that it has."""
+    """Whether readers of single files, which assume HEAD_WIDTH, get the right number of heads."""
     return encoder.options["width"] == HEAD_WIDTH * encoder.options["heads"]
 
 
 def single_file_state(encoder: TextEncoder) -> dict[str, Tensor]:
-    """Under the names of a single file: of SD 1.x where the tower has quick GELU, else of SD 2.x.
+    """The weights under a single file's names: those of SD 1.x if the tower has quick GELU, else of SD 2.x.
 
-    SD 2.x's readers leave the last layer out: one that adds nothing is put behind those that count.
+    Readers of SD 2.x skip the last layer, so a layer that adds nothing is appended.
     """
     if encoder.quick_gelu:
         return {IN_SD1 + name: value for name, value in transformers_state(encoder).items()}

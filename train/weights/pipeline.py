@@ -1,4 +1,4 @@
-"""A whole trained model as diffusers' folder or CompVis' single file: what each holds, and whether it reads back."""
+"""Exports a whole trained model as a diffusers folder or a CompVis single file, and checks that it reads back."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What is handed over. autoencoder, text: None where the model has none; scheduler: their configuration of it.
+    """The parts to export. autoencoder, text: None if the model has none; scheduler: diffusers' configuration.
 
-    scaling_factor: x0 = z * scaling_factor, but where vae_facts name a mean and std of each channel.
+    scaling_factor: x0 = z * scaling_factor, unless vae_facts give a mean and std for each channel.
     """
 
     unet: UNet
@@ -35,7 +35,7 @@ class Pipeline:
     scheduler: Mapping[str, Any]
     scaling_factor: float
     vae_facts: Mapping[str, Any]
-    drawn_by_theirs: bool  # whether their StableDiffusionPipeline can draw with it
+    drawn_by_theirs: bool  # whether diffusers' StableDiffusionPipeline can sample with it
 
     @classmethod
     def of(
@@ -46,7 +46,7 @@ class Pipeline:
         scaling: LatentScaling,
         scheduler: Mapping[str, Any],
     ) -> Pipeline:
-        """Scaled as theirs are: by one factor, the rest of our scaling in the first stage's own weights."""
+        """Scaled as in diffusers by one factor; the rest of our scaling goes into the first stage's weights."""
         text = None if text is None else open_clip.tower_of(text)
         factor, facts = diffusers.SCALING_FACTOR, {}
         if autoencoder is not None:
@@ -59,7 +59,7 @@ class Pipeline:
         return cls(unet, autoencoder, text, scheduler, factor, facts, drawn)
 
     def refuse_unfit(self, single_file: bool) -> None:
-        """One UserError of all that diffusers, or a single file, can't hold: before anything is written."""
+        """One UserError, before anything is written, for all that diffusers or a single file can't represent."""
         checks = [lambda: diffusers.unet_config(unet_options(self.unet))]
         if single_file:
             checks.append(lambda: stable_diffusion.unet_map(self.unet))
@@ -76,7 +76,7 @@ class Pipeline:
         return self.text is not None and open_clip.fits_single_file(self.text)
 
     def save_folder(self, folder: Path) -> None:
-        """<folder>/unet, vae, scheduler, text_encoder and tokenizer; model_index.json where their pipeline can draw."""
+        """Writes unet, vae, scheduler, text_encoder, tokenizer; model_index.json if diffusers' pipeline can sample."""
         diffusers.save_unet(folder / "unet", self.unet)
         diffusers.write_config(folder / "scheduler" / "scheduler_config.json", self.scheduler)
         if self.autoencoder is not None:
@@ -87,7 +87,7 @@ class Pipeline:
             diffusers.write_config(folder / "model_index.json", _MODEL_INDEX)
 
     def save_single_file(self, path: Path) -> None:
-        """The U-Net, the first stage and, where its heads are as wide as readers take for granted, the text encoder."""
+        """Writes the U-Net, the first stage and, if its heads have the width that readers assume, the text encoder."""
         more = open_clip.single_file_state(self.text) if self.text_in_single_file else {}
         stable_diffusion.save_single_file(path, self.unet, self.autoencoder, more)
 
@@ -116,7 +116,7 @@ _MODEL_INDEX = {
 
 
 def scheduler_config(process: Mapping[str, Any], parameterization: Mapping[str, Any]) -> dict[str, Any]:
-    """Their scheduler_config.json of a run's process and parameterization, as its configuration names them."""
+    """diffusers' scheduler_config.json for the process and parameterization in a run's configuration."""
     process, parameterization = named(process), named(parameterization)
     kind, predicts = (part.get("name", part.get("_target_")) for part in (process, parameterization))
     if (kind, predicts) == ("rectified_flow", "flow"):
@@ -140,11 +140,11 @@ def scheduler_config(process: Mapping[str, Any], parameterization: Mapping[str, 
 
 
 def with_one_factor(autoencoder: nn.Module, scaling: LatentScaling) -> tuple[nn.Module, float, dict[str, Any]]:
-    """A first stage whose latents times one factor are our x0; the factor; and what the configuration must add.
+    """A first stage whose latents times one factor are our x0; the factor; and additional entries of its config.json.
 
-    Our mean and std of each channel go into the 1x1 convolutions on either side of a KL autoencoder's latents, exactly:
-    what is left is Stable Diffusion's factor, which readers of single files take for granted. Behind a codebook there
-    is no place for them: then they are named as diffusers names them, for the reader to apply.
+    Our mean and std per channel are folded exactly into the 1x1 convolutions before and after a KL autoencoder's
+    latents. What is left is Stable Diffusion's factor, which readers of single files assume. A codebook makes that
+    impossible: mean and std are then stored under diffusers' names, for the reader to apply.
     """
     channels = autoencoder.latent_channels
     mean, std = scaling.mean.flatten().expand(channels), scaling.std.flatten().expand(channels)
@@ -160,7 +160,7 @@ def with_one_factor(autoencoder: nn.Module, scaling: LatentScaling) -> tuple[nn.
 
 @torch.no_grad()
 def _rescaled(autoencoder: nn.Module, mean: Tensor, gain: Tensor) -> nn.Module:
-    """Latents z as (z - mean) * gain: in the posterior's mean and log-variance, and undone before the decoder."""
+    """Changes latents z to (z - mean) * gain, in the posterior's mean and log-variance; inverted before the decoder."""
     into, out, channels = autoencoder.quant_conv, autoencoder.post_quant_conv, len(mean)
     mean, gain = mean.to(into.weight), gain.to(into.weight)
     into.bias[:channels] = (into.bias[:channels] - mean) * gain
@@ -172,13 +172,13 @@ def _rescaled(autoencoder: nn.Module, mean: Tensor, gain: Tensor) -> nn.Module:
 
 
 def reads_back(pipeline: Pipeline, path: Path, shape: tuple[int, int, int], caption: str = "a red heart") -> None:
-    """Read what was saved, folder or file, and compare a forward pass of each part; shape: (C, h, w) of x_t."""
+    """Reads the saved folder or file and compares a forward pass of each part; shape: (C, h, w) of x_t."""
     read = stable_diffusion if path.is_file() else diffusers
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     context_dim = pipeline.unet.context_dim
     context = None if context_dim is None else torch.ones(2, 3, context_dim).cumsum(1) / 3
     t = torch.tensor([1.0, 700.0])
-    if path.is_file():  # which does not tell the number of heads
+    if path.is_file():  # it does not store the number of heads
         unet = UNet(**unet_options(pipeline.unet))
         unet.load_state_dict(stable_diffusion.unet_state(unet, stable_diffusion.read_unet(path), path))
     else:

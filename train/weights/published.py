@@ -1,4 +1,4 @@
-"""What a configuration names by a path alone: published models as a diffusers folder, or as CompVis' single file."""
+"""Loads published models that a configuration names by a path: diffusers folders or CompVis single files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from train.weights import diffusers, open_clip, stable_diffusion
 from train.weights.foreign import load_exactly
 from train.weights.shapes import unet_options
 
-_UNSEEN = ("heads", "norm_groups")  # what changes a U-Net's function, but no shape of its weights
+_UNSEEN = ("heads", "norm_groups")  # options that change a U-Net's function but not the shapes of its weights
 
 
 def load_weights(network: ConditionedUNet, path: str) -> None:
-    """Start a U-Net from a diffusers folder, a CompVis single file, or the EMA weights of a run of train_ldm.py; from
-    a run its trained conditioners, too, where it has any. All that does not fit is one error."""
+    """Starts a U-Net from a diffusers folder, a CompVis single file, or the EMA weights of a run of train_ldm.py; from
+    a run, also its trained conditioners, if any. One UserError names all that does not fit."""
     if (Path(path) / "config.yaml").exists():
         weights = _of_run(network.unet, Path(path))
         if any(name.startswith("conditioner.") for name in weights):
@@ -32,12 +32,12 @@ def load_weights(network: ConditionedUNet, path: str) -> None:
 
 
 def load_unet_weights(unet: UNet, path: str) -> None:
-    """The U-Net alone."""
+    """Loads the U-Net only."""
     if Path(path).is_file():
         state = stable_diffusion.unet_state(unet, stable_diffusion.read_unet(path), path)
     elif (Path(path) / "config.yaml").exists():
         weights = _of_run(unet, Path(path))
-        state = _below("unet.", weights) or weights  # runs once held the U-Net alone
+        state = _below("unet.", weights) or weights  # older runs stored only the U-Net
     else:
         folder, config = diffusers.component(path, ("unet",), diffusers.UNET_CLASSES)
         _refuse_other_function(unet, diffusers.unet_arguments(config, folder), path)
@@ -64,10 +64,10 @@ def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _refuse_other_function(unet: UNet, options: Mapping[str, Any], where: str | Path) -> None:
     own = unet_options(unet)
-    attending = [*own["attention_levels"][:-1], True]  # the middle always does, with the last level's heads
+    attending = [*own["attention_levels"][:-1], True]  # the middle block always does, with the last level's heads
     for name in _UNSEEN:
         theirs, ours = options.get(name, own[name]), own[name]
-        if name == "heads" and len(theirs) == len(ours):  # of the others neither model makes any use
+        if name == "heads" and len(theirs) == len(ours):  # heads of levels without attention are not used
             theirs, ours = ([n for n, used in zip(h, attending, strict=True) if used] for h in (theirs, ours))
         if theirs != ours:
             raise UserError(f"start_from={where} was made with unet.{name}={theirs}, not {ours}: set the same here.")

@@ -1,4 +1,4 @@
-"""Our own trained models on disk: config.json, weights.safetensors, and the fingerprint of both."""
+"""Our own trained models on disk: config.json, weights.safetensors, and a fingerprint of both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.checkpointing.safetensors_io import save_tensors
 
 
 def fingerprint(config: dict[str, Any], state: dict[str, Tensor]) -> str:
-    """16 hex digits of what determines a model's output: its configuration and its weights."""
+    """16 hex digits of a hash of what determines a model's output: its configuration and its weights."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(state):
         digest.update(name.encode())
@@ -29,9 +29,9 @@ def fingerprint(config: dict[str, Any], state: dict[str, Tensor]) -> str:
 
 
 def save_model(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor], facts: dict[str, Any]) -> str:
-    """Write <folder>/weights.safetensors, then config.json, which makes it complete; returns the fingerprint.
+    """Writes <folder>/weights.safetensors, then config.json, which marks it complete; returns the fingerprint.
 
-    config: the class' keyword arguments; facts: measurements worth keeping beside it.
+    config: the class' keyword arguments; facts: measurements to store with it.
     """
     mark = fingerprint(config, state)
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,17 +42,17 @@ def save_model(folder: Path, kind: str, config: dict[str, Any], state: dict[str,
 
 
 def load_autoencoder(path: str) -> nn.Module:
-    """A trained first stage, AutoencoderKL or VQModel, in eval mode, its `fingerprint` checked."""
+    """A trained first stage, AutoencoderKL or VQModel, in eval mode; checks its `fingerprint`."""
     return _load(path, "first_stage", "autoencoder.path", "train_autoencoder.py")
 
 
 def load_clip(path: str) -> nn.Module:
-    """A trained CLIP in eval mode, its `fingerprint` checked."""
+    """A trained CLIP in eval mode; checks its `fingerprint`."""
     return _load(path, "text_encoder", "clip.path", "train_clip.py")
 
 
 def load_classifier(path: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A trained classifier of noised latents in eval mode, and what was saved about it."""
+    """A trained classifier of noised latents in eval mode, and the facts saved with it."""
     model, config = _load(path, "classifier", "classifier.path", "train_classifier.py"), Path(path) / "config.json"
     about = read_json(config)
     refuse_wrong_kinds(about, {"belongs_to": Mapping[str, Any], "class_names": Sequence[str]}, str(config))
@@ -60,7 +60,7 @@ def load_classifier(path: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def saved_fingerprint(path: str | None) -> str | None:
-    """What a folder says it holds, without loading it; None where it holds no model."""
+    """The fingerprint that a folder records, read without loading the model; None if the folder holds no model."""
     if path is None:
         return None
     about = Path(path) / "config.json"
@@ -68,7 +68,7 @@ def saved_fingerprint(path: str | None) -> str | None:
 
 
 def _load(path: str, group: str, option: str, made_by: str) -> nn.Module:
-    """group: of the list in saved_names.py, the classes that the folder may hold."""
+    """group: name of the list in saved_names.py of classes that the folder may hold."""
     folder, kinds = Path(path), " or ".join(LIST[group])
     if not (folder / "config.json").exists():
         raise UserError(f"{option}={path} holds no {kinds}: give the output= of a finished {made_by} run.")

@@ -1,4 +1,4 @@
-"""The keyword arguments that make a model of ours again, read off the model itself."""
+"""The keyword arguments that rebuild one of our models, read from the model itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.models.unet import UNet
 
 
 def unet_options(unet: UNet) -> dict[str, Any]:
-    """UNet's keyword arguments, one number of heads a level; channels_last apart, which is no part of the function."""
+    """UNet's keyword arguments, with heads per level; without channels_last, which does not change the function."""
     levels, last = unet.down_blocks, unet.mid_block.attentions[0]
     attentions = [level.attentions[0] if level.has_attention else last for level in levels]
     return {
@@ -33,7 +33,7 @@ def unet_options(unet: UNet) -> dict[str, Any]:
 
 
 def widths(levels: Sequence[nn.Module]) -> list[int]:
-    """Channels of each level."""
+    """Number of channels of each level."""
     return [level.resnets[0].conv1.out_channels for level in levels]
 
 
@@ -42,7 +42,7 @@ def _attends_to_itself(attention: nn.Module) -> bool:
 
 
 def autoencoder_options(autoencoder: nn.Module) -> dict[str, Any]:
-    """Keyword arguments of AutoencoderKL or, where there is a codebook, VQModel; without channels_last."""
+    """Keyword arguments of AutoencoderKL or, if there is a codebook, of VQModel; without channels_last."""
     encoder = autoencoder.encoder
     options = {
         "latent_channels": autoencoder.latent_channels,

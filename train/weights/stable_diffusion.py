@@ -1,6 +1,7 @@
-"""CompVis' single files, both ways: `model.diffusion_model.*`, `first_stage_model.*`, their averages in `model_ema.*`.
+"""Reads and writes CompVis' single files: `model.diffusion_model.*`, `first_stage_model.*`, averages in `model_ema.*`.
 
-They carry no configuration: it is read off the names and shapes, but for the number of heads, which no shape tells.
+They contain no configuration: it is inferred from names and shapes, except for the number of heads, which no shape
+shows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from train.weights.diffusers import autoencoder_config, frozen_autoencoder, unet
 from train.weights.foreign import Carried, Form, load_exactly, read_tensors, to_ours, to_theirs, write_tensors
 from train.weights.shapes import autoencoder_options, make_autoencoder, unet_options
 
-NORM_GROUPS = 32  # no choice there
+NORM_GROUPS = 32  # fixed in CompVis' models
 UNET, FIRST_STAGE, AVERAGED = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
 
 _UNET_RESNET = {
@@ -40,7 +41,7 @@ def unet_map(unet: UNet) -> list[Carried]:
     carried = []
     for name in unet.state_dict():
         if re.search(r"attentions\.\d+\.to_[kv]\.", name):
-            continue  # goes with to_q
+            continue  # fused with to_q
         if re.search(r"attentions\.\d+\.to_q\.", name):
             carried.append(_fused(unet, name, per_level))
         elif re.search(r"attentions\.\d+\.to_out\.0\.weight", name):
@@ -51,7 +52,7 @@ def unet_map(unet: UNet) -> list[Carried]:
 
 
 def _refuse_no_counterpart(config: Mapping[str, Any]) -> None:
-    """What diffusers can't hold, making their configuration has refused; CompVis' files hold a little less."""
+    """UserError for what CompVis' files can't represent but diffusers can; unet_config has refused the rest."""
     if config["norm_num_groups"] != NORM_GROUPS:
         raise UserError(
             f"CompVis' models have {NORM_GROUPS} norm groups, not {config['norm_num_groups']}: set norm_groups."
@@ -59,7 +60,7 @@ def _refuse_no_counterpart(config: Mapping[str, Any]) -> None:
 
 
 def _unet_name(unet: UNet, name: str, per_level: int) -> str:
-    """CompVis numbers its blocks through: a residual block with its attention is one, a change of resolution too."""
+    """CompVis numbers blocks consecutively: a residual block with its attention is one, so is a resampling layer."""
     module, _, leaf = name.rpartition(".")
     if module in _UNET_ENDS:
         return f"{_UNET_ENDS[module]}.{leaf}"
@@ -78,14 +79,14 @@ def _unet_name(unet: UNet, name: str, per_level: int) -> str:
         if kind == "downsamplers":
             return f"input_blocks.{first + per_level}.0.op.{leaf}"
         return f"input_blocks.{1 + first + int(number)}.{part}.{rest}.{leaf}"
-    if kind == "upsamplers":  # behind the last residual block and its attention, if any
+    if kind == "upsamplers":  # after the last residual block and its attention, if any
         part = 2 if unet.up_blocks[int(level)].has_attention else 1
         return f"output_blocks.{first + per_level - 1}.{part}.conv.{leaf}"
     return f"output_blocks.{first + int(number)}.{part}.{rest}.{leaf}"
 
 
 def _fused(unet: UNet, name: str, per_level: int) -> Carried:
-    """to_q, to_k, to_v as one 1-d convolution: head by head, and of each head its q, k and v."""
+    """to_q, to_k, to_v as one 1-d convolution: for each head its q, k and v."""
     heads = unet.get_submodule(name.partition(".to_q")[0]).heads
 
     def fuse(parts: Sequence[Tensor]) -> Tensor:
@@ -117,7 +118,7 @@ def autoencoder_map(autoencoder: nn.Module) -> list[Carried]:
 
 
 def _autoencoder_name(name: str, levels: int) -> str:
-    """Decoder levels are counted from the full resolution there, from the latents here."""
+    """CompVis counts decoder levels from the full resolution, we count from the latents."""
     name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
     for ours, theirs in _PIXEL_ATTENTION.items():
         name = re.sub(rf"(attentions\.\d+)\.{re.escape(ours)}\.", rf"\1.{theirs}.", name)
@@ -130,7 +131,7 @@ def _autoencoder_name(name: str, levels: int) -> str:
 
 
 def read_unet(path: str | Path, averaged: bool = False) -> dict[str, Tensor]:
-    """A file's U-Net tensors under CompVis' names. averaged: the EMA weights that training checkpoints hold too."""
+    """A file's U-Net tensors under CompVis' names. averaged: the EMA weights that training checkpoints also hold."""
     state = read_tensors(Path(path), lambda name: name.startswith((UNET, AVERAGED)))
     names = [name for name in state if name.startswith(UNET)]
     if not names:
@@ -144,12 +145,12 @@ def read_unet(path: str | Path, averaged: bool = False) -> dict[str, Tensor]:
 
 
 def unet_state(unet: UNet, state: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
-    """CompVis' tensors under our names, or one error for all that don't fit."""
+    """CompVis' tensors under our names; one UserError names all that don't fit."""
     return to_ours(unet_map(unet), state, unet.state_dict(), where)
 
 
 def load_unet(path: str | Path, averaged: bool = False, heads: int | Sequence[int] | None = None) -> UNet:
-    """A single file's U-Net. heads, one number or one a level: where it is none of the published models."""
+    """A single file's U-Net. heads: one number, or one per level; needed if it is not one of the published models."""
     state = read_unet(path, averaged)
     with torch.device("meta"):
         unet = UNet(**unet_arguments(state, path, heads))
@@ -160,12 +161,12 @@ def load_unet(path: str | Path, averaged: bool = False, heads: int | Sequence[in
 def unet_arguments(
     state: Mapping[str, Tensor], where: str | Path, heads: int | Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Our keyword arguments, read off a U-Net's names and shapes."""
+    """Our keyword arguments, inferred from a U-Net's names and shapes."""
     if not {"input_blocks.0.0.weight", "input_blocks.1.0.out_layers.3.weight", "out.2.weight"} <= state.keys():
         raise UserError(f"{where} holds no whole U-Net of CompVis' shape: give another file.")
     channels, attention, layers, count = [], [], 0, 0
     for i in range(1, 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))):
-        if f"input_blocks.{i}.0.out_layers.3.weight" not in state:  # a change of resolution
+        if f"input_blocks.{i}.0.out_layers.3.weight" not in state:  # a resampling layer
             count = 0
             continue
         if count == 0:
@@ -191,8 +192,8 @@ def unet_arguments(
 
 
 def _published_heads(channels: Sequence[int], context_dim: int | None, where: str | Path) -> int | list[int]:
-    """Of the model with this context: none is LDM's unconditional, 512 its ImageNet's, 1280 its text-to-image model;
-    768 is Stable Diffusion 1.x, 1024 is 2.x."""
+    """Heads of the published model with this context width: None is LDM's unconditional model, 512 its ImageNet model,
+    1280 its text-to-image model; 768 is Stable Diffusion 1.x, 1024 is 2.x."""
     head_width, heads = {None: 32, 1024: 64}.get(context_dim), {512: 1, 768: 8, 1280: 8}.get(context_dim)
     if head_width is not None and all(width % head_width == 0 for width in channels):
         return [width // head_width for width in channels]
@@ -207,7 +208,7 @@ def _published_heads(channels: Sequence[int], context_dim: int | None, where: st
 def load_autoencoder(path: str | Path) -> nn.Module:
     """A single file's first stage: AutoencoderKL or VQModel in eval mode, frozen, with its `fingerprint`.
 
-    Also of a file that holds the first stage alone, with what it was trained against (`loss.*`) left out.
+    The file may contain only the first stage; its training losses (`loss.*`) are left out.
     """
     state = read_tensors(Path(path), lambda name: not name.startswith((UNET, "cond_stage_model.")))
     within = {name.removeprefix(FIRST_STAGE): value for name, value in state.items() if name.startswith(FIRST_STAGE)}
@@ -221,7 +222,7 @@ def load_autoencoder(path: str | Path) -> nn.Module:
 
 
 def autoencoder_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Our keyword arguments, read off a first stage's names and shapes; in the order of shapes.autoencoder_options."""
+    """Our keyword arguments, inferred from a first stage's names and shapes, in shapes.autoencoder_options' order."""
     blocks = [re.fullmatch(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight", name) for name in state]
     places = [(int(m[1]), int(m[2])) for m in blocks if m]
     levels, layers = 1 + max(level for level, _ in places), 1 + max(number for _, number in places)
@@ -242,7 +243,7 @@ def autoencoder_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def single_file_state(
     unet: UNet, autoencoder: nn.Module | None, more: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Everything under CompVis' names, with prefixes. more: what is named already, as a text encoder."""
+    """All weights under CompVis' names, with prefixes. more: tensors already so named, such as a text encoder's."""
     state = {UNET + name: value for name, value in to_theirs(unet_map(unet), unet.state_dict()).items()}
     if autoencoder is not None:
         carried = to_theirs(autoencoder_map(autoencoder), autoencoder.state_dict())
@@ -253,7 +254,7 @@ def single_file_state(
 def save_single_file(
     path: str | Path, unet: UNet, autoencoder: nn.Module | None, more: Mapping[str, Tensor] | None = None
 ) -> None:
-    """One .safetensors file, as CompVis' are."""
+    """Writes one .safetensors file like CompVis'."""
     if Path(path).suffix != ".safetensors":
         raise UserError(f"single_file={path}: only .safetensors is written; end the name with it.")
     write_tensors(Path(path), single_file_state(unet, autoencoder, more))
