@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.common.threads import Ahead, Behind
+from data_pipeline.common.threads import BackgroundWriter, Prefetcher
 from data_pipeline.encode import shard_reader, split_encoder
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.latent_dataset import Split
-from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
@@ -36,8 +36,8 @@ from train.models.autoencoder import AutoencoderKL
 PICTURES, SHARD, SIZE = 192, 32, 256
 
 
-class AheadInline:
-    """`Ahead` without a thread."""
+class PrefetcherInline:
+    """`Prefetcher` without a thread."""
 
     def __init__(self, items: Iterable[Any], depth: int) -> None:
         self.items = items
@@ -45,20 +45,20 @@ class AheadInline:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items)
 
-    def __enter__(self) -> AheadInline:
+    def __enter__(self) -> PrefetcherInline:
         return self
 
     def __exit__(self, *error: object) -> None:
         pass
 
 
-class BehindInline(AheadInline):
-    """`Behind` without a thread."""
+class BackgroundWriterInline(PrefetcherInline):
+    """`BackgroundWriter` without a thread."""
 
     def __init__(self, depth: int) -> None:
         pass
 
-    def do(self, function: Callable[..., Any], *arguments: Any) -> None:
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
         function(*arguments)
 
 
@@ -94,22 +94,22 @@ def images_per_second(root: Path, image: Any, threads: bool) -> float:
     """Throughput of one run into an empty folder."""
     output = root / "latents"
     shutil.rmtree(output, ignore_errors=True)
-    shard_reader.Ahead = split_encoder.Ahead = Ahead if threads else AheadInline
-    split_encoder.Behind = Behind if threads else BehindInline
+    shard_reader.Prefetcher = split_encoder.Prefetcher = Prefetcher if threads else PrefetcherInline
+    split_encoder.BackgroundWriter = BackgroundWriter if threads else BackgroundWriterInline
     encoders = Encoders(image, None, {}, torch.device("cpu"), 16)
     reader = shard_reader.ShardReader(str(root / "pictures"), encoders, sizes_of(SIZE, None, 64, 8))
     if not threads:
-        shard_reader.in_order = lambda pool, function, items, ahead: map(function, items)
+        shard_reader.ordered_map = lambda pool, function, items, ahead: map(function, items)
     else:
-        shard_reader.in_order = IN_ORDER
-    split = Split("", Manifest.load(root / "pictures"), Places(str(output)), reader)
+        shard_reader.ordered_map = ORDERED_MAP
+    split = Split("", Manifest.load(root / "pictures"), OutputPaths(str(output)), reader)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         split_encoder.encode_split(split)
     return PICTURES / (time.perf_counter() - began)
 
 
-IN_ORDER = shard_reader.in_order
+ORDERED_MAP = shard_reader.ordered_map
 
 
 def main(output: str, repetitions: str = "7", wait_ms: str = "4") -> None:

@@ -63,7 +63,7 @@ class Training:
         barrier()
         began = time.perf_counter()
         self.timed(f"{how} save", lambda: checkpoints.save(self.engine, self.ema, self.state))
-        while any(gathered_objects(checkpoints.writing is not None and checkpoints.writing.is_alive())):
+        while any(gathered_objects(checkpoints.save_thread is not None and checkpoints.save_thread.is_alive())):
             self.step("step while one is written")
         checkpoints.finish()
         self.times.setdefault(f"{how} save, until it is published", []).append(time.perf_counter() - began)

@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"size={cfg.size} can't be: take 1 or more.")
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}
     filters = Filters(instantiate(cfg.filters, _convert_="all"))
-    mark, settings = mark_of(cfg, sizes), settings_of(OmegaConf.to_container(cfg, resolve=True))
+    mark, settings = settings_digest(cfg, sizes), settings_of(OmegaConf.to_container(cfg, resolve=True))
     if finished(cfg.output, mark, settings):
         print(f"index_shards: {cfg.output} is finished already")
         return
@@ -50,8 +50,8 @@ def main(cfg: DictConfig) -> None:
             shards.append(index.add(linked(cfg.input, cfg.output, name), data, entries))
             passed += size
             if not damaged:
-                index.refuse_past_the_cap(sum(sizes.values()) / passed)
-            bar.advance(passed // 2**20 - bar.done, aside=str(len(index.aside.rows)))
+                index.refuse_too_many_rejects(sum(sizes.values()) / passed)
+            bar.advance(passed // 2**20 - bar.done, aside=str(len(index.rejects.rows)))
     if damaged:
         raise DataError(f"{len(damaged)} of {len(sizes)} shards are damaged: {' '.join(damaged[:5])}")
     info = {"made_from": mark, "made_with": settings, "size": cfg.size}
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
         print(f"index_shards: img2dataset fetched {fetched['successes']} of {fetched['count']}, by its own account")
 
 
-def mark_of(cfg: DictConfig, sizes: dict[str, int]) -> str:
+def settings_digest(cfg: DictConfig, sizes: dict[str, int]) -> str:
     """What identifies a finished index: the configuration, and the tars' names and sizes."""
     config = OmegaConf.to_container(cfg, resolve=True) | {"output": None}
     return hashlib.sha256(json.dumps([config, sizes], sort_keys=True).encode()).hexdigest()[:16]

@@ -19,10 +19,10 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.shards.manifest import Manifest, find_splits
 from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
-from data_pipeline.shards.rejects import Aside, accounting, summary
+from data_pipeline.shards.rejects import Rejects, accounting, summary
 from data_pipeline.shards.split_writer import Split
 from data_pipeline.sources.filters import Filters
-from data_pipeline.sources.listing import is_heldout, look_through, taken
+from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_source
 
 
 def main(cfg: DictConfig) -> None:
@@ -37,43 +37,43 @@ def main(cfg: DictConfig) -> None:
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is input=: choose a folder of its own for the shards.")
     options = OmegaConf.to_container(cfg, resolve=True)
-    mark, listed, heldout = look_through(options, source, filters)
+    mark, listed, heldout = scan_source(options, source, filters)
     filters.refuse_unknown_columns()
     if finished(cfg.output, mark, settings_of(options)):
         print(f"make_shards: {cfg.output} is finished already")
         return
-    aside = Aside(listed, cfg.max_aside_fraction)
+    rejects = Rejects(listed, cfg.max_aside_fraction)
     splits = {"train": Split(storage.join(cfg.output, "train"), cfg.shard_size)}
     if heldout:
         splits["heldout"] = Split(storage.join(cfg.output, "heldout"), cfg.shard_size)
     with Progress("make_shards", listed, "pictures") as bar:
         for number, item in enumerate(source.items()):
-            sample = taken(item, cfg.size, filters, aside)
+            sample = prepared_sample(item, cfg.size, filters, rejects)
             if sample is not None:
                 splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"].add(item.key, sample)
             bar.advance()
     for split in splits.values():
         split.close()
-    aside.save(cfg.output, "make_shards")
+    rejects.save(cfg.output, "make_shards")
     filters.save(cfg.output, "filtered")
-    reasons, processed = summary(aside.rows), sum(split.samples for split in splits.values())
+    reasons, processed = summary(rejects.rows), sum(split.samples for split in splits.values())
     info = {"made_from": mark, "made_with": settings_of(options), "size": cfg.size}
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
     for split in reversed(splits.values()):  # train's comes last: it completes the whole
         Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
-    report(cfg.output, splits, filters.counts, aside)
+    report(cfg.output, splits, filters.counts, rejects)
 
 
-def report(output: str, splits: Mapping[str, Split], filtered: Counter[str], aside: Aside) -> None:
+def report(output: str, splits: Mapping[str, Split], filtered: Counter[str], rejects: Rejects) -> None:
     """Print what became of the listed pictures, and the path of the first one set aside."""
     counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
-    left_out = f"{filtered.total()} filtered, {len(aside.rows)} set aside"
-    print(f"make_shards: {counts}, {left_out}, of {aside.listed} listed; in {output}")
+    left_out = f"{filtered.total()} filtered, {len(rejects.rows)} set aside"
+    print(f"make_shards: {counts}, {left_out}, of {rejects.listed} listed; in {output}")
     for reason, count in filtered.items():
         print(f"make_shards: filtered {count} x {reason}")
-    for reason, count in aside.by_reason().items():
-        where = next((row["where"] for row in aside.rows if row["reason"] == reason and "where" in row), "")
+    for reason, count in rejects.by_reason().items():
+        where = next((row["where"] for row in rejects.rows if row["reason"] == reason and "where" in row), "")
         print(f"make_shards: set aside {count} x {reason}" + (f", first {where}" if where else ""))
 
 

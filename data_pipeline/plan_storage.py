@@ -32,7 +32,7 @@ from data_pipeline.audit.storage_cost import (
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.encode.batch_encoder import Encoders
-from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Condition, use_clip
 from data_pipeline.shards.arrays import DTYPES
 from data_pipeline.shards.manifest import Manifest
@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     rows = [Row(layout, images, limit, rates) for layout in layouts]
     parts = [Row(layout, images, limit, rates) for layout in parts_of(cfg, stages)]
     facts = sentences(cfg, images, rates)
-    measured = held_against(cfg, layouts[0]) if cfg.input else None
+    measured = compare_with_measured(cfg, layouts[0]) if cfg.input else None
     text = "\n\n".join([*facts, table(parts), table(rows), *([measured["sentence"]] if measured else [])])
     print(text)
     if cfg.output:
@@ -97,9 +97,9 @@ def first_stages(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
     return found
 
 
-def text_encoder(cfg: DictConfig, conditions: Mapping[str, Condition]) -> OnceEach | None:
+def text_encoder(cfg: DictConfig, conditions: Mapping[str, Condition]) -> CaptionCache | None:
     """None if no condition needs one; loaded if it is given by a path."""
-    return OnceEach(weightless(cfg.clip), 1) if use_clip(conditions, cfg.clip) else None
+    return CaptionCache(weightless(cfg.clip), 1) if use_clip(conditions, cfg.clip) else None
 
 
 def weightless(config: DictConfig) -> Any:
@@ -140,7 +140,7 @@ def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[Layout]:
     parts: dict[str, Layout] = {}
     for name, encoders in stages.items():
         by_dtype = {dtype: members_of(cfg, encoders._replace(dtype=dtype)) for dtype in ("float16", "float32")}
-        own = {f"{field}.npy" for field in encoders.makers[0].fields}
+        own = {f"{field}.npy" for field in encoders.field_encoders[0].fields}
         for extension in by_dtype["float16"]:
             label = f"{name}: {extension}" if extension in own else extension
             sizes = {dtype: members[extension] for dtype, members in by_dtype.items()}
@@ -176,7 +176,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([padded[0], rule, *padded[1:]])
 
 
-def held_against(cfg: DictConfig, layout: Layout) -> dict[str, Any]:
+def compare_with_measured(cfg: DictConfig, layout: Layout) -> dict[str, Any]:
     """Compare the plan for the latents at input= with the actual size of their tars."""
     manifest = Manifest.load(cfg.input, "latents")
     differing = sorted(set(layout.members) ^ set(manifest.fields))

@@ -20,11 +20,11 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.stop_request import StopRequest
 from data_pipeline.encode.base_dataset import base_of
 from data_pipeline.encode.batch_encoder import Encoders
-from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Condition, refuse_text_alone, use_clip
 from data_pipeline.encode.encoders import TextEncoder
 from data_pipeline.encode.latent_dataset import Split
-from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.encode.workers import worker_of
@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     device = chosen_device(cfg.device)
     conditions = instantiate(cfg.conditions, _convert_="all")
     image, text = instantiate(cfg.autoencoder).to(device), clip_for(cfg, conditions)
-    text = OnceEach(text.to(device), cfg.batch_size, cfg.captions_kept) if text is not None else None
+    text = CaptionCache(text.to(device), cfg.batch_size, cfg.caption_cache_size) if text is not None else None
     encoders = Encoders(image, text, conditions, device, cfg.batch_size, cfg.dtype, cfg.flips)
     stop = StopRequest()
     for number, (name, path) in enumerate(sorted(splits.items(), reverse=True)):  # train before heldout
@@ -62,8 +62,8 @@ def main(cfg: DictConfig) -> None:
         sizes = sizes_of(cfg.size or source.info.get("size"), cfg.buckets, cfg.bucket_step, image.factor)
         base = base_of(cfg.base, name, encoders, sizes.described) if cfg.base else None
         reader = ShardReader(path, encoders, sizes, base, cfg.decoders or usable_cpus())
-        split = Split(name, source, Places(cfg.output, name, sizes.split), reader, cfg.max_aside_fraction)
-        encode_split(split, worker, lambda: stop.asked)
+        split = Split(name, source, OutputPaths(cfg.output, name, sizes.split), reader, cfg.max_aside_fraction)
+        encode_split(split, worker, lambda: stop.requested)
 
 
 def clip_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> TextEncoder | None:

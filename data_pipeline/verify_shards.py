@@ -16,7 +16,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_pipeline.audit.sample_sheet import Drawing, Seen, look_at
+from data_pipeline.audit.sample_sheet import Drawing, SampleInspection, inspect_samples
 from data_pipeline.audit.shard_checks import (
     AGAIN,
     CHECKS,
@@ -115,8 +115,8 @@ def check_set(data: DataSet, every: int, known: KnownKeys, bar: Progress) -> Non
     for number, shard in enumerate(manifest.shards):
         if number % every == 0:
             keys = check_shard(data.root, shard, manifest, codes, findings)
-            findings.asked.add("keys")
-            for key, again in zip(keys, known.those_known(keys), strict=True):
+            findings.checks_run.add("keys")
+            for key, again in zip(keys, known.contains(keys), strict=True):
                 if again:
                     where = storage.join(data.root, shard.name)
                     findings.add("keys", f"{key} of {where} comes a second time: rename it in the source; {AGAIN}.")
@@ -134,7 +134,7 @@ def agree(sets: list[DataSet]) -> None:
     for each in latents[1:]:
         first = {name: mark for name, mark in latents[0].manifest.fingerprints.items() if name != "images"}
         other = {name: mark for name, mark in each.manifest.fingerprints.items() if name != "images"}
-        each.findings.asked.add("fingerprints")
+        each.findings.checks_run.add("fingerprints")
         if first != other:
             differing = ", ".join(sorted(name for name in {**first, **other} if first.get(name) != other.get(name)))
             each.findings.add("fingerprints", f"{each.root} differs from {latents[0].root} in {differing}: {AGAIN}.")
@@ -149,7 +149,7 @@ def check_buckets(sets: Sequence[DataSet], root: str) -> None:
         work = storage.join(root, "work", split)
         check_accounting(work, sum(each.manifest.samples for each in parts), source, first.findings)
         for each in parts:
-            each.findings.asked.add("accounting")
+            each.findings.checks_run.add("accounting")
 
 
 def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | None) -> None:
@@ -162,7 +162,7 @@ def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | N
         from safetensors.torch import load
 
         null = load(storage.read_bytes(storage.join(data.root, "null.safetensors")))
-        data.findings.asked.add("constants")
+        data.findings.checks_run.add("constants")
         if not torch.allclose(null["text"], text.encode_text([""]).tokens[0].cpu(), atol=1e-4):
             data.findings.add("constants", f"the null of {data.root} is not this CLIP's state of no words: {AGAIN}.")
 
@@ -170,7 +170,7 @@ def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | N
 def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None:
     """Add a finding for each fingerprint that differs from the given one."""
     for name, mark in given.items():
-        data.findings.asked.add("fingerprints")
+        data.findings.checks_run.add("fingerprints")
         has = data.manifest.fingerprints.get(name)
         if has != mark:
             data.findings.add(
@@ -179,17 +179,17 @@ def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None
             )
 
 
-def drawn(data: DataSet, cfg: DictConfig, drawing: Drawing) -> Seen | None:
+def drawn(data: DataSet, cfg: DictConfig, drawing: Drawing) -> SampleInspection | None:
     """Write the sheet of pictures <output>/<name>.png; returns what was measured on it."""
     if data.manifest.kind == "damaged" or (data.manifest.kind == "latents" and not drawing.can_decode(data.manifest)):
         return None
-    seen = look_at(data.root, data.manifest, data.source, cfg.samples, drawing, data.findings)
+    seen = inspect_samples(data.root, data.manifest, data.source, cfg.samples, drawing, data.findings)
     if seen is not None:
         storage.write_atomically(storage.join(cfg.output, data.title.replace("/", "_") + ".png"), seen.sheet)
     return seen
 
 
-def report(sets: list[DataSet], seen: Mapping[str, Seen | None], cfg: DictConfig) -> None:
+def report(sets: list[DataSet], seen: Mapping[str, SampleInspection | None], cfg: DictConfig) -> None:
     """Write <output>/report.json, print the findings and a table; DataError if anything is wrong."""
     about = {each.title: described(each, seen.get(each.name)) for each in sets}
     wrong = sum(each.findings.counts.total() for each in sets)
@@ -206,7 +206,7 @@ def report(sets: list[DataSet], seen: Mapping[str, Seen | None], cfg: DictConfig
     print(f"verify_shards: all is well; report.json in {cfg.output}")
 
 
-def described(data: DataSet, seen: Seen | None) -> dict[str, Any]:
+def described(data: DataSet, seen: SampleInspection | None) -> dict[str, Any]:
     manifest, findings = data.manifest, data.findings
     return {
         "kind": manifest.kind,
@@ -222,7 +222,7 @@ def described(data: DataSet, seen: Seen | None) -> dict[str, Any]:
     }
 
 
-def table(sets: list[DataSet], seen: Mapping[str, Seen | None]) -> str:
+def table(sets: list[DataSet], seen: Mapping[str, SampleInspection | None]) -> str:
     """One column per data set, one row per fact or check."""
     rows = [["", *(each.title for each in sets)]]
     rows.append(["kind", *(each.manifest.kind for each in sets)])

@@ -10,11 +10,11 @@ import torch
 
 from data_pipeline.common.stop_request import StopRequest
 from data_pipeline.encode.batch_encoder import Encoders
-from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import LowResolution, Text
 from data_pipeline.encode.encoders import TextStates
 from data_pipeline.encode.latent_dataset import Split
-from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.encode.workers import Worker
@@ -51,12 +51,12 @@ def encoders(dtype: str = "float32", batch_size: int = 4) -> Encoders:
     image = AutoencoderKL(**SMALL).eval()
     image.fingerprint = "random"
     conditions = {"text": Text(), "low_resolution": LowResolution(2)}
-    return Encoders(image, OnceEach(Table(), batch_size), conditions, torch.device("cpu"), batch_size, dtype, True)
+    return Encoders(image, CaptionCache(Table(), batch_size), conditions, torch.device("cpu"), batch_size, dtype, True)
 
 
 def split_of(images: str, output: str) -> Split:
     source, using = Manifest.load(images, "image-text"), encoders()
-    return Split("", source, Places(output), ShardReader(images, using, sizes_of(None, None, 64, 2), threads=2))
+    return Split("", source, OutputPaths(output), ShardReader(images, using, sizes_of(None, None, 64, 2), threads=2))
 
 
 def work(images: str, output: str, number: int, workers: int, ready: Event, go: Event) -> None:
@@ -65,7 +65,7 @@ def work(images: str, output: str, number: int, workers: int, ready: Event, go: 
     split, stop = split_of(images, output), StopRequest()
     ready.set()
     go.wait()
-    encode_split(split, Worker(number, workers), lambda: stop.asked)
+    encode_split(split, Worker(number, workers), lambda: stop.requested)
 
 
 def started(images: str, output: object, number: int = 0, workers: int = 1) -> BaseProcess:

@@ -21,7 +21,7 @@ from data_pipeline.common.storage import write_atomically
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
 from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
-from train.sampling.trained_run import TrainedRun, as_the_run_draws, open_run
+from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
 
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
 
@@ -42,12 +42,14 @@ def main(cfg: DictConfig) -> None:
     right = np.linspace(0, len(train), min(cfg.captions, len(train)), endpoint=False).astype(int)
     chosen = [train[i] for i in right]
     given = OmegaConf.to_container(cfg, resolve=True)
-    sampler, guidance = (as_the_run_draws(run.config, group, given[group]) for group in ("sampler", "guidance"))
+    sampler, guidance = (merged_with_run_config(run.config, group, given[group]) for group in ("sampler", "guidance"))
     with Progress("evaluate_ldm", len(chosen) + len(heldout), "pictures") as bar:
         how = {"seed": cfg.seed, "batch_size": cfg.batch_size, "on_batch": bar.advance}
-        drawn, unseen = (run.generator.draw(run.asked(s), sampler, guidance, **how) for s in (chosen, heldout))
+        drawn, unseen = (
+            run.generator.draw(run.encode_conditions(s), sampler, guidance, **how) for s in (chosen, heldout)
+        )
     figures = recall_figures(drawn, np.stack([sample["image"] for sample in train]), right, cfg.seed)
-    figures |= likeness_figures(run, train, chosen, drawn, heldout, unseen)
+    figures |= similarity_metrics(run, train, chosen, drawn, heldout, unseen)
     figures |= {"guidance": guidance.scale, "steps": sampler.steps, "weights": run.weights}
     write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
     save_grids(output, chosen, drawn, heldout, unseen)
@@ -75,7 +77,7 @@ def recall_figures(drawn: np.ndarray, real: np.ndarray, right: np.ndarray, seed:
     }
 
 
-def likeness_figures(
+def similarity_metrics(
     run: TrainedRun,
     train: list[dict[str, Any]],
     chosen: list[dict[str, Any]],

@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     write_atomically(output / "x0.json", json.dumps(about, indent=1).encode())
     reads_back(pipeline, output, shape_of(run))
     print(f"export_diffusers: {run.weights} -> {output}; read back, each part gives the same output")
-    print(what_it_is_for(pipeline, run, output))
+    print(usage_hint(pipeline, run, output))
     if file is not None:
         pipeline.save_single_file(file)
         reads_back(pipeline, file, shape_of(run))
@@ -68,7 +68,7 @@ def shape_of(run: TrainedRun) -> tuple[int, int, int]:
     return run.generator.network.unet.in_channels, *run.facts.unet_shape[1:]
 
 
-def what_it_is_for(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
+def usage_hint(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
     """How to load the export, and how to scale its latents, as text."""
     if pipeline.drawn_by_theirs:
         return f'to draw: diffusers.StableDiffusionPipeline.from_pretrained("{output}")("a red heart").images[0]'

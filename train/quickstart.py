@@ -78,14 +78,14 @@ def main(cfg: DictConfig) -> None:
     if cfg.only is not None and cfg.only not in names:
         raise UserError(f"only={cfg.only} is no stage: take one of {', '.join(names)}.")
     asked = chain if cfg.only is None else chain[: names.index(cfg.only) + 1]
-    say_what_is_to_come(asked, Path(cfg.output), cfg.demo.measured)
+    print_plan(asked, Path(cfg.output), cfg.demo.measured)
     notes = run_chain(chain, Path(cfg.output), cfg.only)
     say_minutes(notes)
     if cfg.only is None:
         summarise(Path(cfg.output), notes)
 
 
-def say_what_is_to_come(chain: Sequence[Stage], output: Path, measured: DictConfig) -> None:
+def print_plan(chain: Sequence[Stage], output: Path, measured: DictConfig) -> None:
     """Print the stages to run, with their estimated minutes on this machine, by a calibration of 3 seconds."""
     left = [finished_before(stage, output) is None for stage in chain]
     ahead = [stage.name for stage in chain[left.index(True) :]] if any(left) else []  # all later stages run again

@@ -24,7 +24,7 @@ from train.engine.ema import gamma_of
 def main(cfg: DictConfig) -> None:
     gamma = gamma_of(cfg.sigma_rel)
     snapshots = find_snapshots(Path(cfg.input))
-    updates = updates_asked(cfg.updates, snapshots)
+    updates = requested_updates(cfg.updates, snapshots)
     used = [snapshot for snapshot in snapshots if snapshot.profile.updates <= updates]
     output = cfg.output or f"{cfg.input}/ema_{cfg.sigma_rel:g}.safetensors"
     write_atomically(output, save(rebuilt(used, Profile(updates, gamma))))
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     print(f"  python train/sample_images.py input={cfg.input} step={output} prompts=...")
 
 
-def updates_asked(updates: Any, snapshots: Sequence[Snapshot]) -> float:
+def requested_updates(updates: Any, snapshots: Sequence[Snapshot]) -> float:
     """The update at which the average ends; None: the newest snapshot's. UserError outside the snapshots' range."""
     there = [snapshot.profile.updates for snapshot in snapshots]
     if updates is None:

@@ -20,45 +20,47 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.common.saved_names import named
 from data_pipeline.images.grid import grid, save_png
-from train.sampling.generator import ByClassifier
+from train.sampling.generator import ClassifierGuide
 from train.sampling.requests import (
-    ASKED,
+    REQUEST_OPTIONS,
     as_sample,
-    asked_rows,
     file_stem,
+    negative_rows,
     number,
-    refuse_no_numbers,
-    refuse_unasked,
-    rows_away_from,
+    refuse_non_numbers,
+    refuse_unused_options,
+    request_rows,
     title,
 )
-from train.sampling.trained_run import TrainedRun, as_the_run_draws, open_run
+from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
 
 
 def main(cfg: DictConfig) -> None:
     given = OmegaConf.to_container(cfg, resolve=True)
-    rows = asked_rows({name: given[name] for name in ASKED}, cfg.samples_per_prompt)
-    refuse_no_numbers(cfg.guidance.scale, cfg.sampler.steps)
+    rows = request_rows({name: given[name] for name in REQUEST_OPTIONS}, cfg.samples_per_prompt)
+    refuse_non_numbers(cfg.guidance.scale, cfg.sampler.steps)
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
-    sampler, guidance = (as_the_run_draws(run.config, group, given[group]) for group in ("sampler", "guidance"))
-    by_classifier = guided_by(cfg, run, rows)
-    refuse_unasked(run, rows[0], also=("labels",) if by_classifier else ())
-    away = rows_away_from(given["negative_prompt"], rows)
-    negative = run.asked([as_sample(run, row) for row in away]) if away else None
-    asked = replace(run.asked([as_sample(run, row) for row in rows]), negative=negative)
+    sampler, guidance = (merged_with_run_config(run.config, group, given[group]) for group in ("sampler", "guidance"))
+    classifier_guide = guided_by(cfg, run, rows)
+    refuse_unused_options(run, rows[0], also=("labels",) if classifier_guide else ())
+    away = negative_rows(given["negative_prompt"], rows)
+    negative = run.encode_conditions([as_sample(run, row) for row in away]) if away else None
+    conditions = replace(run.encode_conditions([as_sample(run, row) for row in rows]), negative=negative)
     output = Path(cfg.output or f"{cfg.input}/drawn")
     with Progress("sample_images", len(rows), "pictures") as bar:
-        drawn = run.generator.draw(asked, sampler, guidance, cfg.seed, cfg.batch_size, bar.advance, by_classifier)
+        drawn = run.generator.draw(
+            conditions, sampler, guidance, cfg.seed, cfg.batch_size, bar.advance, classifier_guide
+        )
     titles = [title(row) for row in rows]
     for i, (name, picture) in enumerate(zip(titles, drawn, strict=True)):
         save_png(Image.fromarray(picture), output / f"{i:04d}-{file_stem(name)}.png")
-    shown = list(run.generator.beside_what_was_given(asked, drawn, cfg.batch_size))
+    shown = list(run.generator.with_conditioning_images(conditions, drawn, cfg.batch_size))
     sheet = save_png(grid(shown, titles, columns=min(cfg.columns, len(rows)), scale=cfg.scale), output / "grid.png")
     how = f"{sampler.steps} steps, guidance {guidance.scale:g}"
     print(f"sample_images: {len(rows)} pictures from {run.weights}, {how}; grid in {sheet}")
 
 
-def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> ByClassifier | None:
+def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> ClassifierGuide | None:
     """The classifier that guides towards `labels`, if one is given; UserError if it was trained on other latents."""
     if cfg.classifier.path is None:
         return None
@@ -78,4 +80,6 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> B
     if unknown:
         raise UserError(f"class {unknown[0]} is unknown to the classifier: take one of {', '.join(classes[:12])}.")
     labels = torch.tensor([classes.index(str(row["labels"])) for row in rows])
-    return ByClassifier(classifier.to(run.generator.device), labels, number("classifier.scale", cfg.classifier.scale))
+    return ClassifierGuide(
+        classifier.to(run.generator.device), labels, number("classifier.scale", cfg.classifier.scale)
+    )

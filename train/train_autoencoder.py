@@ -21,7 +21,7 @@ from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
 from data_pipeline.shards.manifest import Manifest
 from train.distributed.ranks import Ranks
-from train.evaluation.reconstruction import latent_statistics, reconstructed, said_of
+from train.evaluation.reconstruction import latent_statistics, reconstructed, summary_line
 from train.loop.context import TrainedModel, TrainingContext
 from train.loop.fit import fit
 from train.loop.recipe import Recipe, refuse_wrong_entry
@@ -39,7 +39,7 @@ TRAINABLE = ("train.models.autoencoder.AutoencoderKL", "train.models.autoencoder
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    refuse_what_cannot_train(config)
+    refuse_untrainable(config)
     refuse_wrong_entry(cfg)
     torch.manual_seed(cfg.seed)
     autoencoder = instantiate(cfg.autoencoder, _convert_="all")
@@ -69,7 +69,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 main = on_all_ranks(train)
 
 
-def refuse_what_cannot_train(config: dict[str, Any]) -> None:
+def refuse_untrainable(config: dict[str, Any]) -> None:
     """UserError for a first stage without trainable weights, and for an adversary with partitioned parameters."""
     target = config["autoencoder"]["_target_"]
     if target not in TRAINABLE:
@@ -126,6 +126,6 @@ def report(
     print(curve_line("held-out PSNR dB", rows, "heldout_psnr_db"))
     print(
         f"autoencoder: held-out PSNR {facts['heldout_psnr_db']:.2f} dB ({len(heldout)} pictures), "
-        f"{said_of(facts['latents'])}, fingerprint {mark}; in {folder}",
+        f"{summary_line(facts['latents'])}, fingerprint {mark}; in {folder}",
         flush=True,
     )

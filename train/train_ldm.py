@@ -20,7 +20,7 @@ from data_pipeline.common import storage
 from data_pipeline.shards.manifest import Manifest
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
-from train.data.ldm_inputs import latents_of, refuse_other_encoders, scaled_as_known
+from train.data.ldm_inputs import latents_of, refuse_other_encoders, with_base_model_scaling
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES
 from train.evaluation.heldout_loss import HeldoutLoss
@@ -48,10 +48,11 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
     sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses an invalid number of steps
     data = Manifest.load(f"{cfg.input}/train")
-    recipe, read = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
-    latents = latents_of(config, data, recipe.make_loader, read, instantiate, ranks.device)
-    recipe, read, autoencoder = replace(recipe, make_loader=latents.make_loader), latents.read, latents.autoencoder
-    facts = scaled_as_known(config, latents.facts)
+    recipe, read_samples = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
+    latents = latents_of(config, data, recipe.make_loader, read_samples, instantiate, ranks.device)
+    recipe = replace(recipe, make_loader=latents.make_loader)
+    read_samples, autoencoder = latents.read_samples, latents.autoencoder
+    facts = with_base_model_scaling(config, latents.facts)
     refuse_other_encoders(facts, config, autoencoder, instantiate)
     network = initial_network(config, facts)
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
@@ -59,7 +60,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     if ranks.is_main:
         print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
-    heldout = read(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
+    heldout = read_samples(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
     def actions(context: TrainingContext) -> list[Action]:
         if ranks.is_main:  # not earlier: only now the run is sure to continue in this folder
@@ -68,7 +69,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         found = [Action(cfg.validate_every, with_averaged_weights(context, averaged, validation.measure))]
         if cfg.preview_every:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
-            samples = read(root=f"{cfg.input}/train", limit=cfg.preview_samples * 8)[::8][: cfg.preview_samples]
+            samples = read_samples(root=f"{cfg.input}/train", limit=cfg.preview_samples * 8)[::8][: cfg.preview_samples]
             preview = Preview(generator, sampler, guidance, samples, cfg.seed, run, context.reporter)
             found.append(Action(cfg.preview_every, with_averaged_weights(context, averaged, preview.draw)))
         return found

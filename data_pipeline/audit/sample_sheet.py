@@ -61,7 +61,7 @@ class Drawing(NamedTuple):
         return pixels.to_uint8(self.image.reconstruct(image).float().cpu().numpy())[0]
 
 
-class Seen(NamedTuple):
+class SampleInspection(NamedTuple):
     """A sheet (PNG); where latents were decoded beside their originals, the mean PSNR to them of the stored latents and
     of the autoencoder's own reconstructions."""
 
@@ -70,11 +70,11 @@ class Seen(NamedTuple):
     own_psnr: float | None = None
 
 
-def look_at(
+def inspect_samples(
     root: str, manifest: Manifest, source: str | None, count: int, drawing: Drawing, findings: Findings
-) -> Seen | None:
+) -> SampleInspection | None:
     """Draw `count` evenly spaced samples; None if none of them can be drawn. source: the data set of the originals."""
-    findings.asked.add("decoding")
+    findings.checks_run.add("decoding")
     pictures, labels, psnr, own, alike = [], [], [], [], []
     originals = Originals(source) if source else None
     for shard, number in evenly(manifest, count):
@@ -104,7 +104,7 @@ def look_at(
     if psnr:
         refuse_others(root, *(float(np.minimum(each, BEST_DB).mean()) for each in (psnr, own, alike)), findings)
     means = (float(np.mean(psnr)), float(np.mean(own))) if psnr else (None, None)
-    return Seen(sheet_of(pictures, labels), *means)
+    return SampleInspection(sheet_of(pictures, labels), *means)
 
 
 def evenly(manifest: Manifest, count: int) -> list[tuple[Shard, int]]:

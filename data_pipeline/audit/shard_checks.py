@@ -36,17 +36,17 @@ class Findings:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.sentences: dict[str, list[str]] = {}
-        self.asked: set[str] = set()
+        self.checks_run: set[str] = set()
 
     def add(self, check: str, sentence: str) -> None:
-        self.asked.add(check)
+        self.checks_run.add(check)
         self.counts[check] += 1
         if self.counts[check] <= KEPT:
             self.sentences.setdefault(check, []).append(sentence)
 
     def state(self, check: str) -> str:
         """ "ok", how many are wrong, or "-" where there was nothing to check."""
-        return f"{self.counts[check]} wrong" if self.counts[check] else "ok" if check in self.asked else "-"
+        return f"{self.counts[check]} wrong" if self.counts[check] else "ok" if check in self.checks_run else "-"
 
 
 class Codes(NamedTuple):
@@ -57,7 +57,7 @@ class Codes(NamedTuple):
 
 def check_claims(root: str, manifest: Manifest, findings: Findings) -> None:
     """Check the manifest's own sums, the sizes of the shards, and tars that are not in the manifest."""
-    findings.asked |= {"manifest", "sizes"}
+    findings.checks_run |= {"manifest", "sizes"}
     try:
         refuse_other_claims(root, manifest)
     except DataError as error:
@@ -82,7 +82,7 @@ def check_shard(root: str, shard: Shard, manifest: Manifest, codes: Codes, findi
     path = storage.join(root, shard.name)
     if not storage.exists(path):
         return []  # check_claims has reported it
-    findings.asked |= {"digests", "index", "webdataset", "fields", "values"}
+    findings.checks_run |= {"digests", "index", "webdataset", "fields", "values"}
     data = storage.read_bytes(path)
     try:
         refuse_other_bytes(data, path, shard)
@@ -110,7 +110,7 @@ def check_index(
     if storage.exists(path):
         try:
             entries = parse_index(storage.read_bytes(path), path)
-            wrong = [entry.key for entry in not_among(entries, inside, foreign)]
+            wrong = [entry.key for entry in entries_not_in(entries, inside, foreign)]
         except (DataError, TypeError) as error:
             damaged = f"index {path} is damaged: delete it, and it is read from the tar instead."
             findings.add("index", str(error) if isinstance(error, DataError) else damaged)
@@ -134,7 +134,7 @@ def check_index(
     return entries
 
 
-def not_among(entries: list[IndexEntry], inside: list[IndexEntry], foreign: bool) -> list[IndexEntry]:
+def entries_not_in(entries: list[IndexEntry], inside: list[IndexEntry], foreign: bool) -> list[IndexEntry]:
     """Index entries that match no sample of the tar."""
     keys = {places_of(entry): entry.key for entry in inside}
     wrong = []
@@ -214,7 +214,7 @@ def wrong_in_array(
 
 def check_constants(root: str, manifest: Manifest, findings: Findings) -> Codes:
     """Check null.safetensors and codebook.safetensors of latents: present, finite, of the fields' shapes."""
-    findings.asked.add("constants")
+    findings.checks_run.add("constants")
     needed = ["null"] + ["codebook"] * ("indices.npy" in manifest.fields)
     found = {}
     for name in needed:
@@ -233,7 +233,7 @@ def check_constants(root: str, manifest: Manifest, findings: Findings) -> Codes:
 def check_accounting(root: str, processed: int, source: Manifest, findings: Findings) -> None:
     """Check a split of latents (its buckets together): processed + set aside = listed. root: where its aside/ lies."""
     path, aside = storage.join(root, "aside", "precompute.jsonl"), 0
-    findings.asked.add("accounting")
+    findings.checks_run.add("accounting")
     if storage.exists(path):
         aside = len([json.loads(line) for line in storage.read_bytes(path).splitlines()])
     if processed + aside != source.samples:

@@ -98,8 +98,8 @@ def field_bytes(encoders: Encoders, sides: tuple[int, int]) -> dict[str, int]:
         condition.learn([sample])
     images = torch.empty(1, 3, *sides, device="meta")
     fields = {}
-    for maker in encoders.makers:
-        for name, value in maker.encode([sample], images, encoders).items():
+    for encoder in encoders.field_encoders:
+        for name, value in encoder.encode([sample], images, encoders).items():
             fields[f"{name}.npy"] = array_bytes(tuple(value.shape[1:]), encoders.dtype, value.is_floating_point())
     return fields
 

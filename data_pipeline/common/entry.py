@@ -26,11 +26,11 @@ from typing import NoReturn
 import hydra
 from hydra._internal.hydra import Hydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.hydra_messages import advice, reworded, top_keys
+from data_pipeline.common.hydra_messages import RENAMED, advice, explained, say_renamed, top_keys, with_new_names
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
 # Hydra composes everything again, only to read hydra.mode, in half a second. Without the mode, --multirun decides.
@@ -42,15 +42,16 @@ def start_entry(module: str) -> NoReturn:
 
     A UserError ends it with its one sentence on stderr and its exit code; anything else keeps its traceback.
     """
-    config_name, said = module.rpartition(".")[2], Said()
+    config_name, captured = module.rpartition(".")[2], CapturedStderr()
 
     def guarded(cfg: DictConfig) -> None:
-        said.stop()
+        captured.stop()
         try:
             missing = sorted(OmegaConf.missing_keys(cfg))
             if missing:
                 example = " ".join(f"{key}=..." for key in missing)
                 raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
+            _rename_options(cfg)
             _refuse_unknown(cfg, config_name)
             storage.configure(**cfg.get("store", {}))
             importlib.import_module(module).main(cfg)
@@ -68,8 +69,23 @@ def start_entry(module: str) -> NoReturn:
         _leave_if_one_of_many(0)
 
     guarded.__module__ = module  # Hydra names the job by it
-    _with_codes(hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded), said, config_name)
+    sys.argv[1:] = with_new_names(sys.argv[1:])
+    _with_codes(
+        hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded), captured, config_name
+    )
     raise SystemExit(0)
+
+
+def _rename_options(cfg: DictConfig) -> None:
+    """Earlier names of options in a user's own files, such as an experiment, become today's."""
+    for old, new in RENAMED.items():
+        parent, _, name = old.rpartition(".")
+        node = cfg.get(parent) if parent else cfg
+        if isinstance(node, DictConfig) and name in node:
+            say_renamed(old)
+            OmegaConf.update(cfg, new, node[name], merge=True)
+            with open_dict(node):
+                del node[name]
 
 
 def _refuse_unknown(cfg: DictConfig, config_name: str) -> None:
@@ -78,7 +94,7 @@ def _refuse_unknown(cfg: DictConfig, config_name: str) -> None:
         raise UserError(f"there is no option {key}{advice(key, Path(CONF), config_name)}.")
 
 
-class Said:
+class CapturedStderr:
     """What Hydra writes to stderr before main begins: held back, then printed in other words."""
 
     def __init__(self) -> None:
@@ -95,17 +111,17 @@ class Said:
         sys.stderr.write(self.text.getvalue())
 
 
-def _with_codes(started: Callable[[], None], said: Said, config_name: str) -> None:
+def _with_codes(started: Callable[[], None], captured: CapturedStderr, config_name: str) -> None:
     """Hydra's own refusals (no such option) exit with 1: as the user's mistakes, make it 2 and one sentence."""
-    said.start()
+    captured.start()
     try:
-        with said.stack:
+        with captured.stack:
             started()
     except SystemExit as asked:
         code = asked.code
-        if code and not said.begun:
+        if code and not captured.begun:
             code = UserError.exit_code
-            print(f"error: {reworded(said.text.getvalue(), Path(CONF), config_name)}", file=sys.stderr, flush=True)
+            print(f"error: {explained(captured.text.getvalue(), Path(CONF), config_name)}", file=sys.stderr, flush=True)
         _leave_if_one_of_many(code)  # after a crash, too: what it left open may wait for the other ranks
         raise SystemExit(code) from None
 

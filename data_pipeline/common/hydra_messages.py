@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,34 @@ import yaml
 
 NOT_LOADED = re.compile(r"Could not (?:load|find) '([\w/]+)/(\w+)'")
 NOT_SET = re.compile(r"Could not override '([\w./@]+)'")
+# Options by their earlier name -> by today's. Both are accepted in this version.
+RENAMED = {
+    "training.bad_numbers": "training.stability",
+    "training.may_change": "training.allow_mismatch",
+    "captions_kept": "caption_cache_size",
+}
 
 
-def reworded(said: str, conf: Path, root: str) -> str:
+def with_new_names(arguments: Sequence[str]) -> list[str]:
+    """A command line with today's names of options in place of earlier ones."""
+    return [_with_new_name(argument) for argument in arguments]
+
+
+def _with_new_name(argument: str) -> str:
+    for old, new in RENAMED.items():
+        if found := re.match(rf"([+~]*){re.escape(old)}(?=[.=]|$)", argument):
+            say_renamed(old)
+            return found[1] + new + argument[found.end() :]
+    return argument
+
+
+def say_renamed(old: str) -> None:
+    """One sentence on stderr, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: the option {old} is now {RENAMED[old]}; the next version refuses {old}.", file=sys.stderr)
+
+
+def explained(said: str, conf: Path, root: str) -> str:
     """One sentence for Hydra's message on an entry of conf/<root>.yaml; other messages stay as they are."""
     if found := NOT_LOADED.search(said):
         group, name = found.groups()

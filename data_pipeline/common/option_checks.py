@@ -65,7 +65,7 @@ def refuse_wrong_values(values: Mapping[str, Any], hints: Mapping[str, Any], pre
     """Check the given values, by name, against their annotations."""
     for name, value in values.items():
         if not fits(value, hints[name]):
-            raise UserError(f"{prefix}{name}={value} can't be: take {said(hints[name])}.")
+            raise UserError(f"{prefix}{name}={value} can't be: take {described(hints[name])}.")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -96,21 +96,21 @@ def _meets(value: Any, condition: Within | OneOf) -> bool:
     return condition.allows(value) if isinstance(condition, Within) else value in condition.names
 
 
-def said(hint: Any) -> str:
+def described(hint: Any) -> str:
     """The allowed values, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         if isinstance(parts[1], OneOf):
             return f"one of {', '.join(map(str, parts[1].names))}"
-        return f"{said(parts[0])} {parts[1]}"
+        return f"{described(parts[0])} {parts[1]}"
     if origin in (Union, types.UnionType):
-        return ", or ".join(map(said, parts))
+        return ", or ".join(map(described, parts))
     if origin is tuple:
-        return f"a list of {len(parts)}, each {said(parts[0])}"
+        return f"a list of {len(parts)}, each {described(parts[0])}"
     if origin in (list, Sequence):
-        return f"a list, as [a,b], each {said(parts[0])}"
+        return f"a list, as [a,b], each {described(parts[0])}"
     if origin in (dict, Mapping):
-        return f"a table, each of its values {said(parts[1])}"
+        return f"a table, each of its values {described(parts[1])}"
     if is_typeddict(hint):
         return f"a table of some of {', '.join(get_type_hints(hint))}"
     return KINDS.get(hint, "something else")

@@ -82,7 +82,8 @@ MOVED: Mapping[str, str] = {
     "data_pipeline.conditions": "data_pipeline.encode.conditions",
     "data_pipeline.filters": "data_pipeline.sources.filters",
     "data_pipeline.loader": "data_pipeline.loading.loader",
-    "train.bad_numbers": "train.loop.stability_monitor",
+    "train.bad_numbers.BadNumbers": "train.loop.stability_monitor.StabilityConfig",
+    "train.loop.stability_monitor.BadNumbers": "train.loop.stability_monitor.StabilityConfig",
     "train.engine.EngineConfig": "train.engine.config.EngineConfig",
     "train.evaluation.generate": "train.sampling.generator",
     "train.fitting.Training": "train.loop.recipe.Training",
@@ -94,7 +95,7 @@ _PARTIAL = ("conditioning", "sampling")  # groups for which conf/ sets _partial_
 _GROUP_AND_NAME = {path: (group, name) for group, names in LIST.items() for name, path in names.items()}
 
 
-def today(path: str) -> str:
+def current_path(path: str) -> str:
     """The present path of something that a file of an earlier version names."""
     module, _, name = path.rpartition(".")
     return MOVED.get(path) or f"{MOVED.get(module, module)}.{name}"
@@ -105,8 +106,8 @@ def target_of(entry: Mapping[str, Any]) -> tuple[str, bool] | None:
     if not isinstance(target := entry.get("_target_"), str):
         return None
     if target in GETTERS:
-        return (today(entry["path"]), False) if isinstance(entry.get("path"), str) else None
-    return today(target), True
+        return (current_path(entry["path"]), False) if isinstance(entry.get("path"), str) else None
+    return current_path(target), True
 
 
 def named(tree: Any) -> Any:

@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.common.option_checks import fits, said
+from data_pipeline.common.option_checks import described, fits
 from data_pipeline.common.saved_names import GETTERS, LIST, named, target_of
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -111,7 +111,7 @@ def _with_arguments(
         if name not in free and not (is_open and isinstance(name, str) and not name.startswith("_")):
             raise DataError(f"{where} has no argument {_brief(name)}{_near(name, free)}.")
         if name not in parts and name in hints and not fits(value, hints[name]):
-            raise DataError(f"{where}.{name}={_brief(value)} can't be: it must be {said(hints[name])}.")
+            raise DataError(f"{where}.{name}={_brief(value)} can't be: it must be {described(hints[name])}.")
     called = not reference and len(free) == len(parameters)
     lacking = [name for name, p in free.items() if p.default is p.empty and name not in given]
     if lacking and not reference:
@@ -229,7 +229,7 @@ def refuse_wrong_kinds(values: Mapping[str, Any], hints: Mapping[str, Any], wher
         if name not in values:
             raise DataError(f"{where} lacks {name}: make it, or copy it, again.")
         if not fits(values[name], hint):
-            raise DataError(f"{where}: {name}={_brief(values[name])} can't be: it must be {said(hint)}.")
+            raise DataError(f"{where}: {name}={_brief(values[name])} can't be: it must be {described(hint)}.")
 
 
 def _near(name: Any, names: Collection[str]) -> str:

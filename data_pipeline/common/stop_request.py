@@ -19,11 +19,11 @@ class StopRequest:
     """Remembers SIGTERM or SIGUSR1: Slurm's warning before a time limit."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             # A launcher that ignores USR1 for us passes it on as TERM; our children must inherit the ignoring.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.requested = True

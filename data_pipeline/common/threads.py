@@ -15,8 +15,9 @@ END = object()
 Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
-class Ahead(Generic[T]):
-    """`with Ahead(items, depth) as ahead: for item in ahead`: a thread makes up to `depth` items before they are taken.
+class Prefetcher(Generic[T]):
+    """`with Prefetcher(items, depth) as ahead: for item in ahead`: a thread makes up to `depth` items before they are
+    taken.
 
     An error in the thread is raised in place of its item. Leaving ends the thread at its next item.
     """
@@ -56,7 +57,7 @@ class Ahead(Generic[T]):
                 return
             yield item
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         return self
 
     def __exit__(
@@ -66,10 +67,10 @@ class Ahead(Generic[T]):
         self.thread.join()
 
 
-class Behind:
-    """`with Behind(depth) as behind: behind.do(write, data)`: a thread makes the given calls, one after another.
+class BackgroundWriter:
+    """`with BackgroundWriter(depth) as writer: writer.submit(write, data)`: a thread makes the calls, one after another.
 
-    `do` waits while `depth` calls are queued. The first error is raised by the next `do`, or on leaving; calls
+    `submit` waits while `depth` calls are queued. The first error is raised by the next `submit`, or on leaving; calls
     queued after it are not made. Leaving by another error still finishes the queued calls.
     """
 
@@ -87,13 +88,13 @@ class Behind:
                 except BaseException as error:  # as above
                     self.error = error
 
-    def do(self, function: Callable[..., Any], *arguments: Any) -> None:
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Queue a call."""
         if self.error is not None:
             raise self.error
         self.given.put((function, *arguments))
 
-    def __enter__(self) -> Behind:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(
@@ -105,7 +106,7 @@ class Behind:
             raise self.error
 
 
-def in_order(
+def ordered_map(
     pool: ThreadPoolExecutor, function: Callable[[Given], Made], items: Iterable[Given], ahead: int
 ) -> Iterator[Made]:
     """Like map, but at most `ahead` results are made before they are taken: decoded pictures are large."""

@@ -29,19 +29,19 @@ class BaseSet:
         self.root, self.manifest = root, Manifest.load(root, "latents")
         self.shards = {shard.name: shard for shard in self.manifest.shards}
         self.same_sizes = self.manifest.info.get("sizes") == sizes
-        self.lendable = [maker for maker in encoders.makers if self._made_alike(maker, encoders)]
+        self.reusable = [encoder for encoder in encoders.field_encoders if self._made_alike(encoder, encoders)]
 
-    def _made_alike(self, maker: Condition, encoders: Encoders) -> bool:
+    def _made_alike(self, encoder: Condition, encoders: Encoders) -> bool:
         """Whether recipe, encoders, dtype and, where pictures matter, sizes are the same."""
-        ours = [(maker.uses_first_stage, "autoencoder", encoders.image.fingerprint)]
-        ours.append((maker.uses_clip, "text_encoder", encoders.text.fingerprint if encoders.text else None))
-        fields = [self.manifest.fields.get(f"{name}.npy", {}) for name in maker.fields]
+        ours = [(encoder.uses_first_stage, "autoencoder", encoders.image.fingerprint)]
+        ours.append((encoder.uses_clip, "text_encoder", encoders.text.fingerprint if encoders.text else None))
+        fields = [self.manifest.fields.get(f"{name}.npy", {}) for name in encoder.fields]
         recipes = named(self.manifest.info.get("conditions", {})).values()
         return (
             all(f.get("dtype") == encoders.dtype for f in fields if f.get("dtype") in (None, *DTYPES))
             and all(self.manifest.fingerprints.get(name) == mark for uses, name, mark in ours if uses)
-            and (self.same_sizes or "picture" not in maker.made_from)
-            and (isinstance(maker, FirstStage) or maker.config() in recipes)
+            and (self.same_sizes or "picture" not in encoder.made_from)
+            and (isinstance(encoder, FirstStage) or encoder.config() in recipes)
         )
 
     @functools.cached_property
@@ -62,24 +62,24 @@ class BaseShard:
         self.samples.setdefault(sample["key"], (origin, sample))
         self.captions.setdefault(sample["caption"], (origin, sample))
 
-    def lend(self, item: Item, encoders: Encoders) -> None:
+    def copy_fields(self, item: Item, encoders: Encoders) -> None:
         """Give an item the fields that would come out the same: those of the same picture, and of an equal caption."""
         if item.sample["key"] in self.samples:
             origin, old = self.samples[item.sample["key"]]
             if origin.same_sizes and same_picture(old["meta"], item.sample["meta"]):
                 item.sample["meta"] |= {name: old["meta"][name] for name in GEOMETRY}
-                for maker in origin.lendable:
-                    if "picture" in maker.made_from and same_meta(maker, old, item.sample):
-                        take(item, maker, old, encoders.dtype)
+                for encoder in origin.reusable:
+                    if "picture" in encoder.made_from and same_meta(encoder, old, item.sample):
+                        reuse(item, encoder, old, encoders.dtype)
         if item.sample["caption"] in self.captions:
             origin, old = self.captions[item.sample["caption"]]
-            for maker in origin.lendable:
-                if maker.made_from == ("caption",):
-                    take(item, maker, old, encoders.dtype)
+            for encoder in origin.reusable:
+                if encoder.made_from == ("caption",):
+                    reuse(item, encoder, old, encoders.dtype)
 
 
-def take(item: Item, maker: Condition, old: Mapping[str, Any], dtype: str) -> None:
-    item.reused |= {name: narrowed(old[name], dtype) for name in maker.fields}
+def reuse(item: Item, encoder: Condition, old: Mapping[str, Any], dtype: str) -> None:
+    item.reused |= {name: narrowed(old[name], dtype) for name in encoder.fields}
 
 
 def same_picture(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
@@ -88,9 +88,9 @@ def same_picture(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return old.get("image_sha256") == new["image_sha256"] and not placed
 
 
-def same_meta(maker: Condition, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+def same_meta(encoder: Condition, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether the sources say the same of a sample, for a maker that depends on it."""
-    if "meta" not in maker.made_from:
+    if "meta" not in encoder.made_from:
         return True
     before, now = ({k: v for k, v in each["meta"].items() if k not in FACTS} for each in (old, new))
     return before == now
@@ -110,14 +110,14 @@ class Base:
         """The base's samples of a shard: from the shard of the same name, else from wherever they lie."""
         found = BaseShard()
         for each in self.sets:
-            if each.lendable and name in each.shards:
+            if each.reusable and name in each.shards:
                 shard = each.shards[name]
                 self._add(found, each, shard, read_index(each.root, shard))
         lacking = [key for key in keys if key not in found.samples]
         for each in self.sets if len(lacking) > len(keys) // 2 else ():
             wanted: dict[Shard, list[IndexEntry]] = {}
             for key in lacking:
-                if each.lendable and key in each.places:
+                if each.reusable and key in each.places:
                     shard, entry = each.places[key]
                     wanted.setdefault(shard, []).append(entry)
             for shard, entries in wanted.items():
@@ -127,7 +127,7 @@ class Base:
     @staticmethod
     def _add(found: BaseShard, origin: BaseSet, shard: Shard, entries: Sequence[IndexEntry]) -> None:
         data = read_whole(origin.root, shard)
-        fields = {f"{name}.npy" for maker in origin.lendable for name in maker.fields} | {"json"}
+        fields = {f"{name}.npy" for encoder in origin.reusable for name in encoder.fields} | {"json"}
         for entry in entries:
             places = {name: place for name, place in entry.members.items() if name in fields}
             members = {name: codec.decode(name, data[at : at + size]) for name, (at, size) in places.items()}
@@ -145,7 +145,7 @@ def base_of(path: str, split: str, encoders: Encoders, sizes: str) -> Base:
     if not roots:
         raise UserError(f"base={path} holds no finished latents of {split or 'these'}: give an output of precompute.")
     base = Base(roots, encoders, sizes)
-    if not any(each.lendable for each in base.sets):
+    if not any(each.reusable for each in base.sets):
         raise UserError(
             f"base={path} was made by other encoders, in another dtype and at other sizes: nothing of it can be used; "
             "leave base= out."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Condition, PlainCondition, Sample, Tools
 from data_pipeline.encode.encoders import ImageEncoder
 from data_pipeline.shards.arrays import as_stored, readable
@@ -21,7 +21,7 @@ class Encoders(NamedTuple):
     """What turns samples into latent samples, and how they are stored."""
 
     image: ImageEncoder
-    text: OnceEach | None
+    text: CaptionCache | None
     conditions: Mapping[str, Condition]
     device: torch.device
     batch_size: int
@@ -29,7 +29,7 @@ class Encoders(NamedTuple):
     flips: bool = False  # also encode each picture mirrored: moments_flip.npy
 
     @property
-    def makers(self) -> list[Condition]:
+    def field_encoders(self) -> list[Condition]:
         """Everything that makes fields, including the first stage."""
         return [FirstStage(self.image, self.flips), *self.conditions.values()]
 
@@ -57,8 +57,8 @@ class Item:
     bucket: str = ""
     reused: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def lacks(self, maker: Condition) -> bool:
-        return not all(name in self.reused for name in maker.fields)
+    def lacks(self, encoder: Condition) -> bool:
+        return not all(name in self.reused for name in encoder.fields)
 
 
 @torch.no_grad()
@@ -67,16 +67,16 @@ def encode_batch(items: Sequence[Item], images: Tensor | None, encoders: Encoder
     images = None if images is None else images.to(encoders.device)
     with_picture = [i for i, item in enumerate(items) if "image" in item.sample]
     stored: dict[str, np.ndarray] = {}
-    for maker in encoders.makers:
-        lacking = [i for i, item in enumerate(items) if item.lacks(maker)]
-        fresh = encoded(maker, lacking, with_picture, items, images, encoders) if lacking else {}
-        for name in maker.fields:
+    for encoder in encoders.field_encoders:
+        lacking = [i for i, item in enumerate(items) if item.lacks(encoder)]
+        fresh = encoded(encoder, lacking, with_picture, items, images, encoders) if lacking else {}
+        for name in encoder.fields:
             stored[name] = merged(fresh.get(name), lacking, [item.reused.get(name) for item in items])
     return stored
 
 
 def encoded(
-    maker: Condition,
+    encoder: Condition,
     lacking: Sequence[int],
     with_picture: Sequence[int],
     items: Sequence[Item],
@@ -84,9 +84,9 @@ def encoded(
     encoders: Encoders,
 ) -> dict[str, np.ndarray]:
     """The fields of one maker for the items that don't have them yet."""
-    if "picture" in maker.made_from and len(lacking) != len(with_picture):
+    if "picture" in encoder.made_from and len(lacking) != len(with_picture):
         images = images[[with_picture.index(i) for i in lacking]]
-    made = maker.encode([items[i].sample for i in lacking], images, encoders)
+    made = encoder.encode([items[i].sample for i in lacking], images, encoders)
     for name, value in made.items():
         if value.is_complex() or value.ndim < 1 or len(value) != len(lacking):
             raise DataError(

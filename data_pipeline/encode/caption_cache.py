@@ -12,24 +12,24 @@ from torch import Tensor
 from data_pipeline.encode.encoders import TextEncoder, TextStates
 
 
-class OnceEach:
+class CaptionCache:
     """A text encoder that encodes each different caption of a shard once, when first asked; results are kept on the
     CPU.
 
     The last bits of a row may depend on the batch that it is encoded in. So batches are the shard's different captions
-    in order: the bytes are the same, whoever makes the shard and whatever was made before. `keep` > 0 also keeps that
+    in order: the bytes are the same, whoever makes the shard and whatever was made before. `size` > 0 also keeps that
     many captions across shards, and for the same reason encodes one at a time: for data with few captions.
     """
 
-    def __init__(self, encoder: TextEncoder, batch_size: int, keep: int = 0) -> None:
+    def __init__(self, encoder: TextEncoder, batch_size: int, size: int = 0) -> None:
         self.encoder, self.fingerprint = encoder, encoder.fingerprint
-        self.keep, self.batch_size = keep, 1 if keep else batch_size
+        self.size, self.batch_size = size, 1 if size else batch_size
         self.batches: dict[str, tuple[str, ...]] = {}
         self.states: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     def begin(self, captions: Iterable[str]) -> None:
         """Start the next shard, with its captions in order."""
-        if not self.keep:
+        if not self.size:
             self.states.clear()
         each = list(dict.fromkeys(captions))
         parts = [tuple(each[first : first + self.batch_size]) for first in range(0, len(each), self.batch_size)]
@@ -40,7 +40,7 @@ class OnceEach:
         if not all(caption in self.batches for caption in captions):
             return self.encoder.encode_text(captions)
         found = [self._states_of(caption) for caption in captions]
-        while self.keep and len(self.states) > self.keep:
+        while self.size and len(self.states) > self.size:
             self.states.popitem(last=False)
         return TextStates(*(torch.stack(part) for part in zip(*found, strict=True)))
 

@@ -31,13 +31,13 @@ class Tools(Protocol):
 
 
 class Condition(Protocol):
-    """asked: the options of sample_images.py that give it; uses_clip, uses_first_stage: whether it needs these
+    """options: those of sample_images.py that give it; uses_clip, uses_first_stage: whether it needs these
     encoders; uses_image_tower: whether it needs the CLIP's image tower, too.
 
     fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that it depends on.
     """
 
-    asked: tuple[str, ...]
+    options: tuple[str, ...]
     uses_clip: bool
     uses_first_stage: bool
     uses_image_tower: bool
@@ -60,13 +60,13 @@ class Condition(Protocol):
         """The fields' values without a condition, unbatched; only where an encoder defines them."""
 
     def as_sample(self, **given: Any) -> dict[str, Any]:
-        """The user's `asked` options as parts of a sample."""
+        """The user's `options` options as parts of a sample."""
 
 
 class PlainCondition:
     """A condition that learns nothing, accepts every sample and has no encoder-defined null."""
 
-    asked: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     uses_clip = uses_first_stage = uses_image_tower = False
     fields: tuple[str, ...] = ()
     made_from: tuple[str, ...] = ("meta",)
@@ -87,7 +87,7 @@ class PlainCondition:
 class Text(PlainCondition):
     """text (B, T, D), one state a token, and pooled (B, P) if wanted; each different caption is encoded once."""
 
-    asked, uses_clip, made_from = ("prompts",), True, ("caption",)
+    options, uses_clip, made_from = ("prompts",), True, ("caption",)
 
     def __init__(self, pooled: bool = True) -> None:
         self.fields = ("text", "pooled") if pooled else ("text",)
@@ -150,7 +150,7 @@ class Classes(PlainCondition):
 class Label(Classes):
     """label (B,): the number of the class that meta[key] names."""
 
-    asked, fields = ("labels",), ("label",)
+    options, fields = ("labels",), ("label",)
 
     def __init__(self, key: str = "group", classes: Sequence[str] | None = None) -> None:
         super().__init__(classes)
@@ -187,7 +187,7 @@ class Layout(Classes):
         "conditions=[layout]: no sample has boxes in its json: make_shards.py source=openmoji_pairs makes such, or "
         "give each sample's as boxes: [[class, x0, y0, x1, y1], ...]."
     )
-    asked, fields = ("layouts",), ("boxes", "box_label")
+    options, fields = ("layouts",), ("boxes", "box_label")
 
     def __init__(self, max_boxes: int = 8, classes: Sequence[str] | None = None) -> None:
         super().__init__(classes)
@@ -244,7 +244,7 @@ def well_formed(box: Any) -> bool:
 class OfPicture(PlainCondition):
     """A condition that is made from the picture itself."""
 
-    asked, made_from = ("images",), ("picture",)
+    options, made_from = ("images",), ("picture",)
 
     def as_sample(self, images: np.ndarray) -> dict[str, Any]:
         return {"image": images}
@@ -299,7 +299,7 @@ class Hole(PlainCondition):
     its sides between `smallest` and `largest` of the picture's.
     """
 
-    asked, made_from = ("images", "holes"), ("picture", "meta")
+    options, made_from = ("images", "holes"), ("picture", "meta")
     uses_first_stage, fields = True, ("hole", "masked_latents")
 
     def __init__(self, smallest: float = 0.25, largest: float = 0.75) -> None:

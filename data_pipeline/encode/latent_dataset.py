@@ -14,11 +14,11 @@ from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.encode.base_dataset import Base
 from data_pipeline.encode.batch_encoder import Encoders, combined_statistics
-from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.images.aspect_buckets import Sizes
 from data_pipeline.shards.manifest import Manifest, Shard
-from data_pipeline.shards.rejects import Aside, accounting, summary
+from data_pipeline.shards.rejects import Rejects, accounting, summary
 
 
 class Split(NamedTuple):
@@ -26,7 +26,7 @@ class Split(NamedTuple):
 
     name: str
     source: Manifest
-    places: Places
+    paths: OutputPaths
     reader: ShardReader
     max_aside_fraction: float = 0.05
 
@@ -39,7 +39,7 @@ class Split(NamedTuple):
         return f"precompute {self.name or 'samples'}"
 
 
-def identity(
+def recipe_of(
     source: Manifest, encoders: Encoders, sizes: Sizes | None = None, base: Base | None = None
 ) -> dict[str, str]:
     """What a latent data set is made from, by name."""
@@ -53,7 +53,7 @@ def identity(
         made_of["text_encoder"] = encoders.text.fingerprint
     if sizes and sizes.sides and (sizes.split or sizes.sides[0] != (source.info.get("size"),) * 2):
         made_of["sizes"] = sizes.described
-    if encoders.text is not None and encoders.text.keep:
+    if encoders.text is not None and encoders.text.size:
         made_of["captions"] = "encoded one by one"
     if base is not None:
         made_of["base"] = base.fingerprint
@@ -69,14 +69,14 @@ def claim(root: str, made_of: dict[str, str]) -> None:
     """Record what `root` is made from, before the first shard; refuse to continue with other encoders or pictures."""
     path = storage.join(root, "precompute.json")
     if not storage.write_first(path, json.dumps(made_of, indent=1).encode()):
-        before = noted_in(path)
+        before = read_recipe(path)
         differing = [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]
         if differing:
             what = "; ".join(f"{name} was {before.get(name)} and is {made_of.get(name)}" for name in differing)
             raise UserError(f"{root} was begun with others: {what}. Give those, or choose another output=.")
 
 
-def noted_in(path: str) -> dict[str, str]:
+def read_recipe(path: str) -> dict[str, str]:
     """The contents of a precompute.json; an earlier version's, with conditions by Python path, in today's form."""
     note = storage.read_bytes(path)
     try:
@@ -88,26 +88,26 @@ def noted_in(path: str) -> dict[str, str]:
     return made_of
 
 
-def refuse_other_layout(places: Places) -> None:
+def refuse_other_layout(paths: OutputPaths) -> None:
     """Refuse an output that holds one set per bucket where a single set is wanted, or the other way round."""
-    other = places._replace(bucketed=not places.bucketed)
-    if storage.exists(storage.join(other.notes, "precompute.json")):
+    other = paths._replace(bucketed=not paths.bucketed)
+    if storage.exists(storage.join(other.markers_root, "precompute.json")):
         how = "buckets" if other.bucketed else "one size"
-        raise UserError(f"{places.output} was begun with {how}: give those sizes, or choose another output=.")
+        raise UserError(f"{paths.output} was begun with {how}: give those sizes, or choose another output=.")
 
 
-def refuse_pictures(places: Places) -> None:
+def refuse_pictures(paths: OutputPaths) -> None:
     """Refuse an output that is itself a data set of pictures: it would be taken for finished."""
-    if storage.exists(storage.join(places.root(), "manifest.json")) and Manifest.load(places.root()).kind != "latents":
-        raise UserError(f"output={places.output} holds image-text shards: choose another folder for the latents.")
+    if storage.exists(storage.join(paths.root(), "manifest.json")) and Manifest.load(paths.root()).kind != "latents":
+        raise UserError(f"output={paths.output} holds image-text shards: choose another folder for the latents.")
 
 
-def folders(split: Split) -> list[str]:
+def temp_folders(split: Split) -> list[str]:
     """Folders that may hold temporary files of this split."""
-    places = split.places
-    roots = {places.notes, places.root()}
-    if places.bucketed:
-        roots |= {places.root(name) for name in storage.subfolders(places.output)}
+    paths = split.paths
+    roots = {paths.markers_root, paths.root()}
+    if paths.bucketed:
+        roots |= {paths.root(name) for name in storage.subfolders(paths.output)}
     below = {shard.name.rpartition("/")[0] for shard in split.source.shards} | {"aside"}
     return sorted(roots | {storage.join(root, folder) for root in roots for folder in below if folder})
 
@@ -116,38 +116,40 @@ def finish(
     split: Split, records: Sequence[dict[str, Any]], made_of: dict[str, str], counted: Callable[[int], str]
 ) -> None:
     """Write what belongs to the whole: constants, rejects, manifests. Every worker writes the same bytes."""
-    source, places, encoders = split.source, split.places, split.encoders
-    aside = Aside(source.samples, split.max_aside_fraction)
+    source, paths, encoders = split.source, split.paths, split.encoders
+    rejects = Rejects(source.samples, split.max_aside_fraction)
     for row in (row for record in records for row in record["aside"]):
-        aside.add(**row)
+        rejects.add(**row)
     buckets = sorted({bucket for record in records for bucket in record["sets"]})
     parts = {bucket: [r["sets"][bucket] for r in records if bucket in r["sets"]] for bucket in buckets}
     if not buckets:
-        raise DataError(f"not one sample of {split.reader.path} can be encoded: see {places.notes}/shards.")
+        raise DataError(f"not one sample of {split.reader.path} can be encoded: see {paths.markers_root}/shards.")
     processed = sum(part["shard"]["samples"] for each in parts.values() for part in each)
     info = {
         **{name: fact for name, fact in source.info.items() if name != "made_with"},
-        "accounting": accounting(processed, {}, summary(aside.rows), source.samples),  # of this stage, over all buckets
+        "accounting": accounting(
+            processed, {}, summary(rejects.rows), source.samples
+        ),  # of this stage, over all buckets
         "pixel_range": [-1.0, 1.0],
         "crop": "centre",
         "sizes": split.reader.sizes.described,
         "conditions": conditions_config(encoders),
         "latents": combined_statistics([part["latents"] for each in parts.values() for part in each]),
     }
-    aside.save(places.notes, "precompute")
+    rejects.save(paths.markers_root, "precompute")
     for bucket in buckets:
-        root, shards = places.root(bucket), tuple(Shard(**part["shard"]) for part in parts[bucket])
+        root, shards = paths.root(bucket), tuple(Shard(**part["shard"]) for part in parts[bucket])
         write_constants(root, encoders)
-        Manifest("latents", shards, one_shape(root, parts[bucket]), info, made_of).save(root)
+        Manifest("latents", shards, common_fields(root, parts[bucket]), info, made_of).save(root)
     counts = {bucket: sum(part["shard"]["samples"] for part in parts[bucket]) for bucket in buckets}
-    if places.bucketed:
-        storage.write_atomically(places.last, json.dumps(counts, indent=1).encode())
+    if paths.bucketed:
+        storage.write_atomically(paths.final_file, json.dumps(counts, indent=1).encode())
         print(f"{split.title}: " + ", ".join(f"{count} of {bucket}" for bucket, count in counts.items()))
-    root = places.root("*" if places.bucketed else "")
-    print(f"{split.title}: {counted(processed)}, {len(aside.rows)} set aside; in {root}")
+    root = paths.root("*" if paths.bucketed else "")
+    print(f"{split.title}: {counted(processed)}, {len(rejects.rows)} set aside; in {root}")
 
 
-def one_shape(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def common_fields(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The fields, which must be the same in all shards."""
     first = parts[0]
     for part in parts:

@@ -25,12 +25,12 @@ from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar_index import digest_of
 from data_pipeline.shards.writer import ShardWriter
 
-WAIT_FOR_NOTE = 10.0  # seconds that another worker, if alive, has to write its note after its tar
-Record = dict[str, Any]
+MARKER_WAIT_S = 10.0  # seconds that another worker, if alive, has to write its note after its tar
+DoneMarker = dict[str, Any]
 Rejected = tuple[int, str, str]  # position in the shard, key, reason
 
 
-class Places(NamedTuple):
+class OutputPaths(NamedTuple):
     """Where a split's data sets go: <output>/<split>, with buckets <output>/<bucket>/<split>."""
 
     output: str
@@ -41,40 +41,40 @@ class Places(NamedTuple):
         return storage.join(self.output, *(part for part in (bucket, self.split) if part))
 
     @property
-    def notes(self) -> str:
+    def markers_root(self) -> str:
         """The folder of the notes on finished shards."""
         return self.root("work") if self.bucketed else self.root()
 
-    def note(self, shard: Shard) -> str:
-        return storage.join(self.notes, shard.name + ".done.json")
+    def done_marker(self, shard: Shard) -> str:
+        return storage.join(self.markers_root, shard.name + ".done.json")
 
     @property
-    def last(self) -> str:
+    def final_file(self) -> str:
         """The file that is written last, when everything else is."""
-        return storage.join(self.notes, "buckets.json" if self.bucketed else "manifest.json")
+        return storage.join(self.markers_root, "buckets.json" if self.bucketed else "manifest.json")
 
 
-def finished_record(places: Places, shard: Shard) -> Record | None:
+def read_done_marker(paths: OutputPaths, shard: Shard) -> DoneMarker | None:
     """The note on a finished shard, if its tars are still there as they were written."""
-    note = storage.read_if_there(places.note(shard))
-    if note is None:
+    done_marker = storage.read_if_there(paths.done_marker(shard))
+    if done_marker is None:
         return None
-    record = json.loads(note)
+    record = json.loads(done_marker)
     for bucket, part in record.get("sets", {}).items():
-        tar = storage.join(places.root(bucket), part["shard"]["name"])
+        tar = storage.join(paths.root(bucket), part["shard"]["name"])
         if storage.size_if_there(tar) != part["shard"]["bytes"]:
             return None
     return record if "sets" in record else None  # a note of an earlier version: its shard is made again
 
 
-def put(root: str, line: Shard, index: bytes, data: bytes, over: bool = False) -> bool:
+def publish_shard(root: str, line: Shard, index: bytes, data: bytes, overwrite: bool = False) -> bool:
     """Write a tar after its index; False if its name is taken by another tar of the same length with other bytes."""
     path = storage.join(root, line.name)
     size = storage.size_if_there(path)
-    if size == line.bytes and not over and not is_there(root, line):
+    if size == line.bytes and not overwrite and not is_there(root, line):
         return False
     storage.write_atomically(storage.join(root, line.index_name), index)
-    if over or size not in (None, line.bytes):
+    if overwrite or size not in (None, line.bytes):
         storage.write_atomically(path, data)
         return True
     return storage.write_first(path, data) or is_there(root, line)
@@ -85,35 +85,37 @@ def is_there(root: str, line: Shard) -> bool:
     return digest_of(storage.read_bytes(storage.join(root, line.name))) == line.sha256
 
 
-def waited_for(places: Places, shard: Shard) -> Record | None:
+def wait_for_done_marker(paths: OutputPaths, shard: Shard) -> DoneMarker | None:
     """The note of the worker whose tar is already there, which follows within moments; None if it does not."""
-    end = time.monotonic() + WAIT_FOR_NOTE
+    end = time.monotonic() + MARKER_WAIT_S
     while time.monotonic() < end:
-        if record := finished_record(places, shard):
+        if record := read_done_marker(paths, shard):
             return record
         time.sleep(0.1)
     return None
 
 
-def confirmed(places: Places, shards: Sequence[Shard], records: Mapping[str, Record]) -> dict[str, Record]:
+def verify_done_markers(
+    paths: OutputPaths, shards: Sequence[Shard], records: Mapping[str, DoneMarker]
+) -> dict[str, DoneMarker]:
     """The present notes of shards that this worker made; a note by another worker is checked against the tars.
     DataError if they disagree: a bucket can't tell who wrote first."""
     now = {}
     for shard in shards:
-        record = now[shard.name] = finished_record(places, shard) or records[shard.name]
+        record = now[shard.name] = read_done_marker(paths, shard) or records[shard.name]
         if record["sets"] == records[shard.name]["sets"]:
             continue
         for bucket, part in record["sets"].items():
-            if not is_there(places.root(bucket), Shard(**part["shard"])):
+            if not is_there(paths.root(bucket), Shard(**part["shard"])):
                 raise DataError(
-                    f"shard {storage.join(places.root(bucket), shard.name)} was made by two workers that compute "
+                    f"shard {storage.join(paths.root(bucket), shard.name)} was made by two workers that compute "
                     f"differently, and has the bytes of one beside the note of the other: delete "
-                    f"{places.note(shard)} and start precompute again."
+                    f"{paths.done_marker(shard)} and start precompute again."
                 )
     return now
 
 
-class Build:
+class LatentShardBuilder:
     """The latent shards, one per bucket, that an image-text shard becomes."""
 
     def __init__(self, shard: Shard, encoders: Encoders) -> None:
@@ -123,7 +125,7 @@ class Build:
         self.fields: dict[str, dict[str, Any]] = {}
         self.rejected: list[Rejected] = []
         self.copied = 0  # samples whose picture was not encoded, because the base has the result
-        self.noted: Record | None = None
+        self.done_marker: DoneMarker | None = None
 
     def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
         """Put encoded samples of one bucket into its tar, in memory; returns those with unusable values."""
@@ -148,35 +150,35 @@ class Build:
         self.statistics.setdefault(bucket, []).append(batch_statistics(self.image, kept))
         self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
 
-    def publish(self, places: Places) -> Record:
+    def publish(self, paths: OutputPaths) -> DoneMarker:
         """Write each bucket's tar and then the note that the shard is finished, unless another worker came first.
         Returns the note that counts."""
-        record = self._note_of_another(places) or self._written(places)
+        record = self._existing_done_marker(paths) or self._written(paths)
         self.writers = {}  # frees some hundred MB
         return record
 
-    def _note_of_another(self, places: Places) -> Record | None:
-        if not storage.exists(places.note(self.shard)):
+    def _existing_done_marker(self, paths: OutputPaths) -> DoneMarker | None:
+        if not storage.exists(paths.done_marker(self.shard)):
             return None
-        if record := finished_record(places, self.shard):
+        if record := read_done_marker(paths, self.shard):
             return record
-        storage.remove(places.note(self.shard))  # its tar is cut or missing
+        storage.remove(paths.done_marker(self.shard))  # its tar is cut or missing
         return None
 
-    def _written(self, places: Places) -> Record:
+    def _written(self, paths: OutputPaths) -> DoneMarker:
         lines = {}
         for bucket, writer in sorted(self.writers.items()):
             lines[bucket], index, data = writer.contents(self.shard.name)
-            if not put(places.root(bucket), lines[bucket], index, data):
-                if record := waited_for(places, self.shard):
+            if not publish_shard(paths.root(bucket), lines[bucket], index, data):
+                if record := wait_for_done_marker(paths, self.shard):
                     return record
-                put(places.root(bucket), lines[bucket], index, data, over=True)  # that worker is dead
-        self.noted = self._note(lines)
-        if storage.write_first(places.note(self.shard), json.dumps(self.noted).encode()):
-            return self.noted
-        return finished_record(places, self.shard) or self.noted
+                publish_shard(paths.root(bucket), lines[bucket], index, data, overwrite=True)  # that worker is dead
+        self.done_marker = self._done_marker(lines)
+        if storage.write_first(paths.done_marker(self.shard), json.dumps(self.done_marker).encode()):
+            return self.done_marker
+        return read_done_marker(paths, self.shard) or self.done_marker
 
-    def _note(self, lines: Mapping[str, Shard]) -> Record:
+    def _done_marker(self, lines: Mapping[str, Shard]) -> DoneMarker:
         sets = {
             bucket: {
                 "shard": asdict(line),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.common.threads import Ahead, in_order
+from data_pipeline.common.threads import Prefetcher, ordered_map
 from data_pipeline.encode.base_dataset import Base, BaseShard
 from data_pipeline.encode.batch_encoder import Encoders, Item
 from data_pipeline.encode.latent_shard import Rejected
@@ -27,7 +27,7 @@ from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class ShardStart:
     """The start of a shard; captions: those that must be encoded. Setting `dropped` asks for no more parts of it."""
 
     shard: Shard
@@ -35,7 +35,7 @@ class Begun:
     dropped: threading.Event = field(default_factory=threading.Event)
 
 
-class Part(NamedTuple):
+class EncodeBatch(NamedTuple):
     """Some samples of a shard, all of one size: images (N, 3, H, W) in [-1, 1] of those that have a picture; and those
     that can't be used."""
 
@@ -44,18 +44,18 @@ class Part(NamedTuple):
     rejected: list[Rejected]
 
 
-class Over(NamedTuple):
+class ShardEnd(NamedTuple):
     """The end of a shard: its last part has come."""
 
 
-class FoundMade(NamedTuple):
+class AlreadyDone(NamedTuple):
     """A shard that is already finished, and its note."""
 
     shard: Shard
     record: dict[str, Any]
 
 
-Step = Begun | Part | Over | FoundMade
+Step = ShardStart | EncodeBatch | ShardEnd | AlreadyDone
 
 
 class ShardReader:
@@ -63,10 +63,10 @@ class ShardReader:
 
     def __init__(self, path: str, encoders: Encoders, sizes: Sizes, base: Base | None = None, threads: int = 1) -> None:
         self.path, self.encoders, self.sizes, self.base, self.threads = path, encoders, sizes, base, threads
-        self.makers = encoders.makers
+        self.field_encoders = encoders.field_encoders
 
     def steps(self, shards: Iterable[Shard], record_of: Callable[[Shard], dict[str, Any] | None]) -> Iterator[Step]:
-        """For each shard its note if it has one, else Begun, parts, Over."""
+        """For each shard its note if it has one, else ShardStart, parts, ShardEnd."""
 
         def read() -> Iterator[tuple[Any, ...]]:
             for shard in shards:
@@ -74,10 +74,10 @@ class ShardReader:
                 whole = () if record else (read_index(self.path, shard), read_whole(self.path, shard))
                 yield shard, record, *whole
 
-        with ThreadPoolExecutor(self.threads) as pool, Ahead(read(), 1) as ahead:
+        with ThreadPoolExecutor(self.threads) as pool, Prefetcher(read(), 1) as ahead:
             for shard, record, *whole in ahead:
                 if record:
-                    yield FoundMade(shard, record)
+                    yield AlreadyDone(shard, record)
                 else:
                     yield from self._parts(shard, *whole, pool)
 
@@ -89,16 +89,16 @@ class ShardReader:
                 items.append(self._without_picture(position, entry, data, base))
             except DataError as error:
                 rejected.append((position, entry.key, str(error)))
-        uses_text = [maker for maker in self.makers if "caption" in maker.made_from]
-        lacking = [item for item in items if any(item.lacks(maker) for maker in uses_text)]
-        begun = Begun(shard, [item.sample["caption"] for item in lacking])
-        yield begun
+        uses_text = [encoder for encoder in self.field_encoders if "caption" in encoder.made_from]
+        lacking = [item for item in items if any(item.lacks(encoder) for encoder in uses_text)]
+        start = ShardStart(shard, [item.sample["caption"] for item in lacking])
+        yield start
         waiting: dict[Sides, list[Item]] = {}
         only: Sides | None = None  # the size of all pictures, where they stay as they are
-        for item, sides in in_order(
+        for item, sides in ordered_map(
             pool, lambda each: self._with_picture(each, entries, data), items, 2 * self.threads
         ):
-            if begun.dropped.is_set():
+            if start.dropped.is_set():
                 return
             if not isinstance(sides, str):
                 only = only or sides
@@ -109,14 +109,14 @@ class ShardReader:
             batch = waiting.setdefault(sides, [])
             batch.append(item)
             if len(batch) == self.encoders.batch_size:
-                yield part_of(waiting.pop(sides), rejected)
+                yield batch_of(waiting.pop(sides), rejected)
                 rejected = []
         for sides in sorted(waiting):
-            yield part_of(waiting[sides], rejected)
+            yield batch_of(waiting[sides], rejected)
             rejected = []
         if rejected:
-            yield part_of([], rejected)
-        yield Over()
+            yield batch_of([], rejected)
+        yield ShardEnd()
 
     def _without_picture(self, position: int, entry: IndexEntry, data: bytes, base: BaseShard | None) -> Item:
         """A sample with all members but the picture, and what the base has of it. DataError: it can't be used."""
@@ -130,13 +130,13 @@ class ShardReader:
         sample["meta"] = {**sample["meta"], "image_sha256": digest}
         item = Item(position, sample)
         if base is not None:
-            base.lend(item, self.encoders)
+            base.copy_fields(item, self.encoders)
         return item
 
     def _with_picture(self, item: Item, entries: list[IndexEntry], data: bytes) -> tuple[Item, Sides | str]:
         """The item with its picture (if it must be encoded) and bucket; the size, or why it can't be used."""
         try:
-            if any("picture" in maker.made_from and item.lacks(maker) for maker in self.makers):
+            if any("picture" in encoder.made_from and item.lacks(encoder) for encoder in self.field_encoders):
                 self._decode(item, entries[item.position], data)
             sides = tuple(item.sample["meta"]["target_size"])
             for condition in self.encoders.conditions.values():
@@ -163,7 +163,7 @@ def words(sides: Sides) -> str:
     return f"a picture of {sides[0]}x{sides[1]}"
 
 
-def part_of(items: list[Item], rejected: list[Rejected]) -> Part:
+def batch_of(items: list[Item], rejected: list[Rejected]) -> EncodeBatch:
     """A part with its pictures stacked: here, in the thread that decodes."""
     pictures = [{"key": i.sample["key"], "image": i.sample["image"]} for i in items if "image" in i.sample]
-    return Part(items, collated(pictures)["image"] if pictures else None, rejected)
+    return EncodeBatch(items, collated(pictures)["image"] if pictures else None, rejected)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.threads import Ahead
+from data_pipeline.common.threads import Prefetcher
 from data_pipeline.loading.batch import Batch, DataCursor, widened
 from data_pipeline.loading.epoch_plan import EpochPlan, Place
 from data_pipeline.loading.sample_reader import SampleReader, pin
@@ -82,7 +82,7 @@ class Loader:
         if self.num_workers:
             yield from Workers(parts, self.num_workers, self.prefetch)
         elif self.prefetch:
-            with Ahead(parts(), self.prefetch) as ahead:
+            with Prefetcher(parts(), self.prefetch) as ahead:
                 for part in ahead:
                     yield [part]
         else:
@@ -156,8 +156,8 @@ class _StreamParts:
                 moved = self.plan.windows_made != windows
                 if moved:
                     windows, needed = self.plan.windows_made, self.plan.shards_in_use() | self.plan.shards_next()
-                    reader.expect(self.plan.shards_in_use())
-                    reader.expect(needed)
+                    reader.prefetch(self.plan.shards_in_use())
+                    reader.prefetch(needed)
                 yield Part(step, *reader.batch(places, pinned))
                 most = WINDOWS_HELD * self.plan.window_shards * len(streams)
                 if moved and len(reader.shards) + len(reader.opening) > most:

@@ -133,7 +133,7 @@ class SampleReader:
         path = storage.join(self.root, self.manifest.shards[place.shard].name)
         return DataError(f"sample {self.shard(place.shard).entries[place.sample].key} of shard {path}: {reason}")
 
-    def expect(self, numbers: set[int]) -> None:
+    def prefetch(self, numbers: set[int]) -> None:
         """Begin to open these shards; errors are raised when one of their samples is read."""
         for number in sorted(numbers - self.shards.keys() - self.opening.keys()):
             self.opening[number] = self.openers.submit(self._open, number)
@@ -141,7 +141,7 @@ class SampleReader:
     def shard(self, number: int) -> OpenShard:
         """An open shard; waits for it if necessary."""
         if number not in self.shards:
-            self.expect({number})
+            self.prefetch({number})
             self.shards[number] = self.opening.pop(number).result()
         return self.shards[number]
 

@@ -15,7 +15,7 @@ class KnownKeys:
     def __init__(self) -> None:
         self.runs: list[np.ndarray] = []
 
-    def those_known(self, keys: Sequence[str]) -> np.ndarray:
+    def contains(self, keys: Sequence[str]) -> np.ndarray:
         """Which of the keys were seen before, or earlier in the same list; all count as seen from now on."""
         digests = b"".join(
             hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys

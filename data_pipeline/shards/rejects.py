@@ -12,7 +12,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 
 
-class Aside:
+class Rejects:
     """processed + set aside = listed, always. If more than `max_fraction` of what is listed is set aside, the run stops
     with the reasons."""
 
@@ -52,7 +52,7 @@ def summary(rows: Iterable[Mapping[str, str]]) -> Counter[str]:
     return Counter(row["reason"].partition(" (")[0] for row in rows)
 
 
-def worded(counts: Counter[str], most: int) -> str:
+def format_counts(counts: Counter[str], most: int) -> str:
     """The `most` common reasons, in words."""
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(most))
 

@@ -96,7 +96,7 @@ def caption_of(path: Path, folder: Path) -> str | None:
     try:
         if not why_unusable(text, folder):
             return codec.decode("txt", text.read_bytes()).strip() or None
-        return readable(str(beside(path, folder).get("caption") or "")) or None
+        return readable(str(sidecar_fields(path, folder).get("caption") or "")) or None
     except DataError:  # not UTF-8, not JSON, or too long
         return None
 
@@ -104,13 +104,13 @@ def caption_of(path: Path, folder: Path) -> str | None:
 def about(path: Path, folder: Path) -> dict[str, Any]:
     """The entries of the .json beside a picture, without the caption; and the file's name."""
     try:
-        facts = beside(path, folder)
+        facts = sidecar_fields(path, folder)
     except DataError:
         facts = {}
     return {name: value for name, value in facts.items() if name != "caption"} | {"file": path.name}
 
 
-def beside(path: Path, folder: Path) -> dict[str, Any]:
+def sidecar_fields(path: Path, folder: Path) -> dict[str, Any]:
     """The contents of the .json beside a picture; {} if there is none."""
     file = path.with_suffix(".json")
     return {} if why_unusable(file, folder) else codec.decode("json", file.read_bytes())

@@ -14,12 +14,12 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import UNDECODABLE
-from data_pipeline.shards.rejects import Aside
+from data_pipeline.shards.rejects import Rejects
 from data_pipeline.sources.filters import Candidate, Filters
 from data_pipeline.sources.source import Source, SourceItem
 
 
-def look_through(options: Mapping[str, Any], source: Source, filters: Filters | None = None) -> tuple[str, int, int]:
+def scan_source(options: Mapping[str, Any], source: Source, filters: Filters | None = None) -> tuple[str, int, int]:
     """Mark, count, and count of held-out items: one pass over the source before anything is decoded.
 
     The mark identifies a finished output: the script's options, the listed items, and their files' stamps. A key that
@@ -59,16 +59,16 @@ def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
     return number % every == every - 1 if item.heldout is None else item.heldout
 
 
-def taken(item: SourceItem, size: int, filters: Filters, aside: Aside) -> dict[str, Any] | None:
+def prepared_sample(item: SourceItem, size: int, filters: Filters, rejects: Rejects) -> dict[str, Any] | None:
     """The members of an item; None if it is filtered or set aside, which is recorded with the reason."""
     if item.absent:
         filters.add(item.key, item.absent)
         return None
     if item.unusable:
-        aside.add(item.key, item.unusable, item.where)
+        rejects.add(item.key, item.unusable, item.where)
         return None
     if item.caption is None:
-        aside.add(item.key, "missing caption")
+        rejects.add(item.key, "missing caption")
         return None
     load = functools.cache(functools.partial(item.load, size))
     try:
@@ -77,5 +77,5 @@ def taken(item: SourceItem, size: int, filters: Filters, aside: Aside) -> dict[s
             return {"png": load(), "txt": item.caption, "json": item.meta}
         filters.add(item.key, reason)
     except UNDECODABLE as error:
-        aside.add(item.key, f"undecodable picture ({type(error).__name__})")
+        rejects.add(item.key, f"undecodable picture ({type(error).__name__})")
     return None

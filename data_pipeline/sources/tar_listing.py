@@ -15,11 +15,11 @@ from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.common.threads import in_order
+from data_pipeline.common.threads import ordered_map
 from data_pipeline.shards import codec
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, Shard
-from data_pipeline.shards.rejects import Aside, accounting, summary, worded
+from data_pipeline.shards.rejects import Rejects, accounting, format_counts, summary
 from data_pipeline.shards.tar_index import IndexEntry, digest_of, index_digest
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.tars import Inspected, inspected
@@ -62,15 +62,15 @@ class Index:
     def __init__(self, root: str, filters: Filters, shard_in_keys: bool, max_aside_fraction: float) -> None:
         self.root, self.filters, self.shard_in_keys = root, filters, shard_in_keys
         self.max_fraction = max_aside_fraction
-        self.aside = Aside(sys.maxsize, 1.0)  # only counts: the number listed is known at the end
+        self.rejects = Rejects(sys.maxsize, 1.0)  # only counts: the number listed is known at the end
         self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
 
     def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
         """Check a shard's samples, write its .idx and the rejects; returns its line of the manifest."""
         self.listed += len(entries)
-        first, stem = len(self.aside.rows), name.removesuffix(".tar").rpartition("/")[2]
+        first, stem = len(self.rejects.rows), name.removesuffix(".tar").rpartition("/")[2]
         prefix = f"{stem}/" if self.shard_in_keys else ""
-        known = self.seen.those_known([prefix + each.key for each in entries])
+        known = self.seen.contains([prefix + each.key for each in entries])
         lines = []
         for sample, again in zip(self._inspected(entries, data), known, strict=True):
             key, members = prefix + sample.entry.key, sample.entry.members
@@ -79,7 +79,7 @@ class Index:
             if sample.candidate is None and sample.absent:
                 self.filters.add(key, sample.reason)
             elif sample.candidate is None or again:
-                self.aside.add(key, sample.reason or AGAIN)
+                self.rejects.add(key, sample.reason or AGAIN)
             elif reason := self.filters.reason_against(sample.candidate):
                 self.filters.add(key, reason)
             else:
@@ -89,34 +89,34 @@ class Index:
         self.digest.update(index)
         storage.write_atomically(storage.join(self.root, shard.index_name), index)
         self.filters.save(self.root, f"{stem}.filtered")
-        of_this = Aside(sys.maxsize, 1.0)
-        of_this.rows = self.aside.rows[first:]
-        of_this.save(self.root, stem)
+        of_this_tar = Rejects(sys.maxsize, 1.0)
+        of_this_tar.rows = self.rejects.rows[first:]
+        of_this_tar.save(self.root, stem)
         return shard
 
     def _inspected(self, entries: Sequence[IndexEntry], data: bytes | mmap.mmap) -> Iterator[Inspected]:
         """Inspect each sample, in threads that are a few samples ahead (Pillow decodes without the lock)."""
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
-            yield from in_order(pool, lambda each: inspected(each, data), entries, 2 * threads)
+            yield from ordered_map(pool, lambda each: inspected(each, data), entries, 2 * threads)
 
-    def refuse_past_the_cap(self, whole: float = 1.0) -> None:
+    def refuse_too_many_rejects(self, whole: float = 1.0) -> None:
         """Stop if more is set aside than allowed of all samples: `whole` times those listed so far."""
-        listed, aside = round(self.listed * whole), len(self.aside.rows)
+        listed, aside = round(self.listed * whole), len(self.rejects.rows)
         if aside > self.max_fraction * listed:
             raise DataError(
                 f"{aside} of {'about ' if whole > 1 else ''}{listed} samples can't be used "
-                f"({worded(summary(self.aside.rows), 3)}): mend the tars, or raise "
+                f"({format_counts(summary(self.rejects.rows), 3)}): mend the tars, or raise "
                 f"max_aside_fraction={self.max_fraction}."
             )
 
     def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
         """Write the manifest, and print what became of the samples."""
-        self.refuse_past_the_cap()
+        self.refuse_too_many_rejects()
         self.filters.refuse_unknown_columns()
-        aside, processed = summary(self.aside.rows), sum(shard.samples for shard in shards)
+        aside, processed = summary(self.rejects.rows), sum(shard.samples for shard in shards)
         if not processed:
-            why = worded(aside + self.filters.counts, 3) or "the tars are empty"
+            why = format_counts(aside + self.filters.counts, 3) or "the tars are empty"
             raise UserError(f"not one of {self.listed} samples is left ({why}): check input= and filters=.")
         info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered differently, are another data set
         info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}

@@ -51,7 +51,7 @@ def test_steps_that_are_not_finite_are_skipped(latents: Path, tmp_path: Path) ->
 
 def test_after_several_in_a_row_it_goes_back_and_past_them(latents: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    more = ["training.steps=30", "training.bad_numbers.max_skipped=3", "training.save_every=1"]
+    more = ["training.steps=30", "training.stability.max_skipped=3", "training.save_every=1"]
     more += ["training.keep_checkpoints=2"]  # nothing is saved while steps are skipped, so step 20 is kept
     done = run("train/train_ldm.py", f"input={latents}", f"output={output}", *SETTINGS, *more, ranks=2)
     assert "back to step 20, past the data up to there" in done.stdout
@@ -73,7 +73,7 @@ def test_a_run_of_skipped_steps_has_not_finished(latents: Path, tmp_path: Path) 
 
 
 def test_no_way_back_is_said(latents: Path, tmp_path: Path) -> None:
-    more = ["training.steps=30", "training.bad_numbers.max_skipped=3", "training.bad_numbers.max_rollbacks=0"]
+    more = ["training.steps=30", "training.stability.max_skipped=3", "training.stability.max_rollbacks=0"]
     done = run("train/train_ldm.py", f"input={latents}", f"output={tmp_path / 'a'}", *SETTINGS, *more, check=False)
     assert done.returncode == 2
     assert "3 steps in a row, up to step 23, were not finite, after 0 rollbacks: lower optimizer.lr" in done.stderr
@@ -87,7 +87,7 @@ def test_a_loss_that_shoots_up_is_gone_back_behind(tmp_path: Path) -> None:
     root = tmp_path / "latents"
     write_latents(root / "train", SAMPLES, TINY_LATENTS, spoilt=dict.fromkeys(bad_numbers(), 1000.0))
     write_latents(root / "heldout", 8, TINY_LATENTS)
-    more = ["training.steps=30", "training.bad_numbers.spike_factor=10", "training.bad_numbers.spike_window=10"]
+    more = ["training.steps=30", "training.stability.spike_factor=10", "training.stability.spike_window=10"]
     done = run("train/train_ldm.py", f"input={root}", f"output={tmp_path / 'run'}", *SETTINGS, *more)
     assert "the loss of step 21 is" in done.stdout
     # The first step back takes the second bad one's data, and so on: three windows of one step each.

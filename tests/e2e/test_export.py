@@ -17,7 +17,7 @@ from train.diffusion.randomness import generator_at
 from train.diffusion.samplers import sample_ddim, trailing_times
 from train.models.autoencoder import AutoencoderKL
 from train.models.clip import CLIP
-from train.sampling.generator import Asked, Guidance, Sampler
+from train.sampling.generator import ConditionBatch, Guidance, Sampler
 from train.sampling.trained_run import TrainedRun, open_run
 from train.weights.saved import save_model
 
@@ -104,7 +104,7 @@ def test_their_pipeline_draws_our_picture(exported: Path, trained: TrainedRun) -
 
     text = trained.text.encode_text(["red heart", ""])
     trained.facts.null["text"].copy_(text.tokens[1])  # the data's is made up; a real one is the empty prompt's
-    asked = Asked({"text": text.tokens[:1], "pooled": text.pooled[:1]}, ["red heart"])
+    asked = ConditionBatch({"text": text.tokens[:1], "pooled": text.pooled[:1]}, ["red heart"])
     ours = trained.generator.draw(asked, Sampler(sample_ddim, 5, trailing_times), Guidance(scale=3.0), seed=7)
     noise = torch.randn(1, 4, 8, 8, generator=generator_at("cpu", 7, 0, "start"))
     pipeline = StableDiffusionPipeline.from_pretrained(exported)

@@ -21,9 +21,9 @@ from train.checkpointing import checkpoints as checkpoint
 from train.checkpointing import writer
 from train.checkpointing.checkpoints import CheckpointConfig, Checkpoints
 from train.checkpointing.ema_weights import ema_weights
-from train.checkpointing.files import Places, complete_checkpoints
+from train.checkpointing.files import CheckpointPaths, complete_checkpoints
 from train.checkpointing.posthoc_ema import find_snapshots, rebuilt
-from train.checkpointing.stores import InBucket
+from train.checkpointing.stores import BucketStore
 from train.distributed.ranks import Ranks
 from train.engine.config import EngineConfig
 from train.engine.ema import Ema
@@ -43,7 +43,7 @@ FAULTS = ["slow down", "500", "reset", "stall before", "stall", "short"]
 def in_a_hurry(monkeypatch):
     monkeypatch.setenv("STORE_DEADLINE_S", "10")
     monkeypatch.setattr(s3, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(InBucket, "pause", 0.02)
+    monkeypatch.setattr(BucketStore, "pause", 0.02)
 
 
 class Slice:
@@ -133,7 +133,7 @@ def start(place, tmp_path, together):
     def make(ranks=2, run_id="one", keep=2, power=(), **options):
         def one(rank):
             config = CheckpointConfig(keep, scratch=str(tmp_path / f"scratch{rank}"), **options)
-            own, places = Ranks(rank, ranks, rank, torch.device("cpu")), Places.of(tmp_path / "run", place)
+            own, places = Ranks(rank, ranks, rank, torch.device("cpu")), CheckpointPaths.of(tmp_path / "run", place)
             checkpoints = Checkpoints(tmp_path / "run/checkpoints", own, {"seed": 0}, "", config, places)
             engine = Slice(rank, ranks)
             return SimpleNamespace(
@@ -299,7 +299,7 @@ def test_who_was_taken_over_publishes_nothing_more(start, place):
     old = start()
     old.resume()
     old.save(10)
-    new = start(run_id="two")  # as training.may_change=[run_id] allows
+    new = start(run_id="two")  # as training.allow_mismatch=[run_id] allows
     assert new.resume() == 10
     assert storage.read_bytes(f"{place}/owner").split()[0] == b"two"
     assert new.each[0].state.run_id == "two"
@@ -408,8 +408,8 @@ def test_a_run_on_two_ranks_is_killed_and_goes_on_on_one(place, tmp_path, monkey
     with pytest.raises(UserError, match=f"training.checkpoints={place} belongs to run .* this is a new one"):
         RunFolder(tmp_path / "other", "train_ldm", {"training": {"checkpoints": place}}, ALONE)
     assert not (tmp_path / "other").exists()
-    may = {"checkpoints": place, "may_change": ["run_id"]}
-    assert RunFolder(tmp_path / "other", "train_ldm", {"training": may}, ALONE).places.checkpoints == place
+    may = {"checkpoints": place, "allow_mismatch": ["run_id"]}
+    assert RunFolder(tmp_path / "other", "train_ldm", {"training": may}, ALONE).paths.checkpoints == place
 
 
 def test_wrong_keys_are_said_before_a_folder_is_made(place, tmp_path, monkeypatch, new_client):

@@ -28,12 +28,12 @@ from torch import Tensor
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
-from train.checkpointing.compatibility import refuse_other_shapes, refuse_what_differs, spelled
-from train.checkpointing.files import STEP, Found, Places, look, part_name, step_of
+from train.checkpointing.compatibility import describe_layout, refuse_other_shapes, refuse_what_differs
+from train.checkpointing.files import STEP, CheckpointPaths, Found, inspect_checkpoint, part_name, step_of
 from train.checkpointing.part_files import Copies, copied_pieces, files_needed, fill
 from train.checkpointing.safetensors_io import Header
 from train.checkpointing.stores import store_of
-from train.checkpointing.writer import Writer, Writing
+from train.checkpointing.writer import SaveThread, Writer
 from train.distributed.collectives import barrier, broadcast_object, gathered_objects
 from train.distributed.ranks import Ranks
 from train.engine.deepspeed_engine import Engine
@@ -49,22 +49,22 @@ class CheckpointConfig:
     """How checkpoints are written and kept.
 
     keep: how many of the newest to keep; keep_every: also keep each whose step is a multiple of it.
-    may_change: names of what may differ between a checkpoint and the run that resumes from it.
+    allow_mismatch: names of what may differ between a checkpoint and the run that resumes from it.
     scratch: a folder on each node, for uploads to and downloads from a bucket.
     """
 
     keep: int = 2
     keep_every: int | None = None
     asynchronous: bool = True
-    may_change: tuple[str, ...] = ()
+    allow_mismatch: tuple[str, ...] = ()
     scratch: str | None = None
 
 
 class Checkpoints:
     """All checkpoints of a run. All ranks must call every method.
 
-    identity: by name, what must be the same in a checkpoint and the run that resumes from it, except `may_change`.
-    folder: the run's own; places: where checkpoints are kept, if not there (training.checkpoints).
+    identity: by name, what must be the same in a checkpoint and the run that resumes from it, except `allow_mismatch`.
+    folder: the run's own; paths: where checkpoints are kept, if not there (training.checkpoints).
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Checkpoints:
         identity: dict[str, Any],
         weights_prefix: str,
         config: CheckpointConfig = CheckpointConfig(),  # noqa: B008
-        places: Places | None = None,
+        paths: CheckpointPaths | None = None,
     ) -> None:
         self.ranks, self.identity, self.config = ranks, named(identity), config
-        self.places = places or Places.of(folder.parent, None)
-        self.store = store_of(self.places.checkpoints, config.scratch, ranks.rank)
-        self.writer = Writer(self.store, self.places, folder, ranks, weights_prefix, config.keep, config.keep_every)
+        self.paths = paths or CheckpointPaths.of(folder.parent, None)
+        self.store = store_of(self.paths.checkpoints, config.scratch, ranks.rank)
+        self.writer = Writer(self.store, self.paths, folder, ranks, weights_prefix, config.keep, config.keep_every)
         self.at: int | None = None  # the step last saved or resumed from
-        self.writing: Writing | None = None
+        self.save_thread: SaveThread | None = None
         self.copies: Copies = {}  # reused: filling newly allocated memory takes several times as long
 
     def save(self, engine: Engine, ema: Ema, state: TrainState) -> None:
@@ -100,22 +100,22 @@ class Checkpoints:
             "kinds": list(tensors),
             "shapes": engine.shapes,
         }
-        name, mark, self.at = f"step-{state.step:08d}", self.writer.next_mark(), state.step
-        self.writing = Writing(lambda: self.writer.write(name, mark, pieces, about))
+        name, mark, self.at = f"step-{state.step:08d}", self.writer.new_save_id(), state.step
+        self.save_thread = SaveThread(lambda: self.writer.write(name, mark, pieces, about))
         if not self.config.asynchronous:
             self.finish()
 
     def finish(self) -> None:
         """Wait until this rank's part of the last save is done; raises the error if it failed."""
-        if self.writing is not None:
-            writing, self.writing = self.writing, None
-            writing.join()
-            writing.raise_if_failed()
+        if self.save_thread is not None:
+            save_thread, self.save_thread = self.save_thread, None
+            save_thread.join()
+            save_thread.raise_if_failed()
 
     def raise_if_failed(self) -> None:
         """Raise the error of a failed save now, rather than at the next save."""
-        if self.writing is not None:
-            self.writing.raise_if_failed()
+        if self.save_thread is not None:
+            self.save_thread.raise_if_failed()
 
     def _copied(self, engine: Engine, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.config.asynchronous else {})
@@ -150,7 +150,7 @@ class Checkpoints:
             before_anew()
         state.run_id = run_id  # the checkpoint may be another run's; from now on it is this run's
         if self.ranks.is_main:
-            self.writer.take_over(run_id)
+            self.writer.claim_store(run_id)
             self._set_aside([name for name in any_there if name > (resumed or "")])
             self._remove_newer(resumed or "")
         if self.config.asynchronous:  # allocates the memory of the first save
@@ -167,7 +167,7 @@ class Checkpoints:
             self.finish()
         barrier()
         if self.ranks.is_main:
-            self.writer.refuse_if_taken_over()
+            self.writer.refuse_if_claimed()
         gone_bad, passed_over, rollbacks, names = state.step, state.passed_over, state.rollbacks, self._names(before)
         for found in self._whole_by_size(names):
             if self.load(found, engine, ema, state):
@@ -199,9 +199,9 @@ class Checkpoints:
         return [name for name in reversed(names) if step_of(name) <= up_to]
 
     def _whole_by_size(self, names: list[str]) -> Iterator[Found]:
-        """Those of `names` that `look` finds complete, the same on all ranks, which must iterate alike."""
+        """Those of `names` that `inspect_checkpoint` finds complete, the same on all ranks, which must loop alike."""
         for name in names:
-            found, damaged = broadcast_object(look(self.store.root, name) if self.ranks.is_main else None)
+            found, damaged = broadcast_object(inspect_checkpoint(self.store.root, name) if self.ranks.is_main else None)
             if damaged:
                 self._say_damaged(name, damaged)
             else:
@@ -232,7 +232,7 @@ class Checkpoints:
             self._say_damaged(found.name, damaged)
             return False
         if found.saved["layout"] != self._layout(engine) and self.ranks.is_main:
-            layout = spelled(found.saved["layout"])
+            layout = describe_layout(found.saved["layout"])
             log.warning("%s was saved with %s: its parts are dealt anew", self.store.at(found.name), layout)
         fill(engine.fragments(), tensors, [self.store.local(found.name, part) for part in parts])
         engine.after_loading(found.saved["engine"])
@@ -257,20 +257,20 @@ class Checkpoints:
     def _remove_newer(self, than: str) -> None:
         """Remove later checkpoints, and what a kill left half written or half removed."""
         if than:
-            self.writer.point_to(than)
+            self.writer.update_latest(than)
         published = self.store.published()
         for step in self.store.steps():
             if step > than or step not in published:
                 log.warning("removing %s: the run goes on from %s", self.store.at(step), than or "the start")
                 self.store.remove(step)
-        for file in storage.sizes(self.places.snapshots):
+        for file in storage.sizes(self.paths.snapshots):
             if STEP.fullmatch(file.partition(".")[0]) and file.partition(".")[0] > than:
-                storage.remove(storage.join(self.places.snapshots, file))
+                storage.remove(storage.join(self.paths.snapshots, file))
 
     def _compare(self, identity: dict[str, Any]) -> None:
-        changed = refuse_what_differs(self.identity, identity, self.config.may_change, self.store.root)
+        changed = refuse_what_differs(self.identity, identity, self.config.allow_mismatch, self.store.root)
         if changed and self.ranks.is_main:
-            log.warning("going on although %s (training.may_change)", "; ".join(changed))
+            log.warning("going on although %s (training.allow_mismatch)", "; ".join(changed))
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
         return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}

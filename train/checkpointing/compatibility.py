@@ -11,13 +11,13 @@ from data_pipeline.shards.provenance import flat
 
 
 def refuse_what_differs(
-    identity: Mapping[str, Any], saved: Mapping[str, Any], may_change: Sequence[str], where: str
+    identity: Mapping[str, Any], saved: Mapping[str, Any], allow_mismatch: Sequence[str], where: str
 ) -> list[str]:
     """Refuse to resume from a checkpoint whose run has another identity; returns the differences that are allowed."""
     now, before = flat(identity), flat(named(saved))
-    if unknown := set(may_change) - (now | before).keys() - {"run_id"}:
+    if unknown := set(allow_mismatch) - (now | before).keys() - {"run_id"}:
         raise UserError(
-            f"training.may_change: {', '.join(sorted(unknown))} is no name of what is compared. That is "
+            f"training.allow_mismatch: {', '.join(sorted(unknown))} is no name of what is compared. That is "
             f"{', '.join(sorted(now | before))}."
         )
     differing = {
@@ -25,11 +25,11 @@ def refuse_what_differs(
         for name in sorted(now | before)
         if now.get(name) != before.get(name)
     }
-    refused = [what for name, what in differing.items() if name not in may_change]
+    refused = [what for name, what in differing.items() if name not in allow_mismatch]
     if refused:
         raise UserError(
             f"can't resume from {where}: {'; '.join(refused)}. Restore that, start in another output=, "
-            f"or name what may change: training.may_change=[{','.join(n for n in differing)}]."
+            f"or name what may change: training.allow_mismatch=[{','.join(n for n in differing)}]."
         )
     return list(differing.values())
 
@@ -46,5 +46,5 @@ def refuse_other_shapes(saved: Mapping[str, list[int]], own: Mapping[str, list[i
         )
 
 
-def spelled(layout: Mapping[str, Any]) -> str:
+def describe_layout(layout: Mapping[str, Any]) -> str:
     return f"{layout['ranks']} rank(s) and ZeRO stage {layout['zero_stage']}"

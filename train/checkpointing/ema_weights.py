@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from train.checkpointing.files import MANIFEST, Places, at_hand, complete_checkpoints, step_of
+from train.checkpointing.files import MANIFEST, CheckpointPaths, complete_checkpoints, local_copy, step_of
 
 
 class EmaWeights(NamedTuple):
@@ -29,17 +29,17 @@ def ema_weights(run: Path, step: str | int = "latest") -> EmaWeights:
         if not Path(step).exists():
             raise UserError(f"step={step} is not there: make it with train/rebuild_ema.py.")
         return EmaWeights(str(step), load_file(step))
-    folder = storage.join(Places.of_run(run).checkpoints, _chosen(run, step))
+    folder = storage.join(CheckpointPaths.of_run(run).checkpoints, _chosen(run, step))
     path, manifest = storage.join(folder, "ema.safetensors"), storage.read_bytes(storage.join(folder, MANIFEST))
     unfit = (ValueError, KeyError, TypeError, SafetensorError)
-    with contextlib.suppress(*unfit), at_hand(path, json.loads(manifest)["ema.safetensors"]) as file:
+    with contextlib.suppress(*unfit), local_copy(path, json.loads(manifest)["ema.safetensors"]) as file:
         if file is not None:
             return EmaWeights(path, load_file(file))
     raise DataError(f"{path} is damaged: take another step= of this run, or train it again.")
 
 
 def _chosen(run: Path, step: str | int) -> str:
-    there = complete_checkpoints(Places.of_run(run).checkpoints)
+    there = complete_checkpoints(CheckpointPaths.of_run(run).checkpoints)
     if not there:
         raise UserError(f"{run} holds no checkpoint: give the output= of a train_ldm.py run that has saved one.")
     if step == "latest":

@@ -15,7 +15,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.saved_objects import read_config, refuse_wrong_kinds
 
-Facts = dict[str, Any]  # about a file, as in its manifest: bytes, sha256
+FileInfo = dict[str, Any]  # about a file, as in its manifest: bytes, sha256
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-\d{8,}((\.removed)?\.tmp)?")  # other names belong to the user
 CHUNK = 2**27  # bytes of an object that are held in memory at once
@@ -25,21 +25,21 @@ IN_STATE = {  # what a resume reads from state.json
 }  # fmt: skip
 
 
-class Places(NamedTuple):
+class CheckpointPaths(NamedTuple):
     """Where a run keeps its checkpoints and its snapshots of power-function averages; local or s3."""
 
     checkpoints: str
     snapshots: str
 
     @classmethod
-    def of(cls, run: Path, elsewhere: str | None) -> Places:
+    def of(cls, run: Path, elsewhere: str | None) -> CheckpointPaths:
         """elsewhere: the run's training.checkpoints; None: in the run's folder."""
         if not elsewhere:
             return cls(str(run / "checkpoints"), str(run / "ema_snapshots"))
         return cls(elsewhere, storage.join(elsewhere, "ema_snapshots"))
 
     @classmethod
-    def of_run(cls, run: Path) -> Places:
+    def of_run(cls, run: Path) -> CheckpointPaths:
         """As given by the run's configuration, if it has one."""
         config = run / "config.yaml"
         training = (read_config(config).get("training") or {}) if config.exists() else {}
@@ -70,11 +70,11 @@ class Found(NamedTuple):
     """A checkpoint whose files have the right sizes: its name, manifest and state.json."""
 
     name: str
-    files: dict[str, Facts]
+    files: dict[str, FileInfo]
     saved: dict[str, Any]
 
 
-def look(root: str, name: str) -> tuple[Found | None, list[str]]:
+def inspect_checkpoint(root: str, name: str) -> tuple[Found | None, list[str]]:
     """A published checkpoint, judged by file sizes and its small files; or which of its files are damaged."""
     at = storage.join(root, name)
     manifest, text = (storage.read_if_there(storage.join(at, file)) for file in (MANIFEST, "state.json"))
@@ -107,8 +107,8 @@ def _state_in(text: bytes) -> dict[str, Any] | None:
 
 
 def newest_whole(root: str) -> Found | None:
-    """The checkpoint that a run would resume from, as far as `look` can tell."""
-    looks = (look(root, name)[0] for name in reversed(complete_checkpoints(root)))
+    """The checkpoint that a run would resume from, as far as `inspect_checkpoint` can tell."""
+    looks = (inspect_checkpoint(root, name)[0] for name in reversed(complete_checkpoints(root)))
     return next((found for found in looks if found), None)
 
 
@@ -118,7 +118,7 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_as_written(path: Path, facts: Facts) -> bool:
+def is_as_written(path: Path, facts: FileInfo) -> bool:
     """Whether a local file has the size and digest of its facts."""
     return path.exists() and path.stat().st_size == facts["bytes"] and digest_of(path) == facts["sha256"]
 
@@ -129,7 +129,7 @@ def chunks(path: str, start: int, length: int) -> Iterator[bytes]:
         yield storage.read_bytes(path, at, min(CHUNK, start + length - at))
 
 
-def fetched(source: str, target: Path, facts: Facts) -> bool:
+def download(source: str, target: Path, facts: FileInfo) -> bool:
     """Download an object of a bucket to a local file, checking its digest. If its bytes differ: false, and no file.
 
     OSError if it can't be written to the disk.
@@ -150,11 +150,11 @@ def fetched(source: str, target: Path, facts: Facts) -> bool:
 
 
 @contextlib.contextmanager
-def at_hand(path: str, facts: Facts | None) -> Iterator[Path | None]:
+def local_copy(path: str, facts: FileInfo | None) -> Iterator[Path | None]:
     """A local or s3 file as a local one within the context; None if it does not match its facts (if given)."""
     if not storage.is_s3(path):
         yield Path(path) if facts is None or is_as_written(Path(path), facts) else None
         return
     with tempfile.TemporaryDirectory(prefix="fetched-") as folder:
         target = Path(folder) / path.rpartition("/")[2]
-        yield target if fetched(path, target, facts or {"bytes": storage.size(path), "sha256": None}) else None
+        yield target if download(path, target, facts or {"bytes": storage.size(path), "sha256": None}) else None

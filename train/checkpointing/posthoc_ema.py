@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from train.checkpointing.files import Places, at_hand
+from train.checkpointing.files import CheckpointPaths, local_copy
 from train.checkpointing.safetensors_io import Header
 from train.engine.ema import gamma_of
 
@@ -75,7 +75,7 @@ def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
 def find_snapshots(run: Path) -> list[Snapshot]:
     """All snapshots of a run; UserError if there are none."""
     found = []
-    root = Places.of_run(run).snapshots
+    root = CheckpointPaths.of_run(run).snapshots
     for name in storage.files(root, ".safetensors"):
         path = storage.join(root, name)
         facts = Header.of(path).metadata
@@ -111,7 +111,7 @@ def rebuilt(snapshots: Sequence[Snapshot], wanted: Profile) -> dict[str, Tensor]
 def _opened(path: str) -> Iterator[Any]:
     """A snapshot file, checked against the digest beside it; snapshots of older runs have no digest."""
     note = storage.read_if_there(f"{path.removesuffix('.safetensors')}.json")
-    with at_hand(path, json.loads(note) if note else None) as file:
+    with local_copy(path, json.loads(note) if note else None) as file:
         if file is None:
             raise DataError(f"{path} is damaged: copy it again, or move it away to do without it.")
         with safe_open(file, "pt") as opened:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
-from train.checkpointing.files import MANIFEST, Facts, complete_checkpoints, fetched, is_as_written, steps_in
-from train.checkpointing.safetensors_io import copy_some, facts_read_back
+from train.checkpointing.files import MANIFEST, FileInfo, complete_checkpoints, download, is_as_written, steps_in
+from train.checkpointing.safetensors_io import copy_some, verified_file_info
 
 log = logging.getLogger(__name__)
 OWNER = "owner"  # file in a place outside the run's folder: the run's id, and which start of the run writes here
@@ -73,7 +73,7 @@ class Store:
         """A folder where this rank writes files of the step."""
         raise NotImplementedError
 
-    def add(self, step: str, path: Path, tensors: Mapping[str, Tensor]) -> Facts:
+    def add(self, step: str, path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
         """Add a file of the workplace to the step; OSError if it does not hold `tensors`."""
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class Store:
         """Where a file of a published step can be read after `check`."""
         raise NotImplementedError
 
-    def check(self, step: str, name: str, facts: Facts) -> bool:
+    def check(self, step: str, name: str, facts: FileInfo) -> bool:
         """Whether a file of a published step is intact; downloads it if needed."""
         raise NotImplementedError
 
@@ -112,7 +112,7 @@ class Store:
         """Remove what a killed process left on this node. Must be called before any rank of this run begins."""
 
 
-class OnDisk(Store):
+class FolderStore(Store):
     """A folder on a file system that all nodes share."""
 
     fetches, pause = False, 0.01
@@ -135,9 +135,9 @@ class OnDisk(Store):
         note.with_suffix(".tmp").write_bytes(data)
         note.with_suffix(".tmp").replace(note)  # no sync after it: the folder may already have its final name
 
-    def add(self, step: str, path: Path, tensors: Mapping[str, Tensor]) -> Facts:
+    def add(self, step: str, path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
         _sync(path)
-        return facts_read_back(path, tensors)
+        return verified_file_info(path, tensors)
 
     def send(self, path: Path, target: str) -> None:
         _sync(path)
@@ -175,11 +175,11 @@ class OnDisk(Store):
     def local(self, step: str, name: str) -> Path:
         return Path(self.at(step, name))
 
-    def check(self, step: str, name: str, facts: Facts) -> bool:
+    def check(self, step: str, name: str, facts: FileInfo) -> bool:
         return is_as_written(self.local(step, name), facts)
 
 
-class InBucket(Store):
+class BucketStore(Store):
     """A prefix in a bucket. Each rank writes to the node's scratch folder, and uploads from there: it holds at most one
     part per rank, or the files that the node's ranks resume from."""
 
@@ -205,8 +205,8 @@ class InBucket(Store):
             shutil.rmtree(self.own, ignore_errors=True)
             self._leave_scratch()
 
-    def add(self, step: str, path: Path, tensors: Mapping[str, Tensor]) -> Facts:
-        facts = facts_read_back(path, tensors)
+    def add(self, step: str, path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
+        facts = verified_file_info(path, tensors)
         self.send(path, self.at(step, path.name))
         return facts
 
@@ -235,7 +235,7 @@ class InBucket(Store):
     def local(self, step: str, name: str) -> Path:
         return self.scratch / "fetched" / step / name
 
-    def check(self, step: str, name: str, facts: Facts) -> bool:
+    def check(self, step: str, name: str, facts: FileInfo) -> bool:
         """One rank of the node downloads the file; others that need it wait."""
         path = self.local(step, name)
         try:
@@ -245,7 +245,7 @@ class InBucket(Store):
                 if path.exists():
                     return True
                 arriving = path.with_suffix(".arriving")
-                if not fetched(self.at(step, name), arriving, facts):
+                if not download(self.at(step, name), arriving, facts):
                     return False
                 arriving.replace(path)
                 return True
@@ -268,24 +268,24 @@ class InBucket(Store):
                 folder.rmdir()
 
 
-def refuse_other_owner(root: str, run_id: str | None, may_change: Sequence[str]) -> None:
+def refuse_other_owner(root: str, run_id: str | None, allow_mismatch: Sequence[str]) -> None:
     """UserError if another run owns this place outside the run's folder. run_id: None for a new run."""
     owner = (storage.read_if_there(storage.join(root, OWNER)) or b"").decode().partition(" ")[0]
-    if owner and owner != run_id and "run_id" not in may_change:
+    if owner and owner != run_id and "run_id" not in allow_mismatch:
         raise UserError(
             f"training.checkpoints={root} belongs to run {owner}, and this is {run_id or 'a new one'}: give another "
             "place or that run's output=; or, if that run is over, go on from its checkpoints by "
-            "training.may_change=[run_id]."
+            "training.allow_mismatch=[run_id]."
         )
 
 
 def store_of(root: str, scratch: str | None = None, rank: int = 0) -> Store:
     """The store at `root`. scratch: a folder on each node's own disk, for files in buckets (None: the temp folder)."""
     if not storage.is_s3(root):
-        return OnDisk(root)
+        return FolderStore(root)
     mark = hashlib.sha256(root.encode()).hexdigest()[:12]
     folder = Path(scratch or tempfile.gettempdir()) / f"checkpoints-{mark}-{os.getuid()}-{storage.HOST}"
-    return InBucket(root.rstrip("/"), folder, rank)
+    return BucketStore(root.rstrip("/"), folder, rank)
 
 
 def _make(folder: Path) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
-from train.checkpointing.files import Facts, Places, complete_checkpoints, part_name, step_of
+from train.checkpointing.files import CheckpointPaths, FileInfo, complete_checkpoints, part_name, step_of
 from train.checkpointing.part_files import gathered
-from train.checkpointing.safetensors_io import facts_read_back, save_tensors
+from train.checkpointing.safetensors_io import save_tensors, verified_file_info
 from train.checkpointing.stores import OWNER, Store
 from train.distributed.collectives import broadcast_object
 from train.distributed.ranks import Ranks
@@ -37,20 +37,20 @@ class Writer:
     def __init__(
         self,
         store: Store,
-        places: Places,
+        paths: CheckpointPaths,
         folder: Path,
         ranks: Ranks,
         weights_prefix: str,
         keep: int,
         keep_every: int | None,
     ) -> None:
-        self.store, self.places, self.folder, self.ranks = store, places, folder, ranks
+        self.store, self.paths, self.folder, self.ranks = store, paths, folder, ranks
         self.weights_prefix, self.keep, self.keep_every = weights_prefix, keep, keep_every
         self.elsewhere = store.root != str(folder)
         self.attempt = str(broadcast_object(secrets.token_hex(4)))  # shared by all ranks of this start
         self.saves = 0
 
-    def next_mark(self) -> str:
+    def new_save_id(self) -> str:
         """Marks the notes of one save, so that they differ from those of a killed save of the same step."""
         self.saves += 1
         return f"{self.attempt}-{self.saves}"
@@ -64,7 +64,7 @@ class Writer:
             if self.ranks.is_main:
                 self._complete(name, mark, workplace, about)
 
-    def _add(self, name: str, path: Path, tensors: dict[str, Tensor]) -> Facts:
+    def _add(self, name: str, path: Path, tensors: dict[str, Tensor]) -> FileInfo:
         save_tensors(tensors, path)
         return self.store.add(name, path, tensors)
 
@@ -82,7 +82,7 @@ class Writer:
             self._keep_snapshot(name, kinds, about["ema"], shapes, workplace, parts)
         self._publish(name, files)
 
-    def _add_text(self, name: str, file: str, data: bytes) -> Facts:
+    def _add_text(self, name: str, file: str, data: bytes) -> FileInfo:
         self.store.write(data, self.store.unpublished(name), file)
         if self.store.read(self.store.unpublished(name), file) != data:
             raise OSError(f"{self.store.at(name, file)} is not read back as it was written")
@@ -105,11 +105,11 @@ class Writer:
         }
         facts = {"kinds": ",".join(kinds), **{key: str(value) for key, value in scalars.items()}}
         save_tensors(tensors, workplace / "snapshot", facts)
-        about = facts_read_back(workplace / "snapshot", tensors)
-        self.store.send(workplace / "snapshot", storage.join(self.places.snapshots, f"{name}.safetensors"))
-        storage.write_atomically(storage.join(self.places.snapshots, f"{name}.json"), json.dumps(about).encode())
+        about = verified_file_info(workplace / "snapshot", tensors)
+        self.store.send(workplace / "snapshot", storage.join(self.paths.snapshots, f"{name}.safetensors"))
+        storage.write_atomically(storage.join(self.paths.snapshots, f"{name}.json"), json.dumps(about).encode())
 
-    def _wait_for(self, name: str, mark: str, parts: list[str]) -> dict[str, Facts]:
+    def _wait_for(self, name: str, mark: str, parts: list[str]) -> dict[str, FileInfo]:
         """Facts from each rank's note, by the name of its part."""
         deadline, found = time.monotonic() + PATIENCE_S, {}
         for rank, part in enumerate(parts):
@@ -125,38 +125,38 @@ class Writer:
             found[part] = facts
         return found
 
-    def _noted(self, name: str, mark: str, part: str) -> Facts | None:
+    def _noted(self, name: str, mark: str, part: str) -> FileInfo | None:
         facts = json.loads(self.store.read(self.store.unpublished(name), _note(part)) or b"{}")
         return facts if facts.pop("save", None) == mark else None
 
-    def _publish(self, name: str, files: dict[str, Facts]) -> None:
+    def _publish(self, name: str, files: dict[str, FileInfo]) -> None:
         for rank in range(self.ranks.world_size):
             storage.remove(self.store.at(self.store.unpublished(name), _note(part_name(rank))))
-        self.refuse_if_taken_over()
+        self.refuse_if_claimed()
         self.store.publish(name, json.dumps(files, indent=1).encode())
-        self.point_to(name)
+        self.update_latest(name)
         for old in complete_checkpoints(self.store.root)[: -self.keep]:
             if not (self.keep_every and step_of(old) % self.keep_every == 0):
                 self.store.remove(old)
 
-    def point_to(self, name: str) -> None:
+    def update_latest(self, name: str) -> None:
         """Write `latest`, in the run's folder too: there, launch scripts check for progress."""
         self.store.write(name.encode(), "latest")
         if self.elsewhere:
             storage.write_atomically(self.folder / "latest", name.encode())
 
-    def take_over(self, run_id: str) -> None:
+    def claim_store(self, run_id: str) -> None:
         """Own the store: from now on no other process publishes here, not even one that was given up but still runs."""
         if self.elsewhere:
             self.store.write(f"{run_id} {self.attempt}\n".encode(), OWNER)
 
-    def refuse_if_taken_over(self) -> None:
+    def refuse_if_claimed(self) -> None:
         """UserError if another process has become the owner of these checkpoints."""
         if self.elsewhere and (self.store.read(OWNER) or b"").split()[-1:] != [self.attempt.encode()]:
             raise UserError(f"{self.store.root} was taken over by another process: see that only one trains into it.")
 
 
-class Writing(threading.Thread):
+class SaveThread(threading.Thread):
     """A save in progress. A daemon thread: a failing process does not wait for it."""
 
     def __init__(self, write: Callable[[], None]) -> None:

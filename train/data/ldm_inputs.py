@@ -24,7 +24,7 @@ class Latents(NamedTuple):
     """Latents to train on. make_loader: batches; read: lists of samples; autoencoder: for previews."""
 
     make_loader: Callable[..., Any]
-    read: Callable[..., list[dict[str, Any]]]
+    read_samples: Callable[..., list[dict[str, Any]]]
     autoencoder: nn.Module | None
     facts: LatentFacts
 
@@ -33,7 +33,7 @@ def latents_of(
     config: Mapping[str, Any],
     data: Manifest,
     make_loader: Callable[..., Any],
-    read: Callable[..., list[dict[str, Any]]],
+    read_samples: Callable[..., list[dict[str, Any]]],
     instantiate: Instantiate,
     device: torch.device,
 ) -> Latents:
@@ -41,11 +41,11 @@ def latents_of(
     if data.kind == "latents":
         autoencoder = instantiate(config["autoencoder"]) if config["preview_every"] else None
         facts = LatentFacts.of(f"{config['input']}/train", data, config["fold"], config["scaling_factor"])
-        return Latents(make_loader, read, autoencoder, facts)
+        return Latents(make_loader, read_samples, autoencoder, facts)
     online = OnlineLatents.of(config, instantiate, device)
     pictures = first_batches(make_loader, config["training"]["batch_size"], config["measured_on"], data.samples)
     facts = online.facts(pictures, config["fold"], config["scaling_factor"])
-    return Latents(online.loader(make_loader), online.read(read), online.image, facts)
+    return Latents(online.loader(make_loader), online.read(read_samples), online.image, facts)
 
 
 def refuse_other_encoders(
@@ -71,7 +71,7 @@ def text_fingerprint(clip: Mapping[str, Any], instantiate: Instantiate) -> str |
     return saved_fingerprint(path) or instantiate(clip).fingerprint
 
 
-def scaled_as_known(config: Mapping[str, Any], facts: LatentFacts) -> LatentFacts:
+def with_base_model_scaling(config: Mapping[str, Any], facts: LatentFacts) -> LatentFacts:
     """Facts with the scaling that the U-Net to start from was trained with: of its run, or one factor if published."""
     start_from, scaling_factor = config["start_from"], config["scaling_factor"]
     if start_from is None:

@@ -16,10 +16,10 @@ class Preemption(StopRequest):
     def agreed(self, step: int, device: torch.device) -> bool:
         """Whether any rank was asked to stop; false at steps without a check."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.asked
+            return self.requested
         if step % CHECK_EVERY:
             return False
-        flag = torch.tensor(float(self.asked), device=device)
+        flag = torch.tensor(float(self.requested), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 

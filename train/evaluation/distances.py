@@ -9,7 +9,7 @@ import numpy as np
 RECALL_PIXELS = 16
 
 
-def shrunk(images: np.ndarray, size: int = RECALL_PIXELS) -> np.ndarray:
+def thumbnails(images: np.ndarray, size: int = RECALL_PIXELS) -> np.ndarray:
     """Box-averages pictures: (N, H, W, 3) uint8 -> (N, size*size*3) float."""
     n, h, w, c = images.shape
     boxes = images.reshape(n, size, h // size, size, w // size, c).astype(np.float32)
@@ -29,7 +29,7 @@ def training_recall(drawn: np.ndarray, real: np.ndarray, right: np.ndarray) -> R
     drawn (N, H, W, 3) and real (M, H, W, 3) uint8; right (N,) indices into real. Distance: mean squared error between
     pictures box-averaged to 16x16 pixels. Ties with the right picture count as correct.
     """
-    distances = nearness(drawn, real)
+    distances = thumbnail_mse(drawn, real)
     own = distances[np.arange(len(drawn)), right]
     nearer = (distances < own[:, None]).sum(1)
     return Recall(float((nearer < 1).mean()), float((nearer < 5).mean()))
@@ -37,12 +37,12 @@ def training_recall(drawn: np.ndarray, real: np.ndarray, right: np.ndarray) -> R
 
 def nearest(drawn: np.ndarray, real: np.ndarray) -> np.ndarray:
     """The nearest real picture of each drawn one, by the distance of `training_recall`: (N,) indices."""
-    return nearness(drawn, real).argmin(1)
+    return thumbnail_mse(drawn, real).argmin(1)
 
 
-def nearness(drawn: np.ndarray, real: np.ndarray) -> np.ndarray:
+def thumbnail_mse(drawn: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Mean squared error between pictures box-averaged to 16x16 pixels: (N, M)."""
-    return squared_distances(shrunk(drawn), shrunk(real))
+    return squared_distances(thumbnails(drawn), thumbnails(real))
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

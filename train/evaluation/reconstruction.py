@@ -43,7 +43,7 @@ def latent_statistics(autoencoder: Autoencoder, pictures: np.ndarray) -> dict[st
     return {**figures, "posterior_std": float(variance.sqrt().mean()), "kl_nats": float(kl.mean())}
 
 
-def said_of(latents: dict[str, Any]) -> str:
+def summary_line(latents: dict[str, Any]) -> str:
     """The latents' statistics in one line."""
     std = f"latents' std {np.mean(latents['channel_std']):.3f}"
     if "kl_nats" in latents:

@@ -13,7 +13,7 @@ from train.distributed.ranks import Ranks
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
-from train.loop.heartbeat import Heart
+from train.loop.heartbeat import NoWatchdog
 from train.runs.metrics import Reporter
 
 
@@ -36,7 +36,7 @@ class TrainingContext:
     state: TrainState
     checkpoints: Checkpoints
     reporter: Reporter
-    watchdog: Heart
+    watchdog: NoWatchdog
     preemption: Preemption = field(default_factory=Preemption)  # catches signals from now on
 
     @property

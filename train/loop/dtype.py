@@ -12,7 +12,7 @@ import torch
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import OneOf, refuse_wrong_values
-from train.checkpointing.files import Places, newest_whole
+from train.checkpointing.files import CheckpointPaths, newest_whole
 from train.distributed.collectives import broadcast_object, gathered_objects
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES
@@ -26,72 +26,73 @@ ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN uses the first
 ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
-class Chosen(NamedTuple):
+class DtypeChoice(NamedTuple):
     """One of DTYPES, and the reason for it, for the log and config.yaml."""
 
     dtype: str
     because: str
 
 
-class Saved(NamedTuple):
+class SavedDtype(NamedTuple):
     """The checkpoint that a run resumes from: its path, and the dtype of its training."""
 
     path: str
     dtype: str
 
 
-def settled(engine: Mapping[str, Any], places: Places, ranks: Ranks) -> Chosen:
-    """The dtype of a run with checkpoints at `places`; printed before later checks may refuse the run. Collective."""
+def resolve_dtype(engine: Mapping[str, Any], paths: CheckpointPaths, ranks: Ranks) -> DtypeChoice:
+    """The dtype of a run with checkpoints at `paths`; printed before later checks may refuse the run. Collective."""
     refuse_wrong_values({"dtype": engine["dtype"]}, {"dtype": Annotated[str, OneOf(CHOICES)]}, "engine.")
-    saved = broadcast_object(saved_there(places) if ranks.is_main else None)
-    best = common(gathered_objects(best_here(ranks.device)))
+    saved = broadcast_object(saved_dtype(paths) if ranks.is_main else None)
+    best = common_dtype(gathered_objects(best_dtype(ranks.device)))
     if engine["dtype"] == "auto":
-        fresh = by_machine(engine, best)
-        chosen = kept(saved, fresh, ranks.device) if saved else Chosen(fresh.dtype, f"auto: {fresh.because}")
+        fresh = dtype_for_machine(engine, best)
+        new = DtypeChoice(fresh.dtype, f"auto: {fresh.because}")
+        chosen = keep_saved_dtype(saved, fresh, ranks.device) if saved else new
         if ranks.is_main:
             print(f"dtype: {chosen.dtype} ({chosen.because})", flush=True)
         return chosen
     if ranks.is_main and engine["dtype"] == "bf16" and best.dtype != "bf16":
         log.warning("engine.dtype=bf16: %s", cost_of_bf16(best))
-    return Chosen(engine["dtype"], "given by name")
+    return DtypeChoice(engine["dtype"], "given by name")
 
 
-def by_machine(engine: Mapping[str, Any], best: Chosen) -> Chosen:
+def dtype_for_machine(engine: Mapping[str, Any], best: DtypeChoice) -> DtypeChoice:
     """The best dtype of the machines, or fp32 if the other options need it."""
     why = only_fp32(engine)
-    return Chosen("fp32", why) if why else best
+    return DtypeChoice("fp32", why) if why else best
 
 
-def common(of_ranks: Sequence[Chosen]) -> Chosen:
+def common_dtype(of_ranks: Sequence[DtypeChoice]) -> DtypeChoice:
     """The best dtype that every rank's machine supports."""
     least = min(of_ranks, key=lambda of_rank: LEAST_FIRST.index(of_rank.dtype))
     those = [str(rank) for rank, of_rank in enumerate(of_ranks) if of_rank.dtype == least.dtype]
     if len(those) == len(of_ranks):
         return least
     most = max((of_rank.dtype for of_rank in of_ranks), key=LEAST_FIRST.index)
-    return Chosen(least.dtype, f"{least.because}, at rank(s) {', '.join(those)}; the others could take {most}")
+    return DtypeChoice(least.dtype, f"{least.because}, at rank(s) {', '.join(those)}; the others could take {most}")
 
 
-def kept(saved: Saved, fresh: Chosen, device: torch.device) -> Chosen:
+def keep_saved_dtype(saved: SavedDtype, fresh: DtypeChoice, device: torch.device) -> DtypeChoice:
     """The dtype of a resumed run, independent of its machine now. fresh: what a new run would use there."""
     if saved.dtype == "fp16" and device.type != "cuda":
         raise UserError(
             f"{saved.path} was trained in fp16, which needs a GPU: go on where there is one, or in {fresh.dtype} by "
-            f"engine.dtype={fresh.dtype} training.may_change=[dtype]."
+            f"engine.dtype={fresh.dtype} training.allow_mismatch=[dtype]."
         )
     here = ""
     if saved.dtype != fresh.dtype:
         why = cost_of_bf16(fresh) if saved.dtype == "bf16" else fresh.because
         here = f"; a new run would take {fresh.dtype} here, as {why}"
-    return Chosen(saved.dtype, f"auto: as in {saved.path}{here}")
+    return DtypeChoice(saved.dtype, f"auto: as in {saved.path}{here}")
 
 
-def saved_there(places: Places) -> Saved | None:
+def saved_dtype(paths: CheckpointPaths) -> SavedDtype | None:
     """The newest checkpoint and its dtype; None if it has no valid one, which comparing identities refuses later."""
-    found = newest_whole(places.checkpoints)
+    found = newest_whole(paths.checkpoints)
     identity = found.saved.get("identity") if found else None
     dtype = identity.get("dtype") if isinstance(identity, dict) else None
-    return Saved(storage.join(places.checkpoints, found.name), dtype) if dtype in tuple(DTYPES) else None
+    return SavedDtype(storage.join(paths.checkpoints, found.name), dtype) if dtype in tuple(DTYPES) else None
 
 
 def only_fp32(engine: Mapping[str, Any]) -> str | None:
@@ -103,27 +104,27 @@ def only_fp32(engine: Mapping[str, Any]) -> str | None:
     return None
 
 
-def cost_of_bf16(best: Chosen) -> str:
+def cost_of_bf16(best: DtypeChoice) -> str:
     """What bf16 costs on machines whose best dtype is another. Measured on CPUs, for a step of a small U-Net: 2 times
     as long with AVX-512 alone, 9 times with AVX2."""
     times = "two to nine" if best.dtype == "fp32" else "several"
     return f"{best.because}, and bf16 takes {times} times as long there as {best.dtype}"
 
 
-def best_here(device: torch.device) -> Chosen:
+def best_dtype(device: torch.device) -> DtypeChoice:
     """The fastest dtype of 16 bits or more on this rank's machine."""
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Chosen("bf16" if has else "fp16", f"this GPU has {'' if has else 'no '}bf16 instructions")
+        return DtypeChoice("bf16" if has else "fp16", f"this GPU has {'' if has else 'no '}bf16 instructions")
     # Kernels in torch are not enough: it also has them for AVX-512 alone, where it emulates the instructions.
     kernels = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return of_cpu(torch.cpu.get_capabilities(), kernels, os.environ)
+    return dtype_of_cpu(torch.cpu.get_capabilities(), kernels, os.environ)
 
 
-def of_cpu(capabilities: Mapping[str, Any], kernels: bool, environment: Mapping[str, str]) -> Chosen:
+def dtype_of_cpu(capabilities: Mapping[str, Any], kernels: bool, environment: Mapping[str, str]) -> DtypeChoice:
     """The best dtype of a CPU: by its instructions, torch's bf16 kernels, and limits on oneDNN, which provides them."""
     has, because = _cpu_has_bf16(capabilities, kernels, environment)
-    return Chosen("bf16" if has else "fp32", because)
+    return DtypeChoice("bf16" if has else "fp32", because)
 
 
 def _cpu_has_bf16(capabilities: Mapping[str, Any], kernels: bool, environment: Mapping[str, str]) -> tuple[bool, str]:

@@ -17,9 +17,9 @@ from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.engine.train_state import TrainState
 from train.loop.context import TrainedModel, TrainingContext
-from train.loop.heartbeat import Heart, Heartbeat
+from train.loop.heartbeat import HangWatchdog, NoWatchdog
 from train.loop.recipe import Recipe, Training
-from train.loop.stability_monitor import NumbersWentBad, Watch
+from train.loop.stability_monitor import StabilityMonitor, TrainingDiverged
 from train.loop.trainer import Action, Cadence, Trainer
 from train.runs.run_folder import RunFolder
 
@@ -35,35 +35,35 @@ def fit(
     identity: what a resumed run must share with its checkpoint, in addition to the recipe's identity.
     """
     ranks, training = run.ranks, recipe.training
-    with Heartbeat(run.path / "heartbeats", ranks, training.hang_timeout_s) as watchdog:
+    with HangWatchdog(run.path / "heartbeats", ranks, training.hang_timeout_s) as watchdog:
         context = resumed(model, recipe, run, {**recipe.identity, **identity}, watchdog)
         actions = make_actions(context)
         context.say(f"{size_of(context.engine)}, {how_it_runs(recipe, ranks)}")
         state = context.state
-        watch = Watch(training.bad_numbers, ranks, run.path / "skipped.jsonl", good_step=state.step)
+        monitor = StabilityMonitor(training.stability, ranks, run.path / "skipped.jsonl", good_step=state.step)
         cadence = Cadence(training.log_every, training.save_every)
         while not state.finished:
             batches = recipe.loader(ranks, state.cursor)
             try:
-                Trainer(context, batches, watch, cadence, actions).fit()
-            except NumbersWentBad as bad:
-                roll_back(context, watch, bad)
+                Trainer(context, batches, monitor, cadence, actions).fit()
+            except TrainingDiverged as bad:
+                roll_back(context, monitor, bad)
         watchdog.beat("finish", state.step)
         context.reporter.close()
-        say_what_was_skipped(context, watch)
+        report_skipped_steps(context, monitor)
         return context.averaged_weights()
 
 
 def resumed(
-    model: TrainedModel, recipe: Recipe, run: RunFolder, identity: dict[str, Any], watchdog: Heart
+    model: TrainedModel, recipe: Recipe, run: RunFolder, identity: dict[str, Any], watchdog: NoWatchdog
 ) -> TrainingContext:
     """The parts of a run, restored from its checkpoint if there is one."""
     ranks, training = run.ranks, recipe.training
     engine = Engine(model.objective, recipe.optimizer, recipe.engine, ranks, training.batch_size, training.accumulation)
     ema = Ema(engine.master_shards(), training.ema_decay, training.power_ema)
     state = TrainState(training.steps, run_id=run.run_id)
-    checkpoints = Checkpoints(run.checkpoints, ranks, identity, model.prefix, training.saving, run.places)
-    before_anew = partial(refuse_to_begin_anew_in_silence, run, training)
+    checkpoints = Checkpoints(run.checkpoints, ranks, identity, model.prefix, training.saving, run.paths)
+    before_anew = partial(refuse_silent_restart, run, training)
     found = checkpoints.resume(training.resume, engine, ema, state, before_anew)
     run.config["engine"] |= {"dtype": recipe.engine.dtype, "dtype_because": recipe.dtype_because}
     reporter = run.reporters(state.step, training.wandb_project)
@@ -74,7 +74,7 @@ def resumed(
     return context
 
 
-def refuse_to_begin_anew_in_silence(run: RunFolder, training: Training) -> None:
+def refuse_silent_restart(run: RunFolder, training: Training) -> None:
     """For a run that logged steps but has no checkpoint: killed before the first, or its checkpoints are lost."""
     last = broadcast_object(run.last_step_logged() if run.ranks.is_main else None)
     if training.resume == "auto" and training.save_every and last > 2 * training.save_every:
@@ -102,28 +102,28 @@ def how_it_runs(recipe: Recipe, ranks: Ranks) -> str:
     )
 
 
-def roll_back(context: TrainingContext, watch: Watch, bad: NumbersWentBad) -> None:
+def roll_back(context: TrainingContext, monitor: StabilityMonitor, bad: TrainingDiverged) -> None:
     """Go back to the last checkpoint before the fault, skipping the data in between; UserError if that can't help."""
     state = context.state
     gone_bad, rollbacks = state.step, state.rollbacks
     remedy = "lower optimizer.lr, or look for broken values in the data (skipped.jsonl names the samples)."
-    if rollbacks >= watch.limits.max_rollbacks:
+    if rollbacks >= monitor.limits.max_rollbacks:
         raise UserError(f"{bad.why}, after {rollbacks} rollbacks: {remedy}")
     if not context.roll_back(bad.good_step):
         raise UserError(f"{bad.why}, and no checkpoint lies before it: {remedy}")
-    watch.after_rollback(gone_bad, state.step, bad.why)
+    monitor.after_rollback(gone_bad, state.step, bad.why)
     context.reporter.rewind(state.step)
     context.say(f"{bad.why}: back to step {state.step}, past the data up to there")
 
 
-def say_what_was_skipped(context: TrainingContext, watch: Watch) -> None:
+def report_skipped_steps(context: TrainingContext, monitor: StabilityMonitor) -> None:
     """Report the number of skipped steps; UserError if they are more than half, as the result is then useless."""
     state = context.state
     skipped = state.step - state.applied_steps
     if 2 * skipped > state.step:
         raise UserError(
             f"{skipped} of {state.step} steps could not be applied: lower optimizer.lr, or look for broken values in "
-            f"the data ({watch.notes} names the samples)."
+            f"the data ({monitor.skipped_log} names the samples)."
         )
     if skipped:
-        context.say(f"{skipped} of {state.step} steps were skipped, see {watch.notes}")
+        context.say(f"{skipped} of {state.step} steps were skipped, see {monitor.skipped_log}")

@@ -31,7 +31,7 @@ BEATS_PER_TIMEOUT = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Sign:
+class RankStatus:
     """The last report of a rank about itself; times are from its own clock."""
 
     rank: int
@@ -50,7 +50,7 @@ class Sign:
         return f"{at}, at shards {self.shards}" if self.shards else at
 
 
-class Heart:
+class NoWatchdog:
     """A heartbeat that does nothing."""
 
     def beat(self, phase: str, step: int) -> None:
@@ -67,8 +67,8 @@ class Heart:
             yield batch
 
 
-class Heartbeat(Heart):
-    """`with Heartbeat(folder, ranks, 300) as heart:`; hang_timeout_s: for a step or a batch; 6 times it for SLOW."""
+class HangWatchdog(NoWatchdog):
+    """`with HangWatchdog(folder, ranks, 300) as heart:`; hang_timeout_s: for a step or a batch; 6 times it for SLOW."""
 
     def __init__(self, folder: Path, ranks: Ranks, hang_timeout_s: float) -> None:
         self.folder, self.ranks, self.timeout = folder, ranks, hang_timeout_s
@@ -87,7 +87,7 @@ class Heartbeat(Heart):
         self.loader, self.state = loader, state
         return super().watched(batches, state, loader)
 
-    def __enter__(self) -> Heartbeat:
+    def __enter__(self) -> HangWatchdog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write()
         self.thread.start()
@@ -100,7 +100,7 @@ class Heartbeat(Heart):
         faulthandler.cancel_dump_traceback_later()
         if error is not None and not isinstance(error, SystemExit):
             self._name_shards()
-            _say(f"{self._sign()}: failed with {kind.__name__}: {error}")
+            _say(f"{self._status()}: failed with {kind.__name__}: {error}")
             self.phase = "failed"
         elif error is None:
             self.phase = "finished"
@@ -118,7 +118,7 @@ class Heartbeat(Heart):
             try:
                 self._look()
             except Exception as error:  # if this thread ended, the timer would kill a healthy rank
-                _say(f"{self._sign()}: the watch failed with {type(error).__name__}: {error}")
+                _say(f"{self._status()}: the watch failed with {type(error).__name__}: {error}")
 
     def _look(self) -> None:
         if self.phase == "data" and time.monotonic() - self.began > self.interval:
@@ -136,21 +136,21 @@ class Heartbeat(Heart):
         if self.phase == "data" and not self.shards and self.state is not None and names is not None:
             self.shards = ", ".join(names(self.state.cursor.step))
 
-    def _sign(self) -> Sign:
+    def _status(self) -> RankStatus:
         now = time.time()
         since = now - (time.monotonic() - self.began)
-        return Sign(self.ranks.rank, self.host, self.phase, self.step, self.shards, since, now)
+        return RankStatus(self.ranks.rank, self.host, self.phase, self.step, self.shards, since, now)
 
     def _write(self) -> None:
         """Written without a sync, as only running ranks read it; a full disk is ignored."""
         with contextlib.suppress(OSError):
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(asdict(self._sign())))
+            temporary.write_text(json.dumps(asdict(self._status())))
             temporary.replace(self.path)
 
     def _end_unless_another_is_at_work(self) -> None:
-        signs, now = read_signs(self.folder, self.ranks.world_size), time.time()
-        blamed = slowest(signs, now, self.timeout / 2)
+        statuses, now = read_statuses(self.folder, self.ranks.world_size), time.time()
+        blamed = slowest(statuses, now, self.timeout / 2)
         silent = blamed.silent_for(now) > self.timeout / 2
         if blamed.rank != self.ranks.rank and not silent and now - blamed.since < self._allowed(blamed.phase):
             return
@@ -164,23 +164,23 @@ class Heartbeat(Heart):
         os._exit(HUNG)
 
 
-def read_signs(folder: Path, world_size: int) -> list[Sign]:
+def read_statuses(folder: Path, world_size: int) -> list[RankStatus]:
     """The sign of every rank; a rank that has not written any is taken to be in phase start."""
-    signs = []
+    statuses = []
     for rank in range(world_size):
         try:
-            signs.append(Sign(**json.loads(_path(folder, rank).read_text())))
+            statuses.append(RankStatus(**json.loads(_path(folder, rank).read_text())))
         except (OSError, ValueError, TypeError):
-            signs.append(Sign(rank, "an unknown node", "start", 0, "", 0.0, 0.0))
-    return signs
+            statuses.append(RankStatus(rank, "an unknown node", "start", 0, "", 0.0, 0.0))
+    return statuses
 
 
-def slowest(signs: list[Sign], now: float, silence: float) -> Sign:
+def slowest(statuses: list[RankStatus], now: float, silence: float) -> RankStatus:
     """The rank that the others wait for: a silent one, else one behind in steps, else one not waiting in a collective,
     else the one longest in its phase."""
     return min(
-        signs,
-        key=lambda sign: (sign.silent_for(now) < silence, sign.step, sign.phase in WAITS_FOR_OTHERS, sign.since),
+        statuses,
+        key=lambda each: (each.silent_for(now) < silence, each.step, each.phase in WAITS_FOR_OTHERS, each.since),
     )
 
 

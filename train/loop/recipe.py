@@ -20,13 +20,13 @@ from data_pipeline.common.option_checks import (
 )
 from data_pipeline.loading.batch import Batch, DataCursor
 from train.checkpointing.checkpoints import RESUME, CheckpointConfig
-from train.checkpointing.files import Places
+from train.checkpointing.files import CheckpointPaths
 from train.distributed.ranks import Ranks
 from train.engine.config import EngineConfig
 from train.engine.ema import gamma_of
 from train.engine.optimizer import AdamW
-from train.loop.dtype import settled
-from train.loop.stability_monitor import BadNumbers
+from train.loop.dtype import resolve_dtype
+from train.loop.stability_monitor import StabilityConfig
 
 # Options that only some entry scripts have; checked before anything is built from them.
 OPTIONS = {
@@ -67,8 +67,8 @@ class Training:
     checkpoints: str | None = None  # another folder or s3://bucket/prefix; None: in the run's folder
     scratch: str | None = None  # folder on each node, for uploads and downloads
     resume: Annotated[str, OneOf(RESUME)] = "auto"
-    may_change: Sequence[str] = ()
-    bad_numbers: BadNumbers = field(default_factory=BadNumbers)
+    allow_mismatch: Sequence[str] = ()
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     wandb_project: str | None = None
     hang_timeout_s: Annotated[float, Within(1)] = 300.0  # for a step; 6 times it for slow phases, such as a save
 
@@ -82,9 +82,9 @@ class Training:
                 "batch is cut: give one of them."
             )
         kept = (self.keep_checkpoints - 1) * (self.save_every or self.steps)
-        if self.bad_numbers.spike_factor is not None and kept < self.log_every:
+        if self.stability.spike_factor is not None and kept < self.log_every:
             raise UserError(
-                f"training.bad_numbers.spike_factor: a spike is seen every log_every={self.log_every} steps, and the "
+                f"training.stability.spike_factor: a spike is seen every log_every={self.log_every} steps, and the "
                 f"checkpoints kept go back {kept} for sure: raise training.keep_checkpoints or training.save_every."
             )
 
@@ -92,7 +92,7 @@ class Training:
     def saving(self) -> CheckpointConfig:
         """How this run's checkpoints are written and kept."""
         return CheckpointConfig(
-            self.keep_checkpoints, self.keep_every, self.asynchronous_save, tuple(self.may_change), self.scratch
+            self.keep_checkpoints, self.keep_every, self.asynchronous_save, tuple(self.allow_mismatch), self.scratch
         )
 
     def over(self, world_size: int) -> Training:
@@ -146,7 +146,7 @@ class Recipe:
             name: cfg.data[name] for name in ("streams", "window_shards", "shuffle", "overlap") if name in cfg.data
         }
         training, optimizer = build(cfg.training).over(ranks.world_size), build(cfg.optimizer)
-        chosen = settled(cfg.engine, Places.of(Path(cfg.output), training.checkpoints), ranks)
+        chosen = resolve_dtype(cfg.engine, CheckpointPaths.of(Path(cfg.output), training.checkpoints), ranks)
         engine = build(cfg.engine, dtype=chosen.dtype)
         recipe = cls(training, optimizer, engine, data, order, chosen.because)
         recipe.check(ranks)

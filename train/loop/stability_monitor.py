@@ -20,7 +20,7 @@ from train.engine.train_state import TrainState
 log = logging.getLogger(__name__)
 
 
-class NumbersWentBad(Exception):
+class TrainingDiverged(Exception):
     """Training has become unstable, and must be rolled back. good_step: the last step without a fault."""
 
     def __init__(self, why: str, good_step: int) -> None:
@@ -29,7 +29,7 @@ class NumbersWentBad(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class BadNumbers:
+class StabilityConfig:
     """Limits. spike_factor: a loss this many times the median of the last `spike_window` logged ones is a spike;
     None: no loss is. max_rollbacks: how often a run may go back to a checkpoint, past the data that it failed on.
     """
@@ -41,46 +41,46 @@ class BadNumbers:
 
     def __post_init__(self) -> None:
         if self.max_skipped < 1 or self.spike_window < 2 or self.max_rollbacks < 0:
-            raise UserError(
-                "training.bad_numbers: take max_skipped of 1 or more, spike_window of 2, max_rollbacks of 0."
-            )
+            raise UserError("training.stability: take max_skipped of 1 or more, spike_window of 2, max_rollbacks of 0.")
         if self.spike_factor is not None and self.spike_factor <= 1:
-            raise UserError(f"training.bad_numbers.spike_factor={self.spike_factor} must be above 1, or null.")
+            raise UserError(f"training.stability.spike_factor={self.spike_factor} must be above 1, or null.")
 
 
 @dataclass(slots=True)
-class Watch:
+class StabilityMonitor:
     """Monitors a run on every rank; all decide alike at the same step, as skips and logged losses are global."""
 
-    limits: BadNumbers
+    limits: StabilityConfig
     ranks: Ranks
-    notes: Path  # skipped.jsonl: the samples of steps that were not applied
+    skipped_log: Path  # skipped.jsonl: the samples of steps that were not applied
     skipped: int = 0
     good_step: int = 0
     losses: deque[float] = field(default_factory=deque)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Record a step that was not applied, with its samples; NumbersWentBad after too many in a row."""
+        """Record a step that was not applied, with its samples; TrainingDiverged after too many in a row."""
         if result.applied:
             self.skipped = 0
             return
         self.skipped += 1
         if self.skipped == 1 and self.ranks.is_main:
-            log.warning("step %d: gradients not finite; such steps are skipped, %s has them", state.step, self.notes)
+            log.warning(
+                "step %d: gradients not finite; such steps are skipped, %s has them", state.step, self.skipped_log
+            )
         keys = [key for part in gathered_objects(result.keys) for key in part]
-        self.note({"step": state.step, "skipped": "gradients not finite", "keys": keys})
+        self.write_row({"step": state.step, "skipped": "gradients not finite", "keys": keys})
         if self.skipped >= self.limits.max_skipped:
             why = f"the gradients of {self.skipped} steps in a row, up to step {state.step}, were not finite"
-            raise NumbersWentBad(why, state.step - self.skipped)  # skipped steps changed no weights
+            raise TrainingDiverged(why, state.step - self.skipped)  # skipped steps changed no weights
 
     def after_log(self, step: int, loss: float) -> None:
-        """Check a logged loss, which is the mean over all ranks; NumbersWentBad if it is a spike."""
+        """Check a logged loss, which is the mean over all ranks; TrainingDiverged if it is a spike."""
         usual = statistics.median(self.losses) if len(self.losses) >= self.limits.spike_window else None
         factor = self.limits.spike_factor
         # The loss is NaN if all steps were skipped; those are counted separately.
         if factor is not None and usual is not None and loss >= factor * usual:
             why = f"the loss of step {step} is {loss:.4g}, {loss / usual:.1f} times what it was"
-            raise NumbersWentBad(why, self.good_step)
+            raise TrainingDiverged(why, self.good_step)
         if math.isfinite(loss):
             self.losses.append(loss)
         if len(self.losses) > self.limits.spike_window:
@@ -91,9 +91,9 @@ class Watch:
     def after_rollback(self, from_step: int, step: int, why: str) -> None:
         """Start over from `step`, and record the rollback."""
         self.skipped, self.good_step = 0, step
-        self.note({"step": from_step, "rolled_back_to": step, "why": why})
+        self.write_row({"step": from_step, "rolled_back_to": step, "why": why})
 
-    def note(self, row: dict[str, Any]) -> None:
+    def write_row(self, row: dict[str, Any]) -> None:
         if self.ranks.is_main:
-            with self.notes.open("a") as file:
+            with self.skipped_log.open("a") as file:
                 file.write(json.dumps(row) + "\n")

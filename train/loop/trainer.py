@@ -14,7 +14,7 @@ from train.distributed.preemption import Preempted
 from train.engine.train_state import TrainState, due
 from train.loop.context import TrainingContext
 from train.loop.meter import Meter
-from train.loop.stability_monitor import Watch
+from train.loop.stability_monitor import StabilityMonitor
 
 
 class Action(NamedTuple):
@@ -39,17 +39,18 @@ class Trainer:
         self,
         context: TrainingContext,
         batches: Iterable[Batch],
-        watch: Watch,
+        monitor: StabilityMonitor,
         cadence: Cadence,
         actions: Sequence[Action],
     ) -> None:
-        self.context, self.batches, self.watch, self.cadence, self.actions = context, batches, watch, cadence, actions
+        self.context, self.batches, self.monitor = context, batches, monitor
+        self.cadence, self.actions = cadence, actions
         self.meter = Meter(context.engine.batch_size)
 
     def fit(self) -> None:
         """Train to the end, or until a signal: then save, and exit with stop_request.EXIT_CODE.
 
-        All ranks raise NumbersWentBad together.
+        All ranks raise TrainingDiverged together.
         """
         context, state, meter = self.context, self.context.state, self.meter
         batches = context.watchdog.watched(meter.timed(iter(self.batches)), state, self.batches)
@@ -64,7 +65,7 @@ class Trainer:
                 self._log_when_due()
                 self._act_when_due()
                 self._save_when_due()
-                self._stop_when_asked(bar)
+                self._stop_if_requested(bar)
 
     def _step(self, batches: Iterator[Batch]) -> None:
         context, state = self.context, self.context.state
@@ -73,7 +74,7 @@ class Trainer:
             context.ema.update(context.engine.master_shards())
         state.advance(result.cursor, context.engine.batch_size, result.applied)
         self.meter.add(result)
-        self.watch.after_step(state, result)
+        self.monitor.after_step(state, result)
 
     def _log_when_due(self) -> None:
         """Called before the actions and the save, so that a kill in between loses no row: rows past the last
@@ -82,7 +83,7 @@ class Trainer:
         if due(state.step, self.cadence.log_every, state.total_steps):
             values = self.meter.summary(context.engine)
             context.reporter.log(state.step, values)
-            self.watch.after_log(state.step, values["loss"])
+            self.monitor.after_log(state.step, values["loss"])
 
     def _act_when_due(self) -> None:
         """Run the entry script's own actions: validation, previews."""
@@ -98,10 +99,10 @@ class Trainer:
         self.context.checkpoints.raise_if_failed()
         if state.finished:
             self._save_and_wait()
-        elif due(state.step, self.cadence.save_every) and not self.watch.skipped:  # keep what to roll back to
+        elif due(state.step, self.cadence.save_every) and not self.monitor.skipped:  # keep what to roll back to
             self._save()
 
-    def _stop_when_asked(self, bar: Progress) -> None:
+    def _stop_if_requested(self, bar: Progress) -> None:
         context, state = self.context, self.context.state
         if not state.finished and context.preemption.agreed(state.step, context.ranks.device):
             self._save_and_wait()

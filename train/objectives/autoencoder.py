@@ -20,7 +20,7 @@ COMMITMENT_WEIGHT = 0.25  # van den Oord et al. 2017, beta of eq. 3
 REVIVAL_WEIGHT = 0.1  # a tenth of the weight that the codebook loss gives a code of average use
 
 
-class Passed(NamedTuple):
+class FirstStageOutput(NamedTuple):
     """Result of a pass through a first stage: the reconstruction, its penalty (B,), and metrics, each (B,) or ()."""
 
     reconstruction: Tensor
@@ -81,15 +81,15 @@ class AutoencoderObjective(nn.Module):
             total, parts = total + against.total, parts | against.parts
         return LossTerms(total, {name: value.detach().mean() for name, value in parts.items()}, loss.detach())
 
-    def through_posterior(self, images: Tensor, random: StreamRandom) -> Passed:
+    def through_posterior(self, images: Tensor, random: StreamRandom) -> FirstStageOutput:
         """Decodes a posterior sample: (B, 3, H, W) -> the same shape in fp32."""
         posterior = self.autoencoder.encode(images)
         noise = random.normal("posterior", posterior.mean.shape[1:]).to(posterior.mean)
         kl = posterior.kl().float() / posterior.mean[0].numel()
         reconstruction = self.autoencoder.decode(posterior.sample(noise)).float()
-        return Passed(reconstruction, self.kl_weight * kl, {"kl": kl})
+        return FirstStageOutput(reconstruction, self.kl_weight * kl, {"kl": kl})
 
-    def through_codebook(self, images: Tensor, random: StreamRandom) -> Passed:
+    def through_codebook(self, images: Tensor, random: StreamRandom) -> FirstStageOutput:
         """Decodes the nearest codes: (B, 3, H, W) -> the same shape in fp32. Usage and perplexity are those of this
         rank's micro-batch, so lower than for a larger batch."""
         codes = self.autoencoder.quantize(self.autoencoder.encode(images), self.anchors)
@@ -98,7 +98,7 @@ class AutoencoderObjective(nn.Module):
         penalty = distance + self.revival_weight * codes.revival  # revival: one scalar per batch, added to each sample
         parts = {"quantization": codes.codebook, "revival": codes.revival}
         parts |= {"codes_used": used, "code_perplexity": perplexity}
-        return Passed(self.autoencoder.decoded(codes.z).float(), penalty, parts)
+        return FirstStageOutput(self.autoencoder.decoded(codes.z).float(), penalty, parts)
 
     def augmented(self, images: Tensor, random: StreamRandom, step: int) -> Tensor:
         """Mirrors half of the pictures and, early in training, crops all: (B, 3, H, W) -> (B, 3, crop, crop)."""

@@ -20,7 +20,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.storage import is_s3, write_atomically
-from train.checkpointing.files import Places
+from train.checkpointing.files import CheckpointPaths
 from train.checkpointing.stores import refuse_other_owner
 from train.distributed.collectives import broadcast_object
 from train.distributed.preemption import Preempted
@@ -53,7 +53,7 @@ class RunFolder:
         self.path, self.what, self.config, self.ranks = Path(path), what, named(config), ranks
         if elsewhere := self._training.get("checkpoints"):  # absolute, as sampling finds them from any folder
             self._training["checkpoints"] = storage.absolute(elsewhere)
-        self.places = Places.of(self.path, self._training.get("checkpoints"))
+        self.paths = CheckpointPaths.of(self.path, self._training.get("checkpoints"))
         self.lock: TextIO | None = None  # on rank 0, held until its process ends
         self.run_id = str(broadcast_object(self._claimed() if ranks.is_main else None))
         if not self.run_id:
@@ -102,7 +102,7 @@ class RunFolder:
 
     def _refuse_anothers_checkpoints(self, run_id: str | None) -> None:
         if self._training.get("checkpoints"):
-            refuse_other_owner(self.places.checkpoints, run_id, self._training.get("may_change", ()))
+            refuse_other_owner(self.paths.checkpoints, run_id, self._training.get("allow_mismatch", ()))
 
     def _lock(self) -> None:
         """Lock the folder until this process ends in any way: two writers would damage each other's checkpoints."""

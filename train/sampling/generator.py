@@ -65,7 +65,7 @@ def rises_within_1(interval: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class ByClassifier:
+class ClassifierGuide:
     """Guidance by a classifier of noised latents towards labels (N,), one per picture."""
 
     classifier: NoisyClassifier
@@ -83,22 +83,24 @@ class ByClassifier:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ConditionBatch:
     """Conditions of N pictures: stored fields by name, each (N, ...), and captions. negative: the conditions to steer
     away from, one per picture; None: the null."""
 
     fields: Mapping[str, Tensor]
     captions: Sequence[str]
-    negative: Asked | None = None
+    negative: ConditionBatch | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def part(self, first: int, count: int, device: torch.device) -> Asked:
+    def part(self, first: int, count: int, device: torch.device) -> ConditionBatch:
         """The conditions of `count` pictures from `first` on."""
         rows = slice(first, first + count)
         negative = None if self.negative is None else self.negative.part(first, count, device)
-        return Asked({n: v[rows].to(device) for n, v in self.fields.items()}, list(self.captions[rows]), negative)
+        return ConditionBatch(
+            {n: v[rows].to(device) for n, v in self.fields.items()}, list(self.captions[rows]), negative
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,34 +118,36 @@ class Generator:
     @torch.no_grad()
     def draw(
         self,
-        asked: Asked,
+        conditions: ConditionBatch,
         sampler: Sampler,
         guidance: Guidance,
         seed: int,
         batch_size: int = 64,
         on_batch: Callable[[int], None] = lambda n: None,
-        by_classifier: ByClassifier | None = None,
+        classifier_guide: ClassifierGuide | None = None,
     ) -> np.ndarray:
         """N conditions -> (N, H, W, 3) uint8. Picture i depends on seed and i, but not on the batch size."""
         pictures = []
-        for first in range(0, len(asked), batch_size):
-            part = asked.part(first, batch_size, self.device)
+        for first in range(0, len(conditions), batch_size):
+            part = conditions.part(first, batch_size, self.device)
             conditioning = self.network.condition(part.fields, part.captions)
             if (away := part.negative) is not None:
                 conditioning = self.network.condition_against(conditioning, away.fields, away.captions)
             denoise = guidance.of(NetworkDenoiser(self.network, self.process, self.parameterization), self.process)
-            if by_classifier is not None:
-                denoise = by_classifier.of(denoise, self.process, first, len(part))
+            if classifier_guide is not None:
+                denoise = classifier_guide.of(denoise, self.process, first, len(part))
             pictures.append(self._draw_batch(denoise, conditioning, sampler, seed, range(first, first + len(part))))
             on_batch(len(part))
         return np.concatenate(pictures)
 
     @torch.no_grad()
-    def beside_what_was_given(self, asked: Asked, drawn: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    def with_conditioning_images(
+        self, conditions: ConditionBatch, drawn: np.ndarray, batch_size: int = 64
+    ) -> np.ndarray:
         """Pictures (N, H, W, 3) for a grid, each with the picture that it enlarges or fills in, if any, on its left."""
         size, given = drawn.shape[1:3], []
-        for first in range(0, len(asked), batch_size):
-            fields = asked.part(first, batch_size, self.device).fields
+        for first in range(0, len(conditions), batch_size):
+            fields = conditions.part(first, batch_size, self.device).fields
             if "masked_latents" in fields:
                 given.append(self.decode(fields["masked_latents"].float()))
             elif "low_resolution" in fields:

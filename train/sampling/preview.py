@@ -10,7 +10,7 @@ from data_pipeline.shards.samples import collated
 from train.engine.train_state import TrainState
 from train.runs.metrics import Reporter
 from train.runs.run_folder import RunFolder
-from train.sampling.generator import Asked, Generator, Guidance, Sampler
+from train.sampling.generator import ConditionBatch, Generator, Guidance, Sampler
 
 
 class Preview:
@@ -28,11 +28,11 @@ class Preview:
     ) -> None:
         self.generator, self.sampler, self.guidance, self.seed = generator, sampler, guidance, seed
         self.run, self.reporter = run, reporter
-        self.asked = Asked(collated(samples), [sample["caption"] for sample in samples])
+        self.conditions = ConditionBatch(collated(samples), [sample["caption"] for sample in samples])
 
     def draw(self, state: TrainState) -> None:
         if self.run.ranks.is_main:
-            drawn = self.generator.draw(self.asked, self.sampler, self.guidance, self.seed)
+            drawn = self.generator.draw(self.conditions, self.sampler, self.guidance, self.seed)
             path = self.run.samples / f"step-{state.step:08d}.png"
-            shown = list(self.generator.beside_what_was_given(self.asked, drawn))
-            self.reporter.image(state.step, "samples", save_png(grid(shown, self.asked.captions), path))
+            shown = list(self.generator.with_conditioning_images(self.conditions, drawn))
+            self.reporter.image(state.step, "samples", save_png(grid(shown, self.conditions.captions), path))

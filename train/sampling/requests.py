@@ -13,10 +13,10 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import UNDECODABLE, open_image, to_rgb
 from train.sampling.trained_run import TrainedRun
 
-ASKED = ("prompts", "labels", "layouts", "images", "holes")
+REQUEST_OPTIONS = ("prompts", "labels", "layouts", "images", "holes")
 
 
-def asked_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
+def request_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
     """Options, each one value or a list -> one dictionary per picture. A single value is used for all pictures."""
     lists = {name: as_list(name, value) for name, value in options.items() if value is not None}
     if any(not values for values in lists.values()):
@@ -39,7 +39,7 @@ def as_list(name: str, value: Any) -> list[Any]:
     return value if isinstance(probe, list) else [value]
 
 
-def rows_away_from(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def negative_rows(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same rows with the negative prompt as their prompt; no rows without a negative prompt."""
     if negative_prompt is None:
         return []
@@ -50,9 +50,9 @@ def rows_away_from(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dic
     return [row | {"prompts": str(negative_prompt)} for row in rows]
 
 
-def refuse_unasked(run: TrainedRun, row: Mapping[str, Any], also: Sequence[str] = ()) -> None:
+def refuse_unused_options(run: TrainedRun, row: Mapping[str, Any], also: Sequence[str] = ()) -> None:
     """UserError for missing options, and for options that the run is not conditioned on, except those in `also`."""
-    wanted = list(dict.fromkeys(option for name in run.config["conditioning"] for option in asked_by(run, name)))
+    wanted = list(dict.fromkeys(option for name in run.config["conditioning"] for option in options_of(run, name)))
     for name in wanted:
         if name not in row:
             raise UserError(f"this run is conditioned on {', '.join(wanted)}: add {name}=....")
@@ -62,9 +62,9 @@ def refuse_unasked(run: TrainedRun, row: Mapping[str, Any], also: Sequence[str] 
             raise UserError(f"this run is conditioned {known}: leave {name}= out.")
 
 
-def asked_by(run: TrainedRun, conditioner: str) -> tuple[str, ...]:
+def options_of(run: TrainedRun, conditioner: str) -> tuple[str, ...]:
     """The options that specify a conditioner's condition; a joint text encoder reads the prompt itself."""
-    return run.conditions[conditioner].asked if conditioner in run.conditions else ("prompts",)
+    return run.conditions[conditioner].options if conditioner in run.conditions else ("prompts",)
 
 
 def as_sample(run: TrainedRun, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def as_sample(run: TrainedRun, row: Mapping[str, Any]) -> dict[str, Any]:
     sample: dict[str, Any] = {"caption": str(values.get("prompts", "")), "meta": {}}
     for name, condition in run.conditions.items():
         if name in run.config["conditioning"]:
-            parts = condition.as_sample(**{option: values[option] for option in condition.asked})
+            parts = condition.as_sample(**{option: values[option] for option in condition.options})
             sample["meta"] |= parts.pop("meta", {})
             sample |= parts
     return {**sample, "key": title(row)}  # last, because the conditions refuse what is not a layout
@@ -104,7 +104,7 @@ def title(row: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def refuse_no_numbers(guidance_scale: Any, steps: Any) -> None:
+def refuse_non_numbers(guidance_scale: Any, steps: Any) -> None:
     """UserError, before anything is loaded, if a value is not a valid number; None: the run's own."""
     if guidance_scale is not None:
         number("guidance.scale", guidance_scale)

@@ -17,7 +17,7 @@ from data_pipeline.shards.samples import collated
 from train.checkpointing.ema_weights import EmaWeights, ema_weights
 from train.data.build import network_of, used_conditions, uses_clip
 from train.data.latent_facts import LatentFacts
-from train.sampling.generator import Asked, Generator, generator_of
+from train.sampling.generator import ConditionBatch, Generator, generator_of
 
 SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler", "guidance")
 
@@ -42,11 +42,11 @@ class TrainedRun:
         return h * self.image.factor, w * self.image.factor
 
     @torch.no_grad()
-    def asked(self, samples: Sequence[Mapping[str, Any]], batch_size: int = 64) -> Asked:
+    def encode_conditions(self, samples: Sequence[Mapping[str, Any]], batch_size: int = 64) -> ConditionBatch:
         """Conditions of samples ({"key", "caption", "meta", "image"}), computed as in precompute."""
         parts = [self._fields(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
         fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-        return Asked(fields, [sample["caption"] for sample in samples])
+        return ConditionBatch(fields, [sample["caption"] for sample in samples])
 
     def _fields(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         images = collated(samples).get("image")
@@ -108,7 +108,7 @@ def load(network: nn.Module, weights: EmaWeights, where: str) -> None:
         raise DataError(f"{weights.path} does not fit {where}unet and conditioning ({reason}).") from error
 
 
-def as_the_run_draws(config: Mapping[str, Any], group: str, given: Mapping[str, Any]) -> Any:
+def merged_with_run_config(config: Mapping[str, Any], group: str, given: Mapping[str, Any]) -> Any:
     """`sampler` or `guidance` of the run's sample grids, with the options of the command line replaced."""
     saved, chosen = config[group], {name: value for name, value in given.items() if value is not None}
     own: Collection[tuple[str, bool]] = targets_in(chosen)  # any class is allowed, since the user named it

@@ -1,7 +1,7 @@
 """Other tools' weights: reads files without running code from them, maps names in both directions, reports all errors
 at once.
 
-Modules with foreign names describe them as a list of `Carried`; this module contains no foreign names.
+Modules with foreign names describe them as a list of `TensorMapping`; this module contains no foreign names.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ NAMED_AT_MOST = 20
 class Form(NamedTuple):
     """Conversion of our tensors to the foreign tensor, and back."""
 
-    to_theirs: Callable[[Sequence[Tensor]], Tensor]
-    to_ours: Callable[[Tensor], Sequence[Tensor]]
+    to_foreign: Callable[[Sequence[Tensor]], Tensor]
+    from_foreign: Callable[[Tensor], Sequence[Tensor]]
 
 
 AS_IT_IS = Form(lambda ours: ours[0], lambda theirs: [theirs])
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class TensorMapping:
     """Our parameters `ours` correspond to the foreign parameter `theirs`."""
 
     ours: tuple[str, ...]
@@ -45,20 +45,20 @@ class Carried:
     form: Form = AS_IT_IS
 
 
-def to_theirs(carried: Iterable[Carried], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_foreign(carried: Iterable[TensorMapping], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state with foreign names and shapes."""
-    return {one.theirs: one.form.to_theirs([state[name] for name in one.ours]) for one in carried}
+    return {one.theirs: one.form.to_foreign([state[name] for name in one.ours]) for one in carried}
 
 
-def to_ours(
-    carried: Sequence[Carried], state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path
+def from_foreign(
+    carried: Sequence[TensorMapping], state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path
 ) -> dict[str, Tensor]:
     """A foreign state with our names and shapes; UserError unless it matches our state `expected` exactly."""
     shapes = {name: torch.empty_like(value, device="meta") for name, value in expected.items()}
-    refuse_mismatch(to_theirs(carried, shapes), state, where)
+    refuse_mismatch(to_foreign(carried, shapes), state, where)
     found = {}
     for one in carried:
-        found |= dict(zip(one.ours, one.form.to_ours(state[one.theirs]), strict=True))
+        found |= dict(zip(one.ours, one.form.from_foreign(state[one.theirs]), strict=True))
     return found
 
 

@@ -22,14 +22,14 @@ from train.models.clip import tokenizer
 from train.models.open_clip_alone import open_clip
 from train.weights.diffusers import write_config
 from train.weights.foreign import (
-    Carried,
     Form,
+    TensorMapping,
     load_exactly,
     read_folder,
     read_json,
     read_tensors,
     refuse_mismatch,
-    to_theirs,
+    to_foreign,
     write_tensors,
 )
 from train.weights.saved import fingerprint
@@ -83,24 +83,24 @@ class TextEncoder(nn.Module):
         return TextStates(states, states[torch.arange(len(ids)), ids.argmax(1)])
 
 
-def text_map(names: Iterable[str]) -> list[Carried]:
-    """transformers' names (release 5, no "text_model.") -> open_clip's, qkv fused; `to_theirs` gives open_clip's."""
+def text_map(names: Iterable[str]) -> list[TensorMapping]:
+    """transformers' names (release 5, no "text_model.") -> open_clip's, qkv fused; `to_foreign` gives open_clip's."""
     carried, fused = [], {}
     back = {theirs: ours for ours, theirs in _OUTSIDE.items()}
     inside = {theirs: ours for ours, theirs in _INSIDE.items()}
     for name in names:
         if name in back:
-            carried.append(Carried((name,), back[name]))
+            carried.append(TensorMapping((name,), back[name]))
             continue
         number, module, leaf = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name).groups()
         layer = f"transformer.resblocks.{number}"
         if module in inside:
-            carried.append(Carried((name,), f"{layer}.{inside[module]}.{leaf}"))
+            carried.append(TensorMapping((name,), f"{layer}.{inside[module]}.{leaf}"))
         else:  # self_attn.{q,k,v}_proj
             fused[f"{layer}.attn.in_proj_{leaf}"] = tuple(
                 f"encoder.layers.{number}.self_attn.{part}_proj.{leaf}" for part in "qkv"
             )
-    return [*carried, *(Carried(ours, theirs, _FUSED) for theirs, ours in fused.items())]
+    return [*carried, *(TensorMapping(ours, theirs, _FUSED) for theirs, ours in fused.items())]
 
 
 def transformers_names(layers: int) -> list[str]:
@@ -223,9 +223,9 @@ def _fused_state(state: Mapping[str, Tensor], encoder: TextEncoder, where: Path)
     """transformers' tensors under the tower's names; one UserError names all that don't fit."""
     carried, own, expected = text_map(transformers_names(encoder.options["layers"])), encoder.tower.state_dict(), {}
     for one in carried:
-        expected |= dict(zip(one.ours, one.form.to_ours(own[one.theirs]), strict=True))
+        expected |= dict(zip(one.ours, one.form.from_foreign(own[one.theirs]), strict=True))
     refuse_mismatch(expected, state, where)
-    return to_theirs(carried, state)
+    return to_foreign(carried, state)
 
 
 def _filled(encoder: TextEncoder, state: Mapping[str, Tensor], where: str | Path) -> TextEncoder:
@@ -258,7 +258,7 @@ def transformers_state(encoder: TextEncoder) -> dict[str, Tensor]:
     """The weights under CLIPTextModel's names in the published form, with the prefix "text_model."."""
     own, state = encoder.tower.state_dict(), {}
     for one in text_map(transformers_names(encoder.options["layers"])):
-        state |= dict(zip(one.ours, one.form.to_ours(own[one.theirs]), strict=True))
+        state |= dict(zip(one.ours, one.form.from_foreign(own[one.theirs]), strict=True))
     return {f"text_model.{name}": value for name, value in state.items()}
 
 

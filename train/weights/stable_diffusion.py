@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from train.models.unet import UNet
 from train.weights.diffusers import autoencoder_config, frozen_autoencoder, unet_config
-from train.weights.foreign import Carried, Form, load_exactly, read_tensors, to_ours, to_theirs, write_tensors
+from train.weights.foreign import (
+    Form,
+    TensorMapping,
+    from_foreign,
+    load_exactly,
+    read_tensors,
+    to_foreign,
+    write_tensors,
+)
 from train.weights.shapes import autoencoder_options, make_autoencoder, unet_options
 
 NORM_GROUPS = 32  # fixed in CompVis' models
@@ -34,7 +42,7 @@ _UNET_ENDS = {
 _PIXEL_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def unet_map(unet: UNet) -> list[Carried]:
+def unet_map(unet: UNet) -> list[TensorMapping]:
     """Every parameter of our U-Net and CompVis' name for it, without prefix. Works on the meta device."""
     _refuse_no_counterpart(unet_config(unet_options(unet)))
     per_level = len(unet.down_blocks[0].resnets) + 1
@@ -45,9 +53,9 @@ def unet_map(unet: UNet) -> list[Carried]:
         if re.search(r"attentions\.\d+\.to_q\.", name):
             carried.append(_fused(unet, name, per_level))
         elif re.search(r"attentions\.\d+\.to_out\.0\.weight", name):
-            carried.append(Carried((name,), _unet_name(unet, name, per_level), _AS_CONV1D))
+            carried.append(TensorMapping((name,), _unet_name(unet, name, per_level), _AS_CONV1D))
         else:
-            carried.append(Carried((name,), _unet_name(unet, name, per_level)))
+            carried.append(TensorMapping((name,), _unet_name(unet, name, per_level)))
     return carried
 
 
@@ -85,7 +93,7 @@ def _unet_name(unet: UNet, name: str, per_level: int) -> str:
     return f"output_blocks.{first + int(number)}.{part}.{rest}.{leaf}"
 
 
-def _fused(unet: UNet, name: str, per_level: int) -> Carried:
+def _fused(unet: UNet, name: str, per_level: int) -> TensorMapping:
     """to_q, to_k, to_v as one 1-d convolution: for each head its q, k and v."""
     heads = unet.get_submodule(name.partition(".to_q")[0]).heads
 
@@ -98,14 +106,14 @@ def _fused(unet: UNet, name: str, per_level: int) -> Carried:
         return [x.flatten(0, 1) for x in joined.unflatten(0, (heads, -1)).chunk(3, 1)]
 
     ours = tuple(name.replace(".to_q.", f".to_{part}.") for part in "qkv")
-    return Carried(ours, _unet_name(unet, name, per_level).replace(".to_q.", ".qkv."), Form(fuse, split))
+    return TensorMapping(ours, _unet_name(unet, name, per_level).replace(".to_q.", ".qkv."), Form(fuse, split))
 
 
 _AS_CONV1D = Form(lambda ours: ours[0][..., None], lambda theirs: [theirs[..., 0]])
 _AS_CONV2D = Form(lambda ours: ours[0][..., None, None], lambda theirs: [theirs[..., 0, 0]])
 
 
-def autoencoder_map(autoencoder: nn.Module) -> list[Carried]:
+def autoencoder_map(autoencoder: nn.Module) -> list[TensorMapping]:
     """Every parameter of our first stage (KL or VQ) and CompVis' name for it, without prefix."""
     _refuse_no_counterpart(autoencoder_config(autoencoder_options(autoencoder)))
     levels = len(autoencoder.encoder.down_blocks)
@@ -113,7 +121,7 @@ def autoencoder_map(autoencoder: nn.Module) -> list[Carried]:
     for name in autoencoder.state_dict():
         linear = re.search(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight", name)
         form = {"form": _AS_CONV2D} if linear else {}
-        carried.append(Carried((name,), _autoencoder_name(name, levels), **form))
+        carried.append(TensorMapping((name,), _autoencoder_name(name, levels), **form))
     return carried
 
 
@@ -146,7 +154,7 @@ def read_unet(path: str | Path, averaged: bool = False) -> dict[str, Tensor]:
 
 def unet_state(unet: UNet, state: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
     """CompVis' tensors under our names; one UserError names all that don't fit."""
-    return to_ours(unet_map(unet), state, unet.state_dict(), where)
+    return from_foreign(unet_map(unet), state, unet.state_dict(), where)
 
 
 def load_unet(path: str | Path, averaged: bool = False, heads: int | Sequence[int] | None = None) -> UNet:
@@ -218,7 +226,7 @@ def load_autoencoder(path: str | Path) -> nn.Module:
     options = autoencoder_arguments(state)
     with torch.device("meta"):
         shape = make_autoencoder(options)
-    return frozen_autoencoder(options, to_ours(autoencoder_map(shape), state, shape.state_dict(), path), path)
+    return frozen_autoencoder(options, from_foreign(autoencoder_map(shape), state, shape.state_dict(), path), path)
 
 
 def autoencoder_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -244,9 +252,9 @@ def single_file_state(
     unet: UNet, autoencoder: nn.Module | None, more: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """All weights under CompVis' names, with prefixes. more: tensors already so named, such as a text encoder's."""
-    state = {UNET + name: value for name, value in to_theirs(unet_map(unet), unet.state_dict()).items()}
+    state = {UNET + name: value for name, value in to_foreign(unet_map(unet), unet.state_dict()).items()}
     if autoencoder is not None:
-        carried = to_theirs(autoencoder_map(autoencoder), autoencoder.state_dict())
+        carried = to_foreign(autoencoder_map(autoencoder), autoencoder.state_dict())
         state |= {FIRST_STAGE + name: value for name, value in carried.items()}
     return {**state, **(more or {})}
 

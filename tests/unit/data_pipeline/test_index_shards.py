@@ -203,7 +203,7 @@ def test_keys_are_known_again_across_many_shards():
     for _ in range(40):
         keys = [str(n) for n in random.integers(0, 3000, int(random.integers(0, 90)))]
         expected = [key in before or key in keys[:i] for i, key in enumerate(keys)]
-        assert known.those_known(keys).tolist() == expected
+        assert known.contains(keys).tolist() == expected
         before |= set(keys)
     assert sum(map(len, known.runs)) == len(before)
     assert len(known.runs) <= 12

@@ -21,7 +21,7 @@ from data_pipeline.loading.batch import Batch, DataCursor
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.models.latents import LatentScaling
-from train.sampling.generator import Asked, Generator
+from train.sampling.generator import ConditionBatch, Generator
 
 ROOTS = sorted(path.stem for path in Path(CONF).glob("*.yaml") if path.stem != "quiet")
 GROUPS = {
@@ -147,7 +147,7 @@ def step_and_picture(config: OmegaConf) -> tuple[float, float, np.ndarray]:
     sampler = instantiate({**config.sampler, "steps": 2})
     generator = Generator(network.eval(), objective.process, objective.parameterization, facts.scaling, to_rgb,
                           facts.unet_shape, torch.device("cpu"))  # fmt: skip
-    asked = Asked(batch.tensors, batch.captions)
+    asked = ConditionBatch(batch.tensors, batch.captions)
     return losses[0], losses[-1], generator.draw(asked, sampler, instantiate(config.guidance, _convert_="all"), seed=1)
 
 

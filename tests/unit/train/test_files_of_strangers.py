@@ -36,7 +36,7 @@ from train.distributed.ranks import Ranks
 from train.models.autoencoder import AutoencoderKL
 from train.models.classifier import NoisyClassifier
 from train.models.clip import CLIP
-from train.sampling.trained_run import SECTIONS, as_the_run_draws, open_run
+from train.sampling.trained_run import SECTIONS, merged_with_run_config, open_run
 from train.train_ldm import train
 from train.weights.published import load_weights
 from train.weights.saved import load_autoencoder, load_classifier, load_clip, save_model
@@ -103,10 +103,12 @@ def test_a_run_of_an_earlier_version_opens_and_draws(old_run: tuple[Path, dict[s
     opened = open_run(str(old_run[0]), "latest")
     assert opened.facts.classes("label") == ["flags", "hearts"]
     assert opened.conditions["text"].fields == ("text",)
-    sampler, guidance = (as_the_run_draws(opened.config, g, {"steps": 2} if g == "sampler" else {}) for g in DRAWN)
+    sampler, guidance = (
+        merged_with_run_config(opened.config, g, {"steps": 2} if g == "sampler" else {}) for g in DRAWN
+    )
     assert (sampler.steps, sampler.times.__name__, guidance.interval) == (2, "trailing_times", [0.1, 0.9])
     rows = [{"key": str(i), "caption": "a fox", "meta": {"group": name}} for i, name in enumerate(("flags", "hearts"))]
-    drawn = opened.generator.draw(opened.asked(rows), sampler, guidance, seed=0)
+    drawn = opened.generator.draw(opened.encode_conditions(rows), sampler, guidance, seed=0)
     assert drawn.shape == (2, 16, 16, 3)
 
 
@@ -124,6 +126,7 @@ def test_what_a_run_saves_names_no_path_of_code_that_is_built_from_it(
     assert saved["sampler"]["times"] == {"name": "trailing"}
     assert saved["conditioning"]["label"] == {"name": "label", "dim": 8}
     assert saved["optimizer"]["_target_"] == "train.engine.optimizer.AdamW"  # a record: nothing is built from it
+    assert saved["training"]["bad_numbers"]["_target_"] == "train.loop.stability_monitor.StabilityConfig"
 
 
 def test_what_has_moved_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,12 +513,12 @@ def test_hydras_helpers_are_nobodys_own(own: Callable[[str, str], None]) -> None
 def test_the_command_line_is_the_users_own_and_the_file_is_not(own: Callable[[str, str], None]) -> None:
     saved = {"name": "sampler", "function": {"name": "euler"}, "steps": 5, "times": {"name": "uniform"}}
     with pytest.raises(UserError, match=r"sampler\.function names own_module\.Mine"):
-        as_the_run_draws({"sampler": {**saved, "function": ENTRY}}, "sampler", {"steps": 2})
+        merged_with_run_config({"sampler": {**saved, "function": ENTRY}}, "sampler", {"steps": 2})
     mine = {"_target_": "own_module.Mine", "_partial_": True, "width": 3}
-    made = as_the_run_draws({"sampler": saved}, "sampler", {"function": mine, "steps": None})
+    made = merged_with_run_config({"sampler": saved}, "sampler", {"function": mine, "steps": None})
     assert (made.function().width, made.steps) == (3, 5)
     with pytest.raises(UserError, match=r"sampler\.steps=2\.5 can't be") as caught:
-        as_the_run_draws({"sampler": saved}, "sampler", {"steps": 2.5})
+        merged_with_run_config({"sampler": saved}, "sampler", {"steps": 2.5})
     assert caught.value.exit_code == 2
 
 

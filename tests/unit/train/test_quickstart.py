@@ -54,7 +54,7 @@ def test_a_failure_ends_the_chain_with_its_code(chain, tmp_path, capsys):
 def test_the_demo_says_beforehand_what_is_to_run_and_about_how_long(tmp_path, capsys):
     demo = OmegaConf.load(CONF / "demo/smoke.yaml")
     stages = quickstart.stages(str(tmp_path), demo)
-    quickstart.say_what_is_to_come(stages, tmp_path, demo.measured)
+    quickstart.print_plan(stages, tmp_path, demo.measured)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("quickstart: 7 of 7 stages are to run, about ")
     assert [line.split()[0] for line in said[1:]] == [stage.name for stage in stages]
@@ -73,7 +73,7 @@ def test_nothing_is_announced_where_all_has_finished(chain, tmp_path, capsys):
     stages, _ = chain
     run_chain(stages, tmp_path)
     capsys.readouterr()
-    quickstart.say_what_is_to_come(stages, tmp_path, OmegaConf.create({}))
+    quickstart.print_plan(stages, tmp_path, OmegaConf.create({}))
     assert capsys.readouterr().out == ""
 
 
@@ -86,5 +86,5 @@ def test_what_comes_after_a_changed_stage_is_announced_too(chain, tmp_path, caps
     monkeypatch.setattr(quickstart, "WHAT", dict.fromkeys(names, ""))
     capsys.readouterr()
     measured = OmegaConf.create({"calibration_s": 1.0, "minutes": dict.fromkeys(names, 1.0)})
-    quickstart.say_what_is_to_come(stages, tmp_path, measured)
+    quickstart.print_plan(stages, tmp_path, measured)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == names[1:]

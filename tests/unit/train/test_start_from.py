@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from data_pipeline.common.errors import UserError
-from train.data.ldm_inputs import scaled_as_known
+from train.data.ldm_inputs import with_base_model_scaling
 from train.models.conditioning import ClassLabel, ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
 from train.weights.published import load_weights
@@ -86,23 +86,23 @@ def test_a_class_table_of_another_length_is_one_error(a_run, labelled):
 @pytest.mark.parametrize("classes", ["ba", "ac", "abc"])
 def test_other_classes_of_the_same_numbers_are_refused(a_run, labelled, classes):
     run, _ = a_run(labelled("ab"), "label")
-    scaled_as_known(options(run, "label"), labelled("ab"))
-    scaled_as_known(options(run, "text"), labelled(classes))  # not conditioned on here
+    with_base_model_scaling(options(run, "label"), labelled("ab"))
+    with_base_model_scaling(options(run, "text"), labelled(classes))  # not conditioned on here
     with pytest.raises(UserError, match=r"knows other classes of label .* conditions\.label\.classes="):
-        scaled_as_known(options(run, "label"), labelled(classes))
+        with_base_model_scaling(options(run, "label"), labelled(classes))
 
 
 def test_the_scale_is_the_runs_own(a_run, labelled):
     run, _ = a_run(labelled(mean=[0.0] * 4, std=[4.0] * 4), "label")
-    now = scaled_as_known(options(run, "label"), labelled())
+    now = with_base_model_scaling(options(run, "label"), labelled())
     assert (now.mean, now.std) == ([0.0] * 4, [4.0] * 4)
     same = labelled(mean=[0.0] * 4, std=[1 / 0.25] * 4)  # as scaling_factor=0.25 makes them
-    assert scaled_as_known(options(run, "label", factor=0.25), same).std == [4.0] * 4
+    assert with_base_model_scaling(options(run, "label", factor=0.25), same).std == [4.0] * 4
     with pytest.raises(UserError, match=r"otherwise than by scaling_factor=0\.5: set scaling_factor=null"):
-        scaled_as_known(options(run, "label", factor=0.5), labelled(mean=[0.0] * 4, std=[2.0] * 4))
+        with_base_model_scaling(options(run, "label", factor=0.5), labelled(mean=[0.0] * 4, std=[2.0] * 4))
 
 
 def test_another_fold_is_refused(a_run, labelled):
     run, _ = a_run(labelled(), "label")
     with pytest.raises(UserError, match="fold 1, these latents with 2"):
-        scaled_as_known(options(run, "label"), labelled(fold=2))
+        with_base_model_scaling(options(run, "label"), labelled(fold=2))

@@ -27,13 +27,13 @@ from data_pipeline.audit.storage_cost import (
 from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
 from data_pipeline.encode.batch_encoder import Encoders
-from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.latent_dataset import Split
-from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.images.aspect_buckets import sizes_of
-from data_pipeline.plan_storage import encoders_of, held_against, refuse_impossible, table
+from data_pipeline.plan_storage import compare_with_measured, encoders_of, refuse_impossible, table
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 
@@ -50,7 +50,7 @@ def encoders(cfg, device, dtype="float16", flips=False):
         image, clip = instantiate(cfg.autoencoder), instantiate(cfg.clip)
     image.fingerprint = clip.fingerprint = "random"
     conditions = instantiate(cfg.conditions, _convert_="all")
-    return Encoders(image.eval(), OnceEach(clip.eval(), 4), conditions, torch.device(device), 4, dtype, flips)
+    return Encoders(image.eval(), CaptionCache(clip.eval(), 4), conditions, torch.device(device), 4, dtype, flips)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def written(images, output, using):
     source, sizes = Manifest.load(images), sizes_of(None, None, 64, using.image.factor)
     for condition in using.conditions.values():
         condition.learn([{"meta": {"group": "a", "boxes": [["thing", 0.0, 0.0, 1.0, 1.0]]}}])
-    encode_split(Split("", source, Places(str(output)), ShardReader(str(images), using, sizes)))
+    encode_split(Split("", source, OutputPaths(str(output)), ShardReader(str(images), using, sizes)))
     return Manifest.load(output)
 
 
@@ -202,7 +202,7 @@ def test_encoders_that_can_not_be_had(options, said):
 def test_a_plan_is_held_against_latents_of_the_same_fields(images, tmp_path):
     manifest = written(images, tmp_path, encoders(composed("autoencoder=kl_f4_demo", "clip=demo"), "cpu"))
     with pytest.raises(UserError, match=r"differ in pooled\.npy, text\.npy: give the autoencoder, clip and conditions"):
-        held_against(composed(f"input={tmp_path}"), Layout("a", {"moments.npy": 1, "json": 1}))
+        compare_with_measured(composed(f"input={tmp_path}"), Layout("a", {"moments.npy": 1, "json": 1}))
     assert manifest.samples == 10
     with pytest.raises(UserError, match="image-text shards, but latents"):
-        held_against(composed(f"input={images}"), Layout("a", {}))
+        compare_with_measured(composed(f"input={images}"), Layout("a", {}))

@@ -15,16 +15,16 @@ from PIL import Image
 from precompute_process import SMALL, Table
 from synthetic import run, tar_of
 
-from data_pipeline.audit.sample_sheet import Drawing, evenly, look_at, sheet_of
+from data_pipeline.audit.sample_sheet import Drawing, evenly, inspect_samples, sheet_of
 from data_pipeline.audit.shard_checks import KEPT, Findings
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.encode.batch_encoder import Encoders
-from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Text
 from data_pipeline.encode.latent_dataset import Split
-from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.images.aspect_buckets import sizes_of
@@ -64,11 +64,11 @@ def write_images(root):
 
 def precompute(images, output, image, sizes=None):
     sizes = sizes or sizes_of(None, None, 64, 2)
-    using = Encoders(image, OnceEach(Table(), 4), {"text": Text()}, torch.device("cpu"), 4, "float16", False)
+    using = Encoders(image, CaptionCache(Table(), 4), {"text": Text()}, torch.device("cpu"), 4, "float16", False)
     for name in SIZES:
         source = Manifest.load(images / name)
         reader = ShardReader(str(images / name), using, sizes)
-        encode_split(Split(name, source, Places(str(output), name, sizes.split), reader))
+        encode_split(Split(name, source, OutputPaths(str(output), name, sizes.split), reader))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def found(root, shards=None, autoencoder=None, text=None, drawing=None):
     for each in sets:
         check_encoders(each, autoencoder, text)
         if drawing:
-            look_at(each.root, each.manifest, each.source, 8, drawing, each.findings)
+            inspect_samples(each.root, each.manifest, each.source, 8, drawing, each.findings)
     return {each.name: each.findings.sentences for each in sets if each.findings.sentences}
 
 
@@ -124,9 +124,9 @@ def test_every_check_was_made(made):
     with Progress("verify", 1, shown=False) as bar:
         check_set(train, 1, KnownKeys(), bar)
     assert train.findings.state("decoding") == "-"
-    assert {train.findings.state(check) for check in train.findings.asked} == {"ok"}
-    assert len(train.findings.asked) == 11
-    assert sets[1].findings.asked == set()
+    assert {train.findings.state(check) for check in train.findings.checks_run} == {"ok"}
+    assert len(train.findings.checks_run) == 11
+    assert sets[1].findings.checks_run == set()
 
 
 # The entry point.

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from synthetic import run
+from synthetic import TINY_LATENTS, run, write_latents
 
 from data_pipeline.common import progress
 from data_pipeline.common.entry import CONF
-from data_pipeline.common.hydra_messages import reworded, top_keys
+from data_pipeline.common.hydra_messages import explained, top_keys, with_new_names
 from data_pipeline.common.progress import Progress
 
 WRONG = {
@@ -54,8 +54,8 @@ def test_options_of_a_wrong_kind_are_said_once(tmp_path):
 
 def test_what_is_not_known_stays_as_hydra_says_it():
     said = "Something else\n\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
-    assert reworded(said, Path(CONF), "make_shards") == "Something else"
-    assert "take hole, image_embedding" in reworded(
+    assert explained(said, Path(CONF), "make_shards") == "Something else"
+    assert "take hole, image_embedding" in explained(
         "In 'x': Could not load 'conditions/txt'.", Path(CONF), "precompute_latents"
     )
 
@@ -68,3 +68,30 @@ def test_without_a_terminal_a_line_comes_though_nothing_is_done(monkeypatch, cap
         while "wait: 3/7 images" not in (said := capsys.readouterr().err) and time.monotonic() < end:
             time.sleep(0.01)
     assert "aside 1" in said
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("training.may_change=[seed]", "training.allow_mismatch=[seed]"),
+    ("++training.bad_numbers.max_skipped=3", "++training.stability.max_skipped=3"),
+    ("captions_kept=5", "caption_cache_size=5"),
+    ("training.may_changes=[seed]", "training.may_changes=[seed]"),
+    ("prompts=training.may_change=3", "prompts=training.may_change=3"),
+])  # fmt: skip
+def test_options_by_their_earlier_names(old, new, capsys):
+    assert with_new_names(["seed=1", old]) == ["seed=1", new]
+    assert (" is now " in capsys.readouterr().err) == (old != new)
+
+
+@pytest.mark.processes
+def test_earlier_names_on_the_command_line_and_in_files_get_a_sentence_with_todays(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    experiment = "# @package _global_\ntraining: {bad_numbers: {spike_factor: 0.5}}\n"
+    (tmp_path / "experiment/mine.yaml").write_text(experiment)
+    write_latents(tmp_path / "train", 8, TINY_LATENTS)
+    given = [f"input={tmp_path}", f"output={tmp_path}/run", "autoencoder.path=a", "clip.path=b"]
+    mine = [f"--config-dir={tmp_path}", "experiment=mine", "training.may_change=[seed]"]
+    done = run("train/train_ldm.py", *given, *mine, "training.steps=1", "training.batch_size=1", check=False)
+    assert done.returncode == 2, done.stderr
+    assert "the option training.may_change is now training.allow_mismatch;" in done.stderr
+    assert "the option training.bad_numbers is now training.stability;" in done.stderr
+    assert "error: training.stability.spike_factor=0.5 must be above 1" in done.stderr

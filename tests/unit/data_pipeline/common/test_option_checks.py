@@ -10,12 +10,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.option_checks import OneOf, Within, fits, said
+from data_pipeline.common.option_checks import OneOf, Within, described, fits
 from train.checkpointing.posthoc_ema import Profile, Snapshot
 from train.engine.config import EngineConfig
 from train.engine.optimizer import AdamW, Schedule
 from train.loop.recipe import Training, refuse_wrong_entry
-from train.rebuild_ema import updates_asked
+from train.rebuild_ema import requested_updates
 
 ENGINE = [
     ("reduce_bucket_size", 0, "a number of 1 or more"), ("allgather_bucket_size", -5, "a number of 1 or more"),
@@ -30,7 +30,7 @@ TRAINING = [
     ("save_every", 0, "a whole number of 1 or more, or null"), ("save_every", -1, "a whole number of 1 or more, or"),
     ("log_every", 0, "a whole number of 1 or more."), ("keep_every", 0, "a whole number of 1 or more, or null"),
     ("steps", 2.5, "a whole number of 1 or more."), ("batch_size", True, "a whole number of 1 or more."),
-    ("may_change", "seed", "a list, as [a,b], each a text"), ("resume", "on", "one of auto, must, never"),
+    ("allow_mismatch", "seed", "a list, as [a,b], each a text"), ("resume", "on", "one of auto, must, never"),
     ("accumulation", 2, "give one of them"),
 ]  # fmt: skip
 OPTIMIZER = [
@@ -78,8 +78,8 @@ def test_what_may_be_passes() -> None:
     """As hydra hands it over: lists of its own kind, whole numbers where fractions may be."""
     made = instantiate(OmegaConf.create({
         "_target_": "train.loop.recipe.Training", "steps": 1, "batch_size": 8, "power_ema": [0.05, 0.1], "ema_decay": 1,
-        "save_every": None, "may_change": ["seed"], "hang_timeout_s": 20, "bad_numbers": {"_target_":
-        "train.loop.stability_monitor.BadNumbers"},
+        "save_every": None, "allow_mismatch": ["seed"], "hang_timeout_s": 20, "stability": {"_target_":
+        "train.loop.stability_monitor.StabilityConfig"},
     }))  # fmt: skip
     assert list(made.power_ema) == [0.05, 0.1]
     config = EngineConfig(reduce_bucket_size=5e8, zero_stage=2).for_deepspeed(1, 1, 1)
@@ -101,12 +101,12 @@ def test_what_may_be_passes() -> None:
 def test_kinds(hint: object, right: list[object], wrong: list[object], words: str) -> None:
     assert [value for value in right if not fits(value, hint)] == []
     assert [value for value in wrong if fits(value, hint)] == []
-    assert said(hint).startswith(words)
+    assert described(hint).startswith(words)
 
 
 @pytest.mark.parametrize("updates", [101, 49, "late"])
 def test_an_average_that_the_snapshots_do_not_reach_is_refused(updates: object) -> None:
     snapshots = [Snapshot("", "ema_0.1", Profile(float(n), 3.0)) for n in (50, 100)]
-    assert [updates_asked(asked, snapshots) for asked in (None, 50, 99.5, 100)] == [100, 50, 99.5, 100]
+    assert [requested_updates(asked, snapshots) for asked in (None, 50, 99.5, 100)] == [100, 50, 99.5, 100]
     with pytest.raises(UserError, match=rf"updates={updates} can't be: .* first snapshot's, 50, to the .* one's, 100"):
-        updates_asked(updates, snapshots)
+        requested_updates(updates, snapshots)

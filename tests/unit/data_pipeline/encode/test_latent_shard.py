@@ -8,7 +8,7 @@ from test_precompute_work import Counted, precompute, samples_of, using, write
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.encode import latent_shard
-from data_pipeline.encode.latent_shard import Places, confirmed, finished_record
+from data_pipeline.encode.latent_shard import OutputPaths, read_done_marker, verify_done_markers
 from data_pipeline.encode.workers import Worker
 from data_pipeline.loading.loader import read_dataset
 from data_pipeline.shards.manifest import Manifest, Shard
@@ -29,8 +29,8 @@ def images(tmp_path, picture):
 
 def digests(root):
     """Of each shard: of its tar's bytes, by its note, and by the manifest."""
-    manifest, places = Manifest.load(str(root)), Places(str(root))
-    notes = [finished_record(places, shard)["sets"][""]["shard"]["sha256"] for shard in manifest.shards]
+    manifest, places = Manifest.load(str(root)), OutputPaths(str(root))
+    notes = [read_done_marker(places, shard)["sets"][""]["shard"]["sha256"] for shard in manifest.shards]
     tars = [digest_of((root / shard.name).read_bytes()) for shard in manifest.shards]
     return list(zip(tars, notes, [shard.sha256 for shard in manifest.shards], strict=True))
 
@@ -41,7 +41,7 @@ TIMES = {"write_first": 6, "write_atomically": 3, "size_if_there": 4}  # of thre
 @pytest.mark.parametrize(("name", "call"), [(name, call) for name, count in TIMES.items() for call in range(count)])
 def test_whoever_comes_between(images, tmp_path, monkeypatch, name, call):
     """While one worker is at its `call`-th look or write, another makes all shards."""
-    monkeypatch.setattr(latent_shard, "WAIT_FOR_NOTE", 0.2)
+    monkeypatch.setattr(latent_shard, "MARKER_WAIT_S", 0.2)
     real, calls = getattr(storage, name), []
 
     def interrupted(path, *data):
@@ -60,7 +60,7 @@ def test_whoever_comes_between(images, tmp_path, monkeypatch, name, call):
 
 
 def test_a_tar_whose_worker_died_before_its_note_is_replaced(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(latent_shard, "WAIT_FOR_NOTE", 0.2)
+    monkeypatch.setattr(latent_shard, "MARKER_WAIT_S", 0.2)
     precompute(images, tmp_path / "other", using(OtherMachine()))
     precompute(images, tmp_path / "whole", using())
     for ending in ("tar", "idx"):
@@ -75,14 +75,14 @@ def test_what_a_bucket_can_not_prevent_is_said(images, tmp_path):
     precompute(images, tmp_path / "other", using(OtherMachine()))
     precompute(images, tmp_path / "out", using())
     shard = Shard("shards/000001.tar", 3, 0, "")
-    places, note = Places(str(tmp_path / "out")), tmp_path / "out/shards/000001.tar.done.json"
+    places, note = OutputPaths(str(tmp_path / "out")), tmp_path / "out/shards/000001.tar.done.json"
     mine = {shard.name: json.loads(note.read_text())}
-    assert confirmed(places, [shard], mine) == mine
+    assert verify_done_markers(places, [shard], mine) == mine
     note.write_bytes((tmp_path / "other/shards/000001.tar.done.json").read_bytes())
     with pytest.raises(DataError, match=r"000001\.tar was made by two workers .*: delete .*000001\.tar\.done\.json"):
-        confirmed(places, [shard], mine)
+        verify_done_markers(places, [shard], mine)
     (tmp_path / "out/shards/000001.tar").write_bytes((tmp_path / "other/shards/000001.tar").read_bytes())
-    assert confirmed(places, [shard], mine) == {shard.name: json.loads(note.read_text())}
+    assert verify_done_markers(places, [shard], mine) == {shard.name: json.loads(note.read_text())}
 
 
 def test_the_first_of_two_writers_stays(tmp_path):

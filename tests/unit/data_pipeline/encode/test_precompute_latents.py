@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 from data_pipeline.common.device import chosen_device
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.encode.batch_encoder import Encoders
-from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Text
 from data_pipeline.encode.encoders import TextStates
 from data_pipeline.encode.latent_dataset import Split
-from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.loading.loader import read_dataset
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.rejects import Aside
+from data_pipeline.shards.rejects import Rejects
 from data_pipeline.shards.tar_index import read_index
 
 
@@ -62,14 +62,14 @@ class Letters:
 def encoders(image=None, text=None, dtype="float16", keep=0, **how):
     conditions = how.pop("conditions", {"text": Text()})
     batch_size = how.pop("batch_size", 4)
-    text = OnceEach(text or Letters(), batch_size, keep)
+    text = CaptionCache(text or Letters(), batch_size, keep)
     return Encoders(image or Halves(), text, conditions, torch.device("cpu"), batch_size, dtype, **how)
 
 
 def precompute(images, root, using, max_aside_fraction=0.05):
     source = Manifest.load(images, "image-text")
     reader = ShardReader(images, using, sizes_of(source.info.get("size"), None, 64, using.image.factor))
-    encode_split(Split("", source, Places(str(root)), reader, max_aside_fraction))
+    encode_split(Split("", source, OutputPaths(str(root)), reader, max_aside_fraction))
     return Manifest.load(root, "latents")
 
 
@@ -243,7 +243,7 @@ def test_values_beyond_float16_stop_the_run(images, tmp_path):
 
 
 def test_aside_counts_up_to_its_cap():
-    aside = Aside(40, 0.05)
+    aside = Rejects(40, 0.05)
     aside.add("a", "why")
     aside.add("b", "why")
     with pytest.raises(DataError, match="3 of 40"):

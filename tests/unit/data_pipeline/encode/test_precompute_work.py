@@ -21,14 +21,14 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_objects import build
 from data_pipeline.common.temp_files import sweep
-from data_pipeline.common.threads import Ahead, Behind, in_order
+from data_pipeline.common.threads import BackgroundWriter, Prefetcher, ordered_map
 from data_pipeline.encode.base_dataset import base_of
 from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item, encode_batch
-from data_pipeline.encode.caption_cache import OnceEach
+from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Hole, ImageEmbedding, Label, LowResolution, Text
 from data_pipeline.encode.encoders import TextStates
 from data_pipeline.encode.latent_dataset import Split
-from data_pipeline.encode.latent_shard import Places
+from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.encode.workers import Worker, worker_of
@@ -71,7 +71,7 @@ class Counted:
 
 
 def using(image=None, text=None, dtype="float16", conditions=None, keep=0, batch_size=4, flips=False):
-    text = OnceEach(text or Counted(), batch_size, keep)
+    text = CaptionCache(text or Counted(), batch_size, keep)
     conditions = {"text": Text()} if conditions is None else conditions
     return Encoders(image or Counted(), text, conditions, torch.device("cpu"), batch_size, dtype, flips)
 
@@ -81,7 +81,7 @@ def precompute(images, output, encoders, size=None, buckets=None, step=8, base=N
     sizes = sizes_of(size or source.info.get("size"), buckets, step, encoders.image.factor)
     lender = base_of(str(base), "", encoders, sizes.described) if base else None
     reader = ShardReader(str(images), encoders, sizes, lender, threads=3)
-    encode_split(Split("", source, Places(str(output), "", sizes.split), reader, fraction), worker)
+    encode_split(Split("", source, OutputPaths(str(output), "", sizes.split), reader, fraction), worker)
 
 
 def write(root, samples, per_shard=6, info=None):
@@ -279,7 +279,7 @@ def test_captions_kept_over_shards_are_encoded_once_and_alone(tmp_path, picture)
 def test_states_do_not_depend_on_what_was_encoded_before():
     """A matrix product's last bits differ from batch to batch: the batches are those of the shard alone."""
     captions = [f"caption {i % 11}" for i in range(30)]
-    first, second = OnceEach(Table(), 4), OnceEach(Table(), 4)
+    first, second = CaptionCache(Table(), 4), CaptionCache(Table(), 4)
     second.begin(["caption 3", "other"])
     second.encode_text(["other"])
     first.begin(captions), second.begin(captions)
@@ -488,7 +488,7 @@ def test_read_ahead_keeps_order_bounds_and_errors():
     taken = []
 
     def take():
-        with Ahead(numbers(), 2) as ahead:
+        with Prefetcher(numbers(), 2) as ahead:
             for i in ahead:
                 assert len(made) <= i + 4  # taken, two waiting, one in hand
                 taken.append(i)
@@ -507,7 +507,7 @@ def test_leaving_early_ends_the_thread():
         finally:
             closed.append(threading.current_thread())
 
-    with Ahead(endless(), 2) as ahead:
+    with Prefetcher(endless(), 2) as ahead:
         next(iter(ahead))
     assert threading.active_count() == threads
     assert closed == [ahead.thread]
@@ -517,9 +517,9 @@ def test_written_behind_in_order_and_an_error_comes_out():
     done = []
 
     def write_all(calls, then=None):
-        with Behind(1) as behind:
+        with BackgroundWriter(1) as behind:
             for call in calls:
-                behind.do(*call)
+                behind.submit(*call)
             if then:
                 raise then
 
@@ -542,7 +542,7 @@ def raises(error):
 def test_decoded_pictures_are_bounded():
     made = []
     with ThreadPoolExecutor(3) as pool:
-        for taken, value in enumerate(in_order(pool, lambda i: made.append(i) or i, range(50), 6)):
+        for taken, value in enumerate(ordered_map(pool, lambda i: made.append(i) or i, range(50), 6)):
             assert value == taken
             assert len(made) <= taken + 7
 

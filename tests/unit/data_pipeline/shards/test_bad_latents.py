@@ -364,11 +364,11 @@ def beyond(rows):
     rows[0][1]["moments.npy"] = [10**15, 10**15]
 
 
-def worded(rows):
+def format_counts(rows):
     rows[0][1]["moments.npy"] = ["a", "b"]
 
 
-@pytest.mark.parametrize("change", [swapped, renamed, shifted, negative, beyond, worded])
+@pytest.mark.parametrize("change", [swapped, renamed, shifted, negative, beyond, format_counts])
 def test_an_index_that_lies_is_named_by_verify(latents, change):
     good, rows = epoch(latents), rows_of(latents)
     change(rows)

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.shards.rejects import Aside
+from data_pipeline.shards.rejects import Rejects
 from data_pipeline.sources.emoji_styles import EmojiStyles, with_article
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.folder import ImageFolder
-from data_pipeline.sources.listing import look_through, taken
+from data_pipeline.sources.listing import prepared_sample, scan_source
 from data_pipeline.sources.openmoji import drawn
 from data_pipeline.sources.pairs import Pairs
 from data_pipeline.sources.source import SourceItem
@@ -142,10 +142,10 @@ def test_a_table_says_which_path_was_tried(folder):
         "no name of a picture in the folder",
     ]  # fmt: skip
     assert items[1].where == f"file=img/a.png, tried as {folder}/img/a.png"
-    aside = Aside(5, 0.1)
+    rejects = Rejects(5, 0.1)
     with pytest.raises(DataError, match=r"1 x missing picture; the last is 000000001, file=img/a\.png, tried as /"):
-        taken(items[1], 8, Filters({}), aside)
-    assert aside.rows[0]["where"] == items[1].where
+        prepared_sample(items[1], 8, Filters({}), rejects)
+    assert rejects.rows[0]["where"] == items[1].where
 
 
 def test_a_pair_needs_two_things():
@@ -171,7 +171,7 @@ def test_a_source_is_looked_through_item_by_item():
     peaks = {}
     for count in (1000, 5000):
         tracemalloc.start()
-        _, listed, heldout = look_through(options, Endless(count))
+        _, listed, heldout = scan_source(options, Endless(count))
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert (listed, heldout) == (count, count // 10)

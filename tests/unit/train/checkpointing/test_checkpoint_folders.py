@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 
 from data_pipeline.common.errors import DataError, UserError
 from train.checkpointing.ema_weights import ema_weights
-from train.checkpointing.files import Places, complete_checkpoints, is_as_written, step_of
+from train.checkpointing.files import CheckpointPaths, complete_checkpoints, is_as_written, step_of
 
 
 def write_run(folder):
@@ -46,11 +46,11 @@ def run(tmp_path, request):
 @pytest.fixture
 def ema_file(run):
     """ema_file(step)"""
-    return lambda step: Places.of_run(run).checkpoints + f"/step-{step:08d}/ema.safetensors"
+    return lambda step: CheckpointPaths.of_run(run).checkpoints + f"/step-{step:08d}/ema.safetensors"
 
 
 def test_only_published_checkpoints_count(run):
-    assert [step_of(name) for name in complete_checkpoints(Places.of_run(run).checkpoints)] == [5, 10, 100]
+    assert [step_of(name) for name in complete_checkpoints(CheckpointPaths.of_run(run).checkpoints)] == [5, 10, 100]
     assert complete_checkpoints(run / "no checkpoints") == []
 
 

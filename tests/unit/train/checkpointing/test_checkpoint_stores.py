@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from data_pipeline.common.errors import DataError, UserError
 from train.checkpointing.part_files import files_needed
-from train.checkpointing.safetensors_io import Header, copy_some, facts_read_back, save_tensors
-from train.checkpointing.stores import InBucket, OnDisk, refuse_other_owner, store_of
+from train.checkpointing.safetensors_io import Header, copy_some, save_tensors, verified_file_info
+from train.checkpointing.stores import BucketStore, FolderStore, refuse_other_owner, store_of
 from train.engine.param_shards import Fragment
 
 STEP = "step-00000010"
@@ -85,13 +85,13 @@ def test_some_of_a_file_reads_like_all_of_it(parts, tmp_path):
 def test_a_file_of_other_content_is_not_taken(tmp_path):
     tensors = {"a": torch.tensor([1.0, torch.nan]), "b": torch.ones(2, dtype=torch.bfloat16)}
     save_tensors(tensors, tmp_path / "part")
-    assert facts_read_back(tmp_path / "part", tensors)["bytes"] == (tmp_path / "part").stat().st_size
+    assert verified_file_info(tmp_path / "part", tensors)["bytes"] == (tmp_path / "part").stat().st_size
     with pytest.raises(OSError, match="gives back another b than was written"):
-        facts_read_back(tmp_path / "part", {**tensors, "b": torch.zeros(2, dtype=torch.bfloat16)})
+        verified_file_info(tmp_path / "part", {**tensors, "b": torch.zeros(2, dtype=torch.bfloat16)})
 
 
 def test_a_folder_shows_a_step_once_it_is_published(tmp_path):
-    store, tensors = OnDisk(str(tmp_path)), {"a": torch.ones(2)}
+    store, tensors = FolderStore(str(tmp_path)), {"a": torch.ones(2)}
     with store.workplace(STEP) as workplace:
         save_tensors(tensors, workplace / "part")
         facts = store.add(STEP, workplace / "part", tensors)
@@ -106,9 +106,9 @@ def test_a_folder_shows_a_step_once_it_is_published(tmp_path):
 
 
 def test_which_store_it_is_and_where_its_scratch_lies(tmp_path):
-    assert isinstance(store_of(str(tmp_path)), OnDisk)
+    assert isinstance(store_of(str(tmp_path)), FolderStore)
     here, there = (store_of(f"s3://bucket/{name}", str(tmp_path), rank=1) for name in ("a", "b"))
-    assert isinstance(here, InBucket)
+    assert isinstance(here, BucketStore)
     assert here.scratch.parent == tmp_path
     assert here.scratch != there.scratch
     with pytest.raises(UserError, match="only local paths and s3://"):

@@ -142,14 +142,14 @@ def test_what_a_killed_save_left_is_removed_once_resumed(start, steps, tmp_path)
 def test_nothing_is_removed_where_the_run_may_not_go_on(start, steps, damage, tmp_path):
     start().save(10, 20)
     damage(20)
-    with pytest.raises(UserError, match=r"seed was 0 and is 1\. .*training\.may_change=\[seed\]"):
+    with pytest.raises(UserError, match=r"seed was 0 and is 1\. .*training\.allow_mismatch=\[seed\]"):
         start(seed=1).resume()
     assert steps() == [10, 20]
 
 
 def test_what_was_named_may_change_and_is_logged(start, caplog):
     start().save(10)
-    assert start(seed=1, may_change=("seed",)).resume() == 10
+    assert start(seed=1, allow_mismatch=("seed",)).resume() == 10
     assert "going on although seed was 0 and is 1" in caplog.text
 
 
@@ -335,8 +335,8 @@ def test_a_damaged_one_is_set_aside(start, steps, damage, tmp_path):
 
 def test_names_that_may_change_are_known_ones(start):
     start().save(10)
-    with pytest.raises(UserError, match=r"may_change: sead is no name of what is compared\. That is seed"):
-        start(may_change=("sead",)).resume()
+    with pytest.raises(UserError, match=r"allow_mismatch: sead is no name of what is compared\. That is seed"):
+        start(allow_mismatch=("sead",)).resume()
 
 
 @pytest.mark.parametrize("manifest", ["{}", "null", "[]", '{"state.json": {"bites": 1, "sha256": "a"}}', '{"a'])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr, to_uint8
-from train.evaluation.distances import shrunk, squared_distances, training_recall
+from train.evaluation.distances import squared_distances, thumbnails, training_recall
 from train.runs.curves import curve_line, plot_curves, sparkline
 
 
@@ -28,7 +28,7 @@ def test_psnr_is_its_formula():
 def test_shrunk_is_a_box_average():
     images = pictures(2, 64)
     expected = F.avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2).float(), 4).permute(0, 2, 3, 1)
-    np.testing.assert_allclose(shrunk(images).reshape(2, 16, 16, 3), expected, rtol=1e-6)
+    np.testing.assert_allclose(thumbnails(images).reshape(2, 16, 16, 3), expected, rtol=1e-6)
 
 
 def test_squared_distances():

@@ -11,16 +11,26 @@ import torch
 
 import train.loop.dtype
 from data_pipeline.common.errors import UserError
-from train.checkpointing.files import Places
+from train.checkpointing.files import CheckpointPaths
 from train.distributed.ranks import Ranks
-from train.loop.dtype import Chosen, Saved, best_here, by_machine, common, kept, of_cpu, settled
+from train.loop.dtype import (
+    DtypeChoice,
+    SavedDtype,
+    best_dtype,
+    common_dtype,
+    dtype_for_machine,
+    dtype_of_cpu,
+    keep_saved_dtype,
+    resolve_dtype,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SAPPHIRE_RAPIDS = {"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": True}
 ICE_LAKE, ZEN_3 = {"avx2": True, "avx512_f": True, "avx512_bf16": False}, {"avx2": True}
 GRAVITON_3, GRAVITON_2 = {"neon": True, "bf16": True, "sve_bf16": True}, {"neon": True, "bf16": False}
-HAS, LACKS = Chosen("bf16", "this CPU has bf16 instructions"), Chosen("fp32", "this CPU has no bf16 instructions")
-OLD_GPU = Chosen("fp16", "this GPU has no bf16 instructions")
+HAS = DtypeChoice("bf16", "this CPU has bf16 instructions")
+LACKS = DtypeChoice("fp32", "this CPU has no bf16 instructions")
+OLD_GPU = DtypeChoice("fp16", "this GPU has no bf16 instructions")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +52,7 @@ OLD_GPU = Chosen("fp16", "this GPU has no bf16 instructions")
     ],
 )
 def test_a_cpu_takes_bf16_where_its_instructions_include_it(capabilities, kernels, environment, dtype, because):
-    found = of_cpu(capabilities, kernels, environment)
+    found = dtype_of_cpu(capabilities, kernels, environment)
     assert found.dtype == dtype
     assert because in found.because
 
@@ -54,7 +64,7 @@ def test_this_cpu_is_what_linux_says_of_it(monkeypatch):
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     if "avx2" not in flags:
         pytest.skip("/proc/cpuinfo has no flags of an x86 CPU here to compare with")
-    assert best_here(CPU).dtype == ("bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32")
+    assert best_dtype(CPU).dtype == ("bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +78,7 @@ def test_this_cpu_is_what_linux_says_of_it(monkeypatch):
     ],
 )
 def test_where_other_options_go_with_fp32_alone_it_is_that(zero_stage, offload, dtype, because):
-    found = by_machine({"zero_stage": zero_stage, "offload": offload}, HAS)
+    found = dtype_for_machine({"zero_stage": zero_stage, "offload": offload}, HAS)
     assert found.dtype == dtype
     assert found.because.startswith(because)
 
@@ -83,7 +93,7 @@ def test_where_other_options_go_with_fp32_alone_it_is_that(zero_stage, offload, 
     ],
 )
 def test_ranks_that_differ_take_what_all_can(of_ranks, found):
-    assert common(of_ranks) == found
+    assert common_dtype(of_ranks) == found
 
 
 @pytest.mark.parametrize(
@@ -97,36 +107,36 @@ def test_ranks_that_differ_take_what_all_can(of_ranks, found):
     ],
 )
 def test_a_resumed_run_keeps_its_checkpoints_on_any_machine(saved, best, device, because):
-    found = kept(Saved("runs/a/step-00000002", saved), best, device)
+    found = keep_saved_dtype(SavedDtype("runs/a/step-00000002", saved), best, device)
     assert found.dtype == saved
     assert because in found.because
 
 
 def test_a_resumed_run_at_stage_0_is_not_said_to_be_in_bf16_if_it_were_new(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LDT_CPU_BF16", "1")
-    monkeypatch.setattr(train.loop.dtype, "saved_there", lambda places: Saved("step-00000002", "fp32"))
+    monkeypatch.setattr(train.loop.dtype, "saved_dtype", lambda paths: SavedDtype("step-00000002", "fp32"))
     engine = {"zero_stage": 0, "offload": "none", "dtype": "auto"}
-    assert settled(engine, Places.of(tmp_path, None), Ranks(0, 1, 0, CPU)).dtype == "fp32"
+    assert resolve_dtype(engine, CheckpointPaths.of(tmp_path, None), Ranks(0, 1, 0, CPU)).dtype == "fp32"
     assert capsys.readouterr().out == "dtype: fp32 (auto: as in step-00000002)\n"
 
 
 def test_a_checkpoint_in_fp16_needs_a_gpu():
-    with pytest.raises(UserError, match=r"needs a GPU.*by engine\.dtype=fp32 training\.may_change=\[dtype\]"):
-        kept(Saved("runs/a/step-00000002", "fp16"), LACKS, CPU)
+    with pytest.raises(UserError, match=r"needs a GPU.*by engine\.dtype=fp32 training\.allow_mismatch=\[dtype\]"):
+        keep_saved_dtype(SavedDtype("runs/a/step-00000002", "fp16"), LACKS, CPU)
 
 
 def test_bf16_by_name_is_taken_and_its_cost_said(tmp_path, caplog, capsys, monkeypatch):
-    places, alone, engine = Places.of(tmp_path, None), Ranks(0, 1, 0, CPU), {"zero_stage": 1, "offload": "none"}
+    paths, alone, engine = CheckpointPaths.of(tmp_path, None), Ranks(0, 1, 0, CPU), {"zero_stage": 1, "offload": "none"}
     monkeypatch.setenv("LDT_CPU_BF16", "0")
-    assert settled({**engine, "dtype": "bf16"}, places, alone) == ("bf16", "given by name")
+    assert resolve_dtype({**engine, "dtype": "bf16"}, paths, alone) == ("bf16", "given by name")
     assert "engine.dtype=bf16: LDT_CPU_BF16=0" in caplog.text
     assert "two to nine times as long" in caplog.text
     caplog.clear()
     monkeypatch.setenv("LDT_CPU_BF16", "1")
-    assert settled({**engine, "dtype": "bf16"}, places, alone).dtype == "bf16"
-    assert settled({**engine, "dtype": "fp32"}, places, alone).dtype == "fp32"
+    assert resolve_dtype({**engine, "dtype": "bf16"}, paths, alone).dtype == "bf16"
+    assert resolve_dtype({**engine, "dtype": "fp32"}, paths, alone).dtype == "fp32"
     assert caplog.text == capsys.readouterr().out == ""
-    assert settled({**engine, "dtype": "auto"}, places, alone).dtype == "bf16"
+    assert resolve_dtype({**engine, "dtype": "auto"}, paths, alone).dtype == "bf16"
     assert capsys.readouterr().out == "dtype: bf16 (auto: LDT_CPU_BF16=1 takes this CPU for one with bf16)\n"
 
 
@@ -135,13 +145,13 @@ import json, sys
 import torch
 import torch.distributed as dist
 from pathlib import Path
-from train.checkpointing.files import Places
-from train.loop.dtype import settled
+from train.checkpointing.files import CheckpointPaths
+from train.loop.dtype import resolve_dtype
 from train.distributed.ranks import Ranks
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 engine = {"dtype": "auto", "zero_stage": 1, "offload": "none"}
-found = settled(engine, Places.of(folder, None), Ranks(rank, 2, rank, torch.device("cpu")))
+found = resolve_dtype(engine, CheckpointPaths.of(folder, None), Ranks(rank, 2, rank, torch.device("cpu")))
 (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 dist.destroy_process_group()
 """

@@ -11,33 +11,33 @@ from synthetic import run
 
 from train.distributed.ranks import Ranks
 from train.engine.train_state import TrainState
-from train.loop.heartbeat import HUNG, Heart, Heartbeat, Sign, read_signs, slowest
+from train.loop.heartbeat import HUNG, HangWatchdog, NoWatchdog, RankStatus, read_statuses, slowest
 
 NOW = 1000.0
 
 
-def sign(rank, phase="step", step=7, since=900.0, written=999.0):
-    return Sign(rank, f"node{rank}", phase, step, "", since, written)
+def status(rank, phase="step", step=7, since=900.0, written=999.0):
+    return RankStatus(rank, f"node{rank}", phase, step, "", since, written)
 
 
 WAITED_FOR = {
-    "silent, though further on": ([sign(0), sign(1, step=8, written=900.0), sign(2, "data")], 1),
-    "behind": ([sign(0), sign(1, step=6), sign(2, "data")], 1),
-    "starving": ([sign(0), sign(1, since=800.0), sign(2, "data", since=950.0)], 2),
-    "drawing": ([sign(0), sign(1, "actions")], 1),
-    "all in the collective: the first to get there": ([sign(0), sign(1, since=850.0)], 1),
-    "never heard of": ([sign(0), sign(1, "start", step=0, since=0.0, written=0.0)], 1),
+    "silent, though further on": ([status(0), status(1, step=8, written=900.0), status(2, "data")], 1),
+    "behind": ([status(0), status(1, step=6), status(2, "data")], 1),
+    "starving": ([status(0), status(1, since=800.0), status(2, "data", since=950.0)], 2),
+    "drawing": ([status(0), status(1, "actions")], 1),
+    "all in the collective: the first to get there": ([status(0), status(1, since=850.0)], 1),
+    "never heard of": ([status(0), status(1, "start", step=0, since=0.0, written=0.0)], 1),
 }
 
 
 @pytest.mark.parametrize("case", WAITED_FOR)
 def test_whom_all_wait_for(case):
-    signs, rank = WAITED_FOR[case]
-    assert slowest(signs, NOW, silence=30.0).rank == rank
+    statuses, rank = WAITED_FOR[case]
+    assert slowest(statuses, NOW, silence=30.0).rank == rank
 
 
 def heartbeat(tmp_path, rank=0, timeout=100.0, world_size=1):
-    return Heartbeat(tmp_path, Ranks(rank, world_size, 0, torch.device("cpu")), timeout)
+    return HangWatchdog(tmp_path, Ranks(rank, world_size, 0, torch.device("cpu")), timeout)
 
 
 def test_what_a_rank_is_at_is_written(tmp_path):
@@ -56,7 +56,7 @@ def test_what_a_rank_is_at_is_written(tmp_path):
 
     with pytest.raises(RuntimeError, match="StopIteration"):
         use_all()
-    (told,) = read_signs(tmp_path, 1)
+    (told,) = read_statuses(tmp_path, 1)
     assert (told.phase, told.step, told.shards) == ("failed", 3, "shards/000003.tar")
     assert told.silent_for(time.time()) < 60
 
@@ -65,22 +65,22 @@ def test_a_rank_that_never_wrote_is_still_to_begin(tmp_path):
     with heartbeat(tmp_path):
         pass
     (tmp_path / "rank-00001.json").write_text('{"rank": 1, "ho')  # torn
-    first, torn, missing = read_signs(tmp_path, 3)
+    first, torn, missing = read_statuses(tmp_path, 3)
     assert (first.phase, torn.phase, missing.phase) == ("finished", "start", "start")
     assert missing.silent_for(NOW) == NOW
 
 
 def test_a_heart_that_watches_nothing_passes_batches_on():
-    assert next(Heart().watched(iter([5]), TrainState(10), [])) == 5
+    assert next(NoWatchdog().watched(iter([5]), TrainState(10), [])) == 5
 
 
 HANG = """
 import sys, time, torch
 from pathlib import Path
-from train.loop.heartbeat import Heartbeat
+from train.loop.heartbeat import HangWatchdog
 from train.distributed.ranks import Ranks
 folder, phase, world_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-with Heartbeat(folder, Ranks(0, world_size, 0, torch.device("cpu")), 2.0) as heart:
+with HangWatchdog(folder, Ranks(0, world_size, 0, torch.device("cpu")), 2.0) as heart:
     heart.beat(phase, 7)
     time.sleep(float(sys.argv[4]))
 """
@@ -109,6 +109,6 @@ def test_what_is_slow_has_more_time(tmp_path):
 @pytest.mark.processes
 def test_it_waits_for_a_rank_that_is_at_slow_work(tmp_path):
     """Rank 1 draws, and says so: by a clock an hour ahead, as rank 0 may take long to start here."""
-    busy = Sign(1, "node1", "actions", 7, "", time.time() + 3600, time.time() + 3600)
-    (tmp_path / "rank-00001.json").write_text(json.dumps({name: getattr(busy, name) for name in Sign.__slots__}))
+    busy = RankStatus(1, "node1", "actions", 7, "", time.time() + 3600, time.time() + 3600)
+    (tmp_path / "rank-00001.json").write_text(json.dumps({name: getattr(busy, name) for name in RankStatus.__slots__}))
     assert hang(tmp_path, "step", world_size=2, seconds=5.0).returncode == 0

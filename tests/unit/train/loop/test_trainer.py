@@ -12,9 +12,9 @@ from train.distributed.ranks import Ranks
 from train.engine.deepspeed_engine import StepResult
 from train.engine.train_state import TrainState
 from train.loop.context import TrainedModel, TrainingContext
-from train.loop.heartbeat import Heart
+from train.loop.heartbeat import NoWatchdog
 from train.loop.meter import Meter
-from train.loop.stability_monitor import BadNumbers, NumbersWentBad, Watch
+from train.loop.stability_monitor import StabilityConfig, StabilityMonitor, TrainingDiverged
 from train.loop.trainer import Action, Cadence, Trainer
 from train.runs.metrics import JsonLines, read_metrics
 
@@ -84,11 +84,11 @@ def make_trainer(tmp_path):
         ]
         saves = saves or Saves()
         batches = range(start + 1, total + 1)
-        watch = Watch(BadNumbers(), ALONE, tmp_path / "skipped.jsonl", good_step=start)
+        monitor = StabilityMonitor(StabilityConfig(), ALONE, tmp_path / "skipped.jsonl", good_step=start)
         never = SimpleNamespace(agreed=lambda step, device: False)
         model, engine = TrainedModel("test", None, ""), Steps(skipped)
-        context = TrainingContext(model, engine, ema, state, saves, reporter, Heart(), never)
-        return Trainer(context, batches, watch, cadence, listed), saves
+        context = TrainingContext(model, engine, ema, state, saves, reporter, NoWatchdog(), never)
+        return Trainer(context, batches, monitor, cadence, listed), saves
 
     return make
 
@@ -123,11 +123,11 @@ def test_actions_come_before_the_save(make_trainer, tmp_path):
 
 def test_only_a_number_is_a_spike(tmp_path):
     """NaN is the loss of a log line all of whose steps were skipped."""
-    watch = Watch(BadNumbers(spike_factor=3.0, spike_window=2), ALONE, tmp_path / "skipped.jsonl")
+    monitor = StabilityMonitor(StabilityConfig(spike_factor=3.0, spike_window=2), ALONE, tmp_path / "skipped.jsonl")
     for step, loss in enumerate([1.0, 1.1, float("nan"), 2.9], 1):
-        watch.after_log(step, loss)
-    with pytest.raises(NumbersWentBad, match="the loss of step 5 is"):
-        watch.after_log(5, 9.0)
+        monitor.after_log(step, loss)
+    with pytest.raises(TrainingDiverged, match="the loss of step 5 is"):
+        monitor.after_log(5, 9.0)
 
 
 def test_no_bare_nan_is_written(make_trainer, tmp_path):
@@ -139,11 +139,11 @@ def test_no_bare_nan_is_written(make_trainer, tmp_path):
 
 def test_100_skipped_steps_in_a_row_end_it(make_trainer):
     loop, _ = make_trainer(total=250, skipped=[*range(1, 100), *range(101, 201)], save_every=None)
-    with pytest.raises(NumbersWentBad, match="gradients of 100 steps in a row, up to step 200, were not") as bad:
+    with pytest.raises(TrainingDiverged, match="gradients of 100 steps in a row, up to step 200, were not") as bad:
         loop.fit()
     state = loop.context.state
     assert (state.step, state.applied_steps, bad.value.good_step) == (200, 1, 100)
-    noted = [json.loads(line) for line in loop.watch.notes.read_text().splitlines()]
+    noted = [json.loads(line) for line in loop.monitor.skipped_log.read_text().splitlines()]
     assert [row["step"] for row in noted] == [*range(1, 100), *range(101, 201)]
     assert noted[0]["keys"] == ["sample of step 1"]
 

@@ -11,7 +11,7 @@ from train.diffusion.samplers import sample_ddim, sample_euler
 from train.models.autoencoder import AutoencoderKL
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
-from train.sampling.generator import Asked, Generator, Guidance, Sampler
+from train.sampling.generator import ConditionBatch, Generator, Guidance, Sampler
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def text():
 
 
 def asked(text, pooled):
-    return Asked({"text": text, "pooled": pooled}, ["a caption"] * len(text))
+    return ConditionBatch({"text": text, "pooled": pooled}, ["a caption"] * len(text))
 
 
 @pytest.mark.parametrize("function", [sample_euler, lambda *a: sample_ddim(*a, eta=1.0)], ids=["euler", "ancestral"])

@@ -15,7 +15,7 @@ from data_pipeline.images.resize import centre_square
 from train.evaluate_ldm import usable
 from train.models.classifier import NoisyClassifier
 from train.sample_images import guided_by
-from train.sampling.requests import as_sample, asked_rows, load_picture, rows_away_from
+from train.sampling.requests import as_sample, load_picture, negative_rows, request_rows
 from train.weights.saved import save_model
 
 
@@ -74,26 +74,26 @@ def by_layout():
 
 @pytest.mark.parametrize("layouts", [3, "fox", ["fox", 0, 0, 1, 1], [["fox", 0, 0, 1]], [[["fox"], 3]]])
 def test_a_layout_that_is_none_is_a_sentence(by_layout, layouts):
-    (row, *_) = asked_rows({"layouts": layouts}, 1)
+    (row, *_) = request_rows({"layouts": layouts}, 1)
     with pytest.raises(UserError, match="layouts: "):
         as_sample(by_layout, row)
 
 
 def test_a_layout_is_named_by_its_classes(by_layout):
-    (row,) = asked_rows({"layouts": [["fox", 0, 0, 0.5, 1], [3, 0.5, 0, 1, 1]]}, 1)
+    (row,) = request_rows({"layouts": [["fox", 0, 0, 0.5, 1], [3, 0.5, 0, 1, 1]]}, 1)
     assert as_sample(by_layout, row)["key"] == "fox and 3"
 
 
 def test_a_negative_prompt_is_one_text_for_a_run_of_prompts():
     rows = [{"prompts": "a", "images": "x.png"}, {"prompts": "b", "images": "x.png"}]
-    assert rows_away_from("bad", rows) == [{"prompts": "bad", "images": "x.png"}] * 2
-    assert rows_away_from(3, rows)[0]["prompts"] == "3"
-    assert rows_away_from("", rows)[0]["prompts"] == ""
-    assert rows_away_from(None, rows) == []
+    assert negative_rows("bad", rows) == [{"prompts": "bad", "images": "x.png"}] * 2
+    assert negative_rows(3, rows)[0]["prompts"] == "3"
+    assert negative_rows("", rows)[0]["prompts"] == ""
+    assert negative_rows(None, rows) == []
     with pytest.raises(UserError, match=r"not conditioned on prompts: leave negative_prompt= out"):
-        rows_away_from("bad", [{"labels": "fox"}])
+        negative_rows("bad", [{"labels": "fox"}])
     with pytest.raises(UserError, match="one for all pictures"):
-        rows_away_from(["a", "b"], rows)
+        negative_rows(["a", "b"], rows)
 
 
 def test_a_class_whose_name_is_a_number_guides(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.common.errors import DataError, UserError
 from train.models.unet import UNet
 from train.weights import diffusers, stable_diffusion
-from train.weights.foreign import to_theirs
+from train.weights.foreign import to_foreign
 from train.weights.published import load_autoencoder, load_unet_weights
 from train.weights.shapes import unet_options
 
@@ -25,7 +25,7 @@ def refuse_no_bijection(carried, model):
     assert len({one.theirs for one in carried}) == len(carried)
     for one in carried:
         parts = [state[name] for name in one.ours]
-        again = one.form.to_ours(one.form.to_theirs(parts))
+        again = one.form.from_foreign(one.form.to_foreign(parts))
         assert all(torch.equal(a, b) for a, b in zip(again, parts, strict=True)), one
 
 
@@ -64,7 +64,7 @@ def compvis_attention_over_pixels(x, state, prefix, heads):
 
 @pytest.mark.parametrize("unet", ["ldm_unconditional"], indirect=True)
 def test_fused_attention_over_pixels_is_the_same_function(unet):
-    state = to_theirs(stable_diffusion.unet_map(unet), unet.state_dict())
+    state = to_foreign(stable_diffusion.unet_map(unet), unet.state_dict())
     assert state["middle_block.1.qkv.weight"].shape == (288, 96, 1)
     x = torch.randn(2, 96, 4, 4)
     expected = compvis_attention_over_pixels(x, state, "middle_block.1", heads=3)
@@ -81,7 +81,7 @@ def test_first_stage_is_what_diffusers_converts(first_stage):
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     state = first_stage.state_dict()
-    file = {f"first_stage_model.{one.theirs}": one.form.to_theirs([state[one.ours[0]]])
+    file = {f"first_stage_model.{one.theirs}": one.form.to_foreign([state[one.ours[0]]])
             for one in stable_diffusion.autoencoder_map(first_stage)}  # fmt: skip
     assert file["first_stage_model.decoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
     theirs = convert_ldm_vae_checkpoint(file, {"down_block_types": [0] * 2, "up_block_types": [0] * 2})
@@ -134,7 +134,7 @@ def test_a_first_stage_has_one_fingerprint_in_either_format(sd1_unet, first_stag
 
 
 def test_a_first_stage_alone_with_what_it_was_trained_against(first_stage, tmp_path, same_weights):
-    state = to_theirs(stable_diffusion.autoencoder_map(first_stage), first_stage.state_dict())
+    state = to_foreign(stable_diffusion.autoencoder_map(first_stage), first_stage.state_dict())
     torch.save({"state_dict": {**state, "loss.logvar": torch.zeros(())}}, tmp_path / "kl.ckpt")
     assert same_weights(load_autoencoder(str(tmp_path / "kl.ckpt")), first_stage)
 
