@@ -68,7 +68,7 @@ class Prefetcher(Generic[T]):
 
 
 class BackgroundWriter:
-    """`with BackgroundWriter(depth) as writer: writer.submit(write, data)`: a thread makes the calls, one after another.
+    """`with BackgroundWriter(depth) as writer: writer.submit(write, data)`: a thread makes the calls, in order.
 
     `submit` waits while `depth` calls are queued. The first error is raised by the next `submit`, or on leaving; calls
     queued after it are not made. Leaving by another error still finishes the queued calls.
