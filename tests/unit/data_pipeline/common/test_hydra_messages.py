@@ -89,8 +89,8 @@ def test_earlier_names_on_the_command_line_and_in_files_get_a_sentence_with_toda
     (tmp_path / "experiment/mine.yaml").write_text(experiment)
     write_latents(tmp_path / "train", 8, TINY_LATENTS)
     given = [f"input={tmp_path}", f"output={tmp_path}/run", "autoencoder.path=a", "clip.path=b"]
-    mine = [f"--config-dir={tmp_path}", "experiment=mine", "training.may_change=[seed]"]
-    done = run("train/train_ldm.py", *given, *mine, "training.steps=1", "training.batch_size=1", check=False)
+    mine = ["training.steps=1", "training.batch_size=1", "training.may_change=[seed]", "experiment=mine"]
+    done = run("train/train_ldm.py", *given, *mine, f"--config-dir={tmp_path}", check=False)
     assert done.returncode == 2, done.stderr
     assert "the option training.may_change is now training.allow_mismatch;" in done.stderr
     assert "the option training.bad_numbers is now training.stability;" in done.stderr
