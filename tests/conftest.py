@@ -1,4 +1,4 @@
-"""Orders tests (fast ones first), gives each pytest-xdist worker its share of the cores, and shares fixtures.
+"""Orders tests (fast ones first; several workers start with the slow ones, to end together), gives each pytest-xdist worker its share of the cores, and shares fixtures.
 
 torch is not imported here: it reads its thread count on import, and pytest-xdist's controller does not need torch.
 """
@@ -25,8 +25,8 @@ os.environ["OMP_NUM_THREADS"] = str(min(THREADS, int(os.environ.get("OMP_NUM_THR
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts by folder, in the order above; keeps tests that share a module's fixture on one worker."""
-    items.sort(key=_place_in_order)
+    """Sorts by folder, in the order above or in reverse; keeps tests that share a module's fixture on one worker."""
+    items.sort(key=_place_in_order, reverse=WORKERS > 1)
     for item in items:
         if _shares_a_fixture(item) and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).as_posix()))

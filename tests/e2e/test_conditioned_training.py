@@ -177,7 +177,7 @@ def test_a_training_starts_from_another_run(folder: Path) -> None:
     assert not (folder / "never").exists()
 
 
-@pytest.mark.parametrize("name", ["joint_text", pytest.param("class_label", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", ["class_label", pytest.param("joint_text", marks=pytest.mark.exhaustive)])
 def test_conditioners_trained_jointly_learn_the_same_at_stage_3(folder: Path, name: str) -> None:
     """What they give leaves a module that DeepSpeed partitions: hooks must find it, or gradients would be lost."""
     found = {}

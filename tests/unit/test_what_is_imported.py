@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GUARD = '\nif __name__ == "__main__"'  # at a line's beginning
 SOURCES = [path for folder in ("train", "data_pipeline") for path in (ROOT / folder).glob("*.py")]
 ENTRIES = sorted(path for path in SOURCES if GUARD in path.read_text())
+STARTED = ("train_ldm", "precompute_latents", "make_shards")  # the others begin alike, and exhaustively
 SECONDS = {"deepspeed", "transformers", "timm", "wandb", "matplotlib", "open_clip", "diffusers", "torchvision"}
 SECONDS |= {"xformers", "torch._dynamo", "sympy", "s3fs", "aiobotocore", "pyarrow", "webdataset"}
 
@@ -38,6 +40,15 @@ def test_all_scripts_are_among_the_entries() -> None:
 
 
 @pytest.mark.parametrize("script", ENTRIES, ids=name)
+def test_an_entry_begins_with_start_entry_and_imports_nothing_before(script: Path) -> None:
+    before = ast.parse(script.read_text().partition(GUARD)[0]).body
+    imported = {alias.name for node in before if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    assert imported == {"annotations", "start_entry"}
+
+
+@pytest.mark.parametrize(
+    "script", [e if e.stem in STARTED else pytest.param(e, marks=pytest.mark.exhaustive) for e in ENTRIES], ids=name
+)
 def test_help_needs_neither_torch_nor_numpy(script: Path) -> None:
     code, said, modules = started(str(script), "--help")
     assert modules & {"torch", "numpy", *SECONDS} == set()
