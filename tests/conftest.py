@@ -1,4 +1,6 @@
-"""Orders tests (fast ones first; several workers start with the slow ones, to end together), gives each pytest-xdist worker its share of the cores, and shares fixtures.
+"""Orders tests, gives each pytest-xdist worker its share of the cores, and shares fixtures.
+
+Fast tests come first; several workers begin with the slow ones instead, so that they end together.
 
 torch is not imported here: it reads its thread count on import, and pytest-xdist's controller does not need torch.
 """

@@ -42,8 +42,8 @@ def test_all_scripts_are_among_the_entries() -> None:
 @pytest.mark.parametrize("script", ENTRIES, ids=name)
 def test_an_entry_begins_with_start_entry_and_imports_nothing_before(script: Path) -> None:
     before = ast.parse(script.read_text().partition(GUARD)[0]).body
-    imported = {alias.name for node in before if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
-    assert imported == {"annotations", "start_entry"}
+    assert all(isinstance(node, ast.Expr | ast.ImportFrom) for node in before)
+    assert {n.module for n in before if isinstance(n, ast.ImportFrom)} == {"__future__", "data_pipeline.common.entry"}
 
 
 @pytest.mark.parametrize(
