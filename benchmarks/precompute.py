@@ -26,7 +26,7 @@ from torch import Tensor
 from data_pipeline.common.threads import BackgroundWriter, Prefetcher
 from data_pipeline.encode import shard_reader, split_encoder
 from data_pipeline.encode.batch_encoder import Encoders
-from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.shards.manifest import Manifest
@@ -102,7 +102,7 @@ def images_per_second(root: Path, image: Any, threads: bool) -> float:
         shard_reader.ordered_map = lambda pool, function, items, ahead: map(function, items)
     else:
         shard_reader.ordered_map = ORDERED_MAP
-    split = Split("", Manifest.load(root / "pictures"), OutputPaths(str(output)), reader)
+    split = SplitToEncode("", Manifest.load(root / "pictures"), OutputPaths(str(output)), reader)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         split_encoder.encode_split(split)

@@ -20,7 +20,7 @@ from data_pipeline.common.progress import Progress
 from data_pipeline.shards.manifest import Manifest, find_splits
 from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
 from data_pipeline.shards.rejects import Rejects, accounting, summary
-from data_pipeline.shards.split_writer import Split
+from data_pipeline.shards.split_writer import SplitWriter
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_source
 
@@ -43,9 +43,9 @@ def main(cfg: DictConfig) -> None:
         print(f"make_shards: {cfg.output} is finished already")
         return
     rejects = Rejects(listed, cfg.max_aside_fraction)
-    splits = {"train": Split(storage.join(cfg.output, "train"), cfg.shard_size)}
+    splits = {"train": SplitWriter(storage.join(cfg.output, "train"), cfg.shard_size)}
     if heldout:
-        splits["heldout"] = Split(storage.join(cfg.output, "heldout"), cfg.shard_size)
+        splits["heldout"] = SplitWriter(storage.join(cfg.output, "heldout"), cfg.shard_size)
     with Progress("make_shards", listed, "pictures") as bar:
         for number, item in enumerate(source.items()):
             sample = prepared_sample(item, cfg.size, filters, rejects)
@@ -65,7 +65,7 @@ def main(cfg: DictConfig) -> None:
     report(cfg.output, splits, filters.counts, rejects)
 
 
-def report(output: str, splits: Mapping[str, Split], filtered: Counter[str], rejects: Rejects) -> None:
+def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str], rejects: Rejects) -> None:
     """Print what became of the listed pictures, and the path of the first one set aside."""
     counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
     left_out = f"{filtered.total()} filtered, {len(rejects.rows)} set aside"

@@ -23,7 +23,7 @@ from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Condition, refuse_text_alone, use_clip
 from data_pipeline.encode.encoders import TextEncoder
-from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
@@ -62,7 +62,7 @@ def main(cfg: DictConfig) -> None:
         sizes = sizes_of(cfg.size or source.info.get("size"), cfg.buckets, cfg.bucket_step, image.factor)
         base = base_of(cfg.base, name, encoders, sizes.described) if cfg.base else None
         reader = ShardReader(path, encoders, sizes, base, cfg.decoders or usable_cpus())
-        split = Split(name, source, OutputPaths(cfg.output, name, sizes.split), reader, cfg.max_aside_fraction)
+        split = SplitToEncode(name, source, OutputPaths(cfg.output, name, sizes.split), reader, cfg.max_aside_fraction)
         encode_split(split, worker, lambda: stop.requested)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from data_pipeline.images.grid import save_png
 from train.diffusion import samplers
 from train.diffusion.parameterization import Flow
-from train.diffusion.process import CosineVP, DiffusionProcess, RectifiedFlow, log_snr, time_at_noise
+from train.diffusion.process import CosineVP, DiffusionProcess, RectifiedFlow, half_log_snr, time_at_noise
 from train.diffusion.time_sampling import stratified
 from train.engine.ema import Ema
 from train.engine.optimizer import SCHEDULES, Schedule
@@ -97,7 +97,7 @@ def signal_to_noise(folder: Path) -> Path:
     figure, (axis,) = panels(1, 1, 9.5, 4.0)
     for style, (name, process) in zip(STYLES, options("process").items(), strict=True):
         fraction, t = along(process)
-        axis.plot(fraction[1:-1], log_snr(process, t[1:-1]), linestyle=style, label=name)
+        axis.plot(fraction[1:-1], half_log_snr(process, t[1:-1]), linestyle=style, label=name)
     axis.set(xlabel="way from data (0) to noise (1)", ylabel="lambda = log(alpha / sigma)", ylim=(-8, 6), xlim=(0, 1))
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return saved(figure, folder / "log_snr.png")
@@ -163,8 +163,8 @@ def spacings(folder: Path, steps: int = 10) -> Path:
             height = torch.full_like(t, row + 0.25 * (offset - 1))
             fraction = (t - process.start) / (process.end - process.start)
             axes[0].plot(fraction, height, **marks, label=name if row == 0 else None)
-            finite = log_snr(process, t).isfinite()
-            axes[1].plot(log_snr(process, t)[finite], height[finite], **marks)
+            finite = half_log_snr(process, t).isfinite()
+            axes[1].plot(half_log_snr(process, t)[finite], height[finite], **marks)
     axes[0].set_yticks(range(len(shown)), list(shown))
     axes[0].set_ylim(len(shown) - 0.5, -0.5)
     axes[0].set(xlabel="way from data (0) to noise (1)", title=f"{steps} evaluations")

@@ -13,7 +13,7 @@ from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import LowResolution, Text
 from data_pipeline.encode.encoders import TextStates
-from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
@@ -54,9 +54,10 @@ def encoders(dtype: str = "float32", batch_size: int = 4) -> Encoders:
     return Encoders(image, CaptionCache(Table(), batch_size), conditions, torch.device("cpu"), batch_size, dtype, True)
 
 
-def split_of(images: str, output: str) -> Split:
+def split_of(images: str, output: str) -> SplitToEncode:
     source, using = Manifest.load(images, "image-text"), encoders()
-    return Split("", source, OutputPaths(output), ShardReader(images, using, sizes_of(None, None, 64, 2), threads=2))
+    reader = ShardReader(images, using, sizes_of(None, None, 64, 2), threads=2)
+    return SplitToEncode("", source, OutputPaths(output), reader)
 
 
 def work(images: str, output: str, number: int, workers: int, ready: Event, go: Event) -> None:

@@ -21,7 +21,7 @@ from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.rejects import Rejects, accounting, summary
 
 
-class Split(NamedTuple):
+class SplitToEncode(NamedTuple):
     """A split to encode: its name, what it is made from, where it goes, and what reads and encodes it."""
 
     name: str
@@ -102,7 +102,7 @@ def refuse_pictures(paths: OutputPaths) -> None:
         raise UserError(f"output={paths.output} holds image-text shards: choose another folder for the latents.")
 
 
-def temp_folders(split: Split) -> list[str]:
+def temp_folders(split: SplitToEncode) -> list[str]:
     """Folders that may hold temporary files of this split."""
     paths = split.paths
     roots = {paths.markers_root, paths.root()}
@@ -113,7 +113,7 @@ def temp_folders(split: Split) -> list[str]:
 
 
 def finish(
-    split: Split, records: Sequence[dict[str, Any]], made_of: dict[str, str], counted: Callable[[int], str]
+    split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dict[str, str], counted: Callable[[int], str]
 ) -> None:
     """Write what belongs to the whole: constants, rejects, manifests. Every worker writes the same bytes."""
     source, paths, encoders = split.source, split.paths, split.encoders

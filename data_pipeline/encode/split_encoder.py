@@ -13,7 +13,7 @@ from data_pipeline.common.temp_files import sweep
 from data_pipeline.common.threads import BackgroundWriter, Prefetcher
 from data_pipeline.encode.batch_encoder import encode_batch
 from data_pipeline.encode.latent_dataset import (
-    Split,
+    SplitToEncode,
     claim,
     finish,
     recipe_of,
@@ -30,7 +30,7 @@ STEPS_AHEAD, CALLS_BEHIND = 4, 4  # batches that wait between decoding, encoding
 MARKER_THREADS = 16  # threads that look for finished shards: in a bucket each look takes some 20 ms
 
 
-def encode_split(split: Split, worker: Worker = Worker(), stop: Callable[[], bool] = lambda: False) -> None:  # noqa: B008
+def encode_split(split: SplitToEncode, worker: Worker = Worker(), stop: Callable[[], bool] = lambda: False) -> None:  # noqa: B008
     """Encode the missing shards, then write constants and manifests. Raises Stopped if asked to stop before that."""
     source, paths = split.source, split.paths
     made_of = recipe_of(source, split.encoders, split.reader.sizes, split.reader.base)
@@ -60,7 +60,7 @@ class SplitEncoder:
     Three threads: one decodes pictures ahead, this one encodes, and one writes tars behind it.
     """
 
-    def __init__(self, split: Split, worker: Worker, done: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, split: SplitToEncode, worker: Worker, done: dict[str, dict[str, Any]]) -> None:
         self.split, self.worker, self.done = split, worker, done
         self.encoders, self.paths = split.encoders, split.paths
         self.rejects = Rejects(split.source.samples, split.max_aside_fraction)

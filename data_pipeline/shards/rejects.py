@@ -13,8 +13,8 @@ from data_pipeline.common.errors import DataError
 
 
 class Rejects:
-    """processed + set aside = listed, always. If more than `max_fraction` of what is listed is set aside, the run stops
-    with the reasons."""
+    """processed + filtered + set aside = listed, always. If more than `max_fraction` of what is listed is set
+    aside, the run stops with the reasons."""
 
     def __init__(self, listed: int, max_fraction: float) -> None:
         self.listed, self.max_fraction = listed, max_fraction

@@ -11,7 +11,7 @@ from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.writer import ShardWriter
 
 
-class Split:
+class SplitWriter:
     """A split being written: one shard of samples in memory, the earlier ones published."""
 
     def __init__(self, root: str, shard_size: int) -> None:

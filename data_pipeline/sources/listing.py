@@ -36,18 +36,18 @@ def scan_source(options: Mapping[str, Any], source: Source, filters: Filters | N
             filters.look(item.meta)
         row = json.dumps((item.key, item.caption, *getattr(item, "stamp", ()), *looked_at), sort_keys=True)
         mark.update(f"{', ' if number else ''}{row}".encode())
-        keys.append(digest_of(item.key))
+        keys.append(key_hash(item.key))
         heldout += is_heldout(item, number, options["heldout_every"])
     mark.update(b"]]")
     ordered = np.sort(np.frombuffer(keys, np.uint64))
     again = ordered[1:][ordered[1:] == ordered[:-1]].tolist()
     if again:
-        twice = next(item.key for item in source.items() if digest_of(item.key) == again[0])
+        twice = next(item.key for item in source.items() if key_hash(item.key) == again[0])
         raise UserError(f"two pictures have the key {twice}: rename one of them.")
     return mark.hexdigest()[:16], number + 1, heldout
 
 
-def digest_of(key: str) -> int:
+def key_hash(key: str) -> int:
     """A 64-bit hash of a key."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "little")
 

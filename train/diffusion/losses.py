@@ -1,7 +1,8 @@
 """Error functions between prediction and target, and loss weights per time.
 
-Errors: (prediction, target) -> elementwise. Weightings: (alpha (B,), sigma (B,), parameterization) -> (B,). Weights
-that papers state for x0 are converted to weights of the prediction by (d x0 / d prediction)^2. SNR = alpha^2 / sigma^2.
+Errors: (prediction, target) -> elementwise. Weightings: (alpha (B,), sigma (B,), parameterization) -> (B,): the weight
+of the prediction's squared error. Papers state it for x0: take that weight and multiply it by error_scale.square(),
+where error_scale = |d x0 / d prediction| comes with the SNR = alpha^2 / sigma^2 from `_snr`.
 """
 
 from __future__ import annotations

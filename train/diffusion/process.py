@@ -166,7 +166,7 @@ class DiscreteVP:
         return (fraction * self.steps).floor().clamp(max=self.end)
 
 
-def log_snr(process: DiffusionProcess, t: Tensor) -> Tensor:
+def half_log_snr(process: DiffusionProcess, t: Tensor) -> Tensor:
     """lambda(t) = log(alpha / sigma), half the log of the SNR (Lu et al. 2022); infinite where alpha or sigma is 0."""
     return process.alpha(t).log() - process.sigma(t).log()
 

@@ -33,7 +33,7 @@ class Level(NamedTuple):
     sigma: float
 
     @property
-    def log_snr(self) -> float:
+    def half_log_snr(self) -> float:
         """lambda = log(alpha / sigma)."""
         if self.alpha == 0 or self.sigma == 0:
             return -inf if self.alpha == 0 else inf
@@ -157,7 +157,7 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, times: Tensor, process: Diffusi
         x0 = denoise(x, times[i])
         mean_x0 = x0
         if x0_before is not None and then.sigma > 0 and levels[i - 1].alpha > 0:
-            h, h_before = then.log_snr - now.log_snr, now.log_snr - levels[i - 1].log_snr
+            h, h_before = then.half_log_snr - now.half_log_snr, now.half_log_snr - levels[i - 1].half_log_snr
             mean_x0 = x0 + h / (2 * h_before) * (x0 - x0_before)
         x = _exponential_step(x, mean_x0, now, then)
         x0_before = x0
@@ -181,7 +181,7 @@ def sample_unipc(denoise: Denoise, x: Tensor, times: Tensor, process: DiffusionP
         if order:
             x = _unipc_step(x_before, known, now, order, x0)
         known = [*known, (now, x0)][-2:]
-        finite = sum(not isinf(level.log_snr) for level, _ in known)
+        finite = sum(not isinf(level.half_log_snr) for level, _ in known)
         order = max(min(2, finite), 1) if levels[i + 1].sigma > 0 else 1
         x_before = x
         x = _unipc_step(x, known, levels[i + 1], order)
@@ -193,12 +193,12 @@ def _unipc_step(
 ) -> Tensor:
     """Step from the latest known level to `then`: predictor, or corrector if x0 at `then` is given (eq. 4 and 8)."""
     now, x0 = known[-1]
-    h = then.log_snr - now.log_snr
+    h = then.half_log_snr - now.half_log_snr
     step = _exponential_step(x, x0, now, then)
     differences, places = [], []  # (x0 - x0_now) / r at r = (lambda - lambda_now) / h
     if order == 2:
         before, x0_before = known[-2]
-        places.append((before.log_snr - now.log_snr) / h)
+        places.append((before.half_log_snr - now.half_log_snr) / h)
         differences.append((x0_before - x0) / places[0])
     if x0_then is not None:
         places.append(1.0)

@@ -25,7 +25,8 @@ from train.engine.zero_state import ZeroState
 
 
 class StepResult(NamedTuple):
-    """The result of one global step. parts: this rank's means over its micro-batches, still on the device."""
+    """The result of one global step. parts: this rank's means over its micro-batches, still on the device; the gradient
+    norm is not among them: `Engine.gradient_norm`."""
 
     parts: dict[str, Tensor]
     cursor: DataCursor
@@ -98,7 +99,8 @@ class Engine(ZeroState):
         return True
 
     def gradient_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping; costs a host sync."""
+        """Global gradient norm of the last step, before clipping. Not finite if that step was skipped (inf at stages 1
+        to 3); NaN if DeepSpeed does not know it, as before the first step. Costs a host sync."""
         norm = self.deepspeed.get_global_grad_norm() if self.config.zero_stage else self.norm
         return float(norm) if norm is not None else float("nan")
 

@@ -28,7 +28,7 @@ from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
-from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
@@ -73,7 +73,7 @@ def written(images, output, using):
     source, sizes = Manifest.load(images), sizes_of(None, None, 64, using.image.factor)
     for condition in using.conditions.values():
         condition.learn([{"meta": {"group": "a", "boxes": [["thing", 0.0, 0.0, 1.0, 1.0]]}}])
-    encode_split(Split("", source, OutputPaths(str(output)), ShardReader(str(images), using, sizes)))
+    encode_split(SplitToEncode("", source, OutputPaths(str(output)), ShardReader(str(images), using, sizes)))
     return Manifest.load(output)
 
 

@@ -23,7 +23,7 @@ from data_pipeline.common.progress import Progress
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Text
-from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
@@ -68,7 +68,7 @@ def precompute(images, output, image, sizes=None):
     for name in SIZES:
         source = Manifest.load(images / name)
         reader = ShardReader(str(images / name), using, sizes)
-        encode_split(Split(name, source, OutputPaths(str(output), name, sizes.split), reader))
+        encode_split(SplitToEncode(name, source, OutputPaths(str(output), name, sizes.split), reader))
 
 
 @pytest.fixture(scope="module")

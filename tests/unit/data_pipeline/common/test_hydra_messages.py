@@ -12,8 +12,14 @@ from data_pipeline.common.entry import CONF
 from data_pipeline.common.hydra_messages import explained, top_keys, with_new_names
 from data_pipeline.common.progress import Progress
 
+
+def offered(group):
+    """All options of a group but the last, as a message lists them."""
+    return ", ".join(sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml"))[:-1])
+
+
 WRONG = {
-    "filters=[shortest_sid]": "filters=shortest_sid is not to be had: take aspect, caption_length, columns, dup",
+    "filters=[shortest_sid]": f"filters=shortest_sid is not to be had: take {offered('filters')} or ",
     "filters.aspect.at_most=3": "no option filters.aspect.at_most unless it is chosen: add filters=[aspect].",
     "+filters.aspect.at_most=3": "filters.aspect is set, but no such filter chosen: add filters=[aspect].",
     "source.limt=3": "there is no option source.limt: is it source.limit",
@@ -55,7 +61,7 @@ def test_options_of_a_wrong_kind_are_said_once(tmp_path):
 def test_what_is_not_known_stays_as_hydra_says_it():
     said = "Something else\n\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
     assert explained(said, Path(CONF), "make_shards") == "Something else"
-    assert "take hole, image_embedding" in explained(
+    assert f"take {offered('conditions')} or " in explained(
         "In 'x': Could not load 'conditions/txt'.", Path(CONF), "precompute_latents"
     )
 

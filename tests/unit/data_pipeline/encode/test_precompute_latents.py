@@ -16,7 +16,7 @@ from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Text
 from data_pipeline.encode.encoders import TextStates
-from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
@@ -69,7 +69,7 @@ def encoders(image=None, text=None, dtype="float16", keep=0, **how):
 def precompute(images, root, using, max_aside_fraction=0.05):
     source = Manifest.load(images, "image-text")
     reader = ShardReader(images, using, sizes_of(source.info.get("size"), None, 64, using.image.factor))
-    encode_split(Split("", source, OutputPaths(str(root)), reader, max_aside_fraction))
+    encode_split(SplitToEncode("", source, OutputPaths(str(root)), reader, max_aside_fraction))
     return Manifest.load(root, "latents")
 
 

@@ -27,7 +27,7 @@ from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item, encod
 from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Hole, ImageEmbedding, Label, LowResolution, Text
 from data_pipeline.encode.encoders import TextStates
-from data_pipeline.encode.latent_dataset import Split
+from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
@@ -81,7 +81,7 @@ def precompute(images, output, encoders, size=None, buckets=None, step=8, base=N
     sizes = sizes_of(size or source.info.get("size"), buckets, step, encoders.image.factor)
     lender = base_of(str(base), "", encoders, sizes.described) if base else None
     reader = ShardReader(str(images), encoders, sizes, lender, threads=3)
-    encode_split(Split("", source, OutputPaths(str(output), "", sizes.split), reader, fraction), worker)
+    encode_split(SplitToEncode("", source, OutputPaths(str(output), "", sizes.split), reader, fraction), worker)
 
 
 def write(root, samples, per_shard=6, info=None):

@@ -16,7 +16,7 @@ from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
 from train.diffusion import samplers
 from train.diffusion.parameterization import Epsilon, Flow, Velocity
-from train.diffusion.process import ContinuousVP, CosineVP, DiscreteVP, RectifiedFlow, log_snr, time_at_noise
+from train.diffusion.process import ContinuousVP, CosineVP, DiscreteVP, RectifiedFlow, half_log_snr, time_at_noise
 from train.diffusion.samplers import karras_times, trailing_times, uniform_times
 
 ODE = {
@@ -308,7 +308,7 @@ def test_time_is_found_by_its_noise(process):
     t = torch.linspace(process.first + 0.02, process.end * 0.98, 30, dtype=torch.float64)
     found = time_at_noise(process, process.sigma(t) / process.alpha(t))
     torch.testing.assert_close(found, t, rtol=1e-6, atol=1e-6)
-    assert (log_snr(process, t).diff() < 0).all()
+    assert (half_log_snr(process, t).diff() < 0).all()
 
 
 @pytest.mark.parametrize("process", PROCESSES)
