@@ -108,3 +108,11 @@ def test_the_heldout_loss_is_the_averages(latents: Path, undisturbed: Path, tmp_
     start(latents, tmp_path / "run", "engine=zero0", "training.steps=4", "training.ema_decay=0", ranks=1)
     assert as_numbers(tmp_path / "run") == as_numbers(undisturbed)[:4]
     assert abs(heldout_losses(tmp_path / "run")[0] - heldout_losses(undisturbed)[0]) > 1e-3
+
+
+def test_the_published_weights_are_the_averages(undisturbed: Path) -> None:
+    published = load_file(undisturbed / f"checkpoints/step-{STEPS:08d}/ema.safetensors")
+    averages, raw = (tensors(undisturbed, kind) for kind in ("ema", "weight"))
+    assert {f"network.{name}" for name in published} == averages.keys()
+    assert all(torch.equal(published[name.removeprefix("network.")], average) for name, average in averages.items())
+    assert any(not torch.equal(raw[name], average) for name, average in averages.items())

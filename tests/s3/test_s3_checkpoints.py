@@ -355,8 +355,8 @@ def test_killed_between_any_two_requests_of_a_save(start, place, proxy, monkeypa
     assert steps(place) == [step + 1]
 
 
-def test_a_save_that_was_killed_is_overwritten_at_the_same_step(start, place, proxy):
-    """Its notes are of another save: rank 0 does not take them for those that it waits for."""
+def test_a_save_that_was_killed_is_overwritten_at_the_same_step(start, place, proxy, monkeypatch):
+    """Its notes are of another save: rank 0, which is done first, does not take them for those that it waits for."""
     run = start()
     run.resume()
     run.save(10)
@@ -365,6 +365,14 @@ def test_a_save_that_was_killed_is_overwritten_at_the_same_step(start, place, pr
     storage.write_atomically(f"{place}/step-00000020/part-00000.json", note)
     storage.write_atomically(f"{place}/step-00000020/part-00001.json", note)
     storage.write_atomically(f"{place}/step-00000020/part-00001.safetensors", part)
+
+    saved = writer.save_tensors
+
+    def slow_on_rank_1(tensors, path, *more):
+        time.sleep(0.5 * (path.name == "part-00001.safetensors"))
+        return saved(tensors, path, *more)
+
+    monkeypatch.setattr(writer, "save_tensors", slow_on_rank_1)
     run.save(20)
     assert start().resume() == 20
 
