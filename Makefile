@@ -29,7 +29,7 @@ test: $(SETUP)
 	$(PYTEST) -m 'not exhaustive' $(TESTS)
 
 test-quick: $(SETUP)
-	$(PYTEST) -m 'not exhaustive and not processes and not full_size' $(or $(TESTS),tests/unit)
+	$(PYTEST) -m 'not exhaustive and not processes and not full_size and not slow' $(or $(TESTS),tests/unit)
 
 test-all: $(SETUP)
 	$(PYTEST) $(TESTS)

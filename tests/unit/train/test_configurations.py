@@ -164,6 +164,7 @@ def works(config: OmegaConf) -> None:
     assert pictures.std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_every_experiment_takes_a_step_and_draws(experiment: str) -> None:
     without = ["~autoencoder.path"] if "pixel" in experiment else []
@@ -199,6 +200,7 @@ def together(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 TOGETHER = together((group, option) for group, option, _ in OPTIONS if group != "parameterization")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", TOGETHER, ids=lambda chosen: chosen["process"])
 def test_every_option_takes_a_step_and_draws(chosen: dict[str, str]) -> None:
     """Several at once."""

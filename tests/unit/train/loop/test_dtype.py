@@ -157,6 +157,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.processes
 def test_two_machines_of_one_run_agree(tmp_path):
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), tmp_path], env={**os.environ, "LDT_CPU_BF16": has})

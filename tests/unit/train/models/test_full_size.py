@@ -73,6 +73,7 @@ def in_bf16(q, k, v):
 NARROW = {"sd15": {"channels": [32, 64, 128, 128]}, "sd21": {"channels": [32, 64, 128, 128], "heads": [1, 2, 4, 4]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NARROW)
 def test_narrow_unet(name, monkeypatch, relative_error):
     """All else as configured. Full size's shapes and number of parameters: test_unet.py."""

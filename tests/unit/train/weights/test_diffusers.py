@@ -13,6 +13,7 @@ from train.weights import diffusers
 from train.weights.published import load_unet_weights
 from train.weights.shapes import autoencoder_options, unet_options
 
+pytestmark = pytest.mark.slow
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

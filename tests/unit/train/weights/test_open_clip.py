@@ -17,6 +17,7 @@ from train.weights.open_clip import (
     transformers_names,
 )
 
+pytestmark = pytest.mark.slow
 CAPTIONS = ["", "a red apple", "Two Very LONG words " * 30, "don't - 42 naïve cafés, grinning face 😀"]
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2}
 

@@ -15,6 +15,8 @@ from train.weights.foreign import to_foreign
 from train.weights.published import load_autoencoder, load_unet_weights
 from train.weights.shapes import unet_options
 
+pytestmark = pytest.mark.slow
+
 EVERY_FIRST_STAGE = pytest.mark.parametrize("first_stage", ["kl", "kl_attending", "vq", "vq_attending"], indirect=True)
 
 
