@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.audit.storage_cost import (
     HEADINGS,
     MEGA,
-    Layout,
     Rates,
     Row,
+    StorageLayout,
     deduplicated,
     duration,
     field_bytes,
@@ -116,28 +116,28 @@ def members_of(cfg: DictConfig, encoders: Encoders) -> dict[str, int]:
     return field_bytes(encoders, sides) | {"json": json_of(cfg.caption_bytes, cfg.json_bytes, sides)}
 
 
-def layouts_of(cfg: DictConfig, stages: Mapping[str, Encoders], images: int) -> list[Layout]:
+def layouts_of(cfg: DictConfig, stages: Mapping[str, Encoders], images: int) -> list[StorageLayout]:
     """Whole data sets; the first is what precompute_latents.py writes with the same options."""
     layouts = []
     for name, encoders in stages.items():
         members = members_of(cfg, encoders)
-        layouts.append(Layout(f"{name}: latents and conditions, a copy a sample", members))
+        layouts.append(StorageLayout(f"{name}: latents and conditions, a copy a sample", members))
         made = [condition for condition in encoders.conditions.values() if condition.made_from == ("caption",)]
         of_caption = [f"{field}.npy" for condition in made for field in condition.fields]
         if of_caption:
             title = f"{name}: latents, text once a caption"
             layouts.append(deduplicated(title, members, of_caption, images, cfg.unique_captions))
             kept = {extension: size for extension, size in members.items() if extension not in of_caption}
-            layouts.append(Layout(f"{name}: latents, text encoded in training", kept))
+            layouts.append(StorageLayout(f"{name}: latents, text encoded in training", kept))
     for kind, per_pixel in cfg.bytes_per_pixel.items():
         members = {kind: round(per_pixel * cfg.size**2), "txt": cfg.caption_bytes, "json": max(2, cfg.json_bytes)}
-        layouts.append(Layout(f"pictures ({kind}), all encoded in training", members))
+        layouts.append(StorageLayout(f"pictures ({kind}), all encoded in training", members))
     return layouts
 
 
-def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[Layout]:
+def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[StorageLayout]:
     """Each member by itself, in each possible dtype; members that all first stages share appear once."""
-    parts: dict[str, Layout] = {}
+    parts: dict[str, StorageLayout] = {}
     for name, encoders in stages.items():
         by_dtype = {dtype: members_of(cfg, encoders._replace(dtype=dtype)) for dtype in ("float16", "float32")}
         own = {f"{field}.npy" for field in encoders.field_encoders[0].fields}
@@ -148,7 +148,7 @@ def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[Layout]:
                 sizes = {"": sizes["float16"]}
             for dtype, size in sizes.items():
                 title = f"{label}, {dtype}" if dtype else label
-                parts.setdefault(title, Layout(title, {extension: size}))
+                parts.setdefault(title, StorageLayout(title, {extension: size}))
     return list(parts.values())
 
 
@@ -176,7 +176,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([padded[0], rule, *padded[1:]])
 
 
-def compare_with_measured(cfg: DictConfig, layout: Layout) -> dict[str, Any]:
+def compare_with_measured(cfg: DictConfig, layout: StorageLayout) -> dict[str, Any]:
     """Compare the plan for the latents at input= with the actual size of their tars."""
     manifest = Manifest.load(cfg.input, "latents")
     differing = sorted(set(layout.members) ^ set(manifest.fields))

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import IMAGES
-from data_pipeline.loading.array_batch import Layout, not_finite, stacked
+from data_pipeline.loading.array_batch import ArrayLayout, not_finite, stacked
 from data_pipeline.loading.epoch_plan import Place
 from data_pipeline.loading.shard_cache import RemoteShard, open_shard
 from data_pipeline.shards import codec
@@ -47,7 +47,7 @@ class SampleReader:
         self.fields = fields_of(manifest)
         self.arrays = [name for name in self.fields if name.endswith(".npy")]
         self.only_arrays = all(name in ("json", "txt") or name in self.arrays for name in self.fields)
-        self.layouts: dict[str, Layout | None] = {}
+        self.layouts: dict[str, ArrayLayout | None] = {}
         self.openers = ThreadPoolExecutor(min(OPENERS, os.cpu_count() or 1), "open shard")
         self.opening: dict[int, Future[OpenShard]] = {}
         self.shards: dict[int, OpenShard] = {}
@@ -81,7 +81,7 @@ class SampleReader:
                     return None
                 self.read(places[0])  # names the array that can't be decoded
                 offset, size = entry.members[member]
-                self.layouts[member] = Layout.of(bytes(data[offset : offset + size]))
+                self.layouts[member] = ArrayLayout.of(bytes(data[offset : offset + size]))
             layout = self.layouts[member]
             values = None if layout is None else stacked(member, layout, found, pinned)
             if values is None:

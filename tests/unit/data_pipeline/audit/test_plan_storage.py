@@ -11,9 +11,9 @@ from synthetic import run
 
 from data_pipeline.audit.storage_cost import (
     HEADINGS,
-    Layout,
     Rates,
     Row,
+    StorageLayout,
     array_bytes,
     deduplicated,
     duration,
@@ -128,7 +128,7 @@ def test_stable_diffusions_layout():
 
 
 def test_shards_and_bytes_of_a_layout():
-    layout = Layout("a", {"npy": 1000, "json": 40})  # 512 + 1024 and 512 + 512 in the tar
+    layout = StorageLayout("a", {"npy": 1000, "json": 40})  # 512 + 1024 and 512 + 512 in the tar
     assert layout.sample == 2560
     assert layout.per_shard(256_000) == (256_000 - 1024) // 2560 == 99
     full, last = -(-(99 * 2560 + 1024) // 10240) * 10240, 10240
@@ -152,7 +152,7 @@ def test_numbers_to_be_read():
         "999 B", "1 kB", "66.6 kB", "132 kB", "6.66 TB", "2.5e+03 PB"]  # fmt: skip
     assert [duration(s) for s in (3, 119, 120, 7199, 7200, 172_800)] == [
         "3.0 s", "119.0 s", "2.0 min", "120.0 min", "2.0 h", "2.0 days"]  # fmt: skip
-    lines = table([Row(Layout("a", {"txt": 1}), 10, 1000, Rates(1.0, 1, 1))]).splitlines()
+    lines = table([Row(StorageLayout("a", {"txt": 1}), 10, 1000, Rates(1.0, 1, 1))]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.count("|") for line in lines] == [len(HEADINGS) + 1] * 3
 
@@ -202,7 +202,7 @@ def test_encoders_that_can_not_be_had(options, said):
 def test_a_plan_is_held_against_latents_of_the_same_fields(images, tmp_path):
     manifest = written(images, tmp_path, encoders(composed("autoencoder=kl_f4_demo", "clip=demo"), "cpu"))
     with pytest.raises(UserError, match=r"differ in pooled\.npy, text\.npy: give the autoencoder, clip and conditions"):
-        compare_with_measured(composed(f"input={tmp_path}"), Layout("a", {"moments.npy": 1, "json": 1}))
+        compare_with_measured(composed(f"input={tmp_path}"), StorageLayout("a", {"moments.npy": 1, "json": 1}))
     assert manifest.samples == 10
     with pytest.raises(UserError, match="image-text shards, but latents"):
-        compare_with_measured(composed(f"input={images}"), Layout("a", {}))
+        compare_with_measured(composed(f"input={images}"), StorageLayout("a", {}))
