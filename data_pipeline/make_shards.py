@@ -32,7 +32,9 @@ def main(cfg: DictConfig) -> None:
     if cfg.shard_size < 1:
         raise UserError(f"shard_size={cfg.shard_size} must be 1 or more.")
     if cfg.heldout_every and cfg.heldout_every < 2:
-        raise UserError(f"heldout_every={cfg.heldout_every} leaves nothing to train on: use 2 or more, or null.")
+        raise UserError(
+            f"heldout_every={cfg.heldout_every} leaves nothing to train on: use 2 or more, or null to hold out nothing."
+        )
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the shards.")

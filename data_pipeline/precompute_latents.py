@@ -56,8 +56,8 @@ def main(cfg: DictConfig) -> None:
         cut_to = source.fields.get("png", {}).get("shape")
         if cfg.buckets and cut_to:
             print(
-                f"precompute: make_shards.py has cut the pictures of {path} to squares of {cut_to[0]}, so one bucket "
-                "has them all; index_shards.py keeps pictures whole."
+                f"precompute: make_shards.py has cut the pictures of {path} to squares of {cut_to[0]}, so all of "
+                "them fall into one bucket; index_shards.py keeps pictures whole."
             )
         sizes = sizes_of(cfg.size or source.info.get("size"), cfg.buckets, cfg.bucket_step, image.factor)
         base = base_of(cfg.base, name, encoders, sizes.described) if cfg.base else None

@@ -56,10 +56,14 @@ class Settings(NamedTuple):
         except ValueError:
             deadline = attempts = 0
         if deadline <= 0 or attempts < 1:
-            raise UserError(f"{DEADLINE} must be seconds above 0, and {ATTEMPTS} a whole number, 1 or more.")
+            raise UserError(
+                f"{DEADLINE} must be a number of seconds above 0, and {ATTEMPTS} a whole number, 1 or more."
+            )
         endpoint = value(ENDPOINT) or None
         if endpoint and (not endpoint.startswith(("http://", "https://")) or "@" in endpoint):
-            raise UserError(f"{ENDPOINT} must be http(s)://host:port; keys belong in AWS_ACCESS_KEY_ID and its secret.")
+            raise UserError(
+                f"{ENDPOINT} must be http(s)://host:port; keys belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            )
         return cls(endpoint, value(REGION) or value("AWS_DEFAULT_REGION") or None, deadline, attempts)
 
 

@@ -143,7 +143,9 @@ def base_of(path: str, split: str, encoders: Encoders, sizes: str) -> Base:
     ]
     roots = [place for place in places if storage.exists(storage.join(place, "manifest.json"))]
     if not roots:
-        raise UserError(f"base={path} has no finished latents of {split or 'these'}: use an output of precompute.")
+        raise UserError(
+            f"base={path} has no finished latents of {split or 'this data'}: use an output of precompute_latents.py."
+        )
     base = Base(roots, encoders, sizes)
     if not any(each.reusable for each in base.sets):
         raise UserError(

@@ -116,7 +116,9 @@ class Text(PlainCondition):
 class Classes(PlainCondition):
     """A condition on named classes: those of the training split, in alphabetical order, unless given."""
 
-    none_named = "conditions=[label]: no sample names a class: check conditions.label.key, or set classes."
+    none_named = (
+        "conditions=[label]: no sample names a class: check conditions.label.key, or set conditions.label.classes."
+    )
 
     def __init__(self, classes: Sequence[str] | None = None) -> None:
         self.classes = None if classes is None else [str(name) for name in classes]

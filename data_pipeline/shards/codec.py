@@ -91,7 +91,7 @@ def array_header(data: bytes) -> ArrayHeader:
     if header.dtype.hasobject:
         raise ValueError("arrays of objects are refused")
     if any(isinstance(side, bool) or side < 0 for side in header.shape):
-        raise ValueError(f"{header.shape} is not a shape")
+        raise ValueError(f"{header.shape} is not a valid shape")
     length = len(data) - header.offset
     if math.prod(header.shape) * header.dtype.itemsize != length:
         raise ValueError(f"{length} bytes don't match {header.dtype} of shape {header.shape}")

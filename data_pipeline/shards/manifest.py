@@ -138,7 +138,7 @@ def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> Non
     if actual != shard.bytes:
         raise DataError(
             f"shard {path} has {actual} bytes, but its manifest says {shard.bytes}: it was cut or changed; "
-            "copy it again, or delete it together with the data set's manifest.json and make it again."
+            "copy it again, or delete it together with the data set's manifest.json and run the script that made it."
         )
 
 

@@ -133,5 +133,5 @@ def refuse_other_bytes(data: bytes | mmap.mmap, path: str, shard: Shard) -> None
     if digest_of(data) != shard.sha256:
         raise DataError(
             f"shard {path} is damaged (its sha256 is not that of the manifest): copy it again, or delete it together "
-            "with the data set's manifest.json and make it again."
+            "with the data set's manifest.json and run the script that made it."
         )

@@ -264,7 +264,7 @@ def write_wheel(folder: Path, version: str) -> None:
     [
         (["--index-url=http://127.0.0.1:9/simple", "no-such-package-1"], "index could not be reached: check the net"),
         (["--no-index", "no-such-package-1"], "index does not have what this Python needs: .*no-such-package-1"),
-        (["--no-index", "--find-links=.", "small==1", "small<1"], "the required versions conflict: Cannot install small"),
+        (["--no-index", "--find-links=.", "small==1", "small<1"], "required versions conflict: Cannot install small"),
     ],
 )  # fmt: skip
 def test_pips_failures_are_a_sentence(with_pip, monkeypatch, capfd, arguments, sentence):

@@ -108,7 +108,9 @@ def test_foreign_tars_become_a_data_set_untouched(tars):
     assert sorted(seen) == sorted(s["key"] for s in samples)
 
     assert "finished already" in start(f"input={tars}", "size=16", "max_aside_fraction=0.1").stdout
-    assert "was made from other data or settings (size: 16 -> 32): remove it" in sentence(start(f"input={tars}", "size=32"), 2)
+    assert "was made from other data or settings (size: 16 -> 32): remove it" in sentence(
+        start(f"input={tars}", "size=32"), 2
+    )
 
 
 @pytest.mark.processes

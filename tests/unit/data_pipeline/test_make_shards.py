@@ -71,7 +71,9 @@ def test_folder_end_to_end(pictures, tmp_path):
     stamp = (output / "train" / "manifest.json").stat().st_mtime_ns
     assert "finished already" in start(*arguments).stdout
     assert (output / "train" / "manifest.json").stat().st_mtime_ns == stamp
-    assert "made from other data or settings (size: 8 -> 16, shard_size: 16 -> 64)" in sentence(start(*arguments[:-2], "size=16"), 2)
+    assert "made from other data or settings (size: 8 -> 16, shard_size: 16 -> 64)" in sentence(
+        start(*arguments[:-2], "size=16"), 2
+    )
     (pictures / "p05.txt").write_text("a caption at last")
     assert "made from other data or settings (the options are the same, but" in sentence(
         start(*arguments), 2

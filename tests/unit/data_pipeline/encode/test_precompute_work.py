@@ -457,7 +457,10 @@ def test_values_that_cannot_be_trained_on_are_named_and_counted(tmp_path, pictur
 def test_codes_beyond_the_codebook_and_shapes_of_no_batch_are_named(picture):
     codes = np.array([[[0, 15]], [[3, 16]], [[-1, 2]]], np.int32)
     named = list(unusable({"indices": codes}, 16, "float32"))
-    assert named == [(1, "indices has codes that are not in the codebook"), (2, "indices has codes that are not in the codebook")]
+    assert named == [
+        (1, "indices has codes that are not in the codebook"),
+        (2, "indices has codes that are not in the codebook"),
+    ]
 
     class Short(Counted):
         def encode_stored(self, images):
