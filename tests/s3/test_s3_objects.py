@@ -128,7 +128,7 @@ def test_settings_reach_this_process_and_those_it_starts(bucket, monkeypatch, tm
     assert s3.Settings.now() == s3.Settings("http://host:1", "here", 7.0, 2)
     storage.configure(attempts=None)
     assert os.environ["STORE_ATTEMPTS"] == "2"
-    with pytest.raises(UserError, match="STORE_ATTEMPTS a number"):
+    with pytest.raises(UserError, match="STORE_ATTEMPTS a whole number"):
         storage.configure(attempts=0)
     storage.configure(attempts=2)
     with pytest.raises(UserError, match="must be set together"):

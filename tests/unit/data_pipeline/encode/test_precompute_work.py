@@ -251,7 +251,7 @@ def test_changed_pictures_and_other_encoders_are_encoded(tmp_path, picture):
     image, text = Counted("another"), Counted()
     precompute(changed, tmp_path / "other", using(image, text), base=tmp_path / "base")
     assert (image.pictures, text.captions) == (12, [""])
-    with pytest.raises(UserError, match="nothing of it can be used"):
+    with pytest.raises(UserError, match="nothing of it can be reused"):
         precompute(changed, tmp_path / "none", using(dtype="float32"), base=tmp_path / "base")
 
 
