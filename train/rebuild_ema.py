@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.rebuild_ema")  # imports the rest when the options are right, and ends
+    start_entry("train.rebuild_ema")  # checks the options, runs main() and exits
 
 from collections.abc import Sequence
 from pathlib import Path

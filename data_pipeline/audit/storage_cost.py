@@ -19,7 +19,7 @@ from data_pipeline.shards.tar_index import END_OF_ARCHIVE
 KEY = "000000000"  # as long as keys usually are
 OFFSET = 10**8  # as long as an offset within a shard
 MEGA = 10**6
-HEADINGS = ("stored", "a sample", "in all", "shards", "samples a shard", "read by a node", "by all nodes")
+HEADINGS = ("stored", "per sample", "total", "shards", "samples per shard", "read per node", "read by all nodes")
 
 
 def tar_bytes(members: Mapping[str, int]) -> int:

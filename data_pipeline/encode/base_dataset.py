@@ -143,11 +143,13 @@ def base_of(path: str, split: str, encoders: Encoders, sizes: str) -> Base:
     ]
     roots = [place for place in places if storage.exists(storage.join(place, "manifest.json"))]
     if not roots:
-        raise UserError(f"base={path} holds no finished latents of {split or 'these'}: give an output of precompute.")
+        raise UserError(
+            f"base={path} has no finished latents of {split or 'this data'}: use an output of precompute_latents.py."
+        )
     base = Base(roots, encoders, sizes)
     if not any(each.reusable for each in base.sets):
         raise UserError(
-            f"base={path} was made by other encoders, in another dtype and at other sizes: nothing of it can be used; "
-            "leave base= out."
+            f"base={path} was made with other encoders, another dtype or other sizes, so nothing of it can be reused: "
+            "remove base=."
         )
     return base

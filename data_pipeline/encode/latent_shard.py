@@ -108,8 +108,8 @@ def verify_done_markers(
         for bucket, part in record["sets"].items():
             if not is_there(paths.root(bucket), Shard(**part["shard"])):
                 raise DataError(
-                    f"shard {storage.join(paths.root(bucket), shard.name)} was made by two workers that compute "
-                    f"differently, and has the bytes of one beside the note of the other: delete "
+                    f"shard {storage.join(paths.root(bucket), shard.name)} was made by two workers with different "
+                    f"results, and its tar and its done marker are not from the same worker: delete "
                     f"{paths.done_marker(shard)} and start precompute again."
                 )
     return now

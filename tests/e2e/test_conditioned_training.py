@@ -77,7 +77,7 @@ def test_trained_and_drawn(folder: Path, name: str) -> None:
         wrong = run("train/sample_images.py", f"input={trained}", "labels=hearts", "negative_prompt=a", check=False)
         assert "not conditioned on prompts: leave negative_prompt= out" in wrong.stderr
         wrong = run("train/sample_images.py", f"input={trained}", "labels=cars", check=False)
-        assert "class cars is unknown here: take one of hearts, shapes" in wrong.stderr
+        assert "class cars is unknown: use one of hearts, shapes" in wrong.stderr
     if name == "joint_text":
         guidance_acts(trained)
 

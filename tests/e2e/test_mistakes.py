@@ -85,12 +85,12 @@ MISTAKES = {
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/latents/",
          "autoencoder.path=a", "clip.path=b"],
         2,
-        "is input=: choose another folder for the latents",
+        "is the same folder as input=: choose another one for the latents",
     ),
     "shards into their pictures": (
         ["data_pipeline/make_shards.py", "source=folder", "input={folder}", "output={folder}"],
         2,
-        "is input=: choose a folder of its own",
+        "is the same folder as input=: choose another one for the shards",
     ),
     "no such encoder": (
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run",

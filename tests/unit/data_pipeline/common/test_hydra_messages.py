@@ -25,8 +25,8 @@ WRONG = {
     "source.limt=3": "there is no option source.limt: is it source.limit",
     "+sorce=folder": "there is no option sorce: is it source",
     "+foo.bar=1": "there is no option foo (see --help).",
-    "source.limit=-1": "source.limit=-1 can't be: take a whole number",
-    "size=large": "size=large can't be",
+    "source.limit=-1": "source.limit=-1 must be a whole number",
+    "size=large": "size=large must be a whole number",
     "--hepl": "unrecognized arguments: --hepl",
 }
 
