@@ -214,9 +214,9 @@ def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: P
     arguments = [f"input={latents}", *SETTINGS]
     kept = (undisturbed / "config.yaml").read_bytes()
     others = {
-        "seed=1": "seed was 0 and is 1",
-        "engine.dtype=bf16": "dtype was fp32 and is bf16",
-        "unet.norm_groups=2": "unet.norm_groups was 4 and is 2",
+        "seed=1": "seed was 0 and is now 1",
+        "engine.dtype=bf16": "dtype was fp32 and is now bf16",
+        "unet.norm_groups=2": "unet.norm_groups was 4 and is now 2",
     }
     done = run("train/train_ldm.py", *arguments, f"output={undisturbed}", *others, check=False)
     assert done.returncode == 2, done.stderr

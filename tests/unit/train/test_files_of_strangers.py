@@ -335,7 +335,7 @@ def test_a_run_to_start_from_is_only_read(old_run: Any, hostile: Any, tmp_path: 
         ("sampler.function", {"name": "ddim", "eta": [0]}, r"sampler\.function\.eta=\[0\] can't be: .* a number"),
         ("sampler.times", {"name": "karras", "process": 1}, r"sampler\.times has no argument process"),
         ("guidance", {"name": "classifier_free", "interval": [0, "1"]}, r"interval=\[0, '1'\] can't be"),
-        ("guidance", {"name": "classifier_free", "interval": [1, 0]}, r"guidance\.interval=\[1, 0\] is no part"),
+        ("guidance", {"name": "classifier_free", "interval": [1, 0]}, r"guidance\.interval=\[1, 0\] is not valid"),
         ("unet", {"name": "unet", "channels": "[8,16]"}, r"unet\.channels=\[8,16\] can't be: .* a list"),
         ("unet", {"name": "unet", "channels": [8, "${oc.env:HOME}"]}, r"unet\.channels=.*oc.env:HOME.* can't be"),
         ("unet", {"name": "unet", "channels": [0], "attention_levels": [True]}, r"unet can't be made|unet\."),

@@ -142,7 +142,7 @@ def test_what_a_killed_save_left_is_removed_once_resumed(start, steps, tmp_path)
 def test_nothing_is_removed_where_the_run_may_not_go_on(start, steps, damage, tmp_path):
     start().save(10, 20)
     damage(20)
-    with pytest.raises(UserError, match=r"seed was 0 and is 1\. .*training\.allow_mismatch=\[seed\]"):
+    with pytest.raises(UserError, match=r"seed was 0 and is now 1\. .*training\.allow_mismatch=\[seed\]"):
         start(seed=1).resume()
     assert steps() == [10, 20]
 
@@ -478,7 +478,7 @@ def test_a_checkpoint_names_no_path_of_code_and_one_of_before_that_does_is_gone_
     (step / "state.json").write_bytes(data)
     manifest["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (step / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"unet\._target_ was None and is os\.system; unet\.name was unet"):
+    with pytest.raises(UserError, match=r"unet\._target_ was None and is now os\.system; unet\.name was unet"):
         start(unet={"_target_": "os.system", "channels": [8]}).resume()
     assert start(unet=unet).resume() == 10
 

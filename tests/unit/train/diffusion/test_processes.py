@@ -167,7 +167,7 @@ def test_a_shift_to_nowhere_gets_a_sentence():
 
 
 def test_an_unknown_schedule_gets_a_sentence():
-    with pytest.raises(UserError, match="take one of linear, scaled_linear, cosine"):
+    with pytest.raises(UserError, match="use one of linear, scaled_linear, cosine"):
         DiscreteVP(schedule="sigmoid")
 
 

@@ -156,7 +156,9 @@ def test_what_is_no_such_folder(tmp_path, first_stage):
     with pytest.raises(UserError, match=r"has no unet/config\.json"):
         diffusers.load_unet(tmp_path)
     diffusers.save_autoencoder(tmp_path, first_stage)
-    with pytest.raises(UserError, match="holds AutoencoderKL, not one of UNet2DConditionModel, UNet2DModel"):
+    with pytest.raises(
+        UserError, match="contains AutoencoderKL, but must contain one of UNet2DConditionModel, UNet2DModel"
+    ):
         diffusers.load_unet(tmp_path)
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:1000])
     with pytest.raises(DataError, match="can't be read as safetensors"):

@@ -99,7 +99,7 @@ def test_a_cut_file_is_a_sentence(saved):
 
 
 def test_wrong_class_and_nothing_there(saved, tmp_path):
-    with pytest.raises(UserError, match=r"clip\.path=.*ae holds a AutoencoderKL, not a CLIP: .* train_clip\.py"):
+    with pytest.raises(UserError, match=r"clip\.path=.*ae contains a AutoencoderKL, not a CLIP: .* train_clip\.py"):
         load_clip(str(saved[0]))
     with pytest.raises(
         UserError,

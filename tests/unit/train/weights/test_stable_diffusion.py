@@ -252,7 +252,7 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(DataError, match="can't be read"):
             stable_diffusion.load_unet(tmp_path / name)
     torch.save([torch.zeros(1)], tmp_path / "list.ckpt")
-    with pytest.raises(UserError, match="holds a list, not named tensors"):
+    with pytest.raises(UserError, match="contains a list, not named tensors"):
         stable_diffusion.load_unet(tmp_path / "list.ckpt")
 
 
