@@ -30,14 +30,19 @@ def main(cfg: DictConfig) -> None:
     train = instantiate(cfg.read, root=f"{cfg.shards}/train")
     heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
     if not train or any(sample["image"].shape[0] % RECALL_PIXELS for sample in train[:1] if "image" in sample):
-        raise UserError(f"shards={cfg.shards}: pictures must be a multiple of {RECALL_PIXELS} pixels a side.")
+        raise UserError(
+            f"shards={cfg.shards} must contain pictures whose sides are multiples of {RECALL_PIXELS} pixels."
+        )
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     listed = len(train) + len(heldout)
     train, heldout = usable(run, train), usable(run, heldout)
     if not train:
-        raise UserError(f"shards={cfg.shards}: no picture has what this run is conditioned on; give those it is of.")
+        raise UserError(
+            f"shards={cfg.shards}: no picture has the conditions of this run; use the shards that its latents were "
+            "made from."
+        )
     if left_out := listed - len(train) - len(heldout):
-        print(f"evaluate_ldm: {left_out} of {listed} pictures lack what this run is conditioned on, and are left out")
+        print(f"evaluate_ldm: {left_out} of {listed} pictures lack a condition of this run, and are left out")
     output = Path(cfg.output or f"{cfg.input}/evaluation")
     right = np.linspace(0, len(train), min(cfg.captions, len(train)), endpoint=False).astype(int)
     chosen = [train[i] for i in right]
@@ -129,9 +134,9 @@ def say(figures: dict[str, Any], output: Path) -> None:
         f"top-5 {figures['shuffled_captions_top5']:.2f}"
     )
     likeness = {
-        "PSNR to the pictures asked for": figures["psnr_db"],
-        "of held-out ones": figures.get("heldout_psnr_db"),
-        "nearest picture is of the class": figures.get("nearest_is_of_class"),
+        "PSNR to the real pictures": figures["psnr_db"],
+        "PSNR to the held-out pictures": figures.get("heldout_psnr_db"),
+        "nearest picture in the right class": figures.get("nearest_is_of_class"),
     }
     print(", ".join(f"{what} {value:.2f}" for what, value in likeness.items() if value is not None))
     print(f"evaluate_ldm: grids and evaluation.json in {output}", flush=True)

@@ -65,7 +65,7 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> C
     if cfg.classifier.path is None:
         return None
     if "labels" not in rows[0]:
-        raise UserError("classifier.path guides towards labels: add labels=....")
+        raise UserError("classifier.path needs labels to guide towards: add labels=....")
     classifier, about = instantiate(cfg.classifier.load, path=cfg.classifier.path)
     for name, theirs in about["belongs_to"].items():
         ours = run.facts.fingerprints["autoencoder"] if name == "autoencoder" else getattr(run.facts, name, None)
@@ -73,12 +73,12 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> C
         if ours != theirs:
             raise UserError(
                 f"classifier.path={cfg.classifier.path} was trained with {name} {theirs}, this run with {ours}: train "
-                "one on this run's latents and process."
+                "a classifier on this run's latents and process."
             )
     classes = about["class_names"]
     unknown = [row["labels"] for row in rows if str(row["labels"]) not in classes]
     if unknown:
-        raise UserError(f"class {unknown[0]} is unknown to the classifier: take one of {', '.join(classes[:12])}.")
+        raise UserError(f"class {unknown[0]} is unknown to the classifier: use one of {', '.join(classes[:12])}.")
     labels = torch.tensor([classes.index(str(row["labels"])) for row in rows])
     return ClassifierGuide(
         classifier.to(run.generator.device), labels, number("classifier.scale", cfg.classifier.scale)

@@ -45,7 +45,7 @@ def verified_file_info(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
     with safe_open(path, "pt") as file:
         for name, tensor in tensors.items():
             if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
-                raise OSError(f"{path} gives back another {name} than was written")
+                raise OSError(f"{path}: tensor {name} differs after reading it back")
     return facts
 
 
@@ -73,11 +73,11 @@ class Header(NamedTuple):
                 for name, facts in about.items()
             }
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is no safetensors file, or a damaged one: copy it again.") from error
+            raise DataError(f"{path} is not a safetensors file, or is damaged: copy it again.") from error
         except OSError as error:
             if error.errno:
                 raise
-            raise DataError(f"{path} is cut short: copy it again.") from error
+            raise DataError(f"{path} is truncated: copy it again.") from error
         return cls(8 + size, places, metadata)
 
 

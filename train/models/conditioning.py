@@ -226,7 +226,7 @@ class Conditioners(Conditioner):
             needs = getattr(make, "func", make).needs
             if not set(needs) <= set(facts.shapes):
                 raise UserError(
-                    f"conditioning={name} reads {' and '.join(needs)}, which these latents don't hold: run "
+                    f"conditioning={name} needs {' and '.join(needs)}, which these latents don't contain: run "
                     f"precompute_latents.py with conditions=[{name}], or choose another conditioning."
                 )
         self.parts = nn.ModuleDict({name: make(facts) for name, make in parts.items()})

@@ -21,11 +21,13 @@ def request_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any
     lists = {name: as_list(name, value) for name, value in options.items() if value is not None}
     if any(not values for values in lists.values()):
         empty = next(name for name, values in lists.items() if not values)
-        raise UserError(f"{empty} is empty: give some, as prompts='[red heart,grinning face]'.")
+        raise UserError(f"{empty} is empty: add values, such as prompts='[red heart,grinning face]'.")
     count = max((len(values) for values in lists.values()), default=1)
     for name, values in lists.items():
         if len(values) not in (1, count):
-            raise UserError(f"{name} has {len(values)} entries beside {count}: give one, or as many as there are.")
+            raise UserError(
+                f"{name} has {len(values)} entries, but another option has {count}: use one entry, or the same number."
+            )
     rows = [{name: values[i % len(values)] for name, values in lists.items()} for i in range(count)]
     return [row for row in rows for _ in range(repeats)]
 
@@ -46,7 +48,7 @@ def negative_rows(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dict
     if "prompts" not in rows[0]:
         raise UserError("this run is not conditioned on prompts: leave negative_prompt= out.")
     if isinstance(negative_prompt, list | dict):
-        raise UserError("negative_prompt is one for all pictures: give one text.")
+        raise UserError("negative_prompt must be a single text, which applies to all pictures.")
     return [row | {"prompts": str(negative_prompt)} for row in rows]
 
 
@@ -90,7 +92,7 @@ def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
         image = Image.fromarray(to_rgb(open_image(path)))
     except UNDECODABLE as error:
         why = type(error).__name__ if isinstance(error, OSError | MemoryError) else error
-        raise UserError(f"images: {path} can't be read ({why}): give PNG, JPEG or WebP files.") from None
+        raise UserError(f"images: {path} can't be read ({why}): use PNG, JPEG or WebP files.") from None
     smaller = image.height <= size[0] and image.width <= size[1]
     method = Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS
     return np.array(ImageOps.fit(image, size[::-1], method))
@@ -110,7 +112,7 @@ def refuse_non_numbers(guidance_scale: Any, steps: Any) -> None:
         number("guidance.scale", guidance_scale)
     count = 1 if steps is None else number("sampler.steps", steps)
     if count < 1 or count != int(count):
-        raise UserError(f"sampler.steps={steps}: give a whole number from 1, as sampler.steps=30.")
+        raise UserError(f"sampler.steps={steps} must be a whole number of at least 1, such as sampler.steps=30.")
 
 
 def number(name: str, value: Any) -> float:
@@ -118,7 +120,7 @@ def number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name}={value} is not a number: give one, as {name}=3.") from None
+        raise UserError(f"{name}={value} must be a number, such as {name}=3.") from None
 
 
 def file_stem(prompt: str) -> str:

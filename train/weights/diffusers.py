@@ -69,7 +69,7 @@ def unet_config(options: Mapping[str, Any]) -> dict[str, Any]:
 def _transformer_config(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["context_dim"] is None:
         raise UserError(
-            "diffusers has no U-Net of transformers without a context: train with unet.transformer_depth=0 to export."
+            "diffusers has no U-Net with transformers but no context: train with unet.transformer_depth=0 to export."
         )
     heads = list(options["heads"])
     return {
@@ -92,7 +92,9 @@ def _pixel_config(options: Mapping[str, Any]) -> dict[str, Any]:
     head_dims = {width // heads for width, heads, attends in sized if attends}
     single = all(heads == 1 for heads, attends in zip(options["heads"], attending, strict=True) if attends)
     if len(head_dims) > 1 and not single:
-        raise UserError(f"diffusers' UNet2DModel has one head width, not {sorted(head_dims)}: choose unet.heads so.")
+        raise UserError(
+            f"diffusers' UNet2DModel has one head width, not {sorted(head_dims)}: change unet.heads accordingly."
+        )
     return {
         "_class_name": "UNet2DModel",
         "mid_block_type": "UNetMidBlock2D",
@@ -114,7 +116,7 @@ def unet_arguments(config: Mapping[str, Any], where: str | Path = "config.json")
     config = {name: _one_for_all(value) if name in _ONE_FOR_ALL else value for name, value in config.items()}
     odd = [f"{name}={config[name]}" for name in _ONE_FOR_ALL if isinstance(config.get(name), list)]
     if odd:
-        raise UserError(f"{where}: {', '.join(odd)} has no counterpart here: choose a model without.")
+        raise UserError(f"{where}: {', '.join(odd)} is not supported here: choose a model without it.")
     plain = config.get("_class_name") == "UNet2DModel"
     channels = list(config["block_out_channels"])
     attention = ["Attn" in kind for kind in config["down_block_types"]]
@@ -210,7 +212,7 @@ def _refuse_unmapped(
     odd = [name for name, value in config.items() if not name.startswith("_") and name not in _IGNORED]
     odd = [f"{name}={config[name]}" for name in odd if not same(name, config[name])]
     if odd:
-        raise UserError(f"{where}: {', '.join(odd)} has no counterpart here: choose a model without.")
+        raise UserError(f"{where}: {', '.join(odd)} is not supported here: choose a model without it.")
 
 
 def component(path: str | Path, names: Sequence[str], classes: Sequence[str]) -> tuple[Path, dict[str, Any]]:
@@ -221,9 +223,13 @@ def component(path: str | Path, names: Sequence[str], classes: Sequence[str]) ->
             if config.get("_class_name") in classes:
                 return folder, config
             if "fingerprint" in config:
-                raise UserError(f"{folder} was trained here, it is no diffusers folder: add autoencoder=trained.")
-            raise UserError(f"{folder} holds {config.get('_class_name')}, not one of {', '.join(classes)}.")
-    raise UserError(f"{path} holds no {names[0]}/config.json: give a folder that diffusers saved.")
+                raise UserError(
+                    f"{folder} was trained by this project and is not a diffusers folder: add autoencoder=trained."
+                )
+            raise UserError(
+                f"{folder} contains {config.get('_class_name')}, but must contain one of {', '.join(classes)}."
+            )
+    raise UserError(f"{path} has no {names[0]}/config.json: use a folder that diffusers saved.")
 
 
 def read_unet_state(path: str | Path) -> dict[str, Tensor]:

@@ -123,7 +123,9 @@ def scheduler_config(process: Mapping[str, Any], parameterization: Mapping[str, 
         shift = {"shift": process.get("shift", 1.0)}
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **shift}
     if kind != "discrete_vp" or predicts not in _PREDICTION_TYPES:
-        raise UserError(f"diffusers has no scheduler for {predicts} on {kind}: export a model of one of its processes.")
+        raise UserError(
+            f"diffusers has no scheduler for {predicts} on {kind}: export a model with a process that diffusers has."
+        )
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": process.get("steps", 1000),
@@ -201,4 +203,4 @@ def _run(module: Any, *inputs: Tensor | None) -> Tensor:
 def _refuse_difference(what: str, path: Path, got: Tensor, expected: Tensor) -> None:
     error = float((got - expected).norm() / expected.norm())
     if not error < 1e-5:
-        raise RuntimeError(f"{path}: {what} that was read back differs by {error:.1e} from the one that was saved")
+        raise RuntimeError(f"{path}: {what} read back differs by {error:.1e} from the one that was saved")

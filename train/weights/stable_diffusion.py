@@ -143,12 +143,12 @@ def read_unet(path: str | Path, averaged: bool = False) -> dict[str, Tensor]:
     state = read_tensors(Path(path), lambda name: name.startswith((UNET, AVERAGED)))
     names = [name for name in state if name.startswith(UNET)]
     if not names:
-        raise UserError(f"{path} holds no {UNET}*: give a file of Stable Diffusion or latent diffusion.")
+        raise UserError(f"{path} has no {UNET}*: use a file of Stable Diffusion or latent diffusion.")
     if not averaged:
         return {name.removeprefix(UNET): state[name] for name in names}
     places = {name: AVERAGED + name.removeprefix(UNET).replace(".", "") for name in names}
     if not all(place in state for place in places.values()):
-        raise UserError(f"{path} holds no averaged weights of the whole U-Net: load it without them.")
+        raise UserError(f"{path} has no EMA weights of the whole U-Net: load it with averaged=False.")
     return {name.removeprefix(UNET): state[place] for name, place in places.items()}
 
 
@@ -171,7 +171,7 @@ def unet_arguments(
 ) -> dict[str, Any]:
     """Our keyword arguments, inferred from a U-Net's names and shapes."""
     if not {"input_blocks.0.0.weight", "input_blocks.1.0.out_layers.3.weight", "out.2.weight"} <= state.keys():
-        raise UserError(f"{where} holds no whole U-Net of CompVis' shape: give another file.")
+        raise UserError(f"{where} has no complete U-Net in CompVis' format: use another file.")
     channels, attention, layers, count = [], [], 0, 0
     for i in range(1, 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))):
         if f"input_blocks.{i}.0.out_layers.3.weight" not in state:  # a resampling layer
@@ -207,8 +207,9 @@ def _published_heads(channels: Sequence[int], context_dim: int | None, where: st
         return [width // head_width for width in channels]
     if heads is None:
         raise UserError(
-            f"{where} is no published U-Net (channels {list(channels)}, context {context_dim}), and its heads can't be "
-            "read off its weights: make the U-Net by its configuration and give the file as start_from."
+            f"{where} is not a published U-Net (channels {list(channels)}, context {context_dim}), and its number of "
+            "heads can't be inferred from its weights: build the U-Net from its configuration, and use the file as "
+            "start_from."
         )
     return heads
 
@@ -222,7 +223,7 @@ def load_autoencoder(path: str | Path) -> nn.Module:
     within = {name.removeprefix(FIRST_STAGE): value for name, value in state.items() if name.startswith(FIRST_STAGE)}
     state = within or {n: v for n, v in state.items() if n.startswith(("encoder.", "decoder.", "quant", "post_quant"))}
     if "encoder.conv_in.weight" not in state:
-        raise UserError(f"{path} holds no {FIRST_STAGE}*: give a file of Stable Diffusion or latent diffusion.")
+        raise UserError(f"{path} has no {FIRST_STAGE}*: use a file of Stable Diffusion or latent diffusion.")
     options = autoencoder_arguments(state)
     with torch.device("meta"):
         shape = make_autoencoder(options)
@@ -264,5 +265,5 @@ def save_single_file(
 ) -> None:
     """Writes one .safetensors file like CompVis'."""
     if Path(path).suffix != ".safetensors":
-        raise UserError(f"single_file={path}: only .safetensors is written; end the name with it.")
+        raise UserError(f"single_file={path} must end with .safetensors, the only format that is written.")
     write_tensors(Path(path), single_file_state(unet, autoencoder, more))

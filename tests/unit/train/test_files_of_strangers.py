@@ -165,7 +165,7 @@ NAMED = {
     "is ours, not listed": {"_target_": "data_pipeline.common.storage.write_atomically", "path": PROOF, "content": "x"},
     "asks Hydra": {"_target_": "hydra.utils.get_method", "path": "os.system"},
     "asks Hydra to call": {"_target_": "hydra.utils.instantiate", "config": {"_target_": "os.getcwd"}},
-    "is no name": {"_target_": ["os.system"]},
+    "contains unknown names": {"_target_": ["os.system"]},
     "is a path as a name": {"name": "os.system", "command": f"touch {PROOF}"},
     "is both": {"name": "unet", "_target_": "os.system", "command": f"touch {PROOF}"},
     "is nothing": {},
@@ -282,7 +282,7 @@ def test_a_models_folder(model: str, kind: str, encoders: Any, hostile: Any, tmp
 @pytest.mark.parametrize("cls", ["os.system", "FileHandler", "AutoencoderKL2", None, ["CLIP"]])
 def test_a_model_of_another_class(model: str, cls: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"class": cls, "config": {}, "fingerprint": ""}))
-    with pytest.raises(UserError, match=r"holds a .*, not a "):
+    with pytest.raises(UserError, match=r"contains a .*, not a "):
         MODELS[model](str(tmp_path))
 
 
@@ -335,12 +335,12 @@ def test_a_run_to_start_from_is_only_read(old_run: Any, hostile: Any, tmp_path: 
         ("sampler.function", {"name": "ddim", "eta": [0]}, r"sampler\.function\.eta=\[0\] is not valid: .* a number"),
         ("sampler.times", {"name": "karras", "process": 1}, r"sampler\.times has no argument process"),
         ("guidance", {"name": "classifier_free", "interval": [0, "1"]}, r"interval=\[0, '1'\] is not valid"),
-        ("guidance", {"name": "classifier_free", "interval": [1, 0]}, r"guidance\.interval=\[1, 0\] is no part"),
+        ("guidance", {"name": "classifier_free", "interval": [1, 0]}, r"guidance\.interval=\[1, 0\] is not valid"),
         ("unet", {"name": "unet", "channels": "[8,16]"}, r"unet\.channels=\[8,16\] is not valid: .* a list"),
         ("unet", {"name": "unet", "channels": [8, "${oc.env:HOME}"]}, r"unet\.channels=.*oc.env:HOME.* is not valid"),
         ("unet", {"name": "unet", "channels": [0], "attention_levels": [True]}, r"unet can't be built|unet\."),
         ("autoencoder", {"name": "trained", "path": ["a"]}, r"autoencoder\.path=\['a'\] is not valid"),
-        ("autoencoder", {"name": "trained", "path": "${oc.env:HOME}"}, r"path=\$\{oc\.env:HOME\} holds no"),
+        ("autoencoder", {"name": "trained", "path": "${oc.env:HOME}"}, r"path=\$\{oc\.env:HOME\} contains no"),
         ("conditioning", [1], r"config\.yaml has no conditioning"),
     ],
 )  # fmt: skip
@@ -375,7 +375,7 @@ def test_facts_of_another_kind(name: str, value: Any, old_run: Any, tmp_path: Pa
 
 def test_facts_without_latents(old_run: Any, tmp_path: Path) -> None:
     (tmp_path / "latents.json").write_text(json.dumps({**old_run[2], "shapes": {"moments": []}}))
-    with pytest.raises(DataError, match=r"latents\.json has no field of latents \(moments"):
+    with pytest.raises(DataError, match=r"latents\.json has no field with latents \(moments"):
         LatentFacts.of_run(tmp_path)
 
 
@@ -411,7 +411,7 @@ def test_tensors_that_are_none(old_run: Any, tmp_path: Path) -> None:
 def test_weights_of_another_model_than_described(tmp_path: Path) -> None:
     state = AutoencoderKL(**AUTOENCODER).state_dict()
     save_model(tmp_path, "AutoencoderKL", {**AUTOENCODER, "channels": [8, 8]}, state, {})
-    with pytest.raises(DataError, match=r"weights\.safetensors is not of what config\.json describes \(size mismatch"):
+    with pytest.raises(DataError, match=r"weights\.safetensors does not fit config\.json \(size mismatch"):
         load_autoencoder(str(tmp_path))
 
 

@@ -88,7 +88,7 @@ def test_other_classes_of_the_same_numbers_are_refused(a_run, labelled, classes)
     run, _ = a_run(labelled("ab"), "label")
     with_base_model_scaling(options(run, "label"), labelled("ab"))
     with_base_model_scaling(options(run, "text"), labelled(classes))  # not conditioned on here
-    with pytest.raises(UserError, match=r"knows other classes of label .* conditions\.label\.classes="):
+    with pytest.raises(UserError, match=r"was trained with other classes of label .* conditions\.label\.classes="):
         with_base_model_scaling(options(run, "label"), labelled(classes))
 
 
@@ -98,11 +98,13 @@ def test_the_scale_is_the_runs_own(a_run, labelled):
     assert (now.mean, now.std) == ([0.0] * 4, [4.0] * 4)
     same = labelled(mean=[0.0] * 4, std=[1 / 0.25] * 4)  # as scaling_factor=0.25 makes them
     assert with_base_model_scaling(options(run, "label", factor=0.25), same).std == [4.0] * 4
-    with pytest.raises(UserError, match=r"otherwise than by scaling_factor=0\.5: set scaling_factor=null"):
+    with pytest.raises(
+        UserError, match=r"another scaling of the latents than scaling_factor=0\.5: set scaling_factor=null"
+    ):
         with_base_model_scaling(options(run, "label", factor=0.5), labelled(mean=[0.0] * 4, std=[2.0] * 4))
 
 
 def test_another_fold_is_refused(a_run, labelled):
     run, _ = a_run(labelled(), "label")
-    with pytest.raises(UserError, match="fold 1, these latents with 2"):
+    with pytest.raises(UserError, match="fold 1, but these latents use 2"):
         with_base_model_scaling(options(run, "label"), labelled(fold=2))

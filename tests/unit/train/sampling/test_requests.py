@@ -59,7 +59,7 @@ def test_what_is_no_picture_is_said(tmp_path, monkeypatch):
     drawn(16, 16).save(tmp_path / "large.png")
     monkeypatch.setattr(decode, "MAX_PIXELS", 200)
     for name, why in (("text.png", "Unidentified"), ("script.png", "Unidentified"), ("large.png", "16x16 pixels")):
-        with pytest.raises(UserError, match=f"images: .*{name} can't be read .{why}.*: give PNG"):
+        with pytest.raises(UserError, match=f"images: .*{name} can't be read .{why}.*: use PNG"):
             load_picture(str(tmp_path / name), (16, 16))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # twice as many are a bomb to Pillow itself
     with pytest.raises(UserError, match="decompression bomb"):
@@ -92,7 +92,7 @@ def test_a_negative_prompt_is_one_text_for_a_run_of_prompts():
     assert negative_rows(None, rows) == []
     with pytest.raises(UserError, match=r"not conditioned on prompts: leave negative_prompt= out"):
         negative_rows("bad", [{"labels": "fox"}])
-    with pytest.raises(UserError, match="one for all pictures"):
+    with pytest.raises(UserError, match="a single text"):
         negative_rows(["a", "b"], rows)
 
 
@@ -108,7 +108,7 @@ def test_a_class_whose_name_is_a_number_guides(tmp_path):
     )
     run.facts.fingerprints["autoencoder"] = "a"
     assert guided_by(cfg, run, [{"labels": 4}, {"labels": "3"}]).labels.tolist() == [1, 0]
-    with pytest.raises(UserError, match="class 5 is unknown to the classifier: take one of 3, 4"):
+    with pytest.raises(UserError, match="class 5 is unknown to the classifier: use one of 3, 4"):
         guided_by(cfg, run, [{"labels": 5}])
     run.facts.mean = [0.1]
     with pytest.raises(UserError, match=r"was trained with mean \[0.0\], this run with \[0.1\]"):
