@@ -50,7 +50,13 @@ def pipeline_of(run: TrainedRun) -> Pipeline:
     text = run.text if "text" in run.config["conditioning"] else None
     objective = run.config["objective"]
     scheduler = scheduler_config(objective["process"], objective["parameterization"])
-    return Pipeline.of(run.generator.network.unet.cpu(), autoencoder, text, run.facts.scaling, scheduler)
+    unet, conditioner = run.generator.network.unet.cpu(), run.generator.network.conditioner
+    return Pipeline.of(unet, autoencoder, text, run.facts.scaling, scheduler, is_sdxl_vector(conditioner))
+
+
+def is_sdxl_vector(conditioner: nn.Module) -> bool:
+    """Whether the vector condition is the pooled text state, and after it the sizes."""
+    return [name for name, part in conditioner.parts.items() if part.vector_dim] == ["text", "size"]
 
 
 def refuse_trained_conditioners(conditioner: nn.Module) -> None:
@@ -74,6 +80,11 @@ def usage_hint(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
         return f'to draw: diffusers.StableDiffusionPipeline.from_pretrained("{output}")("a red heart").images[0]'
     name = "UNet2DModel" if pipeline.unet.context_dim is None else "UNet2DConditionModel"
     lines = [f'to load: diffusers.{name}.from_pretrained("{output}", subfolder="unet")']
+    if pipeline.with_sizes:
+        lines.append(
+            "its added_cond_kwargs: text_embeds, the text encoder's pooled state, and time_ids, original height and "
+            "width, crop top and left, target height and width"
+        )
     if pipeline.vae_facts:
         lines.append(
             "x0 = (z - latents_mean) / latents_std, as vae/config.json has them: diffusers does not apply them"

@@ -43,6 +43,7 @@ class Loader:
         overlap: bool = True,
         prefetch: int = 2,  # steps read ahead, by a thread or by each worker
         verify: bool = True,
+        json_fields: Sequence[str] = (),  # what to read from each sample's json besides its caption, by FROM_JSON
     ) -> None:
         if streams % (world_size * accumulation):
             raise UserError(
@@ -66,6 +67,7 @@ class Loader:
             raise UserError("data.num_workers and data.prefetch must be at least 0.")
         self.root, self.accumulation, self.start = root, accumulation, start
         self.num_workers, self.cache_mb, self.prefetch, self.verify = num_workers, cache_mb, prefetch, verify
+        self.json_fields = json_fields
 
     def __iter__(self) -> Iterator[Batch]:
         for parts in self._steps():
@@ -135,7 +137,7 @@ class _StreamParts:
     def __init__(self, loader: Loader) -> None:
         self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan
         self.streams, self.first_step = loader.streams, loader.start.step
-        self.cache_mb, self.verify = loader.cache_mb, loader.verify
+        self.cache_mb, self.verify, self.json_fields = loader.cache_mb, loader.verify, tuple(loader.json_fields)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": self.plan.arguments}
@@ -146,7 +148,8 @@ class _StreamParts:
     def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[Part]:
         streams = np.array_split(self.streams, of)[worker or 0].tolist()
         # Values that are not finite cost training a step, which it logs (stability_monitor.py), not the run.
-        reader = SampleReader(self.root, self.manifest, self.cache_mb / of, self.verify, finite=False)
+        how = {"verify": self.verify, "finite": False, "json_fields": self.json_fields}
+        reader = SampleReader(self.root, self.manifest, self.cache_mb / of, **how)
         reader.pieces = self.plan.pieces
         pinned = worker is None and torch.cuda.is_available()
         windows = -1
@@ -166,10 +169,10 @@ class _StreamParts:
             reader.close()
 
 
-def read_dataset(root: str, limit: int | None = None) -> list[dict[str, Any]]:
+def read_dataset(root: str, limit: int | None = None, json_fields: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The samples of a data set in order, decoded; at most `limit`."""
     manifest = Manifest.load(root)
-    reader = SampleReader(root, manifest, cache_mb=0)
+    reader = SampleReader(root, manifest, cache_mb=0, json_fields=json_fields)
     places = (Place(number, i) for number, shard in enumerate(manifest.shards) for i in range(shard.samples))
     samples: list[dict[str, Any]] = []
     try:
