@@ -59,15 +59,13 @@ class Loader:
                 f"batch_size={global_batch_size} would read all of {root} ({self.plan.samples} samples) more than "
                 f"{EPOCHS_A_BATCH} times a step: lower it."
             )
-        own = streams // world_size
-        self.streams = list(range(rank * own, (rank + 1) * own))
-        if num_workers > own:
+        self.streams = list(range(rank * streams // world_size, (rank + 1) * streams // world_size))
+        if num_workers > (own := len(self.streams)):
             raise UserError(f"data.num_workers={num_workers} is more than a rank's {own} streams: lower it.")
         if num_workers < 0 or prefetch < 0:
             raise UserError("data.num_workers and data.prefetch must be at least 0.")
-        self.root, self.accumulation, self.start = root, accumulation, start
+        self.root, self.accumulation, self.start, self.json_fields = root, accumulation, start, json_fields
         self.num_workers, self.cache_mb, self.prefetch, self.verify = num_workers, cache_mb, prefetch, verify
-        self.json_fields = json_fields
 
     def __iter__(self) -> Iterator[Batch]:
         for parts in self._steps():
