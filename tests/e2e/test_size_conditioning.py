@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from synthetic import losses, metric_rows, run
 
 import train.models.torchvision_patch  # noqa: F401  (before diffusers imports torchvision)
 from data_pipeline.loading.batch import DataCursor
-from data_pipeline.loading.loader import read_dataset
+from data_pipeline.loading.loader import LoaderConfig, read_dataset
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 from train.data.ldm_inputs import latents_of
@@ -108,18 +108,17 @@ def test_a_run_sees_each_samples_numbers_and_records_their_means(folder: Path) -
     assert data.info["size_conditioning"] == {"count": 40, "mean": every}
     data.info.pop("size_conditioning")
     config = {"input": f"{folder}/latents", "fold": 1, "scaling_factor": None, "preview_every": None}
-    loader = {"_target_": "data_pipeline.loading.loader.Loader", "_partial_": True, "streams": 8}
-    make_loader = instantiate(OmegaConf.create(loader), root=f"{folder}/latents/train", seed=0)
+    make_loader = partial(LoaderConfig().loader, f"{folder}/latents/train", seed=0)
     given = (data, make_loader, read_dataset, instantiate, torch.device("cpu"))
     latents = latents_of({**config, "conditioning": {"text": {}, "size": {}}}, *given)
     assert latents.facts.conditions["size"]["mean"] == every
-    batches = iter(latents.make_loader(global_batch_size=16, start=DataCursor()))
+    batches = iter(latents.make_loader(batch_size=16, start=DataCursor()))
     for batch in (next(batches) for _ in range(4)):
         assert batch.tensors["size"].tolist() == [sizes[key] for key in batch.keys]
     (sample,) = latents.read_samples(root=f"{folder}/latents/train", limit=1)
     assert sample["size"].tolist() == sizes[sample["key"]]
     plain = latents_of({**config, "conditioning": {"text": {}}}, *given)
-    assert "size" not in next(iter(plain.make_loader(global_batch_size=16))).tensors
+    assert "size" not in next(iter(plain.make_loader(batch_size=16))).tensors
 
 
 def test_it_goes_on_bit_for_bit(folder: Path) -> None:

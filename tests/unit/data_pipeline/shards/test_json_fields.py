@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.loading import loader
-from data_pipeline.loading.loader import Loader, read_dataset
+from data_pipeline.loading.loader import Loader, LoaderConfig, read_dataset
 from data_pipeline.shards import json_fields
 from data_pipeline.shards.json_fields import mean_in_manifest, mean_size, size_sums
 from data_pipeline.shards.manifest import Manifest
@@ -57,7 +57,7 @@ def test_a_batch_has_the_six_numbers_of_each_of_its_samples(tmp_path, monkeypatc
     """Also where arrays are decoded one by one, as their dtypes differ."""
     monkeypatch.setattr(loader, "Workers", workers_here)
     root = write(tmp_path, [meta(n) for n in range(12)], (5, 7), dtype)
-    for batch in itertools.islice(Loader(root, 4, 2, num_workers=workers, json_fields=("size",)), 6):
+    for batch in itertools.islice(Loader(root, 4, LoaderConfig(2, workers), json_fields=("size",)), 6):
         assert batch.to("cpu").tensors["size"].tolist() == [six(int(key)) for key in batch.keys]
         assert batch.tensors["size"].dtype == torch.float32
 
@@ -67,7 +67,7 @@ def test_samples_have_them_too(latents):
 
 
 def test_without_being_asked_for_nothing_is_read(latents):
-    assert set(next(iter(Loader(latents, 4, 2))).tensors) == {"moments"}
+    assert set(next(iter(Loader(latents, 4, LoaderConfig(2)))).tensors) == {"moments"}
     assert "size" not in read_dataset(latents, 1)[0]
 
 
@@ -87,7 +87,7 @@ def test_a_json_without_a_size_is_named(tmp_path, changed):
     root = write(tmp_path, metas, (5, 7))
     reason = f"sample 008 of shard .*000001.tar: its json has no {next(iter(changed))} of two numbers"
     with pytest.raises(DataError, match=reason):
-        list(itertools.islice(Loader(root, 4, 2, prefetch=0, json_fields=("size",)), 3))
+        list(itertools.islice(Loader(root, 4, LoaderConfig(2, prefetch=0), json_fields=("size",)), 3))
     with pytest.raises(UserError, match=f"conditioning=size: {reason}.*: make the latents with precompute"):
         mean_size(root, Manifest.load(root))
     assert size_sums(metas) is None
