@@ -15,6 +15,7 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.storage import write_atomically
+from train.models.size_features import SizeFeatures
 from train.sampling.trained_run import TrainedRun, open_run
 from train.weights.open_clip import HEAD_WIDTH
 from train.weights.pipeline import Pipeline, reads_back, scheduler_config
@@ -53,7 +54,13 @@ def pipeline_of(run: TrainedRun) -> Pipeline:
     text = run.text if "text" in run.config["conditioning"] else None
     objective = run.config["objective"]
     scheduler = scheduler_config(objective["process"], objective["parameterization"])
-    return Pipeline.of(run.generator.network.unet.cpu(), autoencoder, text, run.facts.scaling, scheduler)
+    unet, conditioner = run.generator.network.unet.cpu(), run.generator.network.conditioner
+    return Pipeline.of(unet, autoencoder, text, run.facts.scaling, scheduler, is_sdxl_vector(conditioner))
+
+
+def is_sdxl_vector(conditioner: nn.Module) -> bool:
+    """Whether the vector condition is the pooled text state, if it is stored, and after it the sizes."""
+    return [name for name, part in conditioner.parts.items() if part.vector_dim] in (["text", "size"], ["size"])
 
 
 def refuse_trained_conditioners(conditioner: nn.Module) -> None:
@@ -77,6 +84,12 @@ def usage_hint(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
         return f'to draw: diffusers.StableDiffusionPipeline.from_pretrained("{output}")("a red heart").images[0]'
     name = "UNet2DModel" if pipeline.unet.context_dim is None else "UNet2DConditionModel"
     lines = [f'to load: diffusers.{name}.from_pretrained("{output}", subfolder="unet")']
+    if pipeline.with_sizes:
+        lines.append(
+            "its added_cond_kwargs: text_embeds, the pooled text state that precompute stores, (B, "
+            f"{pipeline.unet.vector_dim - 6 * SizeFeatures.WIDTH}), and time_ids (B, 6), original height and width, "
+            "crop top and left, target height and width"
+        )
     if pipeline.vae_facts:
         lines.append(
             "x0 = (z - latents_mean) / latents_std, with the values in vae/config.json: diffusers does not apply them"

@@ -30,20 +30,26 @@ from train.sampling.requests import (
     refuse_non_numbers,
     refuse_unused_options,
     request_rows,
+    size_options,
     title,
+    with_negative_size,
 )
 from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
 
 
 def main(cfg: DictConfig) -> None:
     given = OmegaConf.to_container(cfg, resolve=True)
-    rows = request_rows({name: given[name] for name in REQUEST_OPTIONS}, cfg.samples_per_prompt)
+    options = {name: given[name] for name in REQUEST_OPTIONS} | size_options(given["size"])
+    rows, negative_size = (
+        request_rows(options, cfg.samples_per_prompt),
+        size_options(given["negative_size"], "negative_size"),
+    )
     refuse_non_numbers(cfg.guidance.scale, cfg.sampler.steps)
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     sampler, guidance = (merged_with_run_config(run.config, group, given[group]) for group in ("sampler", "guidance"))
     classifier_guide = guided_by(cfg, run, rows)
     refuse_unused_options(run, rows[0], also=("labels",) if classifier_guide else ())
-    away = negative_rows(given["negative_prompt"], rows)
+    away = with_negative_size(negative_size, run, negative_rows(given["negative_prompt"], rows), rows)
     negative = run.encode_conditions([as_sample(run, row) for row in away]) if away else None
     conditions = replace(run.encode_conditions([as_sample(run, row) for row in rows]), negative=negative)
     output = Path(cfg.output or f"{cfg.input}/drawn")

@@ -13,12 +13,12 @@ from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item
 from data_pipeline.encode.conditions import Condition
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import DTYPES, narrowed
+from data_pipeline.shards.json_fields import GEOMETRY
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.reader import read_whole
 from data_pipeline.shards.samples import as_sample
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
-GEOMETRY = ("original_size", "crop_top_left", "target_size")
 FACTS = (*GEOMETRY, "image_sha256", "caption")  # keys of a latent sample's json that precompute adds to the source's
 
 

@@ -31,13 +31,14 @@ class Tools(Protocol):
 
 
 class Condition(Protocol):
-    """options: those of sample_images.py that give it; uses_clip, uses_first_stage: whether it needs these
-    encoders; uses_image_tower: whether it needs the CLIP's image tower, too.
+    """options: those of sample_images.py that give it; optional: those that may be left out; uses_clip,
+    uses_first_stage: whether it needs these encoders; uses_image_tower: whether it needs the CLIP's image tower, too.
 
     fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that it depends on.
     """
 
     options: tuple[str, ...]
+    optional: tuple[str, ...]
     uses_clip: bool
     uses_first_stage: bool
     uses_image_tower: bool
@@ -60,13 +61,14 @@ class Condition(Protocol):
         """The fields' values without a condition, unbatched; only where an encoder defines them."""
 
     def as_sample(self, **given: Any) -> dict[str, Any]:
-        """The user's `options` options as parts of a sample."""
+        """The user's options, `options` and what is given of `optional`, as parts of a sample."""
 
 
 class PlainCondition:
     """A condition that learns nothing, accepts every sample and has no encoder-defined null."""
 
     options: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     uses_clip = uses_first_stage = uses_image_tower = False
     fields: tuple[str, ...] = ()
     made_from: tuple[str, ...] = ("meta",)

@@ -104,12 +104,13 @@ class LatentFacts:
     def refuse_other_shapes(self, unet: Mapping[str, Any], conditioner: Conditioners) -> None:
         """UserError if the U-Net of this configuration does not fit the latents and conditioners."""
         channels, planes = self.unet_shape[0], conditioner.concat_channels
+        uses_vector = unet["vector_dim"] or conditioner.needs_vector
         needed = [
             ("unet.in_channels", unet["in_channels"], channels + planes),
             ("unet.out_channels", unet["out_channels"], channels),
             *(("unet.context_dim", unet["context_dim"], width) for width in conditioner.context_dims.values()),
             ("unet.context_dim", unet["context_dim"], conditioner.context_dim),
-            *([("unet.vector_dim", unet["vector_dim"], conditioner.vector_dim)] if unet["vector_dim"] else []),
+            *([("unet.vector_dim", unet["vector_dim"], conditioner.vector_dim)] if uses_vector else []),
         ]
         misfits = {name: (has, needs) for name, has, needs in needed if has != needs}
         if misfits:

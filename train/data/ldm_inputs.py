@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from data_pipeline.shards.manifest import Manifest
 from train.data.build import Instantiate, used_conditions, uses_clip
 from train.data.latent_facts import LatentFacts
 from train.data.online_encoding import OnlineLatents, first_batches
+from train.data.sizes import fields_in_json, with_mean_size
 from train.weights.saved import saved_fingerprint
 
 
@@ -40,7 +42,11 @@ def latents_of(
     """Latents as stored, or encoded from image-text shards during training. make_loader, read: for the stored data."""
     if data.kind == "latents":
         autoencoder = instantiate(config["autoencoder"]) if config["preview_every"] else None
-        facts = LatentFacts.of(f"{config['input']}/train", data, config["fold"], config["scaling_factor"])
+        root = f"{config['input']}/train"
+        facts = LatentFacts.of(root, data, config["fold"], config["scaling_factor"])
+        if fields := fields_in_json(config, facts):
+            facts = with_mean_size(facts, root, data)
+            make_loader, read_samples = (partial(read, json_fields=fields) for read in (make_loader, read_samples))
         return Latents(make_loader, read_samples, autoencoder, facts)
     online = OnlineLatents.of(config, instantiate, device)
     pictures = first_batches(make_loader, config["training"]["batch_size"], config["measured_on"], data.samples)

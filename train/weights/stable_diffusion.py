@@ -44,6 +44,8 @@ _PIXEL_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
 
 def unet_map(unet: UNet) -> list[TensorMapping]:
     """Every parameter of our U-Net and CompVis' name for it, without prefix. Works on the meta device."""
+    if unet.vector_dim is not None:
+        raise UserError("CompVis' files of Stable Diffusion hold no text and size vector: leave single_file= out.")
     _refuse_no_counterpart(unet_config(unet_options(unet)))
     per_level = len(unet.down_blocks[0].resnets) + 1
     carried = []

@@ -172,6 +172,11 @@ def test_a_data_set_for_each_bucket(tmp_path, picture):
         height, width = map(int, name.split("x"))
         assert manifest.fields["moments.npy"]["shape"] == [6, height // 2, width // 2]
         assert manifest.info["latents"] == manifests["16x16"].info["latents"]  # one scale for the model of all
+        sizes = [
+            sample["size"].astype(np.float64) for sample in read_dataset(f"{tmp_path}/out/{name}", None, ("size",))
+        ]
+        means = {"count": len(sizes), "mean": np.mean(sizes, 0).tolist()}
+        assert manifest.info["size_conditioning"] == means  # of its own: a run on one bucket draws at its size
         for sample in read_dataset(str(tmp_path / "out" / name)):
             original = pictures[sample["meta"]["n"]]
             assert sample["meta"]["original_size"] == list(original.shape[:2])
