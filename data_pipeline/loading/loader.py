@@ -15,6 +15,7 @@ from data_pipeline.common.threads import Prefetcher
 from data_pipeline.loading.batch import Batch, DataCursor, widened
 from data_pipeline.loading.epoch_plan import EpochPlan, Place
 from data_pipeline.loading.sample_reader import SampleReader, pin
+from data_pipeline.loading.shard_cache import refuse_little_room
 from data_pipeline.loading.worker_pool import Workers
 from data_pipeline.shards.manifest import Manifest
 
@@ -51,6 +52,7 @@ class Loader:
             )
         self.manifest = Manifest.load(root)
         self.manifest.check_shards(root)
+        refuse_little_room(self.manifest.shards)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.plan = EpochPlan(sizes, seed, global_batch_size, streams, window_shards, shuffle, overlap)
         if global_batch_size > EPOCHS_A_BATCH * self.plan.samples:
