@@ -23,7 +23,17 @@ NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-c
 CONTROLLER = "control"
 SUBNET = "198.18.0"
 PATIENCE_S = 150  # with what ends: beside a busy neighbour all may take several times as long as alone
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+}
 
 SLURM_CONF = """
 ClusterName=test
@@ -61,6 +71,8 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=cancels Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=20
+PartitionName=cancels_at_once Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=0
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 NODE = "NodeName={name} NodeAddr={address} CPUs=8 RealMemory=2000 Gres=gpu:2 State=UNKNOWN"
@@ -276,6 +288,17 @@ class Cluster:
         log = self.folder / f"job-{time.monotonic_ns()}.log"
         line = self.client("sbatch", "--parsable", f"--output={log}", *arguments, cwd=root, **environment)
         return Job(self, int(line), log)
+
+    def submit_stage(self, root: Path, stage: str, *words: str, **environment: str) -> Job:
+        """slurm/submit.sh from `root`; jobs that submit themselves again have one log each."""
+        log = self.folder / "job-%j.log"
+        line = ["bash", "slurm/submit.sh", stage, "--parsable", f"--output={log}", *words]
+        number = int(self.client(*line, cwd=root, **environment))
+        return self.job(number)
+
+    def job(self, number: int) -> Job:
+        """One that submit_stage submitted, or a successor of it."""
+        return Job(self, number, self.folder / f"job-{number}.log")
 
     def logs(self) -> str:
         """The ends of all daemons' logs."""
