@@ -22,6 +22,7 @@ DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 CONTROLLER = "control"
 SUBNET = "198.18.0"
+ROOT = Path(__file__).parents[2]
 PATIENCE_S = 150  # with what ends: beside a busy neighbour all may take several times as long as alone
 ENDED = {
     "COMPLETED",
@@ -179,6 +180,11 @@ class Cluster:
         outer = {k: v for k, v in os.environ.items() if not re.match(decided, k)}
         return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
+    @property
+    def site(self) -> str:
+        """A file in place of slurm/site.sh, for jobs of the checkout itself: logs and the nodes' own disks lie here."""
+        return str(self.folder / "site.sh")
+
     def __enter__(self) -> Cluster:
         try:
             self._write_files()
@@ -201,6 +207,8 @@ class Cluster:
         lines = "\n".join(NODE.format(name=name, address=address) for name, address in nodes.items())
         conf = SLURM_CONF.format(controller=CONTROLLER, subnet=SUBNET, folder=folder, nodes=lines)
         (folder / "slurm.conf").write_text(conf)
+        decided = f"LOGS={folder}/logs\nLOCAL_DISK={folder}/disk-$(hostname)\n"
+        (folder / "site.sh").write_text((ROOT / "slurm/site.sh").read_text() + decided)
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         for i in range(2):  # a GPU needs a device file, or CUDA_VISIBLE_DEVICES stays empty
             (folder / f"gpu{i}").symlink_to("/dev/null")

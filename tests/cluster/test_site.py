@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from slurm_cluster import Cluster, Job
+from slurm_cluster import PATIENCE_S, Cluster, Job
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("machine")]
 
@@ -89,15 +93,43 @@ def test_in_an_allocation_the_same_script_is_started_by_hand(cluster: Cluster, c
     """From a machine that is no node, as often as one likes."""
     (checkout / "by-hand").mkdir()
     script = "bash slurm/train_ldm.sbatch output=by-hand"
-    allocated = f"salloc --nodes=2 --gpus-per-node=1 bash -c '{script} do=meet && {script} do=again' 2>&1; echo code $?"
-    output = cluster.client("bash", "-c", allocated, cwd=checkout, PYTHON=sys.executable)
-    assert "goes on" in output, output
+    twice = f"cd {checkout} && salloc --nodes=2 --gpus-per-node=1 bash -c '{script} do=meet && {script} do=again'"
+    line = cluster.machines["control"].command("bash", "-c", f"{twice} 2>&1")  # its hosts file is needed, too
+    given = {**cluster.environment, "PYTHON": sys.executable}
+    done = subprocess.run(line, env=given, capture_output=True, text=True, timeout=PATIENCE_S)
     assert [[start["host"] for start in starts] for starts in said(checkout / "by-hand").values()] == [
         ["node1", "node1"],
         ["node2", "node2"],
     ]
-    assert "the same line again goes on" in output
-    assert output.endswith("code 75\n")
+    assert "the same line again goes on" in done.stdout, done.stdout
+    assert done.returncode == 75
+
+
+@pytest.mark.exhaustive
+def test_interrupted_by_hand_the_ranks_save_and_leave(cluster: Cluster, checkout: Path) -> None:
+    output = checkout / "interrupted"
+    output.mkdir()
+    script = f"cd {checkout} && exec salloc --nodes=2 bash slurm/train_ldm.sbatch output=interrupted do=stop 2>&1"
+    line = cluster.machines["control"].command("bash", "-c", script)
+    given = {**cluster.environment, "PYTHON": sys.executable}
+    with subprocess.Popen(line, env=given, stdout=subprocess.PIPE, text=True) as allocated:
+        wait_until(lambda: len(list(output.glob("ready-*"))) == 2)
+        (by_hand,) = [p for p in psutil.Process(allocated.pid).children(recursive=True) if is_script(p)]
+        by_hand.send_signal(signal.SIGINT)
+        said, _ = allocated.communicate(timeout=PATIENCE_S)
+    assert allocated.returncode == 75, said
+    assert list(output.glob("child-lives"))
+
+
+def is_script(process: psutil.Process) -> bool:
+    return process.cmdline()[:2] == ["bash", "slurm/train_ldm.sbatch"] and process.parent().name() == "salloc"
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S} s"
+        time.sleep(0.2)
 
 
 def test_a_job_submits_itself_again_and_what_waits_for_it_goes_on_waiting(cluster: Cluster, checkout: Path) -> None:
