@@ -77,8 +77,8 @@ def rank_of(job: Job, run: Path, number: int) -> psutil.Process:
 
 
 def test_a_warned_run_goes_on_and_is_the_same(jobs: dict[str, Job], cluster: Cluster, folder: Path) -> None:
-    """Two nodes: a warning saves, requeues and resumes; beside an undisturbed run elsewhere, which reads the shards where
-    they are, not from copies on each node's own disk."""
+    """Two nodes: a warning saves, requeues and resumes; beside an undisturbed run elsewhere, which reads the shards
+    where they are, not from copies on each node's own disk."""
     job, run = jobs["stopped"], folder / "stopped"
     job.wait_for(lambda facts: len(rows(run)) >= 3)
     before = len(rows(run))
