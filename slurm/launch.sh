@@ -59,6 +59,7 @@ prepare() {
     fi
     export SITE PYTHON=${PYTHON:-$(default_python)}
     # Rank 0 writes it, maybe on another machine than this shell's.
+    by_hand || rm -f ".slurm/note-$SLURM_JOB_ID-"* # of a start that was killed
     mkdir -p .slurm && NOTE=$(mktemp ".slurm/note-$SLURM_JOB_ID-XXXX") || return
     trap 'rm -f "$NOTE"' EXIT
     export NOTE START_ME_AGAIN USER_ERROR DATA_ERROR

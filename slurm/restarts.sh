@@ -54,9 +54,11 @@ submit_successor() {
     hand_over_waiting
 }
 
-# Jobs that wait for this one wait for its successor instead; for a task of an array, also for it.
+# Jobs that wait for this one wait for its successor instead; for a task of an array, also for it. One task at a time:
+# two that change what a job waits for at once would lose one of the changes.
 hand_over_waiting() {
-    local job needs
+    local job needs lock
+    exec {lock}>>.slurm/hand-over.lock && flock --exclusive --timeout 60 "$lock"
     while read -r job needs; do
         needs=$(sed -E 's/\([a-z]*\)|_\*//g' <<<"$needs") # afterok:7_*(unfulfilled): of an array
         if [[ $job == "$successor" ]]; then
@@ -70,6 +72,7 @@ hand_over_waiting() {
         fi
         scontrol update "JobId=$job" "Dependency=$needs"
     done < <(squeue --noheader --user="$UID" --states=PENDING --format='%i %E')
+    exec {lock}>&-
 }
 
 # crashes_without_progress <script.py> [overrides...]: count this crash; false after too many in a row.

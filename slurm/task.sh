@@ -7,16 +7,17 @@ export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 # A site may show each task only its own GPU, which then has number 0.
 [[ ${CUDA_VISIBLE_DEVICES:-,} == *,* ]] || LOCAL_RANK=0
 [[ $PYTHON != */* ]] || export PATH=${PYTHON%/*}:$PATH # tools beside the interpreter, ninja for one
-enter_job_folder || exit "$USER_ERROR"
-if [[ ${LOGS:-} ]]; then
-    mkdir -p "$LOGS/$(this_job)" && log_to "$LOGS/$(this_job)/rank-$RANK.log"
+code=$USER_ERROR
+if enter_job_folder; then
+    if [[ ${LOGS:-} ]]; then
+        mkdir -p "$LOGS/$(this_job)" && log_to "$LOGS/$(this_job)/rank-$RANK.log"
+    fi
+    # The warning reaches only the program, as TERM: USR1 itself is ignored by it and by its children.
+    forwarding "USR1:TERM TERM:TERM" "${CONTAINER[@]}" "$PYTHON" "$@"
+    code=$?
+    [[ ${copiers:-} ]] && log_no_more
+    leave_job_folder
 fi
-
-# The warning reaches only the program, as TERM: USR1 itself is ignored by it and by its children.
-forwarding "USR1:TERM TERM:TERM" "${CONTAINER[@]}" "$PYTHON" "$@"
-code=$?
-[[ ${copiers:-} ]] && log_no_more
-leave_job_folder
 if ((code == START_ME_AGAIN || code == USER_ERROR || code == DATA_ERROR)); then
     # The batch shell must learn the code; srun reports only the highest code of all ranks, including those it kills for
     # this one. Rank 0 leaves a note, the others reach it through Slurm; the sleep gives the signal time to arrive.

@@ -12,7 +12,7 @@ from pathlib import Path
 ARGUMENTS = dict(argument.split("=", 1) for argument in sys.argv[1:])
 OUTPUT, RANK = Path(ARGUMENTS["output"]), int(os.environ["RANK"])
 NAMES = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-NAMES += ("TMPDIR", "TRITON_CACHE_DIR", "LOCAL_DISK", "SLURM_CPU_BIND_TYPE", "OF_PREPARE_JOB", "OF_CONTAINER")
+NAMES += ("TMPDIR", "TRITON_CACHE_DIR", "LOCAL_DISK", "OF_PREPARE_JOB", "OF_CONTAINER")
 
 
 def say() -> None:

@@ -149,6 +149,20 @@ def test_a_job_submits_itself_again_and_what_waits_for_it_goes_on_waiting(cluste
     assert last["StartTime"] >= facts["EndTime"]
 
 
+@pytest.mark.exhaustive
+def test_what_waits_for_an_array_waits_for_tasks_that_submit_themselves_again(cluster: Cluster, checkout: Path) -> None:
+    array = submit(cluster, checkout, "once again", "--array=0-1", "--cpus-per-task=1", name="array", REQUEUE="self")
+    after = ("--kill-on-invalid-dep=yes", f"--dependency=afterok:{array.number}")
+    waiting = submit(cluster, checkout, "nothing", *after, name="after-array")
+    last = waiting.wait()
+    assert last["JobState"] == "COMPLETED", waiting.output()
+    logs = [log.read_text() for log in cluster.folder.glob("job-*.log")]
+    numbers = [int(n) for log in logs if "output=array " in log for n in re.findall(r"goes on as job (\d+)", log)]
+    assert len(numbers) == 2, logs
+    assert sorted(start["array_task"] for start in said(checkout / "array")[0]) == ["0", "0", "1", "1"]
+    assert all(last["StartTime"] >= cluster.job(number).facts()["EndTime"] for number in numbers)
+
+
 def test_a_chain_of_jobs_is_capped(cluster: Cluster, checkout: Path) -> None:
     job = submit(cluster, checkout, "crash", "--nodes=2", name="chain", REQUEUE="self", MAX_CRASHES="2")
     job.wait()
@@ -161,11 +175,15 @@ def test_mistakes_get_a_sentence(cluster: Cluster, checkout: Path) -> None:
     plain = cluster.submit(checkout, "slurm/train_ldm.sbatch", "output=plain", "do=nothing", REQUEUE="self")
     wrong = submit(cluster, checkout, "nothing", name="wrong", REQUEUE="always")
     fails = submit(cluster, checkout, "nothing", name="fails", FAILS="yes")
+    disk = cluster.folder / "edited.sh"
+    disk.write_text((checkout / "slurm/site.sh").read_text() + "LOCAL_DISK=/proc/nowhere\n")
+    lost = submit(cluster, checkout, "nothing", name="lost", SITE=str(disk))
     moved = cluster.submit(checkout, "slurm/train_ldm.sbatch", "output=plain", "do=nothing", SITE="elsewhere.sh")
     for job, sentence in (
         (plain, "submit it by bash slurm/submit.sh train_ldm ... in place of sbatch"),
         (wrong, "REQUEUE=always must be requeue, self or no"),
         (fails, "prepare_job of slurm/site.sh failed"),
+        (lost, "LOCAL_DISK=/proc/nowhere on node1 can't hold /proc/nowhere/ldt-0-"),
         (moved, "SITE=elsewhere.sh is not there"),
     ):
         assert (job.wait()["JobState"], job.facts()["ExitCode"]) == ("FAILED", "2:0")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaders import loader_of
 from synthetic import TINY_LATENTS, write_latents
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.loading import shard_cache
 from data_pipeline.loading.batch import Batch
-from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import Manifest, Shard
 
 SAMPLES, SHARD_SIZE, BATCH, STREAMS = 104, 8, 8, 8
@@ -37,7 +37,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def epoch(root: Path, **more: int) -> list[Batch]:
-    batches = iter(Loader(str(root), BATCH, STREAMS, cache_mb=0, **more))
+    batches = iter(loader_of(str(root), BATCH, STREAMS, cache_mb=0, **more))
     return [next(batches) for _ in range(SAMPLES // BATCH)]
 
 
