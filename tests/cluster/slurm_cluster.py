@@ -178,7 +178,7 @@ class Cluster:
         """This process' own, without a Slurm it may itself run under and what the launch decides."""
         decided = r"(SLURM|SBATCH|SRUN|RANK$|WORLD_SIZE$|MASTER_|OMP_NUM_THREADS)"
         outer = {k: v for k, v in os.environ.items() if not re.match(decided, k)}
-        return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf"), "SLURM_TMPDIR": str(self.folder / "local")}
 
     @property
     def site(self) -> str:
