@@ -26,3 +26,8 @@ forwarding() {
     done
     return "$code"
 }
+
+complain() {
+    echo "error: $*" >&2
+    return 2
+}

@@ -15,8 +15,8 @@
 #   shards=FOLDER        existing image-text shards: make_shards is skipped;
 #   autoencoder=FOLDER   an existing run: train_autoencoder is skipped;
 #   clip=FOLDER          likewise for train_clip.
-# All stages run, named or not. When one fails for good, Slurm cancels those that wait for it; submitting the same line
-# again continues where they stopped.
+# The options of your site are in slurm/site.sh. All stages run, named or not. When one fails for good, Slurm cancels
+# those that wait for it; submitting the same line again continues where they stopped.
 set -u
 
 readonly STAGES="make_shards train_autoencoder train_clip precompute_latents train_ldm evaluate_ldm"
@@ -58,8 +58,8 @@ submit() {
     local -n for_sbatch="for_sbatch_$stage" for_script="for_script_$stage"
     for needed in $2; do after+=${ids[$needed]:+:${ids[$needed]}}; done
     shift 2
-    id=$(sbatch --parsable ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} "${for_sbatch_all[@]}" \
-        "${for_sbatch[@]}" "slurm/$stage.sbatch" "$@" "${for_script[@]}") || give_up "$stage"
+    id=$(bash slurm/submit.sh "$stage" --parsable ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} \
+        "${for_sbatch_all[@]}" "${for_sbatch[@]}" "$@" "${for_script[@]}") || give_up "$stage"
     ids[$stage]=${id%%;*} # a federation appends the cluster's name
     echo "$stage ${ids[$stage]}${after:+ after ${after#:}}"
 }

@@ -16,6 +16,7 @@ from data_pipeline.common.threads import Prefetcher
 from data_pipeline.loading.batch import Batch, DataCursor, widened
 from data_pipeline.loading.epoch_plan import EpochPlan, Place
 from data_pipeline.loading.sample_reader import SampleReader, pin
+from data_pipeline.loading.shard_cache import refuse_little_room
 from data_pipeline.loading.worker_pool import Workers
 from data_pipeline.shards.manifest import Manifest
 
@@ -65,6 +66,7 @@ class Loader:
             )
         self.manifest = Manifest.load(root)
         self.manifest.check_shards(root)
+        refuse_little_room(self.manifest.shards)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.plan = EpochPlan(
             sizes, seed, batch_size, config.streams, config.window_shards, config.shuffle, config.overlap

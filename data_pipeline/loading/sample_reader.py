@@ -17,7 +17,7 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.loading.array_batch import ArrayLayout, not_finite, stacked
 from data_pipeline.loading.epoch_plan import Place
-from data_pipeline.loading.shard_cache import RemoteShard, open_shard
+from data_pipeline.loading.shard_cache import RemoteShard, fits_cache, open_shard
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing
 from data_pipeline.shards.json_fields import FROM_JSON
@@ -170,11 +170,11 @@ class SampleReader:
         return OpenShard(data if isinstance(data, RemoteShard) else np.frombuffer(data, np.uint8), entries)
 
     def _shard(self, number: int) -> tuple[Any, list[IndexEntry]]:
-        """A shard's bytes, from disk or from the bucket, and its index."""
+        """A shard's bytes, from the cache, from disk or from the bucket, and its index."""
         shard = self.manifest.shards[number]
         entries = read_index(self.root, shard)
         path = storage.join(self.root, shard.name)
-        if storage.is_s3(path):
+        if storage.is_s3(path) or fits_cache(shard):
             data = open_shard(self.root, shard, entries, lambda: self.pieces(number))
         else:
             with open(path, "rb") as file:

@@ -130,7 +130,12 @@ def digest_of(data: bytes | mmap.mmap) -> str:
 
 def refuse_other_bytes(data: bytes | mmap.mmap, path: str, shard: Shard) -> None:
     """DataError for bytes that changed since they were written, even if each sample can still be decoded."""
-    if digest_of(data) != shard.sha256:
+    refuse_other_digest(digest_of(data), path, shard)
+
+
+def refuse_other_digest(digest: str, path: str, shard: Shard) -> None:
+    """The same by the digest of a shard's bytes."""
+    if digest != shard.sha256:
         raise DataError(
             f"shard {path} is damaged (its sha256 is not that of the manifest): copy it again, or delete it together "
             "with the data set's manifest.json and run the script that made it."

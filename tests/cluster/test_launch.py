@@ -248,7 +248,7 @@ def test_a_task_passes_signals_on(checkout: Path, name: str) -> None:
     output = checkout / f"task-{name}"
     output.mkdir()
     note = output / "note"
-    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
     ours = {"PYTHON": sys.executable, "START_ME_AGAIN": "75", "USER_ERROR": "2", "DATA_ERROR": "3", "NOTE": str(note)}
     line = ["bash", "slurm/task.sh", "train/train_ldm.py", f"output={output}", "do=stop"]
     with subprocess.Popen(line, cwd=checkout, env={**os.environ, **slurm, **ours}, start_new_session=True) as task:

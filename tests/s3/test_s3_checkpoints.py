@@ -18,7 +18,7 @@ from data_pipeline.common import s3 as s3
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from train.checkpointing import checkpoints as checkpoint
-from train.checkpointing import writer
+from train.checkpointing import scratch_room, writer
 from train.checkpointing.checkpoints import CheckpointConfig, Checkpoints
 from train.checkpointing.ema_weights import ema_weights
 from train.checkpointing.files import CheckpointPaths, complete_checkpoints
@@ -96,6 +96,7 @@ def together(monkeypatch):
     for module in (checkpoint, writer):
         monkeypatch.setattr(module, "broadcast_object", lambda value: gathered(value)[0])
     monkeypatch.setattr(checkpoint, "gathered_objects", gathered)
+    monkeypatch.setattr(scratch_room, "gathered_objects", gathered)
     monkeypatch.setattr(checkpoint, "barrier", gathered)
 
     def go(world_size, do):
@@ -193,6 +194,26 @@ def test_two_nodes_that_share_no_file_system(start, place, tmp_path):
     assert averaged.shape == (LENGTH,)
     assert start().resume("must") == 30
     assert not list(tmp_path.glob("scratch*/*"))
+
+
+def test_a_disk_without_room_for_a_save_is_refused_at_the_start(start, tmp_path, monkeypatch):
+    """The sum over the node's ranks, which is not exceeded while they save."""
+    needed = 2 * LENGTH * 4 + 2 * LENGTH * 4  # weights and their average; rank 0 gathers the average and writes it
+    monkeypatch.setattr(storage, "free_bytes", lambda folder: needed - 1)
+    sentence = f"training.scratch: {tmp_path}/scratch. on {storage.HOST} needs {needed} bytes .* and {needed - 1} are"
+    with pytest.raises(UserError, match=sentence):
+        start().resume()
+    monkeypatch.setattr(storage, "free_bytes", lambda folder: needed)
+    run, peaks, save_tensors = start(), [], writer.save_tensors
+
+    def measured(*given):
+        save_tensors(*given)
+        peaks.append(sum(path.stat().st_size for path in tmp_path.glob("scratch*/*/*/*.safetensors")))
+
+    monkeypatch.setattr(writer, "save_tensors", measured)
+    run.resume()
+    run.save(10)
+    assert needed / 2 < max(peaks) <= needed
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])

@@ -32,6 +32,7 @@ from train.checkpointing.compatibility import describe_layout, refuse_other_shap
 from train.checkpointing.files import STEP, CheckpointPaths, Found, inspect_checkpoint, part_name, step_of
 from train.checkpointing.part_files import Copies, copied_pieces, files_needed, fill
 from train.checkpointing.safetensors_io import Header
+from train.checkpointing.scratch_room import refuse_little_room
 from train.checkpointing.stores import store_of
 from train.checkpointing.writer import SaveThread, Writer
 from train.distributed.collectives import barrier, broadcast_object, gathered_objects
@@ -120,6 +121,16 @@ class Checkpoints:
     def _copied(self, engine: Engine, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.config.asynchronous else {})
 
+    def _bytes_to_save(self, engine: Engine, ema: Ema) -> int:
+        """What this rank's workplace holds during a save."""
+        fragments, tensors = engine.fragments_to_save(), {**engine.tensors(), **ema.tensors()}
+        part = sum(fragment.of(shards).nbytes for shards in tensors.values() for fragment in fragments)
+        if not self.ranks.is_main:
+            return part
+        # Rank 0 also gathers the averages: the pieces of all ranks, and the files made of them.
+        averages = sum(kind.startswith("ema") for kind in tensors)
+        return part + 2 * averages * 4 * sum(math.prod(shape) for shape in engine.shapes.values())
+
     def resume(
         self, how: str, engine: Engine, ema: Ema, state: TrainState, before_anew: Callable[[], None] = lambda: None
     ) -> bool:
@@ -130,6 +141,8 @@ class Checkpoints:
         assert how in RESUME, how
         self.store.tidy()
         barrier()  # so that no rank of this node fetches before the tidying
+        if self.store.scratch is not None:
+            refuse_little_room(self.store.scratch, self._bytes_to_save(engine, ema))
         where, any_there, resumed, run_id = self.store.root, self._names(), None, state.run_id
         for found in self._whole_by_size(any_there):
             if how == "never":

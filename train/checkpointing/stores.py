@@ -37,6 +37,7 @@ class Store:
 
     fetches: bool
     pause: float
+    scratch: Path | None = None  # where this node's ranks have files that are not yet, or no longer, in the store
     lacks_part: str  # why a part may be missing, for the error message
 
     def __init__(self, root: str) -> None:
@@ -280,11 +281,13 @@ def refuse_other_owner(root: str, run_id: str | None, allow_mismatch: Sequence[s
 
 
 def store_of(root: str, scratch: str | None = None, rank: int = 0) -> Store:
-    """The store at `root`. scratch: a folder on each node's own disk, for files in buckets (None: the temp folder)."""
+    """The store at `root`. scratch: a folder on each node's own disk, with $VARIABLES, for files in buckets (None: the
+    temp folder)."""
     if not storage.is_s3(root):
         return FolderStore(root)
     mark = hashlib.sha256(root.encode()).hexdigest()[:12]
-    folder = Path(scratch or tempfile.gettempdir()) / f"checkpoints-{mark}-{os.getuid()}-{storage.HOST}"
+    place = storage.on_this_node(scratch, "training.scratch") if scratch else Path(tempfile.gettempdir())
+    folder = place / f"checkpoints-{mark}-{os.getuid()}-{storage.HOST}"
     return BucketStore(root.rstrip("/"), folder, rank)
 
 

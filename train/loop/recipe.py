@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import (
     Count,
@@ -75,6 +76,8 @@ class Training:
 
     def __post_init__(self) -> None:
         refuse_wrong(self, "training")
+        if self.scratch is not None:
+            storage.on_this_node(self.scratch, "training.scratch")
         for width in self.power_ema:
             gamma_of(width)  # refuses invalid widths
         if self.micro_batch is not None and self.accumulation != 1:

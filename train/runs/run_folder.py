@@ -74,7 +74,8 @@ class RunFolder:
             try:
                 return self._claim()
             except InUse as error:
-                if int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
+                # The second: a job that submitted itself again (slurm/restarts.sh).
+                if not any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "CHAIN_RESTARTS")):
                     raise
                 if time.monotonic() > deadline:
                     log.error("%s The lock may be from a node that died: Slurm is asked to try again later.", error)

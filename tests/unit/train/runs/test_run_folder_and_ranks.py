@@ -78,8 +78,9 @@ def held(tmp_path):
         other.kill()
 
 
-def test_a_job_that_slurm_restarted_waits_for_the_lock_of_a_dead_node(tmp_path, held, monkeypatch):
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+@pytest.mark.parametrize("restarted", ["SLURM_RESTART_COUNT", "CHAIN_RESTARTS"])
+def test_a_job_that_slurm_restarted_waits_for_the_lock_of_a_dead_node(tmp_path, held, monkeypatch, restarted):
+    monkeypatch.setenv(restarted, "1")
     tries = []
     monkeypatch.setattr("time.sleep", lambda seconds: (tries.append(seconds), held.kill(), held.wait()))
     assert RunFolder(tmp_path / "run", "train_ldm", {}, ALONE).run_id
