@@ -101,7 +101,7 @@ def test_in_an_allocation_the_same_script_is_started_by_hand(cluster: Cluster, c
         ["node1", "node1"],
         ["node2", "node2"],
     ]
-    assert "the same line again goes on" in done.stdout, done.stdout
+    assert "submit the same line again to continue" in done.stdout, done.stdout
     assert done.returncode == 75
 
 
