@@ -92,6 +92,11 @@ MISTAKES = {
         2,
         "is input=: choose a folder of its own",
     ),
+    "fine-tuning of nothing": (
+        [*LDM, "input={folder}/latents", "experiment=sd15_finetune"], 2, "start_from must be given",
+    ),
+    "a start that is no place": ([*LDM, "input={folder}/latents", "start_from={folder}/no"], 2, "no is not there"),
+    "the unet of nothing": ([*LDM, "input={folder}/latents", "unet=from_start"], 2, "takes the U-Net of start_from="),
     "no such encoder": (
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run",
          "autoencoder.path={folder}/nowhere", "clip.path={folder}/nowhere"],

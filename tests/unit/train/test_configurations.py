@@ -183,7 +183,7 @@ OPTIONS = [
     *[("sampler", name, "seed=0") for name in GROUPS["sampler"]],
     *[("spacing", name, "seed=0") for name in GROUPS["spacing"]],
     *[("guidance", name, "guidance.rescale=0.7") for name in GROUPS["guidance"]],
-    *[("unet", name, "fold=1") for name in GROUPS["unet"] if name not in ("demo", "ldm_unconditional")],
+    *[("unet", name, "fold=1") for name in GROUPS["unet"] if name not in ("demo", "ldm_unconditional", "from_start")],
 ]  # fmt: skip
 
 

@@ -1,0 +1,116 @@
+"""The model to start from (start_from=): its U-Net's shape, and the refusal of runs that would train it wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import entry_of
+from data_pipeline.common.saved_objects import build
+from train.diffusion.process import DiffusionProcess
+from train.models.unet import UNet
+from train.weights.published import unet_options_of
+from train.weights.scheduler import trained_on
+
+TARGET = f"{UNet.__module__}.{UNet.__qualname__}"
+ALIKE = 0.02  # largest difference of alpha or sigma; a last step with or without signal differs by 0.07
+PRESETS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # beta_start, beta_end of conf/process
+
+
+def with_unet_to_start_from(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with start_from='s own U-Net in place of unet=from_start; UserError if unet= is another."""
+    unet, start_from = config["unet"], config["start_from"]
+    if not unet.get("from_start"):
+        if start_from is not None:
+            refuse_other_unet(unet, start_from)
+        return config
+    if start_from is None:
+        raise UserError("unet=from_start takes the U-Net of start_from=: add start_from=..., or give another unet=.")
+    refuse_absent(start_from)
+    options = unet_options_of(start_from, unet["heads"])
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    given = {name: value for name, value in unet.items() if name not in ("from_start", "heads")}
+    return {**config, "unet": {**options, **given}}
+
+
+def refuse_absent(start_from: str) -> None:
+    """UserError if nothing is at start_from."""
+    if not Path(start_from).exists():
+        raise UserError(f"start_from={start_from} is not there: give a run, a diffusers folder, or a single file.")
+
+
+def refuse_other_unet(unet: Mapping[str, Any], start_from: str) -> None:
+    """UserError, in place of one for each of some hundred tensors, if unet= has other widths than start_from=."""
+    if unet.get("_target_") != TARGET:
+        return  # the user's own class: only its weights can tell
+    refuse_absent(start_from)
+    theirs, ours = (levelled(options) for options in (unet_options_of(start_from, unet["heads"]), unet))
+    names = [name for name in theirs if name in ours and theirs[name] != ours[name]]
+    if names:
+        has, asked = (", ".join(f"{name}={options[name]}" for name in names) for options in (theirs, ours))
+        raise UserError(
+            f"start_from={start_from} has a U-Net of {has}, and unet= says {asked}: take unet=from_start, which is "
+            "the one that it has."
+        )
+
+
+def levelled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A U-Net's arguments with one value per level where None or one number stands for all; without channels_last.
+    Heads are left out where nothing attends."""
+    count = len(options["channels"])
+    heads, both = options["heads"], options["self_attention_levels"]
+    attending = [*options["attention_levels"][:-1], True]  # the middle block always does, with the last level's heads
+    heads = [heads] * count if isinstance(heads, int) else heads
+    shown = {
+        "channels": list(options["channels"]),
+        "attention_levels": list(options["attention_levels"]),
+        "self_attention_levels": [True] * count if both is None else list(both),
+        "heads": [n for n, used in zip(heads, attending, strict=False) if used],
+    }
+    return {**{name: value for name, value in options.items() if name not in ("channels_last", "_target_")}, **shown}
+
+
+def refuse_other_noise(start_from: str | None, process: DiffusionProcess, parameterization: Any) -> None:
+    """UserError if start_from= was trained to predict something else, or on another noise schedule, than this run:
+    the loss would fall all the same, and the pictures would be ruined."""
+    if start_from is None or (known := trained_on(Path(start_from))) is None:
+        return
+    said, options = [], []
+    if known.parameterization and known.parameterization != entry_of(type(parameterization)):
+        theirs = known.parameterization["name"]
+        said.append(f"predicts {theirs}")
+        options.append(f"parameterization={theirs}")
+    named = known.process and "name" in known.process  # else a class of the user's own
+    if named and not alike(build(known.process, "process", f"{known.where}: process"), process):
+        options.insert(0, process_options(known.process))
+        said.append(f"knows the noise of {options[0]}")
+    if said:
+        raise UserError(
+            f"start_from={start_from} {' and '.join(said)} ({known.where}), unlike this run: add {' '.join(options)}; "
+            "or, to teach it the new objective, new_objective=true."
+        )
+
+
+def alike(a: DiffusionProcess, b: DiffusionProcess) -> bool:
+    """Whether two processes have the same alpha and sigma at the same inputs of the network's time embedding."""
+    tables = []
+    for process in (a, b):
+        t = torch.linspace(1.0, 999.0, 500) / process.network_time(torch.tensor(1.0))
+        tables.append(torch.stack([process.alpha(t), process.sigma(t)]))
+    return bool((tables[0] - tables[1]).abs().max() < ALIKE)
+
+
+def process_options(process: Mapping[str, Any]) -> str:
+    """The options that give this process, as text."""
+    name = process["name"]
+    if name != "discrete_vp":
+        return f"process={'continuous_cosine' if name == 'cosine_vp' else name}"
+    schedule, zero = process.get("schedule", "scaled_linear"), process.get("zero_terminal_snr", False)
+    preset = "zero_terminal_snr" if zero and schedule == "scaled_linear" else schedule
+    found = [f"process={preset}"] + ["process.zero_terminal_snr=true"] * (zero and preset == schedule)
+    usual = dict(zip(("beta_start", "beta_end"), PRESETS.get(schedule, ()), strict=False)) | {"steps": 1000}
+    return " ".join(found + [f"process.{k}={process[k]}" for k, v in usual.items() if process.get(k, v) != v])
