@@ -20,6 +20,7 @@ from data_pipeline.common.progress import Progress
 from data_pipeline.common.storage import write_atomically
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
+from data_pipeline.shards.manifest import Manifest
 from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
 from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
 
@@ -32,6 +33,8 @@ def main(cfg: DictConfig) -> None:
     if not train or any(sample["image"].shape[0] % RECALL_PIXELS for sample in train[:1] if "image" in sample):
         raise UserError(f"shards={cfg.shards}: pictures must be a multiple of {RECALL_PIXELS} pixels a side.")
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
+    if not cfg.other_shards:
+        refuse_other_shards(run, cfg.shards)
     listed = len(train) + len(heldout)
     train, heldout = usable(run, train), usable(run, heldout)
     if not train:
@@ -54,6 +57,16 @@ def main(cfg: DictConfig) -> None:
     write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
     save_grids(output, chosen, drawn, heldout, unseen)
     say(figures, output)
+
+
+def refuse_other_shards(run: TrainedRun, shards: str) -> None:
+    """UserError for shards that the run's latents were not made of: recall of pictures that it never saw is chance."""
+    made_of, given = run.facts.fingerprints.get("images"), Manifest.load(f"{shards}/train").fingerprint
+    if made_of is not None and made_of != given:
+        raise UserError(
+            f"shards={shards} are not those that this run's latents were made of (fingerprint {given}, not {made_of}): "
+            "give those, or other_shards=true, if recall of pictures that it has not seen is what you want."
+        )
 
 
 def usable(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

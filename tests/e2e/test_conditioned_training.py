@@ -112,7 +112,10 @@ def test_layouts_from_pairs_to_pictures(folder: Path) -> None:
     assert (folder / "layout/drawn/0000-brazil-and-canada.png").exists()
     wrong = run("train/sample_images.py", f"input={folder}/layout", "layouts=[brazil,0,0,1,1]", check=False)
     assert "error: layouts: " in wrong.stderr
-    wrong = run("train/evaluate_ldm.py", f"input={folder}/layout", f"shards={folder}/shards", check=False)
+    evaluate = ["train/evaluate_ldm.py", f"input={folder}/layout", f"shards={folder}/shards"]
+    wrong = run(*evaluate, check=False)
+    assert "are not those that this run's latents were made of" in wrong.stderr
+    wrong = run(*evaluate, "other_shards=true", check=False)
     assert "no picture has what this run is conditioned on" in wrong.stderr
 
 

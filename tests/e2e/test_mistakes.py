@@ -93,10 +93,14 @@ MISTAKES = {
         "is input=: choose a folder of its own",
     ),
     "fine-tuning of nothing": (
-        [*LDM, "input={folder}/latents", "experiment=sd15_finetune"], 2, "start_from must be given",
+        [*LDM, "input={folder}/latents", "experiment=sd15_finetune"], 2, "none to start from: add start_from=...",
     ),
     "a start that is no place": ([*LDM, "input={folder}/latents", "start_from={folder}/no"], 2, "no is not there"),
-    "the unet of nothing": ([*LDM, "input={folder}/latents", "unet=from_start"], 2, "takes the U-Net of start_from="),
+    "the unet of nothing": (
+        ["train/train_ldm.py", "output={folder}/run", "input={folder}/latents", "unet=from_start", *NO_ENCODERS],
+        2,
+        "takes the U-Net of start_from=",
+    ),
     "no such encoder": (
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run",
          "autoencoder.path={folder}/nowhere", "clip.path={folder}/nowhere"],

@@ -24,6 +24,11 @@ PRESETS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # beta_st
 def with_unet_to_start_from(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with start_from='s own U-Net in place of unet=from_start; UserError if unet= is another."""
     unet, start_from = config["unet"], config["start_from"]
+    if config["fine_tune"] and start_from is None:
+        raise UserError(
+            "this recipe changes trained weights a little, and there are none to start from: add start_from=... (a "
+            "diffusers folder, a CompVis file or a run); or fine_tune=false, to train random weights by it."
+        )
     if not unet.get("from_start"):
         if start_from is not None:
             refuse_other_unet(unet, start_from)

@@ -183,12 +183,15 @@ def test_the_u_net_of_the_start_is_taken_or_offered(tmp_path, form):
     else:
         diffusers.save_unet(tmp_path / "unet", unet)
     asked = {"_target_": TARGET, "from_start": True, "heads": 2 if form == "file" else None, "channels_last": True}
-    config = with_unet_to_start_from({"start_from": str(start), "unet": asked})
+    config = with_unet_to_start_from({"fine_tune": True, "start_from": str(start), "unet": asked})
     arguments = {name: value for name, value in config["unet"].items() if name != "_target_"}
     again = UNet(**arguments)
     load_unet_weights(again, str(start))
     assert torch.equal(again.conv_in.weight, unet.conv_in.weight)
-    assert with_unet_to_start_from({"start_from": str(start), "unet": config["unet"]})["unet"] == config["unet"]
+    assert (
+        with_unet_to_start_from({"fine_tune": True, "start_from": str(start), "unet": config["unet"]})["unet"]
+        == config["unet"]
+    )
     other = {**config["unet"], "channels": [64, 64], "context_dim": 32}
     with pytest.raises(UserError, match=r"channels=\[32, 64\], context_dim=24, and unet= says .*take unet=from_start"):
-        with_unet_to_start_from({"start_from": str(start), "unet": other})
+        with_unet_to_start_from({"fine_tune": True, "start_from": str(start), "unet": other})
