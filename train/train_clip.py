@@ -65,8 +65,8 @@ def refuse_copies_as_negatives(batch_size: int, samples: int, where: str) -> Non
     """UserError for a batch of more pairs than there are: no pair would have others enough to be told from."""
     if batch_size > samples:
         raise UserError(
-            f"training.batch_size={batch_size} is more than the {samples} pairs of {where}: each pair is to be told from "
-            f"the others of its batch, and copies are none; lower it to {samples} or less, or take more pictures."
+            f"training.batch_size={batch_size} is more than the {samples} pairs of {where}: each is to be told from "
+            f"others, and copies are none; lower it to {samples} or less, or take more pictures."
         )
 
 
