@@ -57,8 +57,8 @@ def main(cfg: DictConfig) -> None:
     for i, (name, picture) in enumerate(zip(titles, drawn, strict=True)):
         save_png(Image.fromarray(picture), output / f"{i:04d}-{file_stem(name)}.png")
     shown = list(run.generator.with_conditioning_images(conditions, drawn, cfg.batch_size))
-    how = {"columns": min(cfg.columns, len(rows)), "scale": cfg.scale}
-    sheet = grid(shown, titles, **how, title=how_drawn(run.step, sampler, guidance, cfg.seed))
+    layout = {"columns": min(cfg.columns, len(rows)), "scale": cfg.scale}
+    sheet = grid(shown, titles, **layout, title=how_drawn(run.step, sampler, guidance, cfg.seed))
     sheet = save_png(sheet, output / "grid.png")
     how = f"{sampler.steps} steps, guidance {guidance.scale:g}"
     print(f"sample_images: {len(rows)} pictures from {run.weights}, {how}; grid in {sheet}")
