@@ -21,10 +21,9 @@ ALIKE = 0.02  # largest difference of alpha or sigma; a last step with or withou
 PRESETS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # beta_start, beta_end of conf/process
 
 
-def with_unet_to_start_from(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with start_from='s own U-Net in place of unet=from_start; UserError if unet= is another."""
-    unet, start_from = config["unet"], config["start_from"]
-    if config["fine_tune"] and start_from is None:
+def unet_to_train(unet: dict[str, Any], start_from: str | None, fine_tune: bool) -> dict[str, Any]:
+    """The options of unet=, or start_from='s own for unet=from_start; UserError if the two are not alike."""
+    if fine_tune and start_from is None:
         raise UserError(
             "this recipe changes trained weights a little, and there are none to start from: add start_from=... (a "
             "diffusers folder, a CompVis file or a run); or fine_tune=false, to train random weights by it."
@@ -32,14 +31,13 @@ def with_unet_to_start_from(config: dict[str, Any]) -> dict[str, Any]:
     if not unet.get("from_start"):
         if start_from is not None:
             refuse_other_unet(unet, start_from)
-        return config
+        return unet
     if start_from is None:
         raise UserError("unet=from_start takes the U-Net of start_from=: add start_from=..., or give another unet=.")
     refuse_absent(start_from)
     options = unet_options_of(start_from, unet["heads"])
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-    given = {name: value for name, value in unet.items() if name not in ("from_start", "heads")}
-    return {**config, "unet": {**options, **given}}
+    return {**options, "_target_": unet["_target_"], "channels_last": unet["channels_last"]}
 
 
 def refuse_absent(start_from: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
-from train.data.base_model import PRESETS, TARGET, refuse_other_noise, with_unet_to_start_from
+from train.data.base_model import PRESETS, TARGET, refuse_other_noise, unet_to_train
 from train.data.ldm_inputs import with_base_model_scaling
 from train.diffusion.parameterization import Epsilon, Flow, Velocity
 from train.diffusion.process import DiscreteVP, RectifiedFlow
@@ -182,16 +182,12 @@ def test_the_u_net_of_the_start_is_taken_or_offered(tmp_path, form):
         stable_diffusion.save_single_file(start, unet, None)
     else:
         diffusers.save_unet(tmp_path / "unet", unet)
-    asked = {"_target_": TARGET, "from_start": True, "heads": 2 if form == "file" else None, "channels_last": True}
-    config = with_unet_to_start_from({"fine_tune": True, "start_from": str(start), "unet": asked})
-    arguments = {name: value for name, value in config["unet"].items() if name != "_target_"}
-    again = UNet(**arguments)
+    asked = {"_target_": TARGET, "from_start": True, "context_dim": None, "channels_last": True}
+    taken = unet_to_train({**asked, "heads": 2 if form == "file" else None}, str(start), fine_tune=True)
+    again = UNet(**{name: value for name, value in taken.items() if name != "_target_"})
     load_unet_weights(again, str(start))
     assert torch.equal(again.conv_in.weight, unet.conv_in.weight)
-    assert (
-        with_unet_to_start_from({"fine_tune": True, "start_from": str(start), "unet": config["unet"]})["unet"]
-        == config["unet"]
-    )
-    other = {**config["unet"], "channels": [64, 64], "context_dim": 32}
+    assert unet_to_train(taken, str(start), fine_tune=False) == taken
+    other = {**taken, "channels": [64, 64], "context_dim": 32}
     with pytest.raises(UserError, match=r"channels=\[32, 64\], context_dim=24, and unet= says .*take unet=from_start"):
-        with_unet_to_start_from({"fine_tune": True, "start_from": str(start), "unet": other})
+        unet_to_train(other, str(start), fine_tune=False)
