@@ -176,7 +176,7 @@ def test_a_training_starts_from_another_run(folder: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     published = run("train/train_ldm.py", f"input={folder}/latents", f"output={folder}/never", *encoders(folder),
                     "experiment=unconditional", f"start_from={folder}/clip", check=False)  # fmt: skip
-    assert "scaling_factor=0.18215" in published.stderr
+    assert "clip is a run without a U-Net: give the output= of a train_ldm.py run." in published.stderr
     assert not (folder / "never").exists()
 
 

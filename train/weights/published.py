@@ -28,8 +28,10 @@ def unet_options_of(path: str | Path, heads: Any = None) -> dict[str, Any]:
         options = {"vector_dim": None, "self_attention_levels": None, "norm_groups": stable_diffusion.NORM_GROUPS}
         return options | stable_diffusion.unet_arguments(stable_diffusion.unet_shapes(path), path, heads)
     if (path / "config.yaml").exists():
-        where = path / "config.yaml"
-        return dict(checked(read_config(where).get("unet"), "unet", f"{where}: unet").arguments)
+        where, config = path / "config.yaml", read_config(path / "config.yaml")
+        if "unet" not in config:
+            raise UserError(f"start_from={path} is a run without a U-Net: give the output= of a train_ldm.py run.")
+        return dict(checked(config["unet"], "unet", f"{where}: unet").arguments)
     folder, config = diffusers.component(path, ("unet",), diffusers.UNET_CLASSES)
     return diffusers.unet_arguments(config, folder / "config.json")
 

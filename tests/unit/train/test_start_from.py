@@ -108,6 +108,11 @@ def test_the_scale_is_the_runs_own(a_run, labelled):
         with_base_model_scaling(options(run, "label", factor=0.5), labelled(mean=[0.0] * 4, std=[2.0] * 4))
 
 
+def test_a_published_model_needs_its_factor(tmp_path, labelled):
+    with pytest.raises(UserError, match=r"add scaling_factor=0\.18215"):
+        with_base_model_scaling(options(tmp_path, "text"), labelled())
+
+
 def test_another_fold_is_refused(a_run, labelled):
     run, _ = a_run(labelled(), "label")
     with pytest.raises(UserError, match="fold 1, these latents with 2"):
