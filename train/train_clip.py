@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.train_clip")  # imports the rest when the options are right, and ends
+    start_entry("train.train_clip")  # checks the options, runs main() and exits
 
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ def refuse_copies_as_negatives(batch_size: int, samples: int, where: str) -> Non
     """UserError for a batch of more pairs than there are: no pair would have others enough to be told from."""
     if batch_size > samples:
         raise UserError(
-            f"training.batch_size={batch_size} is more than the {samples} pairs of {where}: each is to be told from "
-            f"others, and copies are none; lower it to {samples} or less, or take more pictures."
+            f"training.batch_size={batch_size} is more than the {samples} pairs of {where}, and copies of a pair "
+            f"can't be its negatives: use {samples} or less, or more pictures."
         )
 
 

@@ -27,7 +27,7 @@ class Rejects:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in self.by_reason().most_common(3))
             raise DataError(
                 f"{len(self.rows)} of {self.listed} samples can't be used ({reasons}; the last is {key}"
-                f"{where and f', {where}'}): mend the source, or raise max_aside_fraction={self.max_fraction}."
+                f"{where and f', {where}'}): fix the source, or raise max_aside_fraction={self.max_fraction}."
             )
 
     def by_reason(self) -> Counter[str]:

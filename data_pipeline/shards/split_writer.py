@@ -35,7 +35,7 @@ class SplitWriter:
         remove_leftovers(self.root, len(self.shards))
         if not self.shards:
             raise UserError(
-                "not one picture of a split can be used: check the source and filters=, or set heldout_every=null."
+                "no picture of a split can be used: check the source and filters=, or set heldout_every=null."
             )
 
     def _publish(self) -> None:

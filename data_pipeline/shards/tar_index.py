@@ -59,13 +59,13 @@ def members_of(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[str, Member
     """(name, place) of each file of a tar; the place of a link or device is None. A truncated tar is a DataError:
     unlike tarfile, this requires the two empty blocks that end an archive, and nothing after them."""
     if data[:2] == b"\x1f\x8b":
-        raise DataError(f"shard {name} is compressed: unpack it by gunzip, as samples are read by their place.")
+        raise DataError(f"shard {name} is compressed, but samples are read by their offset: unpack it with gunzip.")
     try:
         with tarfile.open(fileobj=io.BytesIO(data) if isinstance(data, bytes) else data, mode="r:") as tar:
             at = -1
             for member in tar:
                 if member.offset <= at or member.size < 0:
-                    raise tarfile.ReadError("a size below zero")  # tarfile would loop forever
+                    raise tarfile.ReadError("a negative size")  # tarfile would loop forever
                 if member.isreg() and member.offset_data + member.size > len(data):
                     raise tarfile.ReadError("unexpected end of data")
                 at = member.offset
@@ -74,9 +74,9 @@ def members_of(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[str, Member
                     yield member.name, Member(member.offset_data, member.size) if plain else None
             rest = bytes(data[tar.offset :])
         if len(rest) < END_OF_ARCHIVE:
-            raise tarfile.ReadError("it ends before its end is marked: it was cut")
+            raise tarfile.ReadError("it was truncated: its end-of-archive blocks are missing")
         if rest.strip(b"\0"):
-            raise tarfile.ReadError(f"no member begins at byte {tar.offset}, where one should")
+            raise tarfile.ReadError(f"no member starts at byte {tar.offset}, where one should")
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"shard {name} is damaged ({error}): make or copy it again.") from error
 
@@ -109,8 +109,8 @@ def refuse_other_index(index: bytes, path: str, shard: Shard) -> None:
     """Refuse an .idx that changed since it was written: it could give one sample another's arrays."""
     if shard.index and index_digest(index) != shard.index:
         raise DataError(
-            f"index {path} is damaged (its digest is not its manifest's): delete it, and it is read from the tar "
-            "instead; of shards that others wrote, run index_shards.py again."
+            f"index {path} is damaged (its digest is not that of the manifest): delete it, and the tar will be scanned "
+            "instead; for shards that others wrote, run index_shards.py again."
         )
 
 
@@ -120,7 +120,7 @@ def parse_index(data: bytes, path: str) -> list[IndexEntry]:
         rows = [json.loads(line) for line in data.splitlines()]
         return [IndexEntry(key, {name: Member(*m) for name, m in members.items()}) for key, members in rows]
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"index {path} is damaged: delete it, and it is read from the tar instead.") from error
+        raise DataError(f"index {path} is damaged: delete it, and the tar will be scanned instead.") from error
 
 
 def digest_of(data: bytes | mmap.mmap) -> str:
@@ -130,8 +130,13 @@ def digest_of(data: bytes | mmap.mmap) -> str:
 
 def refuse_other_bytes(data: bytes | mmap.mmap, path: str, shard: Shard) -> None:
     """DataError for bytes that changed since they were written, even if each sample can still be decoded."""
-    if digest_of(data) != shard.sha256:
+    refuse_other_digest(digest_of(data), path, shard)
+
+
+def refuse_other_digest(digest: str, path: str, shard: Shard) -> None:
+    """The same by the digest of a shard's bytes."""
+    if digest != shard.sha256:
         raise DataError(
-            f"shard {path} is damaged (its sha256 is not its manifest's): copy it again, or delete it together with "
-            "the data set's manifest.json and run what made it."
+            f"shard {path} is damaged (its sha256 is not that of the manifest): copy it again, or delete it together "
+            "with the data set's manifest.json and run the script that made it."
         )

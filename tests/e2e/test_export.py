@@ -63,7 +63,7 @@ def exported(folder: Path) -> Path:
     """exported/, exported.safetensors, and what was said."""
     done = run("train/export_diffusers.py", f"input={folder}/ldm", f"output={folder}/exported",
                f"single_file={folder}/exported.safetensors", fresh=True)  # fmt: skip
-    assert done.stdout.count("read back, each part gives the same output") == 2
+    assert done.stdout.count("each part was read back and gives the same output") == 2
     assert "StableDiffusionPipeline.from_pretrained" in done.stdout
     return folder / "exported"
 
@@ -147,11 +147,11 @@ def test_a_training_of_another_unet_or_noise_is_refused(exported: Path, folder: 
     given = [f"start_from={folder}/{form}", f"input={folder}/latents", f"output={folder}/refused", "fold=1",
              f"autoencoder.path={folder}/autoencoder", f"clip.path={folder}/clip"]  # fmt: skip
     other = [*UNET, "unet.channels=[32,32]"]
-    cases = {"channels=[32, 64], heads=[2], and unet= says": [*other, "unet.heads=1", "new_objective=true"]}
+    cases = {"channels=[32, 64], heads=[2], but unet= has": [*other, "unet.heads=1", "new_objective=true"]}
     if form != "exported.safetensors":
-        cases["predicts velocity and knows the noise of process=scaled_linear"] = ["unet=from_start"]
+        cases["predicts velocity and was trained with process=scaled_linear"] = ["unet=from_start"]
     if form == "exported.safetensors":
-        cases = {"channels=[32, 64], and unet= says channels=[32, 32]": other}
+        cases = {"channels=[32, 64], but unet= has channels=[32, 32]": other}
     for sentence, options in cases.items():
         done = run("train/train_ldm.py", *given, *options, check=False)
         assert done.returncode == 2, done.stderr
@@ -160,8 +160,8 @@ def test_a_training_of_another_unet_or_noise_is_refused(exported: Path, folder: 
 
 
 MISTAKES = {
-    "a full folder": (["ldm", "output={folder}/latents"], "is there already: choose a new or empty folder"),
-    "a pickle": (["ldm", "single_file={folder}/x.ckpt"], "only .safetensors is written"),
+    "a full folder": (["ldm", "output={folder}/latents"], "already exists: choose a new or empty folder"),
+    "a pickle": (["ldm", "single_file={folder}/x.ckpt"], "must end with .safetensors"),
     "no run": (["latents"], "is not a run"),
 }
 

@@ -27,4 +27,4 @@ def test_a_longer_run_does_not_warm_up_again(tiny_latents: Path, tmp_path: Path)
     (line,) = [line for line in done.stderr.splitlines() if "outlasts" in line]
     assert "optimizer.schedule.warmup=12 outlasts the run of 12 steps: the learning rate never reaches" in line
     wrong = run("train/train_ldm.py", *options, "optimizer.schedule.warmup=1.5", check=False)
-    assert "optimizer.schedule.warmup=1.5 can't be: take a whole number of steps, or a share" in wrong.stderr
+    assert "optimizer.schedule.warmup=1.5 is not valid: use a whole number of steps, or a share" in wrong.stderr

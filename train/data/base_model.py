@@ -21,43 +21,58 @@ ALIKE = 0.02  # largest difference of alpha or sigma; a last step with or withou
 PRESETS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # beta_start, beta_end of conf/process
 
 
-def unet_to_train(unet: dict[str, Any], start_from: str | None, fine_tune: bool) -> dict[str, Any]:
-    """The options of unet=, or start_from='s own for unet=from_start; UserError if the two are not alike."""
+def unet_to_train(
+    unet: dict[str, Any], start_from: str | None, fine_tune: bool, learns_sizes: bool = False
+) -> dict[str, Any]:
+    """The options of unet=, or start_from='s own for unet=from_start; UserError if the two are not alike.
+
+    learns_sizes: whether the run is conditioned on sizes; start_from= may then have a vector condition without them.
+    """
     if fine_tune and start_from is None:
         raise UserError(
-            "this recipe changes trained weights a little, and there are none to start from: add start_from=... (a "
-            "diffusers folder, a CompVis file or a run); or fine_tune=false, to train random weights by it."
+            "start_from must be given, as this recipe fine-tunes a trained model: add start_from=... (a diffusers "
+            "folder, a CompVis file or a run), or use fine_tune=false to train from random weights."
         )
     if not unet.get("from_start"):
         if start_from is not None:
-            refuse_other_unet(unet, start_from)
+            refuse_other_unet(unet, start_from, learns_sizes)
         return unet
     if start_from is None:
-        raise UserError("unet=from_start takes the U-Net of start_from=: add start_from=..., or give another unet=.")
+        raise UserError(
+            "start_from must be given, as unet=from_start uses its U-Net: add start_from=..., or use another unet=."
+        )
     refuse_absent(start_from)
     options = unet_options_of(start_from, unet["heads"])
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    if unet.get("vector_dim") is not None:
+        options["vector_dim"] = unet["vector_dim"]  # with the sizes that the model to start from may not know
     return {**options, "_target_": unet["_target_"], "channels_last": unet["channels_last"]}
 
 
 def refuse_absent(start_from: str) -> None:
     """UserError if nothing is at start_from."""
     if not Path(start_from).exists():
-        raise UserError(f"start_from={start_from} is not there: give a run, a diffusers folder, or a single file.")
+        raise UserError(
+            f"start_from={start_from} does not exist: use the path of a run, a diffusers folder, or a single file."
+        )
 
 
-def refuse_other_unet(unet: Mapping[str, Any], start_from: str) -> None:
-    """UserError, in place of one for each of some hundred tensors, if unet= has other widths than start_from=."""
+def refuse_other_unet(unet: Mapping[str, Any], start_from: str, learns_sizes: bool = False) -> None:
+    """UserError, in place of one for each of some hundred tensors, if unet= has other widths than start_from=.
+
+    learns_sizes: vector_dim may differ; loading the weights adds the sizes, or refuses other widths.
+    """
     if unet.get("_target_") != TARGET:
         return  # the user's own class: only its weights can tell
     refuse_absent(start_from)
     theirs, ours = (levelled(options) for options in (unet_options_of(start_from, unet["heads"]), unet))
     names = [name for name in theirs if name in ours and theirs[name] != ours[name]]
+    names = [name for name in names if not (learns_sizes and name == "vector_dim")]
     if names:
         has, asked = (", ".join(f"{name}={options[name]}" for name in names) for options in (theirs, ours))
         raise UserError(
-            f"start_from={start_from} has a U-Net of {has}, and unet= says {asked}: take unet=from_start, which is "
-            "the one that it has."
+            f"start_from={start_from} has a U-Net with {has}, but unet= has {asked}: use unet=from_start, which sets "
+            "unet= to the U-Net of start_from=."
         )
 
 
@@ -90,11 +105,11 @@ def refuse_other_noise(start_from: str | None, process: DiffusionProcess, parame
     named = known.process and "name" in known.process  # else a class of the user's own
     if named and not alike(build(known.process, "process", f"{known.where}: process"), process):
         options.insert(0, process_options(known.process))
-        said.append(f"knows the noise of {options[0]}")
+        said.append(f"was trained with {options[0]}")
     if said:
         raise UserError(
             f"start_from={start_from} {' and '.join(said)} ({known.where}), unlike this run: add {' '.join(options)}; "
-            "or, to teach it the new objective, new_objective=true."
+            "or add new_objective=true, to train it on this run's objective."
         )
 
 

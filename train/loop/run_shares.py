@@ -48,9 +48,9 @@ def _set_shares(cfg: Any, shares: dict[str, float], total: int, ranks: Ranks) ->
 def _check_number(cfg: Any, name: str, value: Any, ranks: Ranks) -> None:
     """UserError for what is no number of steps; a warning for one that lies beyond the run."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UserError(f"{name}={value} can't be: take a whole number of steps, or a share of the run, as 0.1.")
+        raise UserError(f"{name}={value} is not valid: use a whole number of steps, or a share of the run such as 0.1.")
     if 0 < cfg.training.steps <= value and _is_used(cfg, name) and ranks.is_main:
-        what = "%s=%d outlasts the run of %d steps: %s; a share fits any run, as 0.1"
+        what = "%s=%d outlasts the run of %d steps: %s; use a share of the run, such as 0.1, to fit any length"
         log.warning(what, name, value, cfg.training.steps, STEPS[name])
 
 

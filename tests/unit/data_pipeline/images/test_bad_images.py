@@ -222,7 +222,7 @@ def test_damage_inside_a_tar_is_named_or_leaves_every_sample():
         spoilt[at : at + 512] = bytes(512)  # an empty block: tarfile stops here
         with pytest.raises(DataError, match="is damaged"):
             scan(bytes(spoilt), "a.tar")
-    with pytest.raises(DataError, match="no member begins"):
+    with pytest.raises(DataError, match="no member starts"):
         scan(data + data, "a.tar")  # joined by cat: all readers would stop at the first one's end
 
 
@@ -303,7 +303,7 @@ def test_compressed_tars_are_refused_before_they_are_unpacked(tmp_path):
     with pytest.raises(UserError, match=r"compressed tars \(a\.tar\.gz\): unpack them"):
         tars_in(str(tmp_path))
     (tmp_path / "a.tar.gz").rename(tmp_path / "a.tar")
-    with pytest.raises(DataError, match=r"a\.tar is compressed: unpack it"):
+    with pytest.raises(DataError, match=r"a\.tar is compressed, .*unpack it"):
         scan(contents(str(tmp_path / "a.tar")), "a.tar")
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.tar is empty"):
