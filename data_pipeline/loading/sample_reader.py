@@ -20,6 +20,7 @@ from data_pipeline.loading.epoch_plan import Place
 from data_pipeline.loading.shard_cache import RemoteShard, fits_cache, open_shard
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing
+from data_pipeline.shards.captions import caption_in
 from data_pipeline.shards.json_fields import FROM_JSON
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import as_sample, collated, fields_of, size_of
@@ -80,7 +81,7 @@ class SampleReader:
         if self.json_fields:
             rows = [self._in_json(place, text.get("json")) for place, text in zip(places, texts, strict=True)]
             tensors |= {name: pin(value, pinned) for name, value in collated(rows).items()}
-        return [entry.key for _, entry in found], [codec.caption_in(text) for text in texts], tensors
+        return [entry.key for _, entry in found], [caption_in(text) for text in texts], tensors
 
     def _stacked(
         self, found: Sequence[tuple[Any, IndexEntry]], places: Sequence[Place], pinned: bool
