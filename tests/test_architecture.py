@@ -50,7 +50,7 @@ FOLDERS = {
     "train/weights": "models checkpointing",
     "train/runs": "checkpointing distributed",
     "train/loop": "engine checkpointing runs distributed",
-    "train/data": "models weights",
+    "train/data": "models weights diffusion",  # diffusion: whether a model to start from knows the run's process
     "train/evaluation": "objectives models diffusion runs distributed engine",
     "train/sampling": "data objectives models diffusion checkpointing runs engine",
 }

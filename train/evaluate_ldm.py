@@ -21,7 +21,9 @@ from data_pipeline.common.storage import write_atomically
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
 from data_pipeline.shards.json_fields import GEOMETRY
+from data_pipeline.shards.manifest import Manifest
 from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
+from train.sampling.generator import how_drawn
 from train.sampling.requests import size_options
 from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
 
@@ -38,6 +40,8 @@ def main(cfg: DictConfig) -> None:
     given = OmegaConf.to_container(cfg, resolve=True)
     size = {option: value for option, value in size_options(given["size"]).items() if value is not None}
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
+    if not cfg.other_shards:
+        refuse_other_shards(run, cfg.shards)
     if size and "size" not in run.conditions:
         raise UserError("this run is not conditioned on sizes: leave size out.")
     listed = len(train) + len(heldout)
@@ -62,8 +66,18 @@ def main(cfg: DictConfig) -> None:
     figures |= similarity_metrics(run, train, chosen, drawn, heldout, unseen)
     figures |= {"guidance": guidance.scale, "steps": sampler.steps, "weights": run.weights}
     write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
-    save_grids(output, chosen, drawn, heldout, unseen)
+    save_grids(output, how_drawn(run.step, sampler, guidance, cfg.seed), (chosen, drawn), (heldout, unseen))
     say(figures, output)
+
+
+def refuse_other_shards(run: TrainedRun, shards: str) -> None:
+    """UserError for shards that the run's latents were not made of: recall of pictures that it never saw is chance."""
+    made_of, given = run.facts.fingerprints.get("images"), Manifest.load(f"{shards}/train").fingerprint
+    if made_of is not None and made_of != given:
+        raise UserError(
+            f"shards={shards} are not the shards that this run's latents were made from (fingerprint {given}, not "
+            f"{made_of}): use those, or other_shards=true to measure recall of pictures that it was not trained on."
+        )
 
 
 def usable(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -116,27 +130,26 @@ def similarity_metrics(
     return figures
 
 
-def save_grids(
-    output: Path,
-    chosen: list[dict[str, Any]],
-    drawn: np.ndarray,
-    heldout: list[dict[str, Any]],
-    unseen: np.ndarray,
-) -> None:
-    """Save drawn.png (with captions), blind.png (without), beside_real.png and heldout.png (pairs)."""
-    count = min(64, len(chosen))
-    shown = np.linspace(0, len(chosen), count, endpoint=False).astype(int)
+Drawn = tuple[list[dict[str, Any]], np.ndarray]  # samples, and the pictures drawn for them
+
+
+def save_grids(output: Path, how: str, trained: Drawn, heldout: Drawn) -> None:
+    """Save drawn.png; blind.png, the same without captions, to be named by someone who has not seen them; and pairs,
+    beside_real.png and heldout.png. how: the title of each."""
+    chosen, drawn = trained
+    shown = np.linspace(0, len(chosen), min(64, len(chosen)), endpoint=False).astype(int)
     captions = [chosen[i]["caption"] for i in shown]
-    save_png(grid([drawn[i] for i in shown], captions), output / "drawn.png")
-    save_png(grid([drawn[i] for i in shown]), output / "blind.png")
-    for name, samples, pictures in (
-        ("beside_real.png", [chosen[i] for i in shown], drawn[shown]),
-        ("heldout.png", heldout, unseen),
+    save_png(grid([drawn[i] for i in shown], captions, title=f"Training captions: {how}"), output / "drawn.png")
+    blind = "drawn.png without its captions: what is each, to someone who has not seen them?"
+    save_png(grid([drawn[i] for i in shown], title=blind), output / "blind.png")
+    for name, samples, pictures, what in (
+        ("beside_real.png", [chosen[i] for i in shown], drawn[shown], "Training captions"),
+        ("heldout.png", *heldout, "Held-out captions"),
     ):
         pairs = [p for s, d in zip(samples, pictures, strict=True) for p in (d, s["image"])]
         labels = [label for s in samples for label in (s["caption"], "(real)")]
         if pairs:
-            save_png(grid(pairs, labels, columns=12), output / name)
+            save_png(grid(pairs, labels, columns=12, title=f"{what}, drawn and real: {how}"), output / name)
 
 
 def say(figures: dict[str, Any], output: Path) -> None:

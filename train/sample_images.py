@@ -7,6 +7,8 @@ from data_pipeline.common.entry import start_entry
 if __name__ == "__main__":
     start_entry("train.sample_images")  # checks the options, runs main() and exits
 
+import contextlib
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.common.saved_names import named
 from data_pipeline.images.grid import grid, save_png
-from train.sampling.generator import ClassifierGuide
+from train.sampling.generator import ClassifierGuide, how_drawn
 from train.sampling.requests import (
     REQUEST_OPTIONS,
     as_sample,
@@ -52,18 +54,30 @@ def main(cfg: DictConfig) -> None:
     away = with_negative_size(negative_size, run, negative_rows(given["negative_prompt"], rows), rows)
     negative = run.encode_conditions([as_sample(run, row) for row in away]) if away else None
     conditions = replace(run.encode_conditions([as_sample(run, row) for row in rows]), negative=negative)
-    output = Path(cfg.output or f"{cfg.input}/drawn")
     with Progress("sample_images", len(rows), "pictures") as bar:
         drawn = run.generator.draw(
             conditions, sampler, guidance, cfg.seed, cfg.batch_size, bar.advance, classifier_guide
         )
+    output = Path(cfg.output) if cfg.output else new_folder(Path(cfg.input) / "drawn")
     titles = [title(row) for row in rows]
     for i, (name, picture) in enumerate(zip(titles, drawn, strict=True)):
         save_png(Image.fromarray(picture), output / f"{i:04d}-{file_stem(name)}.png")
     shown = list(run.generator.with_conditioning_images(conditions, drawn, cfg.batch_size))
-    sheet = save_png(grid(shown, titles, columns=min(cfg.columns, len(rows)), scale=cfg.scale), output / "grid.png")
+    layout = {"columns": min(cfg.columns, len(rows)), "scale": cfg.scale}
+    sheet = grid(shown, titles, **layout, title=how_drawn(run.step, sampler, guidance, cfg.seed))
+    sheet = save_png(sheet, output / "grid.png")
     how = f"{sampler.steps} steps, guidance {guidance.scale:g}"
     print(f"sample_images: {len(rows)} pictures from {run.weights}, {how}; grid in {sheet}")
+
+
+def new_folder(path: Path) -> Path:
+    """The path, or with -2, -3, ... behind it: the first that no earlier call has drawn to."""
+    for number_of_call in itertools.count(1):
+        folder = path if number_of_call == 1 else path.with_name(f"{path.name}-{number_of_call}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("there is always a free number")
 
 
 def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> ClassifierGuide | None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.grid import grid, save_png
@@ -124,8 +125,7 @@ def report(
     rows = read_metrics(folder / "metrics.jsonl")
     curves = [key for key in ("loss", "kl", "code_perplexity", "discriminator") if key in rows[0]]
     plot_curves(rows, [*curves, "heldout_psnr_db"], folder / "curves.png")
-    pairs = [picture for pair in zip(heldout[:32], again[:32], strict=True) for picture in pair]
-    save_png(grid(pairs, columns=16), folder / "reconstructions.png")
+    save_png(pairs_of(heldout[:32], again[:32], facts["heldout_psnr_db"]), folder / "reconstructions.png")
     print(curve_line("autoencoder loss", rows, "loss"))
     print(curve_line("held-out PSNR dB", rows, "heldout_psnr_db"))
     print(
@@ -133,3 +133,11 @@ def report(
         f"{summary_line(facts['latents'])}, fingerprint {mark}; in {folder}",
         flush=True,
     )
+
+
+def pairs_of(originals: np.ndarray, again: np.ndarray, mean: float) -> Image.Image:
+    """Each picture beside its reconstruction, with its PSNR; both (N, H, W, 3) uint8. mean: dB, of all pictures."""
+    pictures = [picture for pair in zip(originals, again, strict=True) for picture in pair]
+    labels = [label for decibels in psnr(originals, again) for label in ("original", f"{decibels:.1f} dB")]
+    title = f"Held-out pictures and their reconstructions, with PSNR; mean {mean:.2f} dB"
+    return grid(pictures, labels, columns=max(2, min(16, 2 * round(len(originals) ** 0.5))), title=title)

@@ -14,6 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipeline.common.errors import UserError
 from data_pipeline.shards.manifest import Manifest
 from train.distributed.ranks import Ranks
 from train.evaluation.retrieval import retrieval_of
@@ -33,6 +34,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     config = OmegaConf.to_container(cfg, resolve=True)
     images = Manifest.load(f"{cfg.input}/train", "image-text")
     recipe = Recipe.of(cfg, instantiate, ranks)
+    refuse_copies_as_negatives(recipe.training.batch_size, images.samples, f"{cfg.input}/train")
     torch.manual_seed(cfg.seed)
     clip = instantiate(cfg.clip, _convert_="all")
     objective = instantiate(
@@ -57,6 +59,15 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
 
 main = on_all_ranks(train)
+
+
+def refuse_copies_as_negatives(batch_size: int, samples: int, where: str) -> None:
+    """UserError for a batch of more pairs than there are: no pair would have others enough to be told from."""
+    if batch_size > samples:
+        raise UserError(
+            f"training.batch_size={batch_size} is more than the {samples} pairs of {where}, and copies of a pair "
+            f"can't be its negatives: use {samples} or less, or more pictures."
+        )
 
 
 def report(

@@ -18,6 +18,7 @@ from torch import nn
 
 from data_pipeline.common import storage
 from data_pipeline.shards.manifest import Manifest
+from train.data.base_model import refuse_other_noise, unet_to_train
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.data.ldm_inputs import latents_of, refuse_other_encoders, with_base_model_scaling
@@ -43,9 +44,14 @@ from train.weights.published import load_weights
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Check the options, build, fit, and print where the results are."""
+    given = OmegaConf.to_container(cfg.unet, resolve=True)
+    unet = unet_to_train(given, cfg.start_from, cfg.fine_tune, "size" in cfg.conditioning)
+    OmegaConf.update(cfg, "unet", unet, merge=False, force_add=True)  # before ${unet.context_dim} is looked up
     config = configuration(cfg)
     make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
     refuse_unfit(make_objective.keywords["process"], make_objective.keywords["parameterization"])
+    if not cfg.new_objective:
+        refuse_other_noise(cfg.start_from, **{n: make_objective.keywords[n] for n in ("process", "parameterization")})
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
     sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses an invalid number of steps
     data = Manifest.load(f"{cfg.input}/train")

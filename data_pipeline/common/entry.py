@@ -29,6 +29,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from data_pipeline.common import storage
+from data_pipeline.common.caches import keep_caches_in_venv
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.hydra_messages import RENAMED, advice, explained, say_renamed, top_keys, with_new_names
 
@@ -42,6 +43,7 @@ def start_entry(module: str) -> NoReturn:
 
     A UserError ends it with its one sentence on stderr and its exit code; anything else keeps its traceback.
     """
+    keep_caches_in_venv()
     config_name, captured = module.rpartition(".")[2], CapturedStderr()
 
     def guarded(cfg: DictConfig) -> None:

@@ -112,7 +112,10 @@ def test_layouts_from_pairs_to_pictures(folder: Path) -> None:
     assert (folder / "layout/drawn/0000-brazil-and-canada.png").exists()
     wrong = run("train/sample_images.py", f"input={folder}/layout", "layouts=[brazil,0,0,1,1]", check=False)
     assert "error: layouts: " in wrong.stderr
-    wrong = run("train/evaluate_ldm.py", f"input={folder}/layout", f"shards={folder}/shards", check=False)
+    evaluate = ["train/evaluate_ldm.py", f"input={folder}/layout", f"shards={folder}/shards"]
+    wrong = run(*evaluate, check=False)
+    assert "are not the shards that this run's latents were made from" in wrong.stderr
+    wrong = run(*evaluate, "other_shards=true", check=False)
     assert "no picture has the conditions of this run" in wrong.stderr
 
 
@@ -173,7 +176,7 @@ def test_a_training_starts_from_another_run(folder: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     published = run("train/train_ldm.py", f"input={folder}/latents", f"output={folder}/never", *encoders(folder),
                     "experiment=unconditional", f"start_from={folder}/clip", check=False)  # fmt: skip
-    assert "scaling_factor=0.18215" in published.stderr
+    assert "clip is a run without a U-Net: use the output= of a train_ldm.py run." in published.stderr
     assert not (folder / "never").exists()
 
 

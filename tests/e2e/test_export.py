@@ -30,7 +30,7 @@ CLIP_OPTIONS = {
     "vision": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
 }  # fmt: skip
 UNET = ["unet.channels=[32,64]", "unet.norm_groups=32", "unet.heads=2", "unet.context_dim=128", "unet.vector_dim=null",
-        "unet.in_channels=4", "unet.out_channels=4", "fold=1"]  # fmt: skip
+        "unet.in_channels=4", "unet.out_channels=4"]  # fmt: skip
 QUIET = ["training.steps=3", "training.batch_size=8", "preview_every=null", "validate_every=null",
          "training.wandb_project=null"]  # fmt: skip
 
@@ -53,9 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_ldm(folder: Path, name: str, *more: str) -> None:
-    encoders = [f"autoencoder.path={folder}/autoencoder", f"clip.path={folder}/clip"]
-    run("train/train_ldm.py", f"input={folder}/latents", f"output={folder}/{name}", *encoders, *UNET, *QUIET, *more)
+def train_ldm(folder: Path, name: str, *more: str, unet: bool = True) -> None:
+    given = [f"autoencoder.path={folder}/autoencoder", f"clip.path={folder}/clip", "fold=1", *(UNET if unet else ())]
+    run("train/train_ldm.py", f"input={folder}/latents", f"output={folder}/{name}", *given, *QUIET, *more)
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +134,29 @@ def test_the_single_file_holds_the_same(exported: Path, trained: TrainedRun) -> 
 def test_a_training_starts_from_a_run(folder: Path, trained: TrainedRun) -> None:
     """With a learning rate of nothing, what it is after a step is what it started from."""
     still = ["training.steps=1", "optimizer.lr=0", "training.ema_decay=0"]
-    train_ldm(folder, "started", f"start_from={folder}/ldm", *still)
+    same = ["process=scaled_linear", "parameterization=velocity", "unet=from_start"]
+    train_ldm(folder, "started", f"start_from={folder}/ldm", *still, *same, unet=False)
     started = open_run(str(folder / "started"), "latest").generator.network.unet
     for name, value in trained.generator.network.unet.state_dict().items():
         assert torch.equal(started.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("form", ["exported", "exported.safetensors", "ldm"])
+def test_a_training_of_another_unet_or_noise_is_refused(exported: Path, folder: Path, form: str) -> None:
+    """From a diffusers folder, a single file and a run, which hold the same model; the file says no noise."""
+    given = [f"start_from={folder}/{form}", f"input={folder}/latents", f"output={folder}/refused", "fold=1",
+             f"autoencoder.path={folder}/autoencoder", f"clip.path={folder}/clip"]  # fmt: skip
+    other = [*UNET, "unet.channels=[32,32]"]
+    cases = {"channels=[32, 64], heads=[2], but unet= has": [*other, "unet.heads=1", "new_objective=true"]}
+    if form != "exported.safetensors":
+        cases["predicts velocity and was trained with process=scaled_linear"] = ["unet=from_start"]
+    if form == "exported.safetensors":
+        cases = {"channels=[32, 64], but unet= has channels=[32, 32]": other}
+    for sentence, options in cases.items():
+        done = run("train/train_ldm.py", *given, *options, check=False)
+        assert done.returncode == 2, done.stderr
+        assert sentence in done.stderr.strip().splitlines()[-1]
+    assert not (folder / "refused").exists()
 
 
 MISTAKES = {

@@ -92,6 +92,15 @@ MISTAKES = {
         2,
         "is the same folder as input=: choose another one for the shards",
     ),
+    "fine-tuning of nothing": (
+        [*LDM, "input={folder}/latents", "experiment=sd15_finetune"], 2, "fine-tunes a trained model: add start_from",
+    ),
+    "a start that is no place": ([*LDM, "input={folder}/latents", "start_from={folder}/no"], 2, "no does not exist"),
+    "the unet of nothing": (
+        ["train/train_ldm.py", "output={folder}/run", "input={folder}/latents", "unet=from_start", *NO_ENCODERS],
+        2,
+        "as unet=from_start uses its U-Net",
+    ),
     "no such encoder": (
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run",
          "autoencoder.path={folder}/nowhere", "clip.path={folder}/nowhere"],

@@ -175,7 +175,7 @@ def test_exported_as_diffusers_has_it(folder: Path) -> None:
 
 MISTAKES = {
     "the width is named": ([*WITH_SIZES[:1], "unet.vector_dim=null"], "set unet.vector_dim=1541"),
-    "online": ([*WITH_SIZES, "input={folder}/shards"], "conditioning=[size] can't be made of"),
+    "online": ([*WITH_SIZES, "input={folder}/shards"], "conditioning=[size] can't be computed from"),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import read_config
 from data_pipeline.shards.manifest import Manifest
+from train.data.base_model import refuse_absent
 from train.data.build import Instantiate, used_conditions, uses_clip
 from train.data.latent_facts import LatentFacts
 from train.data.online_encoding import OnlineLatents, first_batches
@@ -86,10 +87,7 @@ def with_base_model_scaling(config: Mapping[str, Any], facts: LatentFacts) -> La
     start_from, scaling_factor = config["start_from"], config["scaling_factor"]
     if start_from is None:
         return facts
-    if not Path(start_from).exists():
-        raise UserError(
-            f"start_from={start_from} does not exist: use the path of a run, a diffusers folder, or a single file."
-        )
+    refuse_absent(start_from)
     if not storage.exists(storage.join(start_from, "latents.json")):
         if scaling_factor is None:
             raise UserError(

@@ -21,6 +21,10 @@ class TrainState:
     run_id: str = ""
     passed_over: int = 0
     rollbacks: int = 0
+    first_total: int = 0  # total_steps of the run's first start, of which shares are (run_shares.py); 0: this is it
+
+    def __post_init__(self) -> None:
+        self.first_total = self.first_total or self.total_steps
 
     @property
     def finished(self) -> bool:
@@ -41,9 +45,10 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, saved: dict[str, int | str]) -> None:
-        """Continue from `saved`; total_steps stays this run's own."""
+        """Continue from `saved`; total_steps stays this start's own. Earlier versions did not save first_total."""
         for name in ("step", "applied_steps", "samples_seen", "run_id", "passed_over", "rollbacks"):
             setattr(self, name, saved[name])
+        self.first_total = saved.get("first_total") or saved.get("total_steps") or self.total_steps
 
 
 def due(step: int, every: int | None, total: int | None = None) -> bool:

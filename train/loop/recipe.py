@@ -42,6 +42,8 @@ OPTIONS = {
     "validation_pairs": Count | None,
     "preview_every": Count | None,
     "preview_samples": Count,
+    "fine_tune": bool,
+    "new_objective": bool,
     "objective.prompt_dropout": Share,
     "objective.offset_noise": NotNegative,
     "objective.stratified_times": bool,

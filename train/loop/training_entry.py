@@ -10,6 +10,7 @@ from torch import nn
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.train_state import TrainState
 from train.loop.context import TrainingContext
+from train.loop.run_shares import with_shares_as_steps
 from train.loop.trainer import Action
 
 
@@ -19,7 +20,7 @@ def on_all_ranks(train: Callable[[Any, Ranks], None]) -> Callable[[Any], None]:
     def main(cfg: Any) -> None:
         ranks = find_ranks()
         with closing_distributed():
-            train(cfg, ranks)
+            train(with_shares_as_steps(cfg, ranks), ranks)
 
     return main
 

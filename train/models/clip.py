@@ -82,9 +82,10 @@ class CLIP(nn.Module):
         self.tokenizer = tokenizer(self.context_length)
 
     def forward(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) in [-1, 1] and B captions -> unit image and text features (B, E), and the logit scale."""
+        """(B, 3, H, W) in [-1, 1], resized if need be, and B captions -> unit image and text features (B, E), and the
+        logit scale."""
         tokens = self.tokenizer(list(captions)).to(images.device)
-        out = self.towers(images.to(self.dtype), tokens)
+        out = self.towers(self._resized(images).to(self.dtype), tokens)
         return out if isinstance(out, tuple) else (out["image_features"], out["text_features"], out["logit_scale"])
 
     @property
@@ -104,8 +105,12 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> the image embedding (B, E) at unit variance."""
-        size = self.towers.visual.image_size
-        if tuple(images.shape[-2:]) != tuple(size):
-            images = nn.functional.interpolate(images, size, mode="bicubic", antialias=True)
-        features = self.towers.encode_image(images.to(self.dtype), normalize=True)
+        features = self.towers.encode_image(self._resized(images).to(self.dtype), normalize=True)
         return (features * self.embed_dim**0.5).float()
+
+    def _resized(self, images: Tensor) -> Tensor:
+        """At the image tower's own size."""
+        size = tuple(self.towers.visual.image_size)
+        if tuple(images.shape[-2:]) == size:
+            return images
+        return nn.functional.interpolate(images, size, mode="bicubic", antialias=True)

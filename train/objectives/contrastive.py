@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from data_pipeline.loading.batch import Batch
 from train.diffusion.randomness import StreamRandom
+from train.distributed.collectives import gathered_objects
 from train.models.clip import CLIP
 from train.models.open_clip_alone import open_clip
 from train.objectives.terms import LossTerms
@@ -30,12 +34,23 @@ class Contrastive(nn.Module):
         if self.shift:
             images = self.shifted(images, random)
         image, text, scale = (part.float() for part in self.clip(images, batch.captions))
-        loss = self.clip_loss(image, text, scale)
+        loss = self._cross_entropy(image, text, scale, batch.keys)
         right = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
         parts = {"loss": loss.detach(), "batch_top1": right.float().mean()}
         return LossTerms(loss, parts, loss.detach().expand(len(image)))
 
-    def shifted(self, images: torch.Tensor, random: StreamRandom) -> torch.Tensor:
+    def _cross_entropy(self, image: Tensor, text: Tensor, scale: Tensor, keys: Sequence[str]) -> Tensor:
+        """ClipLoss.forward, but copies of a pair, as in a batch that spans two epochs, are no negatives."""
+        logits = self.clip_loss.get_logits(image, text, scale)
+        labels = self.clip_loss.get_ground_truth(image.device, len(image))
+        everyones = [key for of_rank in gathered_objects(tuple(keys)) for key in of_rank]
+        if len(set(everyones)) < len(everyones):
+            copies = torch.tensor([[a == b for b in everyones] for a in keys], device=image.device)
+            copies[torch.arange(len(keys), device=image.device), labels] = False
+            logits = tuple(each.masked_fill(copies, -torch.inf) for each in logits)
+        return sum(functional.cross_entropy(each, labels) for each in logits) / 2
+
+    def shifted(self, images: Tensor, random: StreamRandom) -> Tensor:
         """Shifts each picture separately by -shift..shift pixels, filled with white: (B, 3, H, W) -> same shape."""
         size, reach = images.shape[-1], 2 * self.shift + 1
         padded = nn.functional.pad(images, [self.shift] * 4, value=1.0)

@@ -34,7 +34,7 @@ def plot_curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], path: 
     axes = figure.subplots(1, len(keys), squeeze=False)
     for axis, key in zip(axes[0], keys, strict=True):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        axis.plot(*zip(*points, strict=True) if points else ([], []))
+        axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o" if len(points) == 1 else None)
         axis.set(xlabel="step", title=key)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)

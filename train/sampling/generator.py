@@ -34,6 +34,12 @@ class Sampler:
     steps: int = 30
     times: Callable[[DiffusionProcess, int], Tensor] = uniform_times
 
+    @property
+    def name(self) -> str:
+        """As in sampler=."""
+        function = getattr(self.function, "func", self.function)
+        return getattr(function, "__name__", type(function).__name__).removeprefix("sample_")
+
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
@@ -62,6 +68,12 @@ def rises_within_1(interval: Any) -> bool:
     if not isinstance(interval, list | tuple) or not all(isinstance(value, int | float) for value in interval):
         return False
     return len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1
+
+
+def how_drawn(step: int | str, sampler: Sampler, guidance: Guidance, seed: int) -> str:
+    """The title of a grid. step: of training."""
+    trained = f"step {step}" if isinstance(step, int) else step
+    return f"{trained}, {sampler.name} with {sampler.steps} steps, guidance {guidance.scale:g}, seed {seed}"
 
 
 @dataclass(frozen=True, slots=True)

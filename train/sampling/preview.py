@@ -10,7 +10,7 @@ from data_pipeline.shards.samples import collated
 from train.engine.train_state import TrainState
 from train.runs.metrics import Reporter
 from train.runs.run_folder import RunFolder
-from train.sampling.generator import ConditionBatch, Generator, Guidance, Sampler
+from train.sampling.generator import ConditionBatch, Generator, Guidance, Sampler, how_drawn
 
 
 class Preview:
@@ -35,4 +35,6 @@ class Preview:
             drawn = self.generator.draw(self.conditions, self.sampler, self.guidance, self.seed)
             path = self.run.samples / f"step-{state.step:08d}.png"
             shown = list(self.generator.with_conditioning_images(self.conditions, drawn))
-            self.reporter.image(state.step, "samples", save_png(grid(shown, self.conditions.captions), path))
+            title = how_drawn(state.step, self.sampler, self.guidance, self.seed)
+            sheet = grid(shown, self.conditions.captions, title=title)
+            self.reporter.image(state.step, "samples", save_png(sheet, path))

@@ -36,6 +36,12 @@ class TrainedRun:
     weights: str  # path of the weights file
 
     @property
+    def step(self) -> int | str:
+        """The step of its checkpoint, or the name of a file of rebuild_ema.py."""
+        path = Path(self.weights)
+        return int(path.parent.name.removeprefix("step-")) if path.parent.name.startswith("step-") else path.stem
+
+    @property
     def picture_size(self) -> tuple[int, int]:
         """(H, W) of the pictures that it draws."""
         _, h, w = self.facts.latent_shape

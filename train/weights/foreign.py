@@ -104,6 +104,18 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Te
         raise DataError(f"{path} can't be read as safetensors ({error}): download or save it again.") from error
 
 
+def tensor_shapes(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors on the meta device, and its header's notes; of safetensors, only the header is read."""
+    if path.suffix != ".safetensors":
+        return {name: value.to("meta") for name, value in read_tensors(path).items()}, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} can't be read as safetensors ({error}): download or save it again.") from error
+
+
 class _Ignored:
     """Placeholder for a trainer's own objects in old checkpoints: accepts any arguments and state, does nothing."""
 

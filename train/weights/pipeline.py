@@ -16,10 +16,8 @@ from data_pipeline.common.saved_names import named
 from train.models.latents import LatentScaling
 from train.models.unet import UNet
 from train.weights import diffusers, open_clip, stable_diffusion
+from train.weights.scheduler import BETA_SCHEDULES, PREDICTION_TYPES
 from train.weights.shapes import autoencoder_options, is_vq, unet_options
-
-_PREDICTION_TYPES = {"epsilon": "epsilon", "velocity": "v_prediction", "sample": "sample"}
-_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +122,7 @@ def scheduler_config(process: Mapping[str, Any], parameterization: Mapping[str, 
     if (kind, predicts) == ("rectified_flow", "flow"):
         shift = {"shift": process.get("shift", 1.0)}
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **shift}
-    if kind != "discrete_vp" or predicts not in _PREDICTION_TYPES:
+    if kind != "discrete_vp" or predicts not in PREDICTION_TYPES:
         raise UserError(
             f"diffusers has no scheduler for {predicts} on {kind}: export a model with a process that diffusers has."
         )
@@ -133,9 +131,9 @@ def scheduler_config(process: Mapping[str, Any], parameterization: Mapping[str, 
         "num_train_timesteps": process.get("steps", 1000),
         "beta_start": process.get("beta_start", 0.00085),
         "beta_end": process.get("beta_end", 0.012),
-        "beta_schedule": _BETA_SCHEDULES[process.get("schedule", "scaled_linear")],
+        "beta_schedule": BETA_SCHEDULES[process.get("schedule", "scaled_linear")],
         "rescale_betas_zero_snr": process.get("zero_terminal_snr", False),
-        "prediction_type": _PREDICTION_TYPES[predicts],
+        "prediction_type": PREDICTION_TYPES[predicts],
         "timestep_spacing": "trailing",
         "steps_offset": 1,
         "clip_sample": False,

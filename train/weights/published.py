@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.saved_objects import read_config, refuse_wrong_kinds
+from data_pipeline.common.saved_objects import checked, read_config, refuse_wrong_kinds
 from train.checkpointing.ema_weights import ema_weights
 from train.models.conditioning import ConditionedUNet
 from train.models.size_features import SizeFeatures
@@ -20,6 +20,22 @@ from train.weights.foreign import load_exactly
 from train.weights.shapes import unet_options
 
 _UNSEEN = ("heads", "norm_groups")  # options that change a U-Net's function but not the shapes of its weights
+
+
+def unet_options_of(path: str | Path, heads: Any = None) -> dict[str, Any]:
+    """The U-Net's keyword arguments, of a diffusers folder, a CompVis single file or a run of train_ldm.py, without
+    reading its weights. heads: of a single file of no published model, as no shape shows them."""
+    path = Path(path)
+    if path.is_file():
+        options = {"vector_dim": None, "self_attention_levels": None, "norm_groups": stable_diffusion.NORM_GROUPS}
+        return options | stable_diffusion.unet_arguments(stable_diffusion.unet_shapes(path), path, heads)
+    if (path / "config.yaml").exists():
+        where, config = path / "config.yaml", read_config(path / "config.yaml")
+        if "unet" not in config:
+            raise UserError(f"start_from={path} is a run without a U-Net: use the output= of a train_ldm.py run.")
+        return dict(checked(config["unet"], "unet", f"{where}: unet").arguments)
+    folder, config = diffusers.component(path, ("unet",), diffusers.UNET_CLASSES)
+    return diffusers.unet_arguments(config, folder / "config.json")
 
 
 def load_weights(network: ConditionedUNet, path: str) -> None:

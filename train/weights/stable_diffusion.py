@@ -23,6 +23,7 @@ from train.weights.foreign import (
     from_foreign,
     load_exactly,
     read_tensors,
+    tensor_shapes,
     to_foreign,
     write_tensors,
 )
@@ -154,6 +155,15 @@ def read_unet(path: str | Path, averaged: bool = False) -> dict[str, Tensor]:
     return {name.removeprefix(UNET): state[place] for name, place in places.items()}
 
 
+def unet_shapes(path: str | Path) -> dict[str, Tensor]:
+    """As `read_unet`, on the meta device: of a .safetensors file, only the header is read."""
+    state, _ = tensor_shapes(Path(path))
+    found = {name.removeprefix(UNET): value for name, value in state.items() if name.startswith(UNET)}
+    if not found:
+        raise UserError(f"{path} has no {UNET}*: use a file of Stable Diffusion or latent diffusion.")
+    return found
+
+
 def unet_state(unet: UNet, state: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
     """CompVis' tensors under our names; one UserError names all that don't fit."""
     return from_foreign(unet_map(unet), state, unet.state_dict(), where)
@@ -174,6 +184,11 @@ def unet_arguments(
     """Our keyword arguments, inferred from a U-Net's names and shapes."""
     if not {"input_blocks.0.0.weight", "input_blocks.1.0.out_layers.3.weight", "out.2.weight"} <= state.keys():
         raise UserError(f"{where} has no complete U-Net in CompVis' format: use another file.")
+    if "label_emb.0.0.weight" in state:
+        raise UserError(
+            f"{where} has a vector condition (label_emb) as SDXL's, which single files can't be loaded with: use a "
+            "diffusers folder, or a file without it."
+        )
     channels, attention, layers, count = [], [], 0, 0
     for i in range(1, 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))):
         if f"input_blocks.{i}.0.out_layers.3.weight" not in state:  # a resampling layer

@@ -184,7 +184,7 @@ OPTIONS = [
     *[("sampler", name, "seed=0") for name in GROUPS["sampler"]],
     *[("spacing", name, "seed=0") for name in GROUPS["spacing"]],
     *[("guidance", name, "guidance.rescale=0.7") for name in GROUPS["guidance"]],
-    *[("unet", name, "fold=1") for name in GROUPS["unet"] if name not in ("demo", "ldm_unconditional")],
+    *[("unet", name, "fold=1") for name in GROUPS["unet"] if name not in ("demo", "ldm_unconditional", "from_start")],
 ]  # fmt: skip
 
 
@@ -257,3 +257,18 @@ def test_a_bad_combination_gets_a_sentence(overrides: list[str], remedy: str) ->
 
 def test_the_scaling_of_pixels_is_that_of_the_data() -> None:
     assert torch.equal(LatentScaling([0.0] * 3, [1.0] * 3).to_model(torch.ones(1, 3, 2, 2)), torch.ones(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "ranks"), [("sd15_finetune", (1, 2, 4, 8)), ("sd21_from_scratch", (1, 8, 16, 64))]
+)
+def test_recipes_for_a_card_can_be_shared_by_ranks(experiment: str, ranks: tuple[int, ...]) -> None:
+    """Their micro-batch fits a card; at each number of cards the global batch and its streams must still divide."""
+    config = composed("train_ldm", f"experiment={experiment}")
+    assert config.engine.checkpoint_activations
+    assert "GB" in Path(CONF, "experiment", f"{experiment}.yaml").read_text().partition("defaults:")[0]
+    for count in ranks:
+        training = instantiate(config.training).over(count)
+        assert training.batch_size == config.training.micro_batch * training.accumulation * count
+        assert config.data.streams % (count * training.accumulation) == 0
+        assert training.batch_size % config.data.streams == 0

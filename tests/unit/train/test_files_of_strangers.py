@@ -444,6 +444,8 @@ def test_no_argument_of_anything_listed_goes_unchecked(group: str, name: str) ->
 def in_conf(group: str) -> Iterator[tuple[str, Any]]:
     """Options of a group of conf/, as a run's configuration holds them; a sampler without its spacing."""
     for path in sorted((Path(CONF) / group).glob("*.yaml")):
+        if path.stem == "from_start":  # no run records it, but the U-Net that it stands for
+            continue
         text = path.read_text().replace("${unet.context_dim}", "32").replace("???", "somewhere")
         entry = yaml.safe_load(text.replace("path: null", "path: somewhere"))
         yield path.stem, next(iter(entry.values())) if group in ("conditions", "conditioning") else entry

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from functools import partial
 
 import pytest
@@ -10,13 +11,17 @@ import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
+from train.data.base_model import PRESETS, TARGET, refuse_other_noise, unet_to_train
 from train.data.ldm_inputs import with_base_model_scaling
+from train.diffusion.parameterization import Epsilon, Flow, Velocity
+from train.diffusion.process import DiscreteVP, RectifiedFlow
 from train.models.conditioning import ClassLabel, ConditionedUNet, Conditioners, StoredText
 from train.models.size_features import SizeFeatures
 from train.models.unet import UNet
 from train.weights import diffusers, stable_diffusion
-from train.weights.published import load_weights
+from train.weights.published import load_unet_weights, load_weights
 
 UNET = {"in_channels": 4, "out_channels": 4, "channels": [8, 8], "layers_per_block": 1, "context_dim": 24,
         "vector_dim": None, "attention_levels": [False, True], "heads": 2, "norm_groups": 4}  # fmt: skip
@@ -106,10 +111,94 @@ def test_the_scale_is_the_runs_own(a_run, labelled):
         with_base_model_scaling(options(run, "label", factor=0.5), labelled(mean=[0.0] * 4, std=[2.0] * 4))
 
 
+def test_a_published_model_needs_its_factor(tmp_path, labelled):
+    with pytest.raises(UserError, match=r"add scaling_factor=0\.18215"):
+        with_base_model_scaling(options(tmp_path, "text"), labelled())
+
+
 def test_another_fold_is_refused(a_run, labelled):
     run, _ = a_run(labelled(), "label")
     with pytest.raises(UserError, match="fold 1, but these latents use 2"):
         with_base_model_scaling(options(run, "label"), labelled(fold=2))
+
+
+def scheduler(folder, **config):
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+
+
+SD1 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+NOISE = {  # what diffusers' file says; our process and parameterization; the options offered, or None
+    "sd1": (SD1, DiscreteVP(), Epsilon(), None),
+    "sd2 as sd1": ({**SD1, "prediction_type": "v_prediction"}, DiscreteVP(), Epsilon(), "parameterization=velocity;"),
+    "sd1 as sd2": (SD1, DiscreteVP(), Velocity(), "add parameterization=epsilon;"),
+    "zero snr": ({**SD1, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, DiscreteVP(), Velocity(),
+                 "add process=zero_terminal_snr;"),
+    "to zero snr": ({**SD1, "prediction_type": "v_prediction"}, DiscreteVP(zero_terminal_snr=True), Velocity(),
+                    "add process=scaled_linear;"),
+    "ddpm, by its defaults": ({"_class_name": "DDPMScheduler"}, DiscreteVP(), Epsilon(), "add process=linear;"),
+    "ddpm": ({"_class_name": "DDPMScheduler"}, DiscreteVP(1e-4, 0.02, schedule="linear"), Epsilon(), None),
+    "other betas": ({**SD1, "beta_end": 0.03}, DiscreteVP(), Epsilon(), "process=scaled_linear process.beta_end=0.03;"),
+    "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, DiscreteVP(schedule="linear"), Epsilon(), "process=cosine;"),
+    "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, RectifiedFlow(), Flow(), None),
+    "flow as sd1": ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, DiscreteVP(), Epsilon(),
+                    "add process=rectified_flow parameterization=flow;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOISE)
+def test_a_model_of_another_noise_is_refused_with_its_options(tmp_path, case):
+    config, process, parameterization, options = NOISE[case]
+    scheduler(tmp_path, **config)
+    (tmp_path / "unet").mkdir()
+    for path in (tmp_path, tmp_path / "unet"):
+        if options is None:
+            refuse_other_noise(str(path), process, parameterization)
+        else:
+            with pytest.raises(UserError, match=re.escape(options)):
+                refuse_other_noise(str(path), process, parameterization)
+
+
+def test_a_single_file_tells_its_noise_by_what_lies_beside_it(tmp_path):
+    file = tmp_path / "v2.safetensors"
+    save_file({"a": torch.zeros(1)}, file)
+    refuse_other_noise(str(file), DiscreteVP(), Epsilon())
+    save_file({"a": torch.zeros(1)}, file, {"modelspec.predict_key": "v"})
+    with pytest.raises(UserError, match="predicts velocity"):
+        refuse_other_noise(str(file), DiscreteVP(), Epsilon())
+    save_file({"a": torch.zeros(1)}, file)
+    params = {"parameterization": "v", "linear_start": 0.00085, "linear_end": 0.0120, "timesteps": 1000}
+    file.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {"params": params}}))
+    with pytest.raises(UserError, match=r"predicts velocity .*v2\.yaml"):
+        refuse_other_noise(str(file), DiscreteVP(), Epsilon())
+    refuse_other_noise(str(file), DiscreteVP(), Velocity())
+
+
+def test_offered_processes_are_those_of_conf():
+    for name, betas in PRESETS.items():
+        with open(f"{CONF}/process/{name}.yaml") as file:
+            saved = yaml.safe_load(file)
+        assert (saved["beta_start"], saved["beta_end"]) == betas
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_the_u_net_of_the_start_is_taken_or_offered(tmp_path, form):
+    """Its weights then fit; another one is refused in a sentence that names what differs, not hundreds of tensors."""
+    unet = UNet(**{**UNET, "channels": [32, 64], "norm_groups": 32, "layers_per_block": 2, "heads": 2})
+    start = tmp_path / "unet.safetensors" if form == "file" else tmp_path
+    if form == "file":
+        stable_diffusion.save_single_file(start, unet, None)
+    else:
+        diffusers.save_unet(tmp_path / "unet", unet)
+    asked = {"_target_": TARGET, "from_start": True, "context_dim": None, "channels_last": True}
+    taken = unet_to_train({**asked, "heads": 2 if form == "file" else None}, str(start), fine_tune=True)
+    again = UNet(**{name: value for name, value in taken.items() if name != "_target_"})
+    load_unet_weights(again, str(start))
+    assert torch.equal(again.conv_in.weight, unet.conv_in.weight)
+    assert unet_to_train(taken, str(start), fine_tune=False) == taken
+    other = {**taken, "channels": [64, 64], "context_dim": 32}
+    with pytest.raises(UserError, match=r"channels=\[32, 64\], context_dim=24, but unet= has .*use unet=from_start"):
+        unet_to_train(other, str(start), fine_tune=False)
 
 
 # A model that knows no sizes, for a training with them: it gives the same until it is trained, and can learn.
@@ -145,6 +234,16 @@ def test_sizes_are_added_to_a_model_without(a_run, make_facts, tmp_path, publish
     out(other, size=torch.rand(2, 6) * 900).square().mean().backward()
     assert float(other.unet.vector_embedding.linear_1.weight.grad[:, 12:].abs().sum()) > 0 or not pooled
     assert float(other.unet.vector_embedding.linear_2.weight.grad.abs().sum()) > 0
+
+
+def test_the_u_net_of_the_start_is_taken_with_a_vector_for_sizes(tmp_path):
+    diffusers.save_unet(tmp_path / "unet", UNet(**{**UNET, **WIDE}))
+    asked = {"_target_": TARGET, "from_start": True, "heads": None, "vector_dim": 1548, "channels_last": True}
+    taken = unet_to_train(asked, str(tmp_path), fine_tune=False, learns_sizes=True)
+    assert (taken["vector_dim"], taken["channels"]) == (1548, [64, 64])
+    assert unet_to_train(taken, str(tmp_path), fine_tune=False, learns_sizes=True) == taken
+    with pytest.raises(UserError, match="vector_dim=None, but unet= has vector_dim=1548"):
+        unet_to_train(taken, str(tmp_path), fine_tune=False)
 
 
 def test_another_width_of_the_text_is_still_refused(a_run, make_facts):

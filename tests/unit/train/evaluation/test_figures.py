@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from data_pipeline.images.grid import grid, save_png
+from data_pipeline.images.grid import fitted, grid, save_png
 from data_pipeline.images.pixels import psnr, to_uint8
 from train.evaluation.distances import squared_distances, thumbnails, training_recall
 from train.runs.curves import curve_line, plot_curves, sparkline
@@ -96,6 +96,37 @@ def test_grid_gives_labels_the_room_they_take():
     assert (below[:, 80:144] < 128).any()
     with pytest.raises(ValueError, match="zip"):
         grid(images, ["one label for two pictures"])
+
+
+def test_a_caption_is_cut_after_a_word():
+    text = "a very long caption that goes on about many things which nobody would read to its end"
+    label = fitted(text, 70)
+    assert len(label.lines) == 4
+    assert label.lines[-1].endswith(" …")
+    assert " ".join(label.lines).removesuffix(" …") == text[: len(" ".join(label.lines)) - 2]
+    assert text[len(" ".join(label.lines)) - 2] == " "  # the next word is left out whole
+    assert all(label.font.getlength(line) <= 70 for line in label.lines)
+    assert fitted("internationalisation", 70).lines == ["internationalisation"]  # in a smaller font
+    assert fitted("Christmas tree", 70).lines == ["Christmas", "tree"]
+    (cut,) = fitted("a" * 100, 70).lines  # no font is that small
+    assert cut.endswith("a…")
+
+
+def test_a_title_is_above_all_pictures():
+    images = pictures(2, 64)
+    plain, titled = grid(images, columns=2), grid(images, columns=2, title="step 5, seed 0")
+    assert plain.size[0] == titled.size[0]
+    added = titled.size[1] - plain.size[1]
+    above, below = np.asarray(titled)[:added], np.asarray(titled)[added:]
+    assert (above < 128).any()
+    np.testing.assert_array_equal(below[8:], np.asarray(plain)[8:])
+
+
+def test_a_single_point_is_seen(tmp_path):
+    blue = (31, 119, 180)
+    for rows, seen in (([], False), ([{"step": 3, "loss": 1.0}], True)):
+        plotted = np.asarray(Image.open(plot_curves(rows, ["loss"], tmp_path / "curves.png")).convert("RGB"))
+        assert (plotted == blue).all(-1).any() == seen
 
 
 def test_sparkline():

@@ -1,5 +1,8 @@
 """Objectives of the autoencoder and of CLIP."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -243,6 +246,19 @@ def test_contrastive_loss_is_symmetric_cross_entropy(clip, image_batch, mirrored
     torch.testing.assert_close(terms.parts["batch_top1"], top1)
     gradient = torch.autograd.grad(terms.total, clip.towers.text_projection)[0]
     assert gradient.abs().max() > 0
+
+
+def test_copies_of_a_pair_are_no_negatives(clip, image_batch):
+    """A pair twice in a batch: each of the two is told from all others, but not from its copy."""
+    objective, scale = Contrastive(clip, shift=0), torch.tensor(100.0)
+    features = torch.eye(8)[[0, 1, 2, 3, 4, 5, 6, 0]]
+    told_apart = objective._cross_entropy(features, features, scale, [*"abcdefga"])
+    taken_for_others = objective._cross_entropy(features, features, scale, [*"abcdefgh"])
+    assert told_apart < 1e-6
+    assert taken_for_others == pytest.approx(math.log(2) / 4, abs=1e-4)  # two of eight
+    keys = image_batch(step=1).keys
+    whole = objective(replace(image_batch(step=1, captions=["a"] * 8), keys=(keys[0],) * 8))
+    assert float(whole.total.detach()) == 0.0  # nothing is left to be told from
 
 
 def test_contrastive_loss_in_bf16_is_that_in_fp32_to_its_rounding(clip, image_batch):

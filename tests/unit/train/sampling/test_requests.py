@@ -15,7 +15,7 @@ from data_pipeline.images import decode
 from data_pipeline.images.resize import centre_square
 from train.evaluate_ldm import at_size, usable
 from train.models.classifier import NoisyClassifier
-from train.sample_images import guided_by
+from train.sample_images import guided_by, new_folder
 from train.sampling.requests import (
     as_sample,
     load_picture,
@@ -139,6 +139,12 @@ def test_what_precompute_sets_aside_is_not_judged():
         {name: value for name, value in good.items() if name != "image"},
     ]  # fmt: skip
     assert usable(SimpleNamespace(conditions=conditions), [bad[0], good, *bad[1:], good]) == [good, good]
+
+
+def test_a_call_does_not_draw_over_the_last_ones(tmp_path):
+    folders = [new_folder(tmp_path / "run/drawn") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["drawn", "drawn-2", "drawn-3"]
+    assert all(folder.is_dir() for folder in folders)
 
 
 # Sizes.

@@ -1,0 +1,76 @@
+"""Steps at which something ends or begins, given as numbers or as shares of the run; a warning for those beyond it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import UserError
+from train.checkpointing.files import CheckpointPaths, newest_whole
+from train.distributed.collectives import broadcast_object
+from train.distributed.ranks import Ranks
+
+log = logging.getLogger(__name__)
+# Option -> what happens in a run that has no more steps than it says.
+STEPS = {
+    "optimizer.schedule.warmup": "the learning rate never reaches optimizer.lr",
+    "optimizer.schedule.start": "the learning rate never falls",
+    "objective.crop_until": "it never trains on whole pictures",
+    "objective.adversary.start": "it never trains against the discriminator",
+}
+
+
+def with_shares_as_steps(cfg: Any, ranks: Ranks) -> Any:
+    """The configuration with numbers of steps in place of shares, of the steps that the run began with. Collective.
+
+    So what has begun in a resumed run does not end, nor begin again, when training.steps is changed.
+    """
+    given = {name: value for name in STEPS if (value := _option(cfg, name)) is not None}
+    shares = {name: value for name, value in given.items() if isinstance(value, float) and 0 < value < 1}
+    if not isinstance(cfg.training.steps, int):
+        return cfg  # refused later, with all other options of training
+    if shares:
+        _set_shares(cfg, shares, steps_at_first(cfg, ranks), ranks)
+    for name in given.keys() - shares.keys():
+        _check_number(cfg, name, given[name], ranks)
+    return cfg
+
+
+def _set_shares(cfg: Any, shares: dict[str, float], total: int, ranks: Ranks) -> None:
+    for name, share in shares.items():
+        parent, _, last = name.rpartition(".")
+        _option(cfg, parent)[last] = max(1, round(share * total))
+        if ranks.is_main:
+            print(f"{name}: {_option(cfg, name)}, {share:g} of {total} steps", flush=True)
+
+
+def _check_number(cfg: Any, name: str, value: Any, ranks: Ranks) -> None:
+    """UserError for what is no number of steps; a warning for one that lies beyond the run."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"{name}={value} is not valid: use a whole number of steps, or a share of the run such as 0.1.")
+    if 0 < cfg.training.steps <= value and _is_used(cfg, name) and ranks.is_main:
+        what = "%s=%d outlasts the run of %d steps: %s; use a share of the run, such as 0.1, to fit any length"
+        log.warning(what, name, value, cfg.training.steps, STEPS[name])
+
+
+def steps_at_first(cfg: Any, ranks: Ranks) -> int:
+    """training.steps of the run's first start, by its newest checkpoint; without one, training.steps."""
+    found = None
+    if ranks.is_main and cfg.training.resume != "never":
+        found = newest_whole(CheckpointPaths.of(Path(cfg.output), cfg.training.checkpoints).checkpoints)
+    saved = found.saved["state"] if found else {}
+    return broadcast_object(saved.get("first_total") or saved.get("total_steps") or cfg.training.steps)
+
+
+def _is_used(cfg: Any, name: str) -> bool:
+    """Whether the other options let this one have a say."""
+    if name.endswith("schedule.start"):
+        return cfg.optimizer.schedule.kind == "inverse_sqrt"
+    return bool(cfg.objective.get("crop")) if name.endswith("crop_until") else True
+
+
+def _option(cfg: Any, name: str) -> Any:
+    for part in name.split("."):
+        cfg = cfg.get(part) if cfg is not None and hasattr(cfg, "get") else None
+    return cfg
