@@ -18,8 +18,8 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.shards.manifest import Manifest, find_splits
-from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
-from data_pipeline.shards.rejects import Rejects, accounting, summary
+from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of, without_later
+from data_pipeline.shards.rejects import Rejects, accounting, format_counts, summary
 from data_pipeline.shards.split_writer import SplitWriter
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_source
@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is input=: choose a folder of its own for the shards.")
-    options = OmegaConf.to_container(cfg, resolve=True)
+    options = without_later(OmegaConf.to_container(cfg, resolve=True))
     mark, listed, heldout = scan_source(options, source, filters)
     filters.refuse_unknown_columns()
     if finished(cfg.output, mark, settings_of(options)):
@@ -46,27 +46,38 @@ def main(cfg: DictConfig) -> None:
     splits = {"train": SplitWriter(storage.join(cfg.output, "train"), cfg.shard_size)}
     if heldout:
         splits["heldout"] = SplitWriter(storage.join(cfg.output, "heldout"), cfg.shard_size)
+    converted: Counter[str] = Counter()
     with Progress("make_shards", listed, "pictures") as bar:
         for number, item in enumerate(source.items()):
             sample = prepared_sample(item, cfg.size, filters, rejects)
             if sample is not None:
-                splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"].add(item.key, sample)
+                split = splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"]
+                split.add(item.key, sample.members)
+                converted.update(sample.converted)
             bar.advance()
     for split in splits.values():
-        split.close()
+        split.close(format_counts(rejects.by_reason() + filters.counts, 5))
     rejects.save(cfg.output, "make_shards")
     filters.save(cfg.output, "filtered")
     reasons, processed = summary(rejects.rows), sum(split.samples for split in splits.values())
     info = {"made_from": mark, "made_with": settings_of(options), "size": cfg.size}
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
+    notes = {"converted": converted, "passed_over": getattr(source, "passed_over", {})}
+    info |= {name: dict(counts) for name, counts in notes.items() if counts}
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
     for split in reversed(splits.values()):  # train's comes last: it completes the whole
         Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
-    report(cfg.output, splits, filters.counts, rejects)
+    report(cfg.output, splits, filters.counts, rejects, notes)
 
 
-def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str], rejects: Rejects) -> None:
-    """Print what became of the listed pictures, and the path of the first one set aside."""
+def report(
+    output: str,
+    splits: Mapping[str, SplitWriter],
+    filtered: Counter[str],
+    rejects: Rejects,
+    notes: Mapping[str, Mapping[str, int]],
+) -> None:
+    """Print what became of the listed pictures, the path of the first one set aside, and the other counts."""
     counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
     left_out = f"{filtered.total()} filtered, {len(rejects.rows)} set aside"
     print(f"make_shards: {counts}, {left_out}, of {rejects.listed} listed; in {output}")
@@ -75,6 +86,9 @@ def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str
     for reason, count in rejects.by_reason().items():
         where = next((row["where"] for row in rejects.rows if row["reason"] == reason and "where" in row), "")
         print(f"make_shards: set aside {count} x {reason}" + (f", first {where}" if where else ""))
+    for name, counts in notes.items():
+        for what, count in counts.items():
+            print(f"make_shards: {name.replace('_', ' ')} {count} x {what}")
 
 
 def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.images.decode import IMAGES, UNDECODABLE, decode_image
+from data_pipeline.images.decode import UNDECODABLE, Decoding, Picture, PictureError, decode_picture
+from data_pipeline.images.formats import IMAGES
 
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 MAX_TEXT_BYTES = 1024 * 1024  # of a caption, or of the JSON beside it
@@ -36,15 +37,16 @@ def encode(name: str, value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def decode(name: str, data: bytes) -> Any:
-    """The inverse of `encode`; also reads jpg and webp. DataError if the bytes don't match the name."""
+def decode(name: str, data: bytes, strict: bool = True) -> Any:
+    """The inverse of `encode`; also reads other formats of pictures. DataError if the bytes can't be decoded. strict:
+    also if a picture is damaged and its decoder forgives that."""
     kind = name.rsplit(".", 1)[-1].lower()
+    if kind in IMAGES:
+        return read_picture(kind, data, Decoding(strict=strict)).pixels
     try:
         allowed = MAX_TEXT_BYTES if kind in ("txt", "json") else MAX_MEMBER_BYTES
         if len(data) > allowed:
             raise ValueError(f"{len(data)} bytes are more than the {allowed} allowed")
-        if kind in IMAGES:
-            return decode_image(data)
         if kind == "npy":
             return decode_array(data)
         if kind == "txt":
@@ -56,6 +58,16 @@ def decode(name: str, data: bytes) -> Any:
         why = type(error).__name__ if isinstance(error, (OSError, MemoryError)) else str(error)
         raise DataError(f"undecodable .{name} ({why})") from error
     return None  # a member that no reader here asks for
+
+
+def read_picture(extension: str, data: bytes, how: Decoding) -> Picture:
+    """A member that is a picture. DataError: why it can't be used."""
+    if len(data) > MAX_MEMBER_BYTES:
+        raise DataError(f"too large picture ({len(data):,} bytes are more than {MAX_MEMBER_BYTES:,})")
+    try:
+        return decode_picture(io.BytesIO(data), extension, how)
+    except PictureError as error:
+        raise DataError(str(error)) from error
 
 
 def caption_in(members: Mapping[str, Any]) -> str:

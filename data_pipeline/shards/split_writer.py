@@ -28,14 +28,15 @@ class SplitWriter:
         if self.writer.count == self.shard_size:
             self._publish()
 
-    def close(self) -> None:
-        """Publish the rest; shards left by an earlier run are removed."""
+    def close(self, left_out: str = "") -> None:
+        """Publish the rest; shards left by an earlier run are removed. left_out: why pictures were, for a message."""
         if self.writer.count:
             self._publish()
         remove_leftovers(self.root, len(self.shards))
         if not self.shards:
             raise UserError(
-                "not one picture of a split can be used: check the source and filters=, or set heldout_every=null."
+                f"not one picture is left for {self.root}{left_out and f' (left out: {left_out})'}: check the source "
+                "and filters=, or set heldout_every=null."
             )
 
     def _publish(self) -> None:

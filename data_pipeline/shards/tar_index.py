@@ -7,6 +7,7 @@ import io
 import json
 import mmap
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,18 +33,20 @@ class IndexEntry(NamedTuple):
     members: dict[str, Member]
 
 
-def scan(data: bytes | mmap.mmap, name: str) -> list[IndexEntry]:
+def scan(data: bytes | mmap.mmap, name: str, passed_over: Counter[str] | None = None) -> list[IndexEntry]:
     """The samples of a tar in memory or mapped, in order; a key that comes twice in full gives two of them.
 
     Extensions are in lower case; a file without one is not part of a sample. Links and devices are never followed and
-    are not members.
+    are not members. passed_over: counts hidden and system files there.
     """
     samples: list[IndexEntry] = []
     current: dict[str, IndexEntry] = {}
     for path, place in members_of(data, name):
         folder, slash, base = path.rpartition("/")
         stem, dot, extension = base.partition(".")
-        if not stem or not dot:
+        if passed_over is not None and (base.startswith(".") or "__MACOSX/" in path):
+            passed_over["hidden or system file"] += 1
+        if not stem or not dot or path.startswith("__MACOSX/"):
             continue
         key, extension = folder + slash + stem, extension.lower()
         entry = current.get(key)

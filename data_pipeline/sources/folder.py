@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.images.decode import IMAGES, open_image
+from data_pipeline.images.decode import Decoding, Picture, decode_picture, open_image
+from data_pipeline.images.formats import HEAD, IMAGES, RAW, is_picture
 from data_pipeline.images.resize import centre_square, upright_sides
 from data_pipeline.shards import codec
 from data_pipeline.sources.source import SourceItem
 from data_pipeline.sources.tars import readable
+
+# Files that lie beside pictures: captions and tables.
+BESIDE = (".txt", ".json", ".caption", ".csv", ".tsv", ".parquet", ".jsonl")
+# Files and folders that systems and programs leave behind, beside those whose name begins with a dot.
+SYSTEM = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "$recycle.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,41 +32,70 @@ class PictureFile(SourceItem):
 
 
 class ImageFolder:
-    """Pictures below `path`, by name."""
+    """Pictures below `path`, by name. passed_over: the other files that the last listing met, by extension."""
 
-    def __init__(self, path: str | None, limit: int | None = None) -> None:
+    def __init__(
+        self, path: str | None, limit: int | None = None, background: Any = "white", animated: str = "first"
+    ) -> None:
         if path is None:
             raise UserError("input must be given: the folder that holds the pictures; add input=....")
-        self.path, self.limit = Path(path), limit
+        self.path, self.limit, self.how = Path(path), limit, Decoding.of(background, animated)
+        self.passed_over: Counter[str] = Counter()
 
     def items(self) -> Iterator[SourceItem]:
         if not self.path.is_dir():
             raise UserError(f"input={self.path} is not a folder: give one that holds pictures with captions.")
         path = None
-        for path in itertools.islice(pictures_below(self.path), self.limit):
+        self.passed_over.clear()
+        for path in itertools.islice(pictures_below(self.path, self.passed_over), self.limit):
             yield self._item(path)
         if path is None:
-            raise UserError(f"input={self.path} holds no pictures ({', '.join(IMAGES)}): check the path.")
+            others = ", ".join(f"{count} x {what}" for what, count in self.passed_over.most_common(5))
+            raise UserError(f"input={self.path} holds no pictures ({others or 'no files at all'}): check the path.")
 
     def _item(self, path: Path) -> SourceItem:
         # A dot would end the key in a tar's member name.
         key = str(path.relative_to(self.path).with_suffix("")).replace("/", "_").replace(".", "_")
         if reason := why_unusable(path, self.path):
             return PictureFile(key, functools.partial(load, path), None, unusable=reason, where=str(path))
+        load_it = functools.partial(load, path, how=self.how)
         facts = path.stat()
         stamp = facts.st_size, facts.st_mtime_ns
         look = functools.partial(sides, path)
         caption, meta = caption_of(path, self.path), about(path, self.path)
-        return PictureFile(key, functools.partial(load, path), caption, meta, look, stamp=stamp)
+        return PictureFile(key, load_it, caption, meta, look, stamp=stamp, where=str(path))
 
 
-def pictures_below(folder: Path) -> Iterator[Path]:
-    """All pictures below a folder, sorted by name in each; only one folder's names are held in memory at a time."""
+def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False) -> Iterator[Path]:
+    """All pictures below a folder, sorted by name in each; only one folder's names are held in memory at a time. Other
+    files are counted, except those that lie beside pictures; so are all files of hidden folders."""
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            yield from pictures_below(path)
-        elif path.suffix.lower().lstrip(".") in IMAGES:
+        here = hidden or path.name.startswith(".") or path.name.lower() in SYSTEM
+        if path.is_dir():
+            if path.is_symlink():
+                passed_over["link to a folder"] += 1
+            else:
+                yield from pictures_below(path, passed_over, here)
+        elif here:
+            passed_over["hidden or system file"] += 1
+        elif looks_like_picture(path):
             yield path
+        elif path.suffix.lower() not in BESIDE:
+            passed_over[path.suffix.lower() or "file without an extension"] += 1
+
+
+def looks_like_picture(path: Path) -> bool:
+    """Whether a file is one by its extension, or, under an extension that is not known, by its first bytes."""
+    extension = path.suffix.lower()
+    if extension in BESIDE or extension[1:] in (*IMAGES, *RAW):
+        return extension not in BESIDE
+    try:
+        if not path.is_file():  # a pipe would wait for ever
+            return False
+        with path.open("rb") as file:
+            return is_picture(file.read(HEAD))
+    except (OSError, ValueError):
+        return False
 
 
 def why_unusable(path: Path, folder: Path, through_folders: bool = False) -> str:
@@ -78,10 +112,9 @@ def why_unusable(path: Path, folder: Path, through_folders: bool = False) -> str
     return ""
 
 
-def load(path: Path, size: int) -> np.ndarray:
-    """The centre square of a picture at (size, size, 3) uint8."""
-    with open_image(path) as image:
-        return centre_square(image, size)
+def load(path: Path, size: int, how: Decoding = Decoding()) -> Picture:  # noqa: B008
+    """The centre square of a picture at (size, size, 3)."""
+    return centre_square(decode_picture(path, how=how), size)
 
 
 def sides(path: Path) -> tuple[int, int]:
@@ -92,13 +125,19 @@ def sides(path: Path) -> tuple[int, int]:
 
 def caption_of(path: Path, folder: Path) -> str | None:
     """The caption in the .txt or .json beside a picture; None if there is neither, or it is empty or unreadable."""
-    text = path.with_suffix(".txt")
+    text = companion(path, ".txt")
     try:
         if not why_unusable(text, folder):
             return codec.decode("txt", text.read_bytes()).strip() or None
         return readable(str(sidecar_fields(path, folder).get("caption") or "")) or None
     except DataError:  # not UTF-8, not JSON, or too long
         return None
+
+
+def companion(path: Path, extension: str) -> Path:
+    """The file of this extension beside a picture; in capitals, as in UP.TXT, if there is no other."""
+    lower, upper = path.with_suffix(extension), path.with_suffix(extension.upper())
+    return upper if not lower.exists() and upper.exists() else lower
 
 
 def about(path: Path, folder: Path) -> dict[str, Any]:
@@ -112,5 +151,5 @@ def about(path: Path, folder: Path) -> dict[str, Any]:
 
 def sidecar_fields(path: Path, folder: Path) -> dict[str, Any]:
     """The contents of the .json beside a picture; {} if there is none."""
-    file = path.with_suffix(".json")
+    file = companion(path, ".json")
     return {} if why_unusable(file, folder) else codec.decode("json", file.read_bytes())

@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
+from data_pipeline.images.decode import Picture
 
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """load(size) -> (size, size, 3) uint8; caption is None if there is none.
+    """load(size) -> a picture of (size, size, 3); caption is None if there is none.
 
     sides() -> width and height of the original picture; None: a drawing, of any size. heldout: None leaves it to
     heldout_every. absent: why the source itself says that there is no picture. unusable: why the item must be set
-    aside; where: the path that was tried.
+    aside; where: the picture's path.
     """
 
     key: str
-    load: Callable[[int], np.ndarray]
+    load: Callable[[int], Picture]
     caption: str | None
     meta: dict[str, Any] = field(default_factory=dict)
     sides: Callable[[], tuple[int, int]] | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.images.decode import Decoding, PictureError
 from data_pipeline.sources.filters import as_number
 from data_pipeline.sources.folder import PictureFile, load, sides, why_unusable
 from data_pipeline.sources.source import SourceItem
@@ -32,7 +33,10 @@ class Table:
         file: str = "file",
         caption: str = "caption",
         limit: int | None = None,
+        background: Any = "white",
+        animated: str = "first",
     ) -> None:
+        self.how = Decoding.of(background, animated)
         self.path, self.table, self.file, self.caption, self.limit = Path(path), table, file, caption, limit
 
     def items(self) -> Iterator[SourceItem]:
@@ -74,21 +78,22 @@ class Table:
         unusable = why_unusable(path, self.path, True) if inside else "no name of a picture in the folder"
         facts = None if unusable else path.stat()
         look, stamp = (load, (facts.st_size, facts.st_mtime_ns)) if facts else (absent, (0, 0))
+        tried = f"{self.file}={name[:200]}, tried as {str(path)[:200]}"
         return PictureFile(
             f"{number:09d}",
-            functools.partial(look, path),
+            functools.partial(look, path, how=self.how),
             caption_in(row[self.caption]),
             meta,
             functools.partial(sides if facts else absent, path),
             unusable=unusable,
-            where=f"{self.file}={name[:200]}, tried as {str(path)[:200]}" if unusable else "",
+            where=tried if unusable else str(path),
             stamp=stamp,
         )
 
 
-def absent(path: Path, size: int = 0) -> Any:
+def absent(path: Path, size: int = 0, how: Decoding | None = None) -> Any:
     """Stands in for a picture that the table names and the folder does not have."""
-    raise FileNotFoundError(path)
+    raise PictureError("missing picture")
 
 
 def caption_in(value: Any) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.threads import ordered_map
+from data_pipeline.images.decode import Decoding
 from data_pipeline.shards import codec
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, Shard
@@ -59,9 +60,13 @@ def fetched_by_img2dataset(path: str, found: int) -> Counter[str]:
 class Index:
     """Takes shards one after another and accounts for each sample."""
 
-    def __init__(self, root: str, filters: Filters, shard_in_keys: bool, max_aside_fraction: float) -> None:
+    def __init__(
+        self, root: str, filters: Filters, shard_in_keys: bool, max_aside_fraction: float, animated: str = "first"
+    ) -> None:
         self.root, self.filters, self.shard_in_keys = root, filters, shard_in_keys
-        self.max_fraction = max_aside_fraction
+        self.max_fraction, self.how = max_aside_fraction, Decoding.of("white", animated)
+        self.converted: Counter[str] = Counter()  # what had to be done to pictures
+        self.passed_over: Counter[str] = Counter()  # files that are part of no sample
         self.rejects = Rejects(sys.maxsize, 1.0)  # only counts: the number listed is known at the end
         self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
 
@@ -79,10 +84,11 @@ class Index:
             if sample.candidate is None and sample.absent:
                 self.filters.add(key, sample.reason)
             elif sample.candidate is None or again:
-                self.rejects.add(key, sample.reason or AGAIN)
+                self.rejects.add(key, sample.reason or AGAIN, name)
             elif reason := self.filters.reason_against(sample.candidate):
                 self.filters.add(key, reason)
             else:
+                self.converted.update(sample.converted)
                 lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
         index = "".join(lines).encode()
         shard = Shard(name, len(lines), len(data), digest_of(data), index_digest(index))
@@ -98,7 +104,7 @@ class Index:
         """Inspect each sample, in threads that are a few samples ahead (Pillow decodes without the lock)."""
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
-            yield from ordered_map(pool, lambda each: inspected(each, data), entries, 2 * threads)
+            yield from ordered_map(pool, lambda each: inspected(each, data, self.how), entries, 2 * threads)
 
     def refuse_too_many_rejects(self, whole: float = 1.0) -> None:
         """Stop if more is set aside than allowed of all samples: `whole` times those listed so far."""
@@ -119,12 +125,17 @@ class Index:
             why = format_counts(aside + self.filters.counts, 3) or "the tars are empty"
             raise UserError(f"not one of {self.listed} samples is left ({why}): check input= and filters=.")
         info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered differently, are another data set
+        info |= {name: dict(counts) for name, counts in self._notes.items() if counts}
         info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
         Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
         print(
             f"index_shards: {processed} processed, {self.filters.counts.total()} filtered, {aside.total()} set aside, "
             f"of {self.listed} listed; in {self.root}"
         )
-        for what, counts in (("filtered", self.filters.counts), ("set aside", aside)):
+        for what, counts in (("filtered", self.filters.counts), ("set aside", aside), *self._notes.items()):
             for reason, count in counts.most_common():
-                print(f"index_shards: {what} {count} x {reason}")
+                print(f"index_shards: {what.replace('_', ' ')} {count} x {reason}")
+
+    @property
+    def _notes(self) -> dict[str, Counter[str]]:
+        return {"converted": self.converted, "passed_over": self.passed_over}

@@ -1,4 +1,4 @@
-"""WebDataset tars that others wrote, such as img2dataset: <key>.jpg (.png, .webp), <key>.txt, <key>.json."""
+"""WebDataset tars that others wrote, such as img2dataset: <key>.jpg (.png, .webp, ...), <key>.txt, <key>.json."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.images.decode import open_image
+from data_pipeline.images.decode import Decoding, Picture, decode_picture, open_image
+from data_pipeline.images.formats import HEAD, is_picture, kind_of
 from data_pipeline.images.resize import centre_square, upright_sides
 from data_pipeline.shards import codec
 from data_pipeline.shards.samples import picture_in
@@ -48,40 +46,48 @@ def contents(path: str) -> bytes | mmap.mmap:
 
 class Inspected(NamedTuple):
     """A usable sample has a candidate, an unusable one a reason. absent: its json itself says that there is no picture,
-    as img2dataset writes for what it could not fetch."""
+    as img2dataset writes for what it could not fetch. converted: what had to be done to the picture, in words."""
 
     entry: IndexEntry
     candidate: Candidate | None = None
     reason: str = ""
     absent: bool = False
+    converted: tuple[str, ...] = ()
 
 
-def inspected(entry: IndexEntry, data: bytes | mmap.mmap) -> Inspected:
+def inspected(entry: IndexEntry, data: bytes | mmap.mmap, how: Decoding = Decoding()) -> Inspected:  # noqa: B008
     """Decode a sample, and keep only the members that are read: one picture, .txt and .json."""
     if not entry.key.isprintable() or entry.key.startswith("/") or ".." in entry.key.split("/"):
         return Inspected(entry, reason="a name that leads elsewhere, or can't be printed")
-    picture = picture_in(entry)
+    picture, whole = picture_in(entry), entry
     entry = IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n in (picture, "txt", "json")})
     try:
         facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n != picture}
         if picture is None:
-            return without_picture(entry, facts)
+            return without_picture(whole, facts, data)
         caption = readable(codec.caption_in(facts))
         if not caption:
             return Inspected(entry, reason="missing caption")
-        pixels = codec.decode(picture, _bytes(data, entry.members[picture]))
+        pixels, converted = codec.read_picture(picture, _bytes(data, entry.members[picture]), how)
     except DataError as error:
         return Inspected(entry, reason=str(error))
     sides = pixels.shape[1], pixels.shape[0]
-    return Inspected(entry, Candidate(caption, facts.get("json") or {}, lambda: sides, lambda: pixels))
+    candidate = Candidate(caption, facts.get("json") or {}, lambda: sides, lambda: pixels)
+    return Inspected(entry, candidate, converted=converted)
 
 
-def without_picture(entry: IndexEntry, facts: dict[str, Any]) -> Inspected:
-    """Not fetched, according to its json; or lost."""
+def without_picture(entry: IndexEntry, facts: dict[str, Any], data: bytes | mmap.mmap) -> Inspected:
+    """Not fetched, according to its json; under an extension that is not looked for; or lost."""
     status = (facts.get("json") or {}).get("status", "success")
     if status != "success":
         return Inspected(entry, reason=f"not fetched: {status}", absent=True)
-    return Inspected(entry, reason="missing picture")
+    others = {name: place for name, place in entry.members.items() if name not in ("txt", "json")}
+    for name, place in others.items():
+        head = data[place.offset : place.offset + min(place.size, HEAD)]
+        if is_picture(head):
+            return Inspected(entry, reason=f"picture under an extension that is not known (.{name}: {kind_of(head)})")
+    there = f" (only {', '.join(f'.{name}' for name in list(others)[:5])})" if others else ""
+    return Inspected(entry, reason=f"missing picture{there}")
 
 
 def readable(caption: str) -> str:
@@ -110,8 +116,8 @@ class Tars:
     One tar is held in memory at a time. Keys: the tar's name and the sample's.
     """
 
-    def __init__(self, path: str, limit: int | None = None) -> None:
-        self.path, self.limit = path, limit
+    def __init__(self, path: str, limit: int | None = None, background: Any = "white", animated: str = "first") -> None:
+        self.path, self.limit, self.how = path, limit, Decoding.of(background, animated)
 
     def items(self) -> Iterator[SourceItem]:
         count = 0
@@ -124,32 +130,32 @@ class Tars:
                 count += 1
                 yield self._item(path, name.removesuffix(".tar"), number, entry, data)
 
-    @staticmethod
-    def _item(path: str, stem: str, number: int, entry: IndexEntry, data: bytes | mmap.mmap) -> SourceItem:
+    def _item(self, path: str, stem: str, number: int, entry: IndexEntry, data: bytes | mmap.mmap) -> SourceItem:
         key = f"{stem}_{number:06d}"
         picture = picture_in(entry)
-        facts, caption, absent = {}, None, ""
+        facts, caption, absent, unusable = {}, None, "", ""
         try:
             facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n in ("txt", "json")}
             caption = readable(codec.caption_in(facts)) or None
-            if picture is None and (without := without_picture(entry, facts)).absent:
-                absent = without.reason
+            if picture is None:
+                without = without_picture(entry, facts, data)
+                absent, unusable = (without.reason, "") if without.absent else ("", without.reason)
         except DataError:
             pass  # without a caption it is set aside
         meta = (facts.get("json") or {}) | {"original_key": entry.key}
         place = entry.members[picture] if picture else Member(0, 0)
-        load, sides = functools.partial(square_in, path, place), functools.partial(sides_in, path, place)
-        return TarSample(key, load, caption, meta, sides, absent=absent, stamp=(len(data), place.offset))
+        load = functools.partial(square_in, path, place, picture or "", how=self.how)
+        sides = functools.partial(sides_in, path, place, picture or "")
+        where, stamp = f"{path}: {entry.key}.{picture or '*'}", (len(data), place.offset)
+        return TarSample(key, load, caption, meta, sides, absent=absent, unusable=unusable, where=where, stamp=stamp)
 
 
-def square_in(path: str, place: Member, size: int) -> np.ndarray:
+def square_in(path: str, place: Member, extension: str, size: int, how: Decoding) -> Picture:
     """The centre square of a picture in a tar."""
-    return centre_square(opened(path, place), size)
+    return centre_square(decode_picture(io.BytesIO(storage.read_bytes(path, *place)), extension, how), size)
 
 
-def sides_in(path: str, place: Member) -> tuple[int, int]:
-    return upright_sides(opened(path, place))
-
-
-def opened(path: str, place: Member) -> Image.Image:
-    return open_image(io.BytesIO(storage.read_bytes(path, *place)))
+def sides_in(path: str, place: Member, extension: str) -> tuple[int, int]:
+    """Width and height of a picture in a tar, from its header."""
+    with open_image(io.BytesIO(storage.read_bytes(path, *place)), extension) as image:
+        return upright_sides(image)
