@@ -83,8 +83,10 @@ def srgb_of(linear):
 def in_srgb(pixel, primaries, gamma, white=D65):
     """What a pixel of such a profile is in sRGB, by the definitions."""
     value = np.array(pixel) / 255
-    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4) if gamma == "srgb" else (
-        value**gamma
+    linear = (
+        np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+        if gamma == "srgb"
+        else (value**gamma)
     )
     srgb = colorants(((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)), D65)
     return srgb_of(np.linalg.solve(srgb, colorants(primaries, white) @ linear))

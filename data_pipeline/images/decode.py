@@ -152,7 +152,7 @@ def reason_of(kind: str, error: BaseException) -> str:
     if kind and kind not in (*READ, "HEIC"):
         return f"not a picture, but {kind}"
     # Pillow's message about what it can't identify contains an address; MemoryError has none.
-    unknown = isinstance(error, UnidentifiedImageError | MemoryError) or "0x" in str(error)
+    unknown = isinstance(error, UnidentifiedImageError | MemoryError) or "object at 0x" in str(error)
     detail = ("its header is damaged" if kind else "") if unknown else str(error)
     detail = detail.partition("\n")[0] or type(error).__name__
     if not kind and unknown:
@@ -177,11 +177,12 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 def to_picture(image: Image.Image, how: Decoding) -> Picture:
     """An opened picture, decoded: its first frame, in sRGB, on the background, upright."""
     converted = [frames_of(image, how)]
+    stored = stored_mode(image)  # before `orientation`, which decodes a PNG to look for EXIF behind its pixels
     turn, profile = TURNS.get(orientation(image)), image.info.get("icc_profile")
     gamma = image.info.get("gamma") if image.format == "PNG" and "srgb" not in image.info else None
     if image.mode == "RGB" and not profile and turn is None and (pixels := jpeg_pixels(image, how.strict)) is not None:
         return Picture(pixels)  # most photographs: without a copy
-    image, alpha = planes(image, how.strict)
+    image, alpha = planes(image, stored, how.strict)
     image, changed = to_srgb(image, profile, gamma)
     converted.append(changed)
     image = as_mode(image, "RGB")
@@ -213,9 +214,10 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def planes(image: Image.Image, strict: bool) -> tuple[Image.Image, Image.Image | None]:
-    """An opened picture's colours (L, RGB, CMYK or LAB, 8 bits) and its opacity (L); None: it is opaque."""
-    mode, tile = image.mode, image.tile[0] if image.tile else None
+def planes(image: Image.Image, stored: str, strict: bool) -> tuple[Image.Image, Image.Image | None]:
+    """An opened picture's colours (L, RGB, CMYK or LAB, 8 bits) and its opacity (L); None: it is opaque. stored: its
+    `stored_mode`."""
+    mode = image.mode
     if (pixels := jpeg_pixels(image, strict)) is not None:
         return Image.fromarray(pixels), None
     image.load()
@@ -225,7 +227,7 @@ def planes(image: Image.Image, strict: bool) -> tuple[Image.Image, Image.Image |
     if mode == "F":
         raise PictureError("picture of floating-point numbers (what is white is not stated: save it as PNG)")
     if isinstance(clear, int | tuple) and mode != "P":
-        image = with_clear(image, clear, raw_mode(tile))
+        image = with_clear(image, clear, stored)
         mode = image.mode
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if mode in ("RGBa", "La"):
@@ -263,9 +265,9 @@ def from_16_bits(image: Image.Image, clear: Any) -> tuple[Image.Image, Image.Ima
     return grey, opacity
 
 
-def raw_mode(tile: Any) -> str:
-    """How a PNG stores its pixels, in Pillow's words."""
-    args = getattr(tile, "args", "")
+def stored_mode(image: Image.Image) -> str:
+    """How a picture that is not decoded yet stores its pixels, in Pillow's words, such as L;2 or RGB;16B."""
+    args = image.tile[0].args if image.tile else ""
     return args if isinstance(args, str) else str(args[0]) if args else ""
 
 
