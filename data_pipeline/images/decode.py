@@ -267,7 +267,8 @@ def from_16_bits(image: Image.Image, clear: Any) -> tuple[Image.Image, Image.Ima
 
 def stored_mode(image: Image.Image) -> str:
     """How a picture that is not decoded yet stores its pixels, in Pillow's words, such as L;2 or RGB;16B."""
-    args = image.tile[0].args if image.tile else ""
+    tiles = getattr(image, "tile", None)
+    args = tiles[0].args if tiles else ""
     return args if isinstance(args, str) else str(args[0]) if args else ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def caption_of(path: Path, folder: Path) -> str | None:
 def companion(path: Path, extension: str) -> Path:
     """The file of this extension beside a picture; in capitals, as in UP.TXT, if there is no other."""
     lower, upper = path.with_suffix(extension), path.with_suffix(extension.upper())
-    return upper if not lower.exists() and upper.exists() else lower
+    return upper if not os.path.exists(lower) and os.path.exists(upper) else lower  # names may be too long
 
 
 def about(path: Path, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures as people have them, through the entry points: read right, converted and counted, or named with the reason."""
+"""Pictures as people have them, through the entry points: read right and counted, or named with the reason."""
 
 import io
 import json
@@ -11,9 +11,13 @@ import pytest
 from PIL import Image
 from synthetic import run, tar_of
 
+from data_pipeline.common.errors import UserError
+from data_pipeline.images import decode
+from data_pipeline.images.decode import PictureError, decode_image
 from data_pipeline.loading.loader import read_dataset
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.sources.folder import ImageFolder
+from train.sampling.requests import load_picture
 
 pytestmark = pytest.mark.processes
 CASES = {name: case[0] for name, case in {**odd.TAKEN, **odd.ASIDE}.items()}
@@ -134,8 +138,7 @@ def test_tars_of_all_kinds(tmp_path):
     rows = reasons(tmp_path / "out")
     aside = {row["where"].partition(": ")[2]: row["reason"] for row in rows}
     for name, (_, reason) in odd.ASIDE.items():
-        stem, _, extension = name.partition(".")
-        assert aside[f"{stem}_{extension}.{extension}"].startswith(reason)
+        assert aside[f"{key_of(name)}.{name.partition('.')[2]}"].startswith(reason)
     assert aside["odd.*"] == "picture under an extension that is not known (.xyz: BMP)"
     assert aside["film.*"] == "missing picture (only .mp4)"
 
@@ -204,8 +207,6 @@ def test_what_is_beside_pictures_is_listed_once(folder):
 
 def test_a_jpeg_has_the_same_pixels_as_by_pillow():
     """The decoder that tells damage is another build of the same library."""
-    from data_pipeline.images.decode import decode_image
-
     random = np.random.default_rng(0)
     for size, mode in (((37, 23), "RGB"), ((64, 64), "L"), ((9, 50), "CMYK")):
         pixels = random.integers(0, 256, (size[1], size[0], 4), np.uint8)
@@ -216,3 +217,21 @@ def test_a_jpeg_has_the_same_pixels_as_by_pillow():
             )
             expected = np.asarray(Image.open(buffer).convert("RGB"))
             np.testing.assert_array_equal(decode_image(buffer.getvalue()), expected)
+
+
+def test_heic_without_its_package_is_named(monkeypatch):
+    monkeypatch.setattr(decode, "reads_heic", lambda: False)
+    with pytest.raises(PictureError, match=r"HEIC picture, which needs pillow-heif \(run pip install -e '.\[heic\]'"):
+        decode_image(odd.ISO_HEIC)
+
+
+def test_what_a_picture_given_to_sampling_is(tmp_path, capsys):
+    for name in ("p3.png", "moves.gif", "clear.webp", "half.jpg"):
+        (tmp_path / name).write_bytes(CASES[name])
+    assert load_picture(str(tmp_path / "p3.png"), (8, 8))[0, 0].tolist() == list(odd.IN_P3)
+    assert load_picture(str(tmp_path / "clear.webp"), (8, 8))[0, 0].tolist() == list(odd.WHITE)
+    capsys.readouterr()
+    load_picture(str(tmp_path / "moves.gif"), (8, 8))
+    assert "moves.gif: animated, the first frame taken" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"half.jpg can't be used: damaged JPEG picture \("):
+        load_picture(str(tmp_path / "half.jpg"), (8, 8))

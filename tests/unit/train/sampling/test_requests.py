@@ -65,7 +65,7 @@ def test_what_is_no_picture_is_said(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"images: .*{name} can't be used: {why}"):
             load_picture(str(tmp_path / name), (16, 16))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # twice as many are a bomb to Pillow itself
-    with pytest.raises(UserError, match="too large picture .256 pixels"):
+    with pytest.raises(UserError, match="too large picture"):
         load_picture(str(tmp_path / "large.png"), (16, 16))
 
 
