@@ -74,7 +74,7 @@ def formats_for(extension: str) -> tuple[str, ...]:
     """The formats to try: those with a signature; a format without one (TGA, ICO, PCX, ...) only under its own
     extension."""
     extension = extension.lower()
-    if extension in ("", *OLDEST) or (extension not in IMAGES and not extension.isalnum()):
+    if extension in ("", *OLDEST):
         return FORMATS
     named = registered().get(f".{extension}")
     return FORMATS if named is None or named in (*FORMATS, *REFUSED) else (*FORMATS, named)

@@ -33,7 +33,7 @@ def linked(source: str, output: str, name: str) -> str:
     if storage.absolute(source) == storage.absolute(output):
         return name
     if storage.is_s3(source) or storage.is_s3(output):
-        raise UserError(f"in a bucket index and tars lie together: leave out output={output}.")
+        raise UserError(f"in a bucket, the index is stored beside the tars: leave out output={output}.")
     target, link = os.path.realpath(storage.join(source, name)), Path(output, "shards", name)
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink() or os.readlink(link) != target:
@@ -112,7 +112,7 @@ class Index:
         if aside > self.max_fraction * listed:
             raise DataError(
                 f"{aside} of {'about ' if whole > 1 else ''}{listed} samples can't be used "
-                f"({format_counts(summary(self.rejects.rows), 3)}): mend the tars, or raise "
+                f"({format_counts(summary(self.rejects.rows), 3)}): repair the tars, or raise "
                 f"max_aside_fraction={self.max_fraction}."
             )
 

@@ -27,10 +27,12 @@ def tars_in(folder: str) -> list[str]:
     """Names of the tars directly in a folder, sorted; other files there (.parquet, _stats.json) are ignored."""
     packed = [name for ending in COMPRESSED for name in storage.files(folder, ending)]
     if packed:
-        raise UserError(f"input={folder} holds compressed tars ({packed[0]}): unpack them, samples are read by place.")
+        raise UserError(
+            f"input={folder} holds compressed tars ({packed[0]}): unpack them, as samples are read by offset."
+        )
     names = storage.files(folder, ".tar")
     if not names:
-        raise UserError(f"input={folder} holds no .tar: give the folder that they lie in.")
+        raise UserError(f"input={folder} holds no .tar: give the folder that contains the tars.")
     return names
 
 
