@@ -21,7 +21,7 @@ import torch
 import webdataset as wds
 
 from data_pipeline.common.progress import Progress
-from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.loader import Loader, LoaderConfig
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 
@@ -44,7 +44,7 @@ def write_latents(root: Path) -> None:
 
 def ours(root: Path, **how: object) -> Iterator[int]:
     """Sample counts of successive epochs of one loader, which checks shards only in the first epoch."""
-    batches = iter(Loader(str(root), BATCH, 8, **how))
+    batches = iter(Loader(str(root), BATCH, LoaderConfig(8, **how)))
     while True:
         yield sum(len(batch) for batch in islice(batches, STEPS))
 
@@ -105,7 +105,7 @@ def main(output: str, repetitions: str = "7") -> None:
                 way()
                 seconds[name].append(time.perf_counter() - began)
                 bar.advance()
-    print(f"{count} samples, {gigabytes:.2f} GB, batch {BATCH}; median (least - most) of {repetitions}, in turns")
+    print(f"{count} samples, {gigabytes:.2f} GB, batch {BATCH}; median (min - max) of {repetitions}, in turns")
     print(f"{'':42s}{'samples/s':>26s}{'GB/s':>24s}")
     for name, each in seconds.items():
         rates = sorted(1 / second for second in each)

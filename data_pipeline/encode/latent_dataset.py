@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from data_pipeline.encode.batch_encoder import Encoders, combined_statistics
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.images.aspect_buckets import Sizes
+from data_pipeline.shards.json_fields import mean_in_manifest
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.rejects import Rejects, accounting, summary
 
@@ -112,9 +113,14 @@ def temp_folders(split: SplitToEncode) -> list[str]:
     return sorted(roots | {storage.join(root, folder) for root in roots for folder in below if folder})
 
 
-def finish(
-    split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dict[str, str], counted: Callable[[int], str]
-) -> None:
+class Finished(NamedTuple):
+    """How many samples a finished split has, and how many were rejected, over all workers."""
+
+    samples: int
+    rejected: int
+
+
+def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dict[str, str]) -> Finished:
     """Write what belongs to the whole: constants, rejects, manifests. Every worker writes the same bytes."""
     source, paths, encoders = split.source, split.paths, split.encoders
     rejects = Rejects(source.samples, split.max_aside_fraction)
@@ -140,13 +146,13 @@ def finish(
     for bucket in buckets:
         root, shards = paths.root(bucket), tuple(Shard(**part["shard"]) for part in parts[bucket])
         write_constants(root, encoders)
-        Manifest("latents", shards, common_fields(root, parts[bucket]), info, made_of).save(root)
+        sizes = mean_in_manifest([part.get("size_sums") for part in parts[bucket]])
+        Manifest("latents", shards, common_fields(root, parts[bucket]), info | sizes, made_of).save(root)
     counts = {bucket: sum(part["shard"]["samples"] for part in parts[bucket]) for bucket in buckets}
     if paths.bucketed:
         storage.write_atomically(paths.final_file, json.dumps(counts, indent=1).encode())
         print(f"{split.title}: " + ", ".join(f"{count} of {bucket}" for bucket, count in counts.items()))
-    root = paths.root("*" if paths.bucketed else "")
-    print(f"{split.title}: {counted(processed)}, {len(rejects.rows)} set aside; in {root}")
+    return Finished(processed, len(rejects.rows))
 
 
 def common_fields(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.encode.batch_encoder import Encoders, Item, batch_statistics, combined_statistics
 from data_pipeline.shards.arrays import described, unusable
+from data_pipeline.shards.json_fields import size_sums
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar_index import digest_of
 from data_pipeline.shards.writer import ShardWriter
@@ -108,8 +109,8 @@ def verify_done_markers(
         for bucket, part in record["sets"].items():
             if not is_there(paths.root(bucket), Shard(**part["shard"])):
                 raise DataError(
-                    f"shard {storage.join(paths.root(bucket), shard.name)} was made by two workers that compute "
-                    f"differently, and has the bytes of one beside the note of the other: delete "
+                    f"shard {storage.join(paths.root(bucket), shard.name)} was made by two workers with different "
+                    f"results, and its tar and its done marker are not from the same worker: delete "
                     f"{paths.done_marker(shard)} and start precompute again."
                 )
     return now
@@ -122,13 +123,20 @@ class LatentShardBuilder:
         self.shard, self.image, self.dtype = shard, encoders.image, encoders.dtype
         self.writers: dict[str, ShardWriter] = {}
         self.statistics: dict[str, list[dict[str, Any]]] = {}
+        self.metas: dict[str, list[dict[str, Any]]] = {}
         self.fields: dict[str, dict[str, Any]] = {}
         self.rejected: list[Rejected] = []
         self.copied = 0  # samples whose picture was not encoded, because the base has the result
         self.done_marker: DoneMarker | None = None
 
-    def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
-        """Put encoded samples of one bucket into its tar, in memory; returns those with unusable values."""
+    def add(
+        self, items: Sequence[Item], stored: dict[str, np.ndarray], rejected: Sequence[Rejected] = ()
+    ) -> list[Rejected]:
+        """Put encoded samples of one bucket into its tar, in memory, beside those that could not be encoded; returns
+        the encoded ones with unusable values."""
+        self.rejected += rejected
+        if not items:
+            return []
         self.copied += sum("image" not in item.sample for item in items)
         codes = len(self.image.codebook) if self.image.stored_as == "indices" else None
         bad = [(items[row].position, items[row].sample["key"], why) for row, why in unusable(stored, codes, self.dtype)]
@@ -142,13 +150,14 @@ class LatentShardBuilder:
     def _write(self, items: Sequence[Item], stored: dict[str, np.ndarray], rows: list[int]) -> None:
         bucket, latents = items[0].bucket, stored[self.image.stored_as]
         writer = self.writers.setdefault(bucket, ShardWriter())
-        for row in rows:
-            sample = items[row].sample
-            members = {f"{name}.npy": values[row] for name, values in stored.items()}
-            writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
         kept = latents if len(rows) == len(items) else latents[rows]
         self.statistics.setdefault(bucket, []).append(batch_statistics(self.image, kept))
         self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
+        for row in rows:  # after what may fail: publish counts them
+            sample = items[row].sample
+            members = {f"{name}.npy": values[row] for name, values in stored.items()}
+            writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
+            self.metas.setdefault(bucket, []).append(sample["meta"])
 
     def publish(self, paths: OutputPaths) -> DoneMarker:
         """Write each bucket's tar and then the note that the shard is finished, unless another worker came first.
@@ -166,6 +175,8 @@ class LatentShardBuilder:
         return None
 
     def _written(self, paths: OutputPaths) -> DoneMarker:
+        put = sum(writer.count for writer in self.writers.values()) + len(self.rejected)
+        assert put == self.shard.samples, f"{put} of {self.shard.samples} samples of {self.shard.name} were added"
         lines = {}
         for bucket, writer in sorted(self.writers.items()):
             lines[bucket], index, data = writer.contents(self.shard.name)
@@ -184,6 +195,7 @@ class LatentShardBuilder:
                 "shard": asdict(line),
                 "latents": combined_statistics(self.statistics[bucket]),
                 "fields": self.fields[bucket],
+                "size_sums": size_sums(self.metas[bucket]),
             }
             for bucket, line in lines.items()
         }

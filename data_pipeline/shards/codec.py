@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from PIL import Image
 from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import UNDECODABLE, Decoding, Picture, PictureError, decode_picture
 from data_pipeline.images.formats import IMAGES
+from data_pipeline.shards.captions import decode_text
 
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 MAX_TEXT_BYTES = 1024 * 1024  # of a caption, or of the JSON beside it
@@ -31,15 +33,15 @@ def encode(name: str, value: Any) -> bytes:
     elif kind == "txt":
         buffer.write(value.encode())
     elif kind == "json":
-        buffer.write(json.dumps(value, sort_keys=True).encode())
+        buffer.write(encode_object(value).encode())
     else:
         raise ValueError(f"no codec for .{name}")
     return buffer.getvalue()
 
 
-def decode(name: str, data: bytes, strict: bool = True) -> Any:
-    """The inverse of `encode`; also reads other formats of pictures. DataError if the bytes can't be decoded. strict:
-    also if a picture is damaged and its decoder forgives that."""
+def decode(name: str, data: bytes, encoding: str | None = None, strict: bool = True) -> Any:
+    """The inverse of `encode`; also reads other formats of pictures. DataError if the bytes can't be decoded. encoding:
+    of text that is not UTF-8. strict: also refuse what decoders forgive: a damaged picture, a name twice in a JSON."""
     kind = name.rsplit(".", 1)[-1].lower()
     if kind in IMAGES:
         return read_picture(kind, data, Decoding(strict=strict)).pixels
@@ -50,9 +52,9 @@ def decode(name: str, data: bytes, strict: bool = True) -> Any:
         if kind == "npy":
             return decode_array(data)
         if kind == "txt":
-            return data.decode()
+            return decode_text(data, encoding)
         if kind == "json":
-            return decode_object(data)
+            return decode_object(data, encoding, strict)
     except UNDECODABLE as error:
         # Pillow's message contains an address; MemoryError has no message.
         why = type(error).__name__ if isinstance(error, (OSError, MemoryError)) else str(error)
@@ -70,19 +72,40 @@ def read_picture(extension: str, data: bytes, how: Decoding) -> Picture:
         raise DataError(str(error)) from error
 
 
-def caption_in(members: Mapping[str, Any]) -> str:
-    """The caption of decoded members: the .txt, else the json's "caption", stripped of blanks; "" if there is none or
-    it is not text."""
-    caption = members["txt"] if "txt" in members else (members.get("json") or {}).get("caption")
-    return caption.strip() if isinstance(caption, str) else ""
+class NoObject(ValueError):
+    """Sound JSON that is something else: a list, a number, ..."""
 
 
-def decode_object(data: bytes) -> dict[str, Any]:
-    """A JSON object. NaN and Infinity, which JSON does not have and tables write for a missing number, become None."""
-    value = json.loads(data, parse_constant=lambda _: None)
+def encode_object(value: Mapping[str, Any]) -> str:
+    """A JSON object with its names sorted, except those of "captions", whose order says which comes first."""
+    if "captions" not in value:
+        return json.dumps(value, sort_keys=True)
+    fields = (
+        f"{json.dumps(name)}: {json.dumps(each, sort_keys=name != 'captions')}" for name, each in sorted(value.items())
+    )
+    return f"{{{', '.join(fields)}}}"
+
+
+def decode_object(data: bytes, encoding: str | None = None, strict: bool = True) -> dict[str, Any]:
+    """A JSON object. NaN and Infinity, which JSON does not have and tables write for a missing number, become None. It
+    is UTF-8, -16 or -32, as JSON must be; `encoding` if it is not. strict: ValueError if a name comes twice."""
+    how = {"parse_constant": lambda _: None} | ({"object_pairs_hook": object_once} if strict else {})
+    try:
+        value = json.loads(data, **how)
+    except UnicodeDecodeError:
+        value = json.loads(decode_text(data, encoding), **how)
     if not isinstance(value, dict):
-        raise ValueError(f"no object, but {type(value).__name__}")
+        raise NoObject(f"not an object but {type(value).__name__}")
     return value
+
+
+def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; ValueError if it has a name twice, one of which would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has {json.dumps(twice[:60])} twice")
+    return found
 
 
 class ArrayHeader(NamedTuple):
@@ -101,12 +124,12 @@ def array_header(data: bytes) -> ArrayHeader:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     header = ArrayHeader(*read_header(file), file.tell())
     if header.dtype.hasobject:
-        raise ValueError("objects are not read")
+        raise ValueError("arrays of objects are refused")
     if any(isinstance(side, bool) or side < 0 for side in header.shape):
-        raise ValueError(f"{header.shape} is no shape")
+        raise ValueError(f"{header.shape} is not a valid shape")
     length = len(data) - header.offset
     if math.prod(header.shape) * header.dtype.itemsize != length:
-        raise ValueError(f"{length} bytes can't be {header.dtype} of shape {header.shape}")
+        raise ValueError(f"{length} bytes don't match {header.dtype} of shape {header.shape}")
     return header
 
 

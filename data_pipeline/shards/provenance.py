@@ -10,7 +10,11 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.shards.manifest import Manifest
 
 # Options that came later, at values that change nothing: outputs of earlier versions stay finished.
-LATER = {"source.background": "white", "source.animated": "first", "animated": "first"}
+LATER = {
+    "source.background": "white", "source.of.background": "white", "source.animated": "first", "animated": "first",
+    "source.caption": None, "source.encoding": None, "source.key": None, "source.unended": None, "key": None,
+    "unended": None,
+}  # fmt: skip
 
 
 def without_later(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -37,7 +41,7 @@ def made_otherwise(before: Mapping[str, Any] | None, now: Mapping[str, Any], mos
         return ""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not names:
-        return " (by the same options: what input= holds has changed)"
+        return " (the options are the same, but the contents of input= have changed)"
     shown = [f"{name}: {brief(before.get(name))} -> {brief(now.get(name))}" for name in names[:most]]
     return f" ({', '.join(shown)}{f', and {len(names) - most} more' if len(names) > most else ''})"
 
@@ -60,4 +64,4 @@ def refuse_made_otherwise(roots: Iterable[str], holder: str, mark: str, settings
         info = Manifest.load(root).info
         if info.get("made_from") != mark:
             what = made_otherwise(info.get("made_with"), settings)
-            raise UserError(f"{holder} made otherwise{what}: remove it, or choose another output=.")
+            raise UserError(f"{holder} made from other data or settings{what}: remove it, or choose another output=.")

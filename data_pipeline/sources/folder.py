@@ -1,4 +1,5 @@
-"""A folder of pictures, each with its caption beside it: cat.jpg with cat.txt, or cat.json holding "caption"."""
+"""A folder of pictures, each with its caption beside it, as cat.jpg with cat.txt: sidecars.py says where it is looked
+for."""
 
 from __future__ import annotations
 
@@ -6,21 +7,21 @@ import functools
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import Decoding, Picture, decode_picture, open_image
 from data_pipeline.images.formats import HEAD, IMAGES, RAW, is_picture
 from data_pipeline.images.resize import centre_square, upright_sides
-from data_pipeline.shards import codec
+from data_pipeline.sources.captions import caption_names, known_encoding
+from data_pipeline.sources.sidecars import Sidecars
 from data_pipeline.sources.source import SourceItem
-from data_pipeline.sources.tars import readable
 
 # Files that lie beside pictures: captions and tables.
-BESIDE = (".txt", ".json", ".caption", ".csv", ".tsv", ".parquet", ".jsonl")
+BESIDE = (".txt", ".json", ".caption", ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
 # Files and folders that systems and programs leave behind, beside those whose name begins with a dot.
 SYSTEM = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "$recycle.bin")
 
@@ -36,35 +37,48 @@ class ImageFolder:
     """Pictures below `path`, by name. passed_over: the other files that the last listing met, by extension."""
 
     def __init__(
-        self, path: str | None, limit: int | None = None, background: Any = "white", animated: str = "first"
+        self,
+        path: str | None,
+        limit: int | None = None,
+        caption: str | Sequence[str] | None = None,
+        encoding: str | None = None,
+        background: Any = "white",
+        animated: str = "first",
     ) -> None:
         if path is None:
             raise UserError("input must be given: the folder that holds the pictures; add input=....")
         self.path, self.limit, self.how = Path(path), limit, Decoding.of(background, animated)
+        self.names, self.encoding = caption_names(caption), known_encoding(encoding)
         self.passed_over: Counter[str] = Counter()
 
     def items(self) -> Iterator[SourceItem]:
         if not self.path.is_dir():
             raise UserError(f"input={self.path} is not a folder: give one that holds pictures with captions.")
-        path = None
+        path, sidecars = None, Sidecars(self.path, self.names, self.encoding)
         self.passed_over.clear()
         for path in itertools.islice(pictures_below(self.path, self.passed_over), self.limit):
-            yield self._item(path)
+            yield self._item(path, sidecars)
+        for missing, row in sidecars.unmatched() if self.limit is None else ():
+            key = os.path.relpath(missing, self.path).replace("/", "_").replace(".", "_")
+            yield PictureFile(key, functools.partial(load, missing), None, unusable="missing picture", where=row)
         if path is None:
             others = ", ".join(f"{count} x {what}" for what, count in self.passed_over.most_common(5))
             raise UserError(f"input={self.path} holds no pictures ({others or 'no files at all'}): check the path.")
 
-    def _item(self, path: Path) -> SourceItem:
+    def _item(self, path: Path, sidecars: Sidecars) -> SourceItem:
         # A dot would end the key in a tar's member name.
         key = str(path.relative_to(self.path).with_suffix("")).replace("/", "_").replace(".", "_")
         if reason := why_unusable(path, self.path):
             return PictureFile(key, functools.partial(load, path), None, unusable=reason, where=str(path))
-        load_it = functools.partial(load, path, how=self.how)
-        facts = path.stat()
-        stamp = facts.st_size, facts.st_mtime_ns
-        look = functools.partial(sides, path)
-        caption, meta = caption_of(path, self.path), about(path, self.path)
-        return PictureFile(key, load_it, caption, meta, look, stamp=stamp, where=str(path))
+        captions, meta = sidecars.about(path)
+        return PictureFile(
+            key,
+            caption=captions.first,
+            meta=meta | {"file": path.name},
+            where=str(path),
+            **captions.as_fields(),
+            **in_file(path, self.how),
+        )
 
 
 def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False) -> Iterator[Path]:
@@ -113,6 +127,13 @@ def why_unusable(path: Path, folder: Path, through_folders: bool = False) -> str
     return ""
 
 
+def in_file(path: Path, how: Decoding) -> dict[str, Any]:
+    """load, sides and stamp of a picture in a file."""
+    facts = path.stat()
+    look, stamp = functools.partial(load, path, how=how), (facts.st_size, facts.st_mtime_ns)
+    return {"load": look, "sides": functools.partial(sides, path), "stamp": stamp}
+
+
 def load(path: Path, size: int, how: Decoding = Decoding()) -> Picture:  # noqa: B008
     """The centre square of a picture at (size, size, 3)."""
     return centre_square(decode_picture(path, how=how), size)
@@ -122,35 +143,3 @@ def sides(path: Path) -> tuple[int, int]:
     """Width and height of a picture, from its header."""
     with open_image(path) as image:
         return upright_sides(image)
-
-
-def caption_of(path: Path, folder: Path) -> str | None:
-    """The caption in the .txt or .json beside a picture; None if there is neither, or it is empty or unreadable."""
-    text = companion(path, ".txt")
-    try:
-        if not why_unusable(text, folder):
-            return codec.decode("txt", text.read_bytes()).strip() or None
-        return readable(str(sidecar_fields(path, folder).get("caption") or "")) or None
-    except DataError:  # not UTF-8, not JSON, or too long
-        return None
-
-
-def companion(path: Path, extension: str) -> Path:
-    """The file of this extension beside a picture; in capitals, as in UP.TXT, if there is no other."""
-    lower, upper = path.with_suffix(extension), path.with_suffix(extension.upper())
-    return upper if not os.path.exists(lower) and os.path.exists(upper) else lower  # names may be too long
-
-
-def about(path: Path, folder: Path) -> dict[str, Any]:
-    """The entries of the .json beside a picture, without the caption; and the file's name."""
-    try:
-        facts = sidecar_fields(path, folder)
-    except DataError:
-        facts = {}
-    return {name: value for name, value in facts.items() if name != "caption"} | {"file": path.name}
-
-
-def sidecar_fields(path: Path, folder: Path) -> dict[str, Any]:
-    """The contents of the .json beside a picture; {} if there is none."""
-    file = companion(path, ".json")
-    return {} if why_unusable(file, folder) else codec.decode("json", file.read_bytes())

@@ -34,7 +34,9 @@ def scan_source(options: Mapping[str, Any], source: Source, filters: Filters | N
         looked_at = (item.meta,) if options["filters"] else ()
         if filters is not None:
             filters.look(item.meta)
-        row = json.dumps((item.key, item.caption, *getattr(item, "stamp", ()), *looked_at), sort_keys=True)
+        row = json.dumps(
+            (item.key, item.caption, *getattr(item, "stamp", ()), *several(item), *looked_at), sort_keys=True
+        )
         mark.update(f"{', ' if number else ''}{row}".encode())
         keys.append(key_hash(item.key))
         heldout += is_heldout(item, number, options["heldout_every"])
@@ -57,6 +59,11 @@ def refuse_same_key(source: Source, again: Sequence[int]) -> None:
     )
 
 
+def several(item: SourceItem) -> tuple[list[tuple[str, str]], ...]:
+    """What a mark covers of several captions: their names and their order, too."""
+    return (list(item.captions.items()),) if item.captions else ()
+
+
 def key_hash(key: str) -> int:
     """A 64-bit hash of a key."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "little")
@@ -70,7 +77,7 @@ def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
 
 
 class Prepared(NamedTuple):
-    """An item's members, and what had to be done to its picture, in words."""
+    """An item's members, and what had to be done to get them, in words."""
 
     members: dict[str, Any]
     converted: tuple[str, ...]
@@ -85,7 +92,7 @@ def prepared_sample(item: SourceItem, size: int, filters: Filters, rejects: Reje
         rejects.add(item.key, item.unusable, item.where)
         return None
     if item.caption is None:
-        rejects.add(item.key, "missing caption", item.where)
+        rejects.add(item.key, item.uncaptioned or "missing caption", item.where)
         return None
     load = functools.cache(functools.partial(item.load, size))
     try:
@@ -94,7 +101,9 @@ def prepared_sample(item: SourceItem, size: int, filters: Filters, rejects: Reje
         )
         if reason is None:
             picture = load()
-            return Prepared({"png": picture.pixels, "txt": item.caption, "json": item.meta}, picture.converted)
+            meta = item.meta | ({"captions": item.captions} if item.captions else {})
+            members = {"png": picture.pixels, "txt": item.caption, "json": meta}
+            return Prepared(members, (*picture.converted, *item.converted))
         filters.add(item.key, reason)
     except UNDECODABLE as error:
         known = isinstance(error, PictureError)

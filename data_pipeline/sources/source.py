@@ -11,11 +11,12 @@ from data_pipeline.images.decode import Picture
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """load(size) -> a picture of (size, size, 3); caption is None if there is none.
+    """load(size) -> a picture of (size, size, 3); caption is None if there is none: uncaptioned says why.
 
     sides() -> width and height of the original picture; None: a drawing, of any size. heldout: None leaves it to
     heldout_every. absent: why the source itself says that there is no picture. unusable: why the item must be set
-    aside; where: the picture's path.
+    aside; where: the picture's path. captions: all by name, if there are several; the first is `caption`. converted:
+    what was changed or left out of what lies beside the picture, in words that are counted.
     """
 
     key: str
@@ -27,6 +28,9 @@ class SourceItem:
     absent: str = ""
     unusable: str = ""
     where: str = ""
+    uncaptioned: str = ""
+    captions: dict[str, str] = field(default_factory=dict)
+    converted: tuple[str, ...] = ()
 
 
 class Source(Protocol):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import build
-from data_pipeline.loading.batch import Batch, DataCursor
+from data_pipeline.loading.batch import Batch
 from data_pipeline.shards.samples import collated
 from train.data.build import Instantiate
 from train.data.latent_facts import LatentFacts
@@ -43,14 +43,14 @@ class OnlineLatents:
         unknown = [name for name in config["conditioning"] if name not in CONDITIONS]
         if unknown:
             raise UserError(
-                f"conditioning=[{','.join(unknown)}] can't be made of image-text shards while training: make latents "
-                "with precompute_latents.py, and give them as input=."
+                f"conditioning=[{','.join(unknown)}] can't be computed from image-text shards during training: make "
+                "latents with precompute_latents.py, and use them as input=."
             )
         wanted = {k: v for name in config["conditioning"] for k, v in CONDITIONS[name].items()}
         needed = ["autoencoder", *(["clip"] if wanted else [])]
         for name in needed:
             if "path" in config[name] and Path(config[name]["path"] or "none").name == "none":
-                raise UserError(f"input= holds pictures, which must be encoded: add {name}.path=....")
+                raise UserError(f"input= contains pictures, which must be encoded: add {name}.path=....")
         image, text = (
             frozen(instantiate(config[name]), device) if name in needed else None for name in ("autoencoder", "clip")
         )
@@ -125,7 +125,7 @@ def first_batches(
     make_loader: Callable[..., Iterable[Batch]], batch_size: int, samples: int, data_samples: int
 ) -> Iterator[Batch]:
     """The first batches, undivided and so the same on every rank: `samples`, or one epoch of a smaller data set."""
-    loader = make_loader(global_batch_size=batch_size, rank=0, world_size=1, accumulation=1, start=DataCursor())
+    loader = make_loader(batch_size=batch_size)
     return islice(iter(loader), max(min(samples, data_samples) // batch_size, 1))
 
 

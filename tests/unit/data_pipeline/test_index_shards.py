@@ -9,11 +9,12 @@ import tarfile
 import img2dataset_run
 import numpy as np
 import pytest
+from loaders import loader_of
 from PIL import Image
 from synthetic import run
 
 from data_pipeline.loading.epoch_plan import Place
-from data_pipeline.loading.loader import Loader, read_dataset
+from data_pipeline.loading.loader import read_dataset
 from data_pipeline.loading.sample_reader import SampleReader
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest
@@ -84,7 +85,7 @@ def test_foreign_tars_become_a_data_set_untouched(tars):
     assert done.returncode == 0, done.stderr
     assert "36 processed, 2 filtered, 3 set aside, of 41 listed" in done.stdout
     assert "filtered 2 x not fetched: failed_to_download" in done.stdout
-    assert "img2dataset fetched 12 of 15" in done.stdout
+    assert "img2dataset reports 12 of 15" in done.stdout
     assert digests(tars) == before
     manifest = Manifest.load(tars)
     assert manifest.info["accounting"] == {
@@ -103,12 +104,14 @@ def test_foreign_tars_become_a_data_set_untouched(tars):
     assert [s["caption"] for s in samples] == [f"grey {10 * shard + i}" for shard in range(3) for i in range(12)]
     assert all(s["image"].shape == (16, 16, 3) for s in samples)
     assert [int(np.median(s["image"])) // 5 for s in samples] == [int(s["caption"].split()[1]) for s in samples]
-    batches = iter(Loader(str(tars), 6, 2))
+    batches = iter(loader_of(str(tars), 6, 2))
     seen = [key for _ in range(6) for key in next(batches).keys]
     assert sorted(seen) == sorted(s["key"] for s in samples)
 
     assert "finished already" in start(f"input={tars}", "size=16", "max_aside_fraction=0.1").stdout
-    assert "was made otherwise (size: 16 -> 32): remove it" in sentence(start(f"input={tars}", "size=32"), 2)
+    assert "was made from other data or settings (size: 16 -> 32): remove it" in sentence(
+        start(f"input={tars}", "size=32"), 2
+    )
 
 
 @pytest.mark.processes
@@ -250,7 +253,7 @@ def test_what_img2dataset_wrote_goes_in_untouched(fetched):
     assert done.returncode == 0, done.stderr
     assert digests(fetched) == before
     total = sum(img2dataset_run.TALLY.values())
-    assert f"img2dataset fetched 14 of {total}" in done.stdout
+    assert f"img2dataset reports 14 of {total}" in done.stdout
     assert "11 processed, 3 filtered, 0 set aside, of 14 listed" in done.stdout
     manifest = Manifest.load(fetched)
     assert manifest.info["img2dataset"] == {"count": total, "successes": 14}
