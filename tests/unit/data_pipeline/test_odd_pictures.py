@@ -180,7 +180,7 @@ def test_an_empty_split_gives_the_reasons(tmp_path):
     assert "set heldout_every=null" in error
     shutil.rmtree(tmp_path / "out")
     error = make("folder", tmp_path, tmp_path / "out", "max_aside_fraction=0.01", code=3).stderr
-    assert f"(1 x damaged JPEG picture; first 09, damaged JPEG picture (" in error
+    assert "(1 x damaged JPEG picture; first 09, damaged JPEG picture (" in error
     assert f"), {tmp_path / '09.png'}): fix the source" in error
 
 
