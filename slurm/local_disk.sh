@@ -5,8 +5,11 @@
 enter_job_folder() {
     remove_abandoned
     JOB_FOLDER=$LOCAL_DISK/ldt-$UID-$(this_job)
+    local tries=0
     while :; do
         if ! (umask 077 && mkdir -p "$JOB_FOLDER" 2>/dev/null) || [[ ! -O $JOB_FOLDER || -L $JOB_FOLDER ]]; then
+            # Another job may remove it between mkdir and the lock: it can't tell a new folder from an abandoned one.
+            ((tries++ < 50)) && sleep 0.1 && continue
             complain "LOCAL_DISK=$LOCAL_DISK on $(hostname) can't hold $JOB_FOLDER: name another disk in slurm/site.sh."
             return
         fi

@@ -42,7 +42,7 @@ MISTAKES = {
     "latents of another autoencoder": (
         [*LDM, "input={folder}/latents", "autoencoder.path={folder}/stranger"],
         2,
-        "the latents were made by autoencoder none",
+        "the latents were made with autoencoder none",
     ),
     "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "take one of auto, fp32, bf16, fp16"),
     "bf16 without masters": ([*LDM, "input={folder}/latents", "engine=zero0", "engine.dtype=bf16"], 2, "engine=zero1"),
@@ -52,7 +52,7 @@ MISTAKES = {
     "guidance.scale=abc": (
         ["train/sample_images.py", "input={folder}/run", "prompts=[a]", "guidance.scale=abc"],
         2,
-        "guidance.scale=abc is not a number",
+        "guidance.scale=abc must be a number",
     ),
     "no run to sample": (["train/sample_images.py", "input={folder}/run", "prompts=[a]"], 2, "use the output= of"),
     "no run to evaluate": (
