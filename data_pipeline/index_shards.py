@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.progress import Progress
-from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
+from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of, without_later
 from data_pipeline.shards.tar_index import scan
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.tar_listing import Index, fetched_by_img2dataset, linked
@@ -33,17 +33,18 @@ def main(cfg: DictConfig) -> None:
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}
     filters = Filters(instantiate(cfg.filters, _convert_="all"))
     rules = tar_rules(cfg.key, cfg.unended)
-    mark, settings = settings_digest(cfg, sizes), settings_of(OmegaConf.to_container(cfg, resolve=True))
+    options = without_later(OmegaConf.to_container(cfg, resolve=True))
+    mark, settings = settings_digest(options, sizes), settings_of(options)
     if finished(cfg.output, mark, settings):
         print(f"index_shards: {cfg.output} is finished already")
         return
-    index = Index(cfg.output, filters, cfg.shard_in_keys, cfg.max_aside_fraction)
+    index = Index(cfg.output, filters, cfg.shard_in_keys, cfg.max_aside_fraction, cfg.animated)
     shards, damaged, passed, fetched = [], [], 0, Counter()
     with Progress("index_shards", sum(sizes.values()) // 2**20, "MiB") as bar:
         for name, size in sizes.items():
             try:
                 data = contents(storage.join(cfg.input, name))
-                entries = scan(data, storage.join(cfg.input, name), rules)
+                entries = scan(data, storage.join(cfg.input, name), rules, index.passed_over)
                 fetched += fetched_by_img2dataset(storage.join(cfg.input, name), len(entries))
             except DataError as error:  # all damaged tars are reported at the end, not one per run
                 damaged.append(str(error))
@@ -63,12 +64,9 @@ def main(cfg: DictConfig) -> None:
         print(f"index_shards: img2dataset reports {fetched['successes']} of {fetched['count']} pictures downloaded")
 
 
-def settings_digest(cfg: DictConfig, sizes: dict[str, int]) -> str:
+def settings_digest(options: Mapping[str, Any], sizes: dict[str, int]) -> str:
     """What identifies a finished index: the configuration, and the tars' names and sizes."""
-    config = OmegaConf.to_container(cfg, resolve=True) | {"output": None}
-    for later in ("key", "unended"):  # while they are null, what was made before them stays finished
-        if config[later] is None:
-            del config[later]
+    config = {**options, "output": None}
     return hashlib.sha256(json.dumps([config, sizes], sort_keys=True).encode()).hexdigest()[:16]
 
 

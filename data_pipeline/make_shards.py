@@ -18,14 +18,23 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.shards.manifest import Manifest, find_splits
-from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
-from data_pipeline.shards.rejects import Rejects, accounting, examples, summary
+from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of, without_later
+from data_pipeline.shards.rejects import (
+    Conversions,
+    Rejects,
+    accounting,
+    examples,
+    format_counts,
+    passed_over_lines,
+    summary,
+)
 from data_pipeline.shards.split_writer import SplitWriter
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_source
 
 
-def main(cfg: DictConfig) -> None:
+def refuse_wrong_options(cfg: DictConfig) -> None:
+    """Refuse what can be seen to be wrong from the options alone."""
     for name, value in (("size", cfg.size), ("source.limit", cfg.source.get("limit") or 1)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name}={value} must be a whole number, 1 or more.")
@@ -35,10 +44,14 @@ def main(cfg: DictConfig) -> None:
         raise UserError(
             f"heldout_every={cfg.heldout_every} leaves nothing to train on: use 2 or more, or null to hold out nothing."
         )
-    source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the shards.")
-    options = OmegaConf.to_container(cfg, resolve=True)
+
+
+def main(cfg: DictConfig) -> None:
+    refuse_wrong_options(cfg)
+    source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
+    options = without_later(OmegaConf.to_container(cfg, resolve=True))
     mark, listed, heldout = scan_source(options, source, filters)
     filters.refuse_unknown_columns()
     if finished(cfg.output, mark, settings_of(options)):
@@ -48,28 +61,32 @@ def main(cfg: DictConfig) -> None:
     splits = {"train": SplitWriter(storage.join(cfg.output, "train"), cfg.shard_size)}
     if heldout:
         splits["heldout"] = SplitWriter(storage.join(cfg.output, "heldout"), cfg.shard_size)
-    notes: Counter[str] = Counter()
+    converted = Conversions()
     with Progress("make_shards", listed, "pictures") as bar:
         for number, item in enumerate(source.items()):
             sample = prepared_sample(item, cfg.size, filters, rejects)
             if sample is not None:
-                notes.update(item.notes)
-                splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"].add(item.key, sample)
+                split = splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"]
+                split.add(item.key, sample.members)
+                converted.add(sample.converted, item.where or item.key)
             bar.advance()
     for split in splits.values():
-        split.close(f"{filters.counts.total()} of {listed} filtered, {len(rejects.rows)} set aside", rejects.rows)
+        filtered = f" ({format_counts(filters.counts, 3)})" if filters.counts else ""
+        left_out = f"{filters.counts.total()} of {listed} filtered{filtered}, {len(rejects.rows)} set aside"
+        split.close(left_out, rejects.rows)
     rejects.save(cfg.output, "make_shards")
     filters.save(cfg.output, "filtered")
     reasons, processed = summary(rejects.rows), sum(split.samples for split in splits.values())
     info = {"made_from": mark, "made_with": settings_of(options), "size": cfg.size}
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
-    info |= {"notes": dict(notes)} if notes else {}
+    passed_over = getattr(source, "passed_over", Counter())
+    info |= converted.as_info() | ({"passed_over": dict(passed_over)} if passed_over else {})
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
     for split in reversed(splits.values()):  # train's comes last: it completes the whole
         Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
     report(cfg.output, splits, filters.counts, rejects)
-    for note, count in notes.items():
-        print(f"make_shards: {count} x {note}")
+    for line in [*converted.lines(), *passed_over_lines(passed_over)]:
+        print(f"make_shards: {line}")
 
 
 def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str], rejects: Rejects) -> None:

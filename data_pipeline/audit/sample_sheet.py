@@ -15,12 +15,12 @@ from data_pipeline.audit.shard_checks import Findings
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.images import pixels
-from data_pipeline.images.decode import IMAGES
+from data_pipeline.images.formats import IMAGES
 from data_pipeline.images.grid import grid
 from data_pipeline.images.resize import fitted
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Manifest, Shard
-from data_pipeline.shards.samples import as_sample, collated, fields_of, picture_in, size_of
+from data_pipeline.shards.samples import as_sample, collated, fields_of, picture_in, size_of, without_other_pictures
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 APART_DB = 0.1  # how far the PSNR of stored latents may differ from that of the autoencoder's own reconstruction
@@ -119,7 +119,7 @@ def evenly(manifest: Manifest, count: int) -> list[tuple[Shard, int]]:
 
 def sample_at(root: str, manifest: Manifest, shard: Shard, number: int) -> dict[str, Any]:
     """One sample, read without the rest of its shard."""
-    entry = read_index(root, shard)[number]
+    entry = without_other_pictures(read_index(root, shard)[number])
     names = [name for name in entry.members if name in fields_of(manifest)]
     members = {name: codec.decode(name, member(root, shard, entry, name)) for name in names}
     if manifest.kind == "image-text" and not any(name in IMAGES for name in members):

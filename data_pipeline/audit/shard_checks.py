@@ -15,7 +15,7 @@ from safetensors.numpy import load
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.images.decode import IMAGES
+from data_pipeline.images.formats import IMAGES
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing, unusable
 from data_pipeline.shards.captions import caption_in

@@ -15,7 +15,7 @@ from data_pipeline.encode.base_dataset import Base, BaseShard
 from data_pipeline.encode.batch_encoder import Encoders, Item
 from data_pipeline.encode.latent_shard import DoneMarker, OutputPaths, Rejected, read_done_marker
 from data_pipeline.images.aspect_buckets import Sizes, geometry
-from data_pipeline.images.decode import IMAGES
+from data_pipeline.images.formats import IMAGES
 from data_pipeline.images.resize import Sides, fitted
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Shard

@@ -44,7 +44,7 @@ def sizes_of(size: int | None, buckets: str | Sequence[str] | None, step: int, f
         if size is None:
             raise UserError("buckets=auto needs size=: the side of the square whose area no bucket exceeds.")
         if step < 1:
-            raise UserError(f"bucket_step={step} can't be: sides of buckets are multiples of it.")
+            raise UserError(f"bucket_step={step} is not valid: use 1 or more: sides of buckets are multiples of it.")
         sides = automatic(size, math.lcm(step, factor))
         if len(sides) < 2:
             finer = max(factor, size // 4 // factor * factor)

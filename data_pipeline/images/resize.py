@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline.images.decode import to_rgb
+from data_pipeline.images.decode import Picture, orientation
 
 Sides = tuple[int, int]  # height, width
-ORIENTATION, TURNED = 0x0112, range(5, 9)  # EXIF: the picture is stored turned on its side
+TURNED = range(5, 9)  # EXIF: the picture is stored turned on its side
 
 
 class Fitted(NamedTuple):
@@ -38,11 +38,11 @@ def fitted(pixels: np.ndarray, sides: Sides) -> Fitted:
 
 
 def upright_sides(image: Image.Image) -> tuple[int, int]:
-    """Width and height after the turn that to_rgb makes; only the header is read."""
+    """Width and height after the turn that to_picture makes; only the header is read."""
     width, height = image.size
-    return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
+    return (height, width) if orientation(image) in TURNED else (width, height)
 
 
-def centre_square(image: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8, transparency on white."""
-    return fitted(to_rgb(image), (size, size)).pixels
+def centre_square(picture: Picture, size: int) -> Picture:
+    """Its middle, (size, size, 3) uint8."""
+    return picture._replace(pixels=fitted(picture.pixels, (size, size)).pixels)

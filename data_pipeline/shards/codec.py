@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.images.decode import IMAGES, UNDECODABLE, decode_image
+from data_pipeline.images.decode import UNDECODABLE, Decoding, Picture, PictureError, decode_picture
+from data_pipeline.images.formats import IMAGES
 from data_pipeline.shards.captions import decode_text
 
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
@@ -37,27 +39,37 @@ def encode(name: str, value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def decode(name: str, data: bytes, encoding: str | None = None) -> Any:
-    """The inverse of `encode`; also reads jpg and webp. DataError if the bytes don't match the name. encoding: of
-    text that is not UTF-8."""
+def decode(name: str, data: bytes, encoding: str | None = None, strict: bool = True) -> Any:
+    """The inverse of `encode`; also reads other formats of pictures. DataError if the bytes can't be decoded. encoding:
+    of text that is not UTF-8. strict: also refuse what decoders forgive: a damaged picture, a name twice in a JSON."""
     kind = name.rsplit(".", 1)[-1].lower()
+    if kind in IMAGES:
+        return read_picture(kind, data, Decoding(strict=strict)).pixels
     try:
         allowed = MAX_TEXT_BYTES if kind in ("txt", "json") else MAX_MEMBER_BYTES
         if len(data) > allowed:
             raise ValueError(f"{len(data)} bytes are more than the {allowed} allowed")
-        if kind in IMAGES:
-            return decode_image(data)
         if kind == "npy":
             return decode_array(data)
         if kind == "txt":
             return decode_text(data, encoding)
         if kind == "json":
-            return decode_object(data, encoding)
+            return decode_object(data, encoding, strict)
     except UNDECODABLE as error:
         # Pillow's message contains an address; MemoryError has no message.
         why = type(error).__name__ if isinstance(error, (OSError, MemoryError)) else str(error)
         raise DataError(f"undecodable .{name} ({why})") from error
     return None  # a member that no reader here asks for
+
+
+def read_picture(extension: str, data: bytes, how: Decoding) -> Picture:
+    """A member that is a picture. DataError: why it can't be used."""
+    if len(data) > MAX_MEMBER_BYTES:
+        raise DataError(f"too large picture ({len(data):,} bytes are more than {MAX_MEMBER_BYTES:,})")
+    try:
+        return decode_picture(io.BytesIO(data), extension, how)
+    except PictureError as error:
+        raise DataError(str(error)) from error
 
 
 class NoObject(ValueError):
@@ -74,16 +86,26 @@ def encode_object(value: Mapping[str, Any]) -> str:
     return f"{{{', '.join(fields)}}}"
 
 
-def decode_object(data: bytes, encoding: str | None = None) -> dict[str, Any]:
+def decode_object(data: bytes, encoding: str | None = None, strict: bool = True) -> dict[str, Any]:
     """A JSON object. NaN and Infinity, which JSON does not have and tables write for a missing number, become None. It
-    is UTF-8, -16 or -32, as JSON must be; `encoding` if it is not."""
+    is UTF-8, -16 or -32, as JSON must be; `encoding` if it is not. strict: ValueError if a name comes twice."""
+    how = {"parse_constant": lambda _: None} | ({"object_pairs_hook": object_once} if strict else {})
     try:
-        value = json.loads(data, parse_constant=lambda _: None)
+        value = json.loads(data, **how)
     except UnicodeDecodeError:
-        value = json.loads(decode_text(data, encoding), parse_constant=lambda _: None)
+        value = json.loads(decode_text(data, encoding), **how)
     if not isinstance(value, dict):
         raise NoObject(f"not an object but {type(value).__name__}")
     return value
+
+
+def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; ValueError if it has a name twice, one of which would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has {json.dumps(twice[:60])} twice")
+    return found
 
 
 class ArrayHeader(NamedTuple):

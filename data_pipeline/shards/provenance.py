@@ -9,6 +9,22 @@ from typing import Any
 from data_pipeline.common.errors import UserError
 from data_pipeline.shards.manifest import Manifest
 
+# Options that came later, at values that change nothing: outputs of earlier versions stay finished.
+LATER = {
+    "source.background": "white", "source.of.background": "white", "source.animated": "first", "animated": "first",
+    "source.caption": None, "source.encoding": None, "source.key": None, "source.unended": None, "key": None,
+    "unended": None,
+}  # fmt: skip
+
+
+def without_later(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options as earlier versions had them: those in LATER are left out at their defaults."""
+    kept = {name: value for name, value in options.items() if LATER.get(prefix + name, ...) != value}
+    return {
+        name: without_later(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in kept.items()
+    }
+
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Options by their full names: {"source": {"limit": 1}} becomes {"source.limit": 1}."""

@@ -34,6 +34,35 @@ class Rejects:
         write_or_remove(root, name, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
 
+class Conversions:
+    """What had to be done to samples that were taken: how often, in words without the part in brackets, which differs
+    from sample to sample; and the first sample of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.firsts: dict[str, str] = {}
+
+    def add(self, converted: Iterable[str], where: str) -> None:
+        """What was done to one sample."""
+        for what in converted:
+            words, _, details = what.partition(" (")
+            self.counts[words] += 1
+            self.firsts.setdefault(words, f"{where}, {details.removesuffix(')')}".removesuffix(", "))
+
+    def as_info(self) -> dict[str, Any]:
+        """What a manifest holds of them: nothing, if there are none."""
+        return {"converted": dict(self.counts)} if self.counts else {}
+
+    def lines(self) -> list[str]:
+        """Each kind, in words."""
+        return [f"converted {count} x {what}, first {self.firsts[what]}" for what, count in self.counts.most_common()]
+
+
+def passed_over_lines(counts: Counter[str]) -> list[str]:
+    """Files that are part of no sample, in words."""
+    return [f"passed over {count} x {what}" for what, count in counts.most_common()]
+
+
 def write_or_remove(root: str | Path, name: str, lines: bytes) -> None:
     """Write <root>/aside/<name>.jsonl with these lines; if there are none, remove it."""
     path = storage.join(root, "aside", f"{name}.jsonl")

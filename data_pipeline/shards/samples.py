@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.images.decode import IMAGES
+from data_pipeline.images.formats import IMAGES, OLDEST, RAW
 from data_pipeline.images.pixels import from_uint8
 from data_pipeline.images.resize import fitted
 from data_pipeline.shards.captions import ONE, caption_in, lenient_texts
@@ -22,8 +22,14 @@ PICTURES = (*IMAGES, "txt", "json")
 
 
 def picture_in(entry: IndexEntry) -> str | None:
-    """The name of the member that is the picture."""
-    return next((name for name in entry.members if name in IMAGES), None)
+    """The name of the member that is the picture: of several, the first in a usual format."""
+    return next((name for names in (OLDEST, IMAGES, RAW) for name in entry.members if name in names), None)
+
+
+def without_other_pictures(entry: IndexEntry) -> IndexEntry:
+    """A sample with one picture: readers decode no other."""
+    picture = picture_in(entry)
+    return IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n == picture or n not in (*IMAGES, *RAW)})
 
 
 def as_sample(key: str, members: dict[str, Any], size: int | None = None) -> dict[str, Any]:

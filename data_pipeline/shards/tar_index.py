@@ -7,6 +7,7 @@ import io
 import json
 import mmap
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,17 +55,21 @@ class TarRules(NamedTuple):
 USUAL = TarRules()
 
 
-def scan(data: bytes | mmap.mmap, name: str, rules: TarRules = USUAL) -> list[IndexEntry]:
+def scan(
+    data: bytes | mmap.mmap, name: str, rules: TarRules = USUAL, passed_over: Counter[str] | None = None
+) -> list[IndexEntry]:
     """The samples of a tar in memory or mapped, in order; a key that comes twice in full gives two of them.
 
     Extensions are in lower case; a file without one is not part of a sample. Links and devices are never followed and
-    are not members.
+    are not members. passed_over: counts files that are part of no sample.
     """
     samples: list[IndexEntry] = []
     current: dict[str, int] = {}
+    passed_over = Counter() if passed_over is None else passed_over
     for path, place in members_of(data, name, rules.unended):
         key, extension = split_name(path, rules.full_keys)
         if not extension:
+            passed_over["hidden or system file" if of_a_system(path) else "file without an extension"] += 1
             continue
         at = current.get(key)
         if at is None or extension in samples[at].members:
@@ -81,9 +86,15 @@ def split_name(path: str, full: bool = False) -> tuple[str, str]:
     """Key and extension, in lower case, of a file in a tar; ("", "") for one that belongs to no sample."""
     folder, slash, base = path.rpartition("/")
     stem, dot, extension = base.rpartition(".") if full else base.partition(".")
-    if not stem or not dot or base.startswith("."):
+    if not stem or not dot or of_a_system(path):
         return "", ""
     return folder + slash + stem.replace(".", "_"), extension.lower()
+
+
+def of_a_system(path: str) -> bool:
+    """Whether a file in a tar is hidden, or one that macOS puts there."""
+    *folders, base = path.split("/")
+    return base.startswith(".") or "__MACOSX" in folders
 
 
 def members_of(data: bytes | mmap.mmap, name: str, unended: bool = False) -> Iterator[tuple[str, Member | None]]:

@@ -13,11 +13,12 @@ CLEANED = "invisible characters removed from the caption"
 
 
 class Captions(NamedTuple):
-    """texts: by name, the first is the sample's caption; empty: why there is none. notes: what was done to them."""
+    """texts: by name, the first is the sample's caption; empty: why there is none. converted: what was done to
+    them, in words that are counted."""
 
     texts: dict[str, str]
     why: str = ""
-    notes: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
 
     @property
     def first(self) -> str | None:
@@ -27,6 +28,10 @@ class Captions(NamedTuple):
     def several(self) -> dict[str, str]:
         """All of them, if they are more than one."""
         return self.texts if len(self.texts) > 1 else {}
+
+    def as_fields(self) -> dict[str, Any]:
+        """What a SourceItem holds of them, beside the first."""
+        return {"uncaptioned": self.why, "captions": self.several, "converted": self.converted}
 
 
 class Place(NamedTuple):
@@ -50,7 +55,7 @@ def chosen(places: Iterable[Place], missing: str) -> Captions:
         except DataError as error:
             return Captions({}, str(error))
         if texts:
-            return Captions(texts, notes=(CLEANED,) if removed_from(place.values) else ())
+            return Captions(texts, converted=(CLEANED,) if removed_from(place.values) else ())
         tried.append(f"{place.name} {place.none}")
     return Captions({}, f"missing caption ({'; '.join(tried) or missing})")
 
@@ -74,7 +79,7 @@ def caption_names(option: str | Sequence[str] | None) -> tuple[str, ...]:
     """The names that source.caption= gives; () for none."""
     names = tuple(option or ()) if option is None or isinstance(option, list | tuple) else (option,)
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-        raise UserError(f"source.caption={option} can't be: give a name, or several as source.caption=[short,long].")
+        raise UserError(f"source.caption={option} is not valid: use a name, or several as source.caption=[short,long].")
     return names
 
 
@@ -85,6 +90,6 @@ def known_encoding(encoding: str | None) -> str | None:
             "a".encode(codecs.lookup(encoding).name)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"source.encoding={encoding} is not known: take a name such as utf-8, utf-16, cp1252, shift_jis or gb18030."
+            f"source.encoding={encoding} is not known: use a name such as utf-8, utf-16, cp1252, shift_jis or gb18030."
         ) from error
     return encoding

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.sources.openmoji import drawn
+from data_pipeline.sources.openmoji import drawn, hex_of
 from data_pipeline.sources.source import SourceItem
 
 INSTALL = "npm install @iconify-json/{noto,twemoji,fluent-emoji,fluent-emoji-flat,openmoji,emojione} emojibase-data"
@@ -78,7 +78,9 @@ class EmojiStyles:
         heldout_every: int | None = None,
         complete: bool = False,
         limit: int | None = None,
+        background: Any = "white",
     ) -> None:
+        self.background = hex_of(background)
         self.path, self.styles, self.every, self.complete, self.limit = path, styles, heldout_every, complete, limit
 
     def items(self) -> Iterator[SourceItem]:
@@ -98,16 +100,16 @@ class EmojiStyles:
             if heldout is not None:
                 owed, turn = owed - 1, turn + 1
             for place, (style, icon) in enumerate(drawings):
-                yield item(thing, style, icon, place == heldout)
+                yield self._item(thing, style, icon, place == heldout)
 
-
-def item(thing: Mapping[str, Any], style: Style, icon: str, heldout: bool) -> SourceItem:
-    """key: code points and style; meta: the thing's name, its place among emoji, and the style's licence."""
-    label = thing["label"].lower()
-    meta = {"name": label, "style": style.name, "group": thing["group"], "code": thing["hexcode"]}
-    meta |= {"tags": thing.get("tags", []), "licence": style.licence}
-    key, caption = f"{thing['hexcode']}_{style.name}", f"{with_article(label)}, {style.name} style"
-    return SourceItem(key, functools.partial(drawn, style.svg(icon)), caption, meta, heldout=heldout)
+    def _item(self, thing: Mapping[str, Any], style: Style, icon: str, heldout: bool) -> SourceItem:
+        """key: code points and style; meta: the thing's name, its place among emoji, and the style's licence."""
+        label = thing["label"].lower()
+        meta = {"name": label, "style": style.name, "group": thing["group"], "code": thing["hexcode"]}
+        meta |= {"tags": thing.get("tags", []), "licence": style.licence}
+        key, caption = f"{thing['hexcode']}_{style.name}", f"{with_article(label)}, {style.name} style"
+        draw = functools.partial(drawn, style.svg(icon), background=self.background)
+        return SourceItem(key, draw, caption, meta, heldout=heldout)
 
 
 def with_article(label: str) -> str:

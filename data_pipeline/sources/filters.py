@@ -153,7 +153,7 @@ class Duplicates:
 
     def __init__(self, distance: int = 4) -> None:
         if not 0 <= distance < 16:
-            raise UserError(f"filters.duplicates.distance={distance} can't be: take 0 (equal) to 15 of 64 bits.")
+            raise UserError(f"filters.duplicates.distance={distance} is not valid: use 0 (equal) to 15 of 64 bits.")
         self.distance = distance
         edges = np.linspace(0, HASH_BITS, distance + 2).astype(int).tolist()
         self.bands = [(low, (1 << high - low) - 1) for low, high in itertools.pairwise(edges)]

@@ -6,18 +6,24 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.images.decode import IMAGES, open_image
+from data_pipeline.images.decode import Decoding, Picture, decode_picture, open_image
+from data_pipeline.images.formats import HEAD, IMAGES, RAW, is_picture
 from data_pipeline.images.resize import centre_square, upright_sides
 from data_pipeline.sources.captions import caption_names, known_encoding
 from data_pipeline.sources.sidecars import Sidecars
 from data_pipeline.sources.source import SourceItem
+
+# Files that lie beside pictures: captions and tables.
+BESIDE = (".txt", ".json", ".caption", ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
+# Files and folders that systems and programs leave behind, beside those whose name begins with a dot.
+SYSTEM = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "$recycle.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,7 @@ class PictureFile(SourceItem):
 
 
 class ImageFolder:
-    """Pictures below `path`, by name."""
+    """Pictures below `path`, by name. passed_over: the other files that the last listing met, by extension."""
 
     def __init__(
         self,
@@ -36,47 +42,75 @@ class ImageFolder:
         limit: int | None = None,
         caption: str | Sequence[str] | None = None,
         encoding: str | None = None,
+        background: Any = "white",
+        animated: str = "first",
     ) -> None:
         if path is None:
             raise UserError("input must be given: the folder that holds the pictures; add input=....")
-        self.path, self.limit = Path(path), limit
+        self.path, self.limit, self.how = Path(path), limit, Decoding.of(background, animated)
         self.names, self.encoding = caption_names(caption), known_encoding(encoding)
+        self.passed_over: Counter[str] = Counter()
 
     def items(self) -> Iterator[SourceItem]:
         if not self.path.is_dir():
             raise UserError(f"input={self.path} is not a folder: give one that holds pictures with captions.")
         path, sidecars = None, Sidecars(self.path, self.names, self.encoding)
-        for path in itertools.islice(pictures_below(self.path), self.limit):
+        self.passed_over.clear()
+        for path in itertools.islice(pictures_below(self.path, self.passed_over), self.limit):
             yield self._item(path, sidecars)
         for missing, row in sidecars.unmatched() if self.limit is None else ():
             key = os.path.relpath(missing, self.path).replace("/", "_").replace(".", "_")
             yield PictureFile(key, functools.partial(load, missing), None, unusable="missing picture", where=row)
         if path is None:
-            raise UserError(f"input={self.path} holds no pictures ({', '.join(IMAGES)}): check the path.")
+            others = ", ".join(f"{count} x {what}" for what, count in self.passed_over.most_common(5))
+            raise UserError(f"input={self.path} holds no pictures ({others or 'no files at all'}): check the path.")
 
     def _item(self, path: Path, sidecars: Sidecars) -> SourceItem:
         # A dot would end the key in a tar's member name.
         key = str(path.relative_to(self.path).with_suffix("")).replace("/", "_").replace(".", "_")
         if reason := why_unusable(path, self.path):
             return PictureFile(key, functools.partial(load, path), None, unusable=reason, where=str(path))
-        facts = path.stat()
-        stamp = facts.st_size, facts.st_mtime_ns
-        look = functools.partial(sides, path)
         captions, meta = sidecars.about(path)
-        given = {"uncaptioned": captions.why, "captions": captions.several, "notes": captions.notes}
-        meta, where = meta | {"file": path.name}, str(path)
         return PictureFile(
-            key, functools.partial(load, path), captions.first, meta, look, where=where, stamp=stamp, **given
+            key,
+            caption=captions.first,
+            meta=meta | {"file": path.name},
+            where=str(path),
+            **captions.as_fields(),
+            **in_file(path, self.how),
         )
 
 
-def pictures_below(folder: Path) -> Iterator[Path]:
-    """All pictures below a folder, sorted by name in each; only one folder's names are held in memory at a time."""
+def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False) -> Iterator[Path]:
+    """All pictures below a folder, sorted by name in each; only one folder's names are held in memory at a time. Other
+    files are counted, except those that lie beside pictures; so are all files of hidden folders."""
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            yield from pictures_below(path)
-        elif path.suffix.lower().lstrip(".") in IMAGES:
+        here = hidden or path.name.startswith(".") or path.name.lower() in SYSTEM
+        if path.is_dir():
+            if path.is_symlink():
+                passed_over["link to a folder"] += 1
+            else:
+                yield from pictures_below(path, passed_over, here)
+        elif here:
+            passed_over["hidden or system file"] += 1
+        elif looks_like_picture(path):
             yield path
+        elif path.suffix.lower() not in BESIDE:
+            passed_over[path.suffix.lower() or "file without an extension"] += 1
+
+
+def looks_like_picture(path: Path) -> bool:
+    """Whether a file is one by its extension, or, under an extension that is not known, by its first bytes."""
+    extension = path.suffix.lower()
+    if extension in BESIDE or extension[1:] in (*IMAGES, *RAW):
+        return extension not in BESIDE
+    try:
+        if not path.is_file():  # a pipe would wait for ever
+            return False
+        with path.open("rb") as file:
+            return is_picture(file.read(HEAD))
+    except (OSError, ValueError):
+        return False
 
 
 def why_unusable(path: Path, folder: Path, through_folders: bool = False) -> str:
@@ -93,10 +127,16 @@ def why_unusable(path: Path, folder: Path, through_folders: bool = False) -> str
     return ""
 
 
-def load(path: Path, size: int) -> np.ndarray:
-    """The centre square of a picture at (size, size, 3) uint8."""
-    with open_image(path) as image:
-        return centre_square(image, size)
+def in_file(path: Path, how: Decoding) -> dict[str, Any]:
+    """load, sides and stamp of a picture in a file."""
+    facts = path.stat()
+    look, stamp = functools.partial(load, path, how=how), (facts.st_size, facts.st_mtime_ns)
+    return {"load": look, "sides": functools.partial(sides, path), "stamp": stamp}
+
+
+def load(path: Path, size: int, how: Decoding = Decoding()) -> Picture:  # noqa: B008
+    """The centre square of a picture at (size, size, 3)."""
+    return centre_square(decode_picture(path, how=how), size)
 
 
 def sides(path: Path) -> tuple[int, int]:

@@ -7,18 +7,16 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.images.decode import UNDECODABLE
+from data_pipeline.images.decode import UNDECODABLE, PictureError
 from data_pipeline.shards.rejects import Rejects
 from data_pipeline.sources.filters import Candidate, Filters
 from data_pipeline.sources.source import Source, SourceItem
-
-LATER = ("caption", "encoding", "key", "unended")
 
 
 def scan_source(options: Mapping[str, Any], source: Source, filters: Filters | None = None) -> tuple[str, int, int]:
@@ -27,7 +25,9 @@ def scan_source(options: Mapping[str, Any], source: Source, filters: Filters | N
     The mark identifies a finished output: the script's options, the listed items, and their files' stamps. A key that
     comes twice is refused. It holds 8 bytes a key: 10^7 items need a few hundred MB while they are sorted.
     """
-    config = marked_options(options)
+    config = {**options, "output": None}
+    if not config["filters"]:
+        del config["filters"]
     mark = hashlib.sha256(f"[{json.dumps(config, sort_keys=True)}, [".encode())
     keys, heldout, number = array("Q"), 0, -1
     for number, item in enumerate(source.items()):
@@ -44,21 +44,19 @@ def scan_source(options: Mapping[str, Any], source: Source, filters: Filters | N
     ordered = np.sort(np.frombuffer(keys, np.uint64))
     again = ordered[1:][ordered[1:] == ordered[:-1]].tolist()
     if again:
-        twice = next(item.key for item in source.items() if key_hash(item.key) == again[0])
-        raise UserError(f"two pictures have the key {twice}: rename one of them.")
+        refuse_same_key(source, again)
     return mark.hexdigest()[:16], number + 1, heldout
 
 
-def marked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a mark covers. Those that came later don't count while they are null: what was made before them
-    stays finished."""
-    config = {**options, "output": None}
-    if not config["filters"]:
-        del config["filters"]
-    if "source" in config:
-        given = config["source"].items()
-        config["source"] = {name: value for name, value in given if value is not None or name not in LATER}
-    return config
+def refuse_same_key(source: Source, again: Sequence[int]) -> None:
+    """UserError that names two items whose keys are the same. again: hashes of all such keys."""
+    items = [item for item in source.items() if key_hash(item.key) == again[0]]
+    one, other = (item.where or item.key for item in items[:2])
+    more = f" (and {len(set(again)) - 1:,} more such keys)" if len(set(again)) > 1 else ""
+    raise UserError(
+        f"{one} and {other} would both have the key {items[0].key}{more}, as a key is the path without its extension, "
+        "with _ for / and for dots: rename one of them, or move one to another folder."
+    )
 
 
 def several(item: SourceItem) -> tuple[list[tuple[str, str]], ...]:
@@ -78,8 +76,15 @@ def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
     return number % every == every - 1 if item.heldout is None else item.heldout
 
 
-def prepared_sample(item: SourceItem, size: int, filters: Filters, rejects: Rejects) -> dict[str, Any] | None:
-    """The members of an item; None if it is filtered or set aside, which is recorded with the reason."""
+class Prepared(NamedTuple):
+    """An item's members, and what had to be done to get them, in words."""
+
+    members: dict[str, Any]
+    converted: tuple[str, ...]
+
+
+def prepared_sample(item: SourceItem, size: int, filters: Filters, rejects: Rejects) -> Prepared | None:
+    """An item to be written; None if it is filtered or set aside, which is recorded with the reason."""
     if item.absent:
         filters.add(item.key, item.absent)
         return None
@@ -91,11 +96,17 @@ def prepared_sample(item: SourceItem, size: int, filters: Filters, rejects: Reje
         return None
     load = functools.cache(functools.partial(item.load, size))
     try:
-        reason = filters.reason_against(Candidate(item.caption, item.meta, item.sides or (lambda: None), load))
+        reason = filters.reason_against(
+            Candidate(item.caption, item.meta, item.sides or (lambda: None), lambda: load().pixels)
+        )
         if reason is None:
-            captions = {"captions": item.captions} if item.captions else {}
-            return {"png": load(), "txt": item.caption, "json": item.meta | captions}
+            picture = load()
+            meta = item.meta | ({"captions": item.captions} if item.captions else {})
+            members = {"png": picture.pixels, "txt": item.caption, "json": meta}
+            return Prepared(members, (*picture.converted, *item.converted))
         filters.add(item.key, reason)
     except UNDECODABLE as error:
-        rejects.add(item.key, f"undecodable picture ({type(error).__name__})", item.where)
+        known = isinstance(error, PictureError)
+        reason = str(error) if known else f"undecodable picture ({type(error).__name__}: {error})"
+        rejects.add(item.key, reason, item.where)
     return None

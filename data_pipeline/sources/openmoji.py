@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.images.decode import to_rgb
+from data_pipeline.images.decode import Picture, colour_of, to_rgb
 from data_pipeline.sources.source import SourceItem
 
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
@@ -24,10 +24,13 @@ class OpenMoji:
     """Named drawings without skin-tone variants, about 1,900, by code point.
 
     things: names by group ({"hearts": ["red heart", ...]}): only these, in this order; None: everything.
+    background: what the drawings lie on.
     """
 
-    def __init__(self, things: Mapping[str, Sequence[str]] | None = None, limit: int | None = None) -> None:
-        self.things, self.limit = things, limit
+    def __init__(
+        self, things: Mapping[str, Sequence[str]] | None = None, limit: int | None = None, background: Any = "white"
+    ) -> None:
+        self.things, self.limit, self.background = things, limit, hex_of(background)
 
     def items(self) -> list[SourceItem]:
         try:
@@ -44,26 +47,30 @@ class OpenMoji:
             raise UserError(f"source.things names what OpenMoji doesn't have: {', '.join(unknown[:5])}. Remove it.")
         return [self._item(name, group, *named[name]) for name, group in chosen[: self.limit]]
 
-    @staticmethod
-    def _item(name: str, group: str, code: str, facts: dict[str, Any]) -> SourceItem:
+    def _item(self, name: str, group: str, code: str, facts: dict[str, Any]) -> SourceItem:
         meta = {"name": name, "group": group, "code": code, **facts}
-        return SourceItem(code, functools.partial(rasterise, code), name, meta)
+        return SourceItem(code, functools.partial(rasterise, code, background=self.background), name, meta)
 
 
-def rasterise(code: str, size: int) -> np.ndarray:
-    """The drawing on white: (size, size, 3) uint8."""
-    return drawn(_svg(code), size)
+def hex_of(colour: Any) -> str:
+    """A colour as #rrggbb, as resvg reads it."""
+    return "#{:02x}{:02x}{:02x}".format(*colour_of(colour))
 
 
-def drawn(svg: str, size: int) -> np.ndarray:
-    """An SVG on white, drawn at twice the size and box-averaged: (size, size, 3) uint8."""
+def rasterise(code: str, size: int, background: str = "white") -> Picture:
+    """The drawing at (size, size, 3)."""
+    return drawn(_svg(code), size, background)
+
+
+def drawn(svg: str, size: int, background: str = "white") -> Picture:
+    """An SVG, drawn at twice the size and box-averaged: (size, size, 3)."""
     import resvg_py
 
     large = size * OVERSAMPLING
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=large, height=large, background="white")
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=large, height=large, background=background)
     pixels = to_rgb(Image.open(io.BytesIO(bytes(png))))
     boxes = pixels.reshape(size, OVERSAMPLING, size, OVERSAMPLING, 3).astype(np.float32)
-    return np.round(boxes.mean((1, 3))).astype(np.uint8)
+    return Picture(np.round(boxes.mean((1, 3))).astype(np.uint8))
 
 
 def _svg(code: str) -> str:

@@ -54,7 +54,7 @@ class Sidecars:
         captions = chosen(places, "")
         meta = {name: value for name, value in facts.items() if name not in (ONE, *self.names)}
         if json_place is not None and json_place.fault and captions.texts:
-            captions = captions._replace(notes=(*captions.notes, f"a json that can't be read left out ({path.name})"))
+            captions = captions._replace(converted=(*captions.converted, f"json left out ({json_place.fault})"))
         if not captions.texts and captions.why.startswith("missing"):
             more, place = self._row(path)
             places += [place] if place is not None else []

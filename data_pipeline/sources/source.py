@@ -6,21 +6,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
+from data_pipeline.images.decode import Picture
 
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """load(size) -> (size, size, 3) uint8; caption is None if there is none: uncaptioned says why.
+    """load(size) -> a picture of (size, size, 3); caption is None if there is none: uncaptioned says why.
 
     sides() -> width and height of the original picture; None: a drawing, of any size. heldout: None leaves it to
     heldout_every. absent: why the source itself says that there is no picture. unusable: why the item must be set
-    aside; where: the path that was tried. captions: all by name, if there are several; the first is `caption`. notes:
-    what was changed or left out on the way, to be counted.
+    aside; where: the picture's path. captions: all by name, if there are several; the first is `caption`. converted:
+    what was changed or left out of what lies beside the picture, in words that are counted.
     """
 
     key: str
-    load: Callable[[int], np.ndarray]
+    load: Callable[[int], Picture]
     caption: str | None
     meta: dict[str, Any] = field(default_factory=dict)
     sides: Callable[[], tuple[int, int]] | None = None
@@ -30,7 +30,7 @@ class SourceItem:
     where: str = ""
     uncaptioned: str = ""
     captions: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
 
 
 class Source(Protocol):

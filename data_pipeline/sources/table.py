@@ -11,14 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.common.errors import UserError
-from data_pipeline.images.decode import open_image
+from data_pipeline.images.decode import Decoding, Picture, PictureError, decode_picture, open_image
 from data_pipeline.images.resize import centre_square, upright_sides
 from data_pipeline.shards.captions import ONE, kind_of
 from data_pipeline.sources.captions import Captions, brief, caption_names, chosen, known_encoding, of_object
-from data_pipeline.sources.folder import PictureFile, load, sides, why_unusable
+from data_pipeline.sources.folder import PictureFile, in_file, why_unusable
 from data_pipeline.sources.source import SourceItem
 from data_pipeline.sources.table_rows import ENDINGS, LINES, Row, number_in, rows_of
 
@@ -40,8 +38,11 @@ class Table:
         caption: str | Sequence[str] = "caption",
         limit: int | None = None,
         encoding: str | None = None,
+        background: Any = "white",
+        animated: str = "first",
     ) -> None:
         self.path, self.table, self.file, self.limit = Path(path), table, file, limit
+        self.how = Decoding.of(background, animated)
         self.names, self.encoding = caption_names(caption) or (ONE,), known_encoding(encoding)
 
     def items(self) -> Iterator[SourceItem]:
@@ -86,7 +87,14 @@ class Table:
 
     def _item(self, number: int, row: Row) -> SourceItem:
         data, name = picture_of(row.cells.get(self.file))
-        unusable, where = (row.fault, row.where) if row.fault or data is not None else self._why_unusable(row, name)
+        unusable, tried = (row.fault, "") if row.fault or data is not None else self._why_unusable(row, name)
+        path = self.path / name
+        if data is not None:
+            given = embedded(data, Path(name).suffix[1:], self.how)
+        elif unusable:
+            given = {"load": functools.partial(absent, path), "sides": functools.partial(absent, path)}
+        else:
+            given, tried = in_file(path, self.how), str(path)
         others = {n: number_in(v) for n, v in row.cells.items() if n not in (self.file, *self.names)}
         captions = self._captions(row)
         return PictureFile(
@@ -94,18 +102,16 @@ class Table:
             caption=captions.first,
             meta={"file": name} | {column: found for column, found in others.items() if found is not None},
             unusable=unusable,
-            where=where or row.where,
-            uncaptioned=captions.why,
-            captions=captions.several,
-            notes=captions.notes,
-            **(embedded(data) if data is not None else in_file(self.path / name, not unusable)),
+            where=f"{tried}, {row.where}" if tried else row.where,
+            **captions.as_fields(),
+            **given,
         )
 
     def _why_unusable(self, row: Row, name: str) -> tuple[str, str]:
         """Why there is no file of this name that can be opened, and the path that was tried; "" and "" if there is."""
         value = row.cells.get(self.file)
         if not name and value is not None and not isinstance(value, str | float | dict):
-            return f"{self.file} is no name of a picture (but {kind_of(value)})", row.where
+            return f"{self.file} is no name of a picture (but {kind_of(value)})", ""
         inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
         unusable = why_unusable(self.path / name, self.path, True) if inside else "no name of a picture in the folder"
         return unusable, f"{self.file}={name[:200]}, tried as {str(self.path / name)[:200]}" if unusable else ""
@@ -130,30 +136,23 @@ def picture_of(value: Any) -> tuple[bytes | None, str]:
     return (data if isinstance(data, bytes) else None), (name if isinstance(name, str) else "")
 
 
-def embedded(data: bytes) -> dict[str, Any]:
+def embedded(data: bytes, extension: str, how: Decoding) -> dict[str, Any]:
     """load, sides and stamp of a picture that the table holds."""
-    look, sides_in = functools.partial(square_of, data), functools.partial(sides_of, data)
-    return {"load": look, "sides": sides_in, "stamp": (len(data), zlib.crc32(data))}
+    look = functools.partial(square_of, data, extension, how=how)
+    return {"load": look, "sides": functools.partial(sides_of, data, extension), "stamp": (len(data), zlib.crc32(data))}
 
 
-def in_file(path: Path, there: bool) -> dict[str, Any]:
-    """load, sides and stamp of a picture in a file."""
-    if not there:
-        return {"load": functools.partial(absent, path), "sides": functools.partial(absent, path)}
-    facts = path.stat()
-    stamp = facts.st_size, facts.st_mtime_ns
-    return {"load": functools.partial(load, path), "sides": functools.partial(sides, path), "stamp": stamp}
-
-
-def square_of(data: bytes, size: int) -> np.ndarray:
+def square_of(data: bytes, extension: str, size: int, how: Decoding) -> Picture:
     """The centre square of a picture in memory."""
-    return centre_square(open_image(io.BytesIO(data)), size)
+    return centre_square(decode_picture(io.BytesIO(data), extension, how), size)
 
 
-def sides_of(data: bytes) -> tuple[int, int]:
-    return upright_sides(open_image(io.BytesIO(data)))
+def sides_of(data: bytes, extension: str) -> tuple[int, int]:
+    """Its width and height, from its header."""
+    with open_image(io.BytesIO(data), extension) as image:
+        return upright_sides(image)
 
 
 def absent(path: Path, size: int = 0) -> Any:
     """Stands in for a picture that the table names and the folder does not have."""
-    raise FileNotFoundError(path)
+    raise PictureError("missing picture")

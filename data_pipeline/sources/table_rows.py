@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.shards.captions import marked_encoding, probable_encoding
+from data_pipeline.shards.codec import object_once
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LINES = (".jsonl", ".ndjson")
@@ -167,15 +168,6 @@ def json_rows(table: Path, encoding: str) -> Iterator[Row]:
             f"{table} can't be read ({error}, in or after line {max(number, 1)}): it must have one JSON object on each "
             "line, in UTF-8."
         ) from error
-
-
-def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; ValueError if it has a name twice, one of which would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"it has {twice} twice")
-    return found
 
 
 def parquet_rows(table: Path) -> Iterator[Row]:

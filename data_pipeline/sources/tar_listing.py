@@ -16,10 +16,19 @@ from typing import Any
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.threads import ordered_map
+from data_pipeline.images.decode import Decoding
 from data_pipeline.shards import codec
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, Shard
-from data_pipeline.shards.rejects import Rejects, accounting, examples, format_counts, summary
+from data_pipeline.shards.rejects import (
+    Conversions,
+    Rejects,
+    accounting,
+    examples,
+    format_counts,
+    passed_over_lines,
+    summary,
+)
 from data_pipeline.shards.tar_index import IndexEntry, digest_of, index_digest
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.tars import Inspected, inspected, told_apart
@@ -33,7 +42,7 @@ def linked(source: str, output: str, name: str) -> str:
     if storage.absolute(source) == storage.absolute(output):
         return name
     if storage.is_s3(source) or storage.is_s3(output):
-        raise UserError(f"in a bucket index and tars lie together: leave out output={output}.")
+        raise UserError(f"in a bucket, the index is stored beside the tars: leave out output={output}.")
     target, link = os.path.realpath(storage.join(source, name)), Path(output, "shards", name)
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink() or os.readlink(link) != target:
@@ -60,12 +69,15 @@ def fetched_by_img2dataset(path: str, found: int) -> Counter[str]:
 class Index:
     """Takes shards one after another and accounts for each sample."""
 
-    def __init__(self, root: str, filters: Filters, shard_in_keys: bool, max_aside_fraction: float) -> None:
+    def __init__(
+        self, root: str, filters: Filters, shard_in_keys: bool, max_aside_fraction: float, animated: str = "first"
+    ) -> None:
         self.root, self.filters, self.shard_in_keys = root, filters, shard_in_keys
-        self.max_fraction = max_aside_fraction
+        self.max_fraction, self.how = max_aside_fraction, Decoding.of("white", animated)
+        self.converted = Conversions()
+        self.passed_over: Counter[str] = Counter()  # files that are part of no sample
         self.rejects = Rejects(sys.maxsize, 1.0)  # only counts: the number listed is known at the end
         self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
-        self.notes: Counter[str] = Counter()
 
     def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
         """Check a shard's samples, write its .idx and the rejects; returns its line of the manifest."""
@@ -86,7 +98,7 @@ class Index:
             elif reason := self.filters.reason_against(sample.candidate):
                 self.filters.add(key, reason)
             else:
-                self.notes.update(sample.notes)
+                self.converted.add(sample.converted, f"{key} in {name}")
                 lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
         index = "".join(lines).encode()
         shard = Shard(name, len(lines), len(data), digest_of(data), index_digest(index))
@@ -102,7 +114,7 @@ class Index:
         """Inspect each sample, in threads that are a few samples ahead (Pillow decodes without the lock)."""
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
-            yield from ordered_map(pool, lambda each: inspected(each, data), entries, 2 * threads)
+            yield from ordered_map(pool, lambda each: inspected(each, data, self.how), entries, 2 * threads)
 
     def refuse_too_many_rejects(self, whole: float = 1.0) -> None:
         """Stop if more is set aside than allowed of all samples: `whole` times those listed so far."""
@@ -110,7 +122,7 @@ class Index:
         if aside > self.max_fraction * listed:
             raise DataError(
                 f"{aside} of {'about ' if whole > 1 else ''}{listed} samples can't be used "
-                f"({format_counts(summary(self.rejects.rows), 3)}; {examples(self.rejects.rows)}): mend the tars, or "
+                f"({format_counts(summary(self.rejects.rows), 3)}; {examples(self.rejects.rows)}): repair the tars, or "
                 f"raise max_aside_fraction={self.max_fraction}."
             )
 
@@ -124,8 +136,8 @@ class Index:
             why += f"; {examples(self.rejects.rows)}" if self.rejects.rows else ""
             raise UserError(f"not one of {self.listed} samples is left ({why}): check input= and filters=.")
         info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered differently, are another data set
+        info |= self.converted.as_info() | ({"passed_over": dict(self.passed_over)} if self.passed_over else {})
         info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
-        info |= {"notes": dict(self.notes)} if self.notes else {}
         Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
         print(
             f"index_shards: {processed} processed, {self.filters.counts.total()} filtered, {aside.total()} set aside, "
@@ -135,8 +147,8 @@ class Index:
             print(f"index_shards: filtered {count} x {reason}")
         for reason, count in aside.most_common():
             print(f"index_shards: set aside {count} x {reason}, {examples(self.rejects.rows, reason)}")
-        for note, count in self.notes.items():
-            print(f"index_shards: {count} x {note}")
+        for line in [*self.converted.lines(), *passed_over_lines(self.passed_over)]:
+            print(f"index_shards: {line}")
 
 
 def keys_twice(entries: Sequence[IndexEntry]) -> set[str]:

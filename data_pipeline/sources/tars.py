@@ -1,20 +1,19 @@
-"""WebDataset tars that others wrote, such as img2dataset: <key>.jpg (.png, .webp), <key>.txt, <key>.json."""
+"""WebDataset tars that others wrote, such as img2dataset: <key>.jpg (.png, .webp, ...), <key>.txt, <key>.json."""
 
 from __future__ import annotations
 
 import functools
 import io
 import mmap
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.images.decode import IMAGES, open_image
+from data_pipeline.images.decode import Decoding, Picture, decode_picture, open_image
+from data_pipeline.images.formats import HEAD, IMAGES, RAW, is_picture, kind_of
 from data_pipeline.images.resize import centre_square, upright_sides
 from data_pipeline.shards import codec
 from data_pipeline.shards.captions import ONE
@@ -24,6 +23,7 @@ from data_pipeline.sources.captions import Captions, Place, caption_names, chose
 from data_pipeline.sources.filters import Candidate
 from data_pipeline.sources.source import SourceItem
 
+NAMED = frozenset((*IMAGES, *RAW))
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 FULL = "key=full, for make_shards.py source.key=full, ends a key at the last dot, not at the first"
 
@@ -32,10 +32,12 @@ def tars_in(folder: str) -> list[str]:
     """Names of the tars directly in a folder, sorted; other files there (.parquet, _stats.json) are ignored."""
     packed = [name for ending in COMPRESSED for name in storage.files(folder, ending)]
     if packed:
-        raise UserError(f"input={folder} holds compressed tars ({packed[0]}): unpack them, samples are read by place.")
+        raise UserError(
+            f"input={folder} holds compressed tars ({packed[0]}): unpack them, as samples are read by offset."
+        )
     names = storage.files(folder, ".tar")
     if not names:
-        raise UserError(f"input={folder} holds no .tar: give the folder that they lie in.")
+        raise UserError(f"input={folder} holds no .tar: give the folder that contains the tars.")
     return names
 
 
@@ -51,16 +53,16 @@ def contents(path: str) -> bytes | mmap.mmap:
 
 class Inspected(NamedTuple):
     """A usable sample has a candidate, an unusable one a reason. absent: its json itself says that there is no picture,
-    as img2dataset writes for what it could not fetch. notes: what was left out of it or changed."""
+    as img2dataset writes for what it could not fetch. converted: what was changed or left out, in words."""
 
     entry: IndexEntry
     candidate: Candidate | None = None
     reason: str = ""
     absent: bool = False
-    notes: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
 
 
-def inspected(entry: IndexEntry, data: bytes | mmap.mmap) -> Inspected:
+def inspected(entry: IndexEntry, data: bytes | mmap.mmap, how: Decoding = Decoding()) -> Inspected:  # noqa: B008
     """Decode a sample, and keep only the members that are read: one picture, .txt and .json."""
     if not entry.key.isprintable() or entry.key.startswith("/") or ".." in entry.key.split("/"):
         return Inspected(entry, reason="a name that leads elsewhere, or can't be printed")
@@ -68,17 +70,17 @@ def inspected(entry: IndexEntry, data: bytes | mmap.mmap) -> Inspected:
     read = (picture, "txt", "json") if about.meta is not None else (picture, "txt")
     kept = IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n in read})
     if picture is None:
-        reason, absent = without_picture(entry, about.meta)
+        reason, absent = without_picture(entry, about.meta, data)
         return Inspected(kept, reason=reason, absent=absent)
     if about.captions.first is None or about.fault:
         return Inspected(kept, reason=about.captions.why or about.fault)
     try:
-        pixels = codec.decode(picture, _bytes(data, entry.members[picture]))
+        pixels, converted = codec.read_picture(picture, _bytes(data, entry.members[picture]), how)
     except DataError as error:
         return Inspected(kept, reason=str(error))
     sides = pixels.shape[1], pixels.shape[0]
     found = Candidate(about.captions.first, about.meta or {}, lambda: sides, lambda: pixels)
-    return Inspected(kept, found, notes=about.captions.notes)
+    return Inspected(kept, found, converted=(*converted, *about.captions.converted, *others_left_out(entry)))
 
 
 class Described(NamedTuple):
@@ -110,13 +112,21 @@ def described(
             other = [Place(".json", {}, fault, f"is {error}")]
     captions = chosen([*other, *text] if names else [*text, *other], missing)
     if facts is None and not fault:
-        captions = captions._replace(notes=(*captions.notes, "a json that is no object left out"))
+        captions = captions._replace(converted=(*captions.converted, f"json left out ({other[0].none[3:]})"))
     return Described(captions, facts, fault)
 
 
-def without_picture(entry: IndexEntry, meta: dict[str, Any] | None) -> tuple[str, bool]:
+def others_left_out(entry: IndexEntry) -> tuple[str, ...]:
+    """What to say of a key with several pictures, as 0.jpg and 0.png: a sample has one."""
+    picture = picture_in(entry)
+    others = [name for name in entry.members if name in NAMED and name != picture]
+    taken = f".{picture} taken, {', '.join(f'.{name}' for name in others)} not"
+    return (f"one of several pictures with one key ({taken})",) if others else ()
+
+
+def without_picture(entry: IndexEntry, meta: dict[str, Any] | None, data: bytes | mmap.mmap) -> tuple[str, bool]:
     """Why there is no picture, and whether that is so by its json: it was not fetched. If not, it was lost; or its name
-    has more dots than one."""
+    has more dots than one, or an extension that is not looked for."""
     status = (meta or {}).get("status", "success")
     if status != "success":
         return f"not fetched: {status}", True
@@ -125,15 +135,19 @@ def without_picture(entry: IndexEntry, meta: dict[str, Any] | None) -> tuple[str
         return f"pictures that fall together ({names[0]} and {names[1]} have one key, {entry.key}: {FULL})", False
     if names:
         return f"missing picture ({names[0]} has dots in its key: {FULL})", False
-    if linked := [name for name in entry.links if name in IMAGES]:
+    if linked := [name for name in entry.links if name in NAMED]:
         return f"missing picture (its .{linked[0]} is a link, a device or sparse: these are not read)", False
+    for name, place in entry.members.items():
+        head = data[place.offset : place.offset + min(place.size, HEAD)]
+        if name not in ("txt", "json") and is_picture(head):
+            return f"picture under an extension that is not known (.{name}: {kind_of(head)})", False
     return f"missing picture (it has only {', '.join(f'.{name}' for name in entry.members) or 'links'})", False
 
 
 def dotted_pictures(entry: IndexEntry) -> list[str]:
     """Extensions such as 05.png: of pictures whose names have a dot in what was meant as their key. In a sample with a
     picture of its own, only those that have their own caption, too: 0.mask.png beside 0.png is another member."""
-    named = [name for name in entry.members if "." in name and name.rpartition(".")[2] in IMAGES]
+    named = [name for name in entry.members if "." in name and name.rpartition(".")[2] in NAMED]
     if picture_in(entry) is None:
         return named
     return [n for n in named if {f"{n.rpartition('.')[0]}.{kind}" for kind in ("txt", "json")} & entry.members.keys()]
@@ -155,9 +169,11 @@ def told_apart(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
 def tar_rules(key: str | None, unended: bool | None, option: str = "") -> TarRules:
     """The options key= and unended=, checked. option: the group that they are in."""
     if key not in (None, "first", "full"):
-        raise UserError(f"{option}key={key} can't be: take first (of a name's dots, as webdataset) or full (the last).")
+        raise UserError(
+            f"{option}key={key} is not valid: use first (of a name's dots, as webdataset) or full (the last)."
+        )
     if unended not in (None, True, False):
-        raise UserError(f"{option}unended={unended} can't be: take true or false.")
+        raise UserError(f"{option}unended={unended} is not valid: use true or false.")
     return TarRules(key == "full", bool(unended))
 
 
@@ -186,16 +202,20 @@ class Tars:
         encoding: str | None = None,
         key: str | None = None,
         unended: bool | None = None,
+        background: Any = "white",
+        animated: str = "first",
     ) -> None:
+        self.how, self.passed_over = Decoding.of(background, animated), Counter[str]()
         self.path, self.limit, self.rules = path, limit, tar_rules(key, unended, "source.")
         self.names, self.encoding = caption_names(caption), known_encoding(encoding)
 
     def items(self) -> Iterator[SourceItem]:
         count = 0
+        self.passed_over.clear()
         for name in tars_in(self.path):
             path = storage.join(self.path, name)
             data = contents(path)
-            for number, entry in enumerate(told_apart(scan(data, path, self.rules))):
+            for number, entry in enumerate(told_apart(scan(data, path, self.rules, self.passed_over))):
                 if count == self.limit:
                     return
                 count += 1
@@ -203,32 +223,31 @@ class Tars:
 
     def _item(self, path: str, stem: str, number: int, entry: IndexEntry, data: bytes | mmap.mmap) -> SourceItem:
         picture, about = picture_in(entry), described(entry, data, self.names, self.encoding)
-        reason, absent = ("", False) if picture else without_picture(entry, about.meta)
+        reason, absent = ("", False) if picture else without_picture(entry, about.meta, data)
         place = entry.members[picture] if picture else Member(0, 0)
+        fields = about.captions.as_fields()
+        fields["uncaptioned"] = fields["uncaptioned"] or about.fault
+        fields["converted"] += others_left_out(entry)
         return TarSample(
             f"{stem}_{number:06d}",
-            functools.partial(square_in, path, place),
+            functools.partial(square_in, path, place, picture or "", how=self.how),
             None if about.fault else about.captions.first,
             (about.meta or {}) | {"original_key": entry.key},
-            functools.partial(sides_in, path, place),
+            functools.partial(sides_in, path, place, picture or ""),
             absent=reason if absent else "",
             unusable="" if absent else reason,
             where=f"{entry.key} of {path}",
-            uncaptioned=about.captions.why or about.fault,
-            captions=about.captions.several,
-            notes=about.captions.notes,
+            **fields,
             stamp=(len(data), place.offset),
         )
 
 
-def square_in(path: str, place: Member, size: int) -> np.ndarray:
+def square_in(path: str, place: Member, extension: str, size: int, how: Decoding) -> Picture:
     """The centre square of a picture in a tar."""
-    return centre_square(opened(path, place), size)
+    return centre_square(decode_picture(io.BytesIO(storage.read_bytes(path, *place)), extension, how), size)
 
 
-def sides_in(path: str, place: Member) -> tuple[int, int]:
-    return upright_sides(opened(path, place))
-
-
-def opened(path: str, place: Member) -> Image.Image:
-    return open_image(io.BytesIO(storage.read_bytes(path, *place)))
+def sides_in(path: str, place: Member, extension: str) -> tuple[int, int]:
+    """Width and height of a picture in a tar, from its header."""
+    with open_image(io.BytesIO(storage.read_bytes(path, *place)), extension) as image:
+        return upright_sides(image)

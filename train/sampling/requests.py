@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.images.decode import UNDECODABLE, open_image, to_rgb
+from data_pipeline.images.decode import PictureError, decode_picture
 from data_pipeline.shards.json_fields import is_pair
 from train.sampling.trained_run import TrainedRun
 
@@ -123,10 +123,12 @@ def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
     Smaller pictures are enlarged by repeating pixels, so super-resolution shrinks them back to the same small picture.
     """
     try:
-        image = Image.fromarray(to_rgb(open_image(path)))
-    except UNDECODABLE as error:
-        why = type(error).__name__ if isinstance(error, OSError | MemoryError) else error
-        raise UserError(f"images: {path} can't be read ({why}): use PNG, JPEG or WebP files.") from None
+        picture = decode_picture(Path(path))
+    except PictureError as error:
+        raise UserError(f"images: {path} can't be used: {error}.") from None
+    for change in picture.converted:
+        print(f"images: {path}: {change}")
+    image = Image.fromarray(picture.pixels)
     smaller = image.height <= size[0] and image.width <= size[1]
     method = Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS
     return np.array(ImageOps.fit(image, size[::-1], method))

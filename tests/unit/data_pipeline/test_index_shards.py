@@ -92,7 +92,7 @@ def test_foreign_tars_become_a_data_set_untouched(tars):
         "listed": 41,
         "processed": 36,
         "filtered": {"not fetched: failed_to_download": 2},
-        "set_aside": {"undecodable .jpg": 1, "missing caption": 1, AGAIN: 1},
+        "set_aside": {"not a picture of a known format": 1, "missing caption": 1, AGAIN: 1},
     }
     assert [(s.name, s.samples) for s in manifest.shards] == [(f"{i:05d}.tar", 12) for i in range(3)]
     rows = [json.loads(line) for line in (tars / "aside" / "00003.jsonl").open()]

@@ -59,6 +59,7 @@ READ = {  # what lies beside the picture -> its caption
     "empty": ({"txt": " \n", "json": {"caption": "from json"}}, "from json"),
     "shape": ({"txt": "a cat", "json": "[1, 2]"}, "a cat"),
     "ujson": ({"json": json.dumps({"caption": "größe"}, ensure_ascii=False).encode("utf-16")}, "größe"),
+    "again": ({"txt": "a cat", "json": '{"x": {"id": 1, "id": 2}}'}, "a cat"),
     "one": ({"json": {"caption": ["", None, "only one"]}}, "only one"),
 }
 ASIDE = {  # what lies beside the picture -> reason
@@ -76,6 +77,7 @@ ASIDE = {  # what lies beside the picture -> reason
     "mixed": ({"json": {"caption": ["a", 5]}}, "caption is no text (caption of mixed.json is a number)"),
     "none": ({"json": {"caption": None}}, "missing caption (none.json has no caption (but caption))"),
     "broken": ({"json": '{"caption": "a"'}, "undecodable caption (broken.json: "),
+    "twice": ({"json": '{"caption": "a", "caption": "b"}'}, 'caption (twice.json: it has "caption" twice)'),
 }  # fmt: skip
 
 
@@ -99,11 +101,12 @@ def test_captions_beside_pictures(tmp_path: Path) -> None:
     meta = {"captions": {"0": "a fox", "1": "a red fox"}, "file": "several.png", "id": 12345678901234567890, "x": 5}
     assert samples["several"]["meta"] == meta
     assert samples["one"]["meta"] == {"file": "one.png"}  # one caption: as ever
-    assert "1 x invisible characters removed from the caption" in said
-    assert "1 x a json that can't be read left out (shape.png)" in said
+    assert "converted 1 x invisible characters removed from the caption, first /" in said
+    assert "converted 2 x json left out, first /" in said
+    assert 'again.png, undecodable caption (again.json: it has "id" twice)' in said
     assert "set aside 4 x caption is no text, first mixed, caption of mixed.json is a number, /" in said
     info = Manifest.load(tmp_path / "in_shards/train").info
-    assert info["notes"]["invisible characters removed from the caption"] == 1
+    assert info["converted"] == {"invisible characters removed from the caption": 1, "json left out": 2}
 
 
 def test_an_encoding_is_an_option_and_names_of_captions_too(tmp_path: Path) -> None:
@@ -121,8 +124,8 @@ def test_an_encoding_is_an_option_and_names_of_captions_too(tmp_path: Path) -> N
     assert captions_of(samples["c"]) == {"long.0": "l", "long.1": "m"}
     for option, words in (
         ("encoding=base64", "base64 is not known"),
-        ("caption=[a,a]", "give a name"),
-        ("caption=5", "give a name"),
+        ("caption=[a,a]", "use a name"),
+        ("caption=5", "use a name"),
     ):
         assert words in make(tmp_path / "b", "folder", f"source.{option}", code=2)
 
@@ -215,7 +218,7 @@ REFUSED = {  # name, contents and options -> code and words
     "bytes": ("t.csv", "file,caption\nb.png,x\na.png,caf\u00e9\n".encode("cp1252"), [], 3, "in line 3): save it as"),
     "utf16": ("t.csv", "file,caption\na.png,x\n".encode("utf-16-le"), [], 3, "source.encoding=utf-16-le"),
     "cut": ("t.jsonl", '{"file": "a.png", "caption": "x"}\n{"file": "b.png", "ca', [], 3, "in or after line 2"),
-    "names": ("t.jsonl", '{"file": "a.png", "caption": "x", "caption": "y"}\n', [], 3, "it has caption twice"),
+    "names": ("t.jsonl", '{"file": "a.png", "caption": "x", "caption": "y"}\n', [], 3, 'it has "caption" twice'),
     "zip": ("t.csv", b"PK\x03\x04 and so on", [], 2, "is a spreadsheet"),
     "all": ("t.csv", "file,caption\na.png,\nb.png,nan\nc.png,null\n", ["max_aside_fraction=0.7"], 3,
             "3 of 3 samples can't be used (3 x missing caption; first 000000000, missing caption (the row has no"),
@@ -256,7 +259,7 @@ def test_parquet_as_on_the_hub(tmp_path: Path) -> None:
     assert samples["000000001"]["meta"] == {"file": "a.png"}
     assert samples["000000001"]["caption"] == "nan"  # a text of a Parquet is a text
     reasons = [row["reason"].partition(" (")[0] for row in aside.values()]
-    assert reasons == ["undecodable picture", "missing caption", "no name of a picture in the folder"]
+    assert reasons == ["not a picture of a known format", "missing caption", "no name of a picture in the folder"]
     odd = [{"image": png(), "caption": value} for value in (b"bytes",)]
     table(tmp_path / "odd", "unused.txt", "")
     parquet.write_table(pyarrow.Table.from_pylist(odd), tmp_path / "odd/t.parquet")

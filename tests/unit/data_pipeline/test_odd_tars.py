@@ -83,6 +83,7 @@ def test_samples_of_every_kind(tmp_path: Path) -> None:
         ("more.seg.png", png()),
         *sample("latin", "größe".encode("latin-1")), *sample("other", json={"text": "a"}), *sample("bare"),
         *sample("truth", json={"caption": True}), *sample("broken", "a", json=b'{"caption": "a"'),
+        *sample("twice", "a", json=b'{"caption": "a", "caption": "b"}'),
         ("lost.json", b'{"status": "success", "caption": "a"}'), ("fail.json", b'{"status": "failed", "caption": "a"}'),
         link("hard.png", "bom.png"), ("hard.txt", b"a"), ("apart.png", png()), *sample("next", "b"),
         ("apart.txt", b"a"),
@@ -100,14 +101,15 @@ def test_samples_of_every_kind(tmp_path: Path) -> None:
         "other": "missing caption (.json has no caption (but text))",
         "bare": "missing caption (no .txt or .json beside .png)",
         "truth": "caption is no text (caption of .json is true or false)",
+        "twice": 'undecodable .json (it has "caption" twice)',
         "broken": "undecodable .json (Expecting ',' delimiter: line 1 column 16 (char 15))",
         "lost": "missing picture (it has only .json)",
         "fail": "not fetched: failed",
         "hard": "missing picture (its .png is a link, a device or sparse: these are not read)",
     }
     assert reasons == expected
-    assert "index_shards: 1 x invisible characters removed from the caption" in said
-    assert "index_shards: 1 x a json that is no object left out" in said
+    assert "index_shards: converted 1 x invisible characters removed from the caption, first bom in shards/a." in said
+    assert "index_shards: converted 1 x json left out, first shape in shards/a.tar, undecodable .json (not an" in said
     assert (
         "set aside 2 x missing picture, first lost, it has only .json, in shards/a.tar; hard, its .png is a l" in said
     )
@@ -142,7 +144,25 @@ def test_keys_with_dots(tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "tars_index").info["tars"] == {"full_keys": True}
     samples, _ = made(folder, "source.key=full")
     assert [each["key"] for each in samples] == [f"part_0_{number:06d}" for number in range(4)]
-    assert "key=last can't be: take first" in index(folder, "key=last", code=2)
+    assert "key=last is not valid: use first" in index(folder, "key=last", code=2)
+
+
+def test_two_pictures_under_one_key_are_said(tmp_path: Path) -> None:
+    members = [*sample("0", "a", jpg=png(200)), *sample("1", "b"), ("._1.png", b"x"), ("README", b"x")]
+    folder = write(tmp_path / "tars", a=tar_of(members))
+    samples, _, said = index(folder)
+    assert [int(each["image"].max()) for each in samples] == [9, 9]
+    words = "one of several pictures with one key"
+    assert f"converted 1 x {words}, first 0 in shards/a.tar, .png taken, .jpg not\n" in said
+    assert "passed over 1 x file without an extension" in said
+    info = Manifest.load(tmp_path / "tars_index").info
+    assert info["converted"] == {words: 1}
+    assert info["passed_over"] == {"hidden or system file": 1, "file without an extension": 1}
+    made(folder)
+    again = Manifest.load(tmp_path / "tars_shards/train").info
+    assert {name: again[name] for name in ("converted", "passed_over")} == {
+        name: info[name] for name in ("converted", "passed_over")
+    }
 
 
 def test_names_twice_joined_tars_and_missing_ends(tmp_path: Path) -> None:
