@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.stop_request import EXIT_CODE, Stopped, StopRequest
 from data_pipeline.common.storage import write_atomically
 
 REPO = Path(__file__).resolve().parents[1]
@@ -146,7 +147,7 @@ def run_stage(stage: Stage, output: Path, place: str) -> dict[str, Any]:
     typed = " ".join(part if all(c not in part for c in " '[]") else f'"{part}"' for part in command)
     print(f"\n{place} python {typed}", flush=True)
     started = time.monotonic()
-    code = subprocess.run([sys.executable, *command], cwd=REPO).returncode
+    code = finished_code([sys.executable, *command])
     if code:
         print(f"quickstart: {stage.name} ended with code {code}; mend it and start again to go on", file=sys.stderr)
         sys.exit(code)
@@ -154,6 +155,27 @@ def run_stage(stage: Stage, output: Path, place: str) -> dict[str, Any]:
     note = {"command": command, "seconds": time.monotonic() - started, "peak_memory_gb": peak}
     write_atomically(stage.note(output), json.dumps(note).encode())
     return note
+
+
+def finished_code(command: Sequence[str]) -> int:
+    """Run a command to its end and return its exit code; Stopped if this process was asked to stop meanwhile.
+
+    Ctrl-C reaches the stage as well, which says how to go on. SIGTERM does not, and is passed on.
+    """
+    stop, passed_on = StopRequest(), False
+    stage = subprocess.Popen(command, cwd=REPO)
+    while stage.poll() is None:
+        try:
+            stage.wait(0.2)
+        except subprocess.TimeoutExpired:
+            if stop.requested and not passed_on:
+                stage.terminate()
+                passed_on = True
+    if stop.requested:
+        if stage.returncode != EXIT_CODE:
+            print("quickstart: stopped by a signal; start the same command again to go on", file=sys.stderr)
+        raise Stopped
+    return stage.returncode
 
 
 def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:

@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.hydra_messages import RENAMED, advice, explained, say_renamed, top_keys, with_new_names
+from data_pipeline.common.stop_request import InterruptWatch
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
 # Hydra composes everything again, only to read hydra.mode, in half a second. Without the mode, --multirun decides.
@@ -43,6 +44,7 @@ def start_entry(module: str) -> NoReturn:
     A UserError ends it with its one sentence on stderr and its exit code; anything else keeps its traceback.
     """
     config_name, captured = module.rpartition(".")[2], CapturedStderr()
+    InterruptWatch.begin(config_name)
 
     def guarded(cfg: DictConfig) -> None:
         captured.stop()

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.progress import Progress
-from data_pipeline.common.stop_request import Stopped
+from data_pipeline.common.stop_request import Stopped, speaks
 from data_pipeline.common.temp_files import sweep
 from data_pipeline.common.threads import BackgroundWriter, Prefetcher
 from data_pipeline.encode.batch_encoder import encode_batch
@@ -83,7 +83,8 @@ class SplitEncoder:
         ):
             for step in ahead:
                 if stop():
-                    print(f"{title}: asked to stop; started again, it makes the shards that are missing", flush=True)
+                    if speaks():
+                        print(f"{title}: stopped by a signal; start the same command again to go on", flush=True)
                     raise Stopped
                 self.handle(step)
 
