@@ -33,6 +33,8 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"shard_size={cfg.shard_size} can't be: take 1 or more.")
     if cfg.heldout_every and cfg.heldout_every < 2:
         raise UserError(f"heldout_every={cfg.heldout_every} leaves none to train on: take 2 or more, or null for none.")
+    if "path" in cfg.source and cfg.source.path is None:
+        raise UserError("this source reads a folder: add input=FOLDER.")
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is input=: choose a folder of its own for the shards.")

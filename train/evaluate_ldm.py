@@ -7,7 +7,6 @@ from data_pipeline.common.entry import start_entry
 if __name__ == "__main__":
     start_entry("train.evaluate_ldm")  # imports the rest when the options are right, and ends
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.finite_json import json_of
 from data_pipeline.common.progress import Progress
 from data_pipeline.common.storage import write_atomically
 from data_pipeline.images.grid import grid, save_png
@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     figures = recall_figures(drawn, np.stack([sample["image"] for sample in train]), right, cfg.seed)
     figures |= similarity_metrics(run, train, chosen, drawn, heldout, unseen)
     figures |= {"guidance": guidance.scale, "steps": sampler.steps, "weights": run.weights}
-    write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
+    write_atomically(output / "evaluation.json", json_of(figures))
     save_grids(output, chosen, drawn, heldout, unseen)
     say(figures, output)
 

@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> None:
 
 @contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `output` at the end: what a kill or Ctrl-C leaves does not stop the next start."""
+    """A temporary folder that becomes `output` at the end: what a kill leaves does not stop the next start."""
     for left in output.parent.glob(f"{glob.escape(output.name)}.tmp.*"):
         if abandoned(left):
             shutil.rmtree(left)

@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.finite_json import json_of
 from data_pipeline.common.stop_request import EXIT_CODE, Stopped, StopRequest
 from data_pipeline.common.storage import write_atomically
 
@@ -198,7 +199,7 @@ def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:
         "minutes_in_all": round(sum(note["seconds"] for note in notes.values()) / 60, 1),
         "peak_memory_gb": round(max(note["peak_memory_gb"] for note in notes.values()), 2),
     }
-    write_atomically(output / "summary.json", json.dumps(summary, indent=1).encode())
+    write_atomically(output / "summary.json", json_of(summary))
     print(f"\nquickstart: done, {summary['minutes_in_all']} minutes in all, peak memory {summary['peak_memory_gb']} GB")
     print(
         f"  recall of training captions  top-1 {summary['training_recall_top1']:.2f}, top-5 "

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.finite_json import finite
 from data_pipeline.images.decode import IMAGES, UNDECODABLE, decode_image
 
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
@@ -30,7 +31,7 @@ def encode(name: str, value: Any) -> bytes:
     elif kind == "txt":
         buffer.write(value.encode())
     elif kind == "json":
-        buffer.write(json.dumps(value, sort_keys=True).encode())
+        buffer.write(json.dumps(finite(value), sort_keys=True).encode())
     else:
         raise ValueError(f"no codec for .{name}")
     return buffer.getvalue()
