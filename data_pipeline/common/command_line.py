@@ -18,6 +18,8 @@ from hydra.errors import HydraException
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.hydra_messages import options, top_keys
+from data_pipeline.common.option_checks import fits
+from data_pipeline.common.program_options import PROGRAMS
 
 PROMPTS = ("prompts", "negative_prompt", "labels")
 PATHS = (
@@ -46,7 +48,7 @@ def as_hydra_reads(arguments: Sequence[str], conf: Path, root: str) -> list[str]
             _refuse_dashes(argument, rest, [*top_keys(conf, root), *options(conf, root)])
         elif before not in WITH_VALUE and not argument.startswith("~"):
             _refuse_pieces(before, argument, rest)
-            argument = quoted_if_needed(argument)
+            argument = quoted_if_needed(argument, root)
         read.append(argument)
         before = argument
     return read
@@ -79,20 +81,21 @@ def _refuse_pieces(before: str, argument: str, rest: str) -> None:
     raise UserError(f"{name} has blanks beside its equals sign: write {name}={value}.")
 
 
-def quoted_if_needed(argument: str) -> str:
+def quoted_if_needed(argument: str, program: str) -> str:
     """name=value as Hydra reads the value of a text; other arguments are only checked."""
     name, _, value = argument.partition("=")
+    hint = PROGRAMS[program].get(name.lstrip("+"), str)
     plain = name.lstrip("+")
     if plain in PROMPTS:  # never an interpolation: people write $ and { in prompts
         value = re.sub(r"(?<!\\)\$\{", r"\\${", value)
         argument = f"{name}={value}"
     made, readable = _parsed(argument)
-    if plain not in TEXTS:
+    if plain not in TEXTS or not fits("text", hint):
         if not readable:
             raise UserError(refusal(name, value))
         return argument
-    fits = isinstance(made, str | list | None) or (isinstance(made, dict) and plain in PATHS) or plain == "step"
-    if readable and fits:
+    as_meant = isinstance(made, str | list | None) or (isinstance(made, dict) and plain in PATHS) or plain == "step"
+    if readable and as_meant:
         return argument
     as_text = f"{name}={quoted(value)}"
     if re.match(r"\s*[\['\"]", value) or _parsed(as_text) != (value, True):

@@ -93,19 +93,20 @@ def start_entry(module: str) -> NoReturn:
 
 
 def _check(cfg: DictConfig, config_name: str) -> None:
-    """UserError for what is missing, unknown, of a wrong type or out of range."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        example = " ".join(f"{key}=..." for key in missing)
-        raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
-    _rename_options(cfg)
-    _refuse_unknown(cfg, config_name)
+    """UserError for what is missing, unknown, of a wrong type, out of range, or an output that can't be written."""
     try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            example = " ".join(f"{key}=..." for key in missing)
+            raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
+        _rename_options(cfg)
+        _refuse_unknown(cfg, config_name)
         resolved = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         what = str(error).partition("\n")[0]
         raise UserError(
-            f"{error.full_key}: {what}; ${{...}} stands for another option: write \\${{...}} for the text itself."
+            f"{error.full_key} can't be read ({what}): ${{name}} stands for another option; write \\${{name}} for the "
+            "text itself."
         ) from None
     refuse_wrong_options(resolved, config_name)
     refuse_unwritable_outputs(resolved, config_name)
