@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest, refuse_no_heldout
 from train.distributed.ranks import Ranks
 from train.evaluation.retrieval import retrieval_of
 from train.loop.context import TrainedModel, TrainingContext
@@ -33,6 +33,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     config = OmegaConf.to_container(cfg, resolve=True)
     images = Manifest.load(f"{cfg.input}/train", "image-text")
     recipe = Recipe.of(cfg, instantiate, ranks)
+    refuse_no_heldout(cfg.input)
     torch.manual_seed(cfg.seed)
     clip = instantiate(cfg.clip, _convert_="all")
     objective = instantiate(

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from data_pipeline.shards.manifest import refuse_no_heldout
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
 from train.engine.train_state import TrainState
 from train.loop.context import TrainingContext
@@ -18,7 +17,6 @@ def on_all_ranks(train: Callable[[Any, Ranks], None]) -> Callable[[Any], None]:
     """The `main(cfg)` of an entry script: runs `train(cfg, ranks)` within a process group."""
 
     def main(cfg: Any) -> None:
-        refuse_no_heldout(cfg.input)
         ranks = find_ranks()
         with closing_distributed():
             train(cfg, ranks)
