@@ -25,6 +25,8 @@ WRONG = {
     "source.limt=3": "there is no option source.limt: is it source.limit",
     "+sorce=folder": "there is no option sorce: is it source",
     "+foo.bar=1": "there is no option foo (see --help).",
+    "source.file=x": "there is no option source.file in the chosen source: choose source=table.",
+    "source=table": "this source reads a folder: add input=FOLDER.",
     "source.limit=-1": "source.limit=-1 is not valid: use a whole number",
     "size=large": "size=large is not valid: use a whole number of 1 or more",
     "--hepl": "--hepl is not an option: write options without dashes",

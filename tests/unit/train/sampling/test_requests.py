@@ -15,7 +15,8 @@ from data_pipeline.images.resize import centre_square
 from train.evaluate_ldm import usable
 from train.models.classifier import NoisyClassifier
 from train.sample_images import guided_by
-from train.sampling.requests import as_sample, load_picture, negative_rows, request_rows
+from train.sampling.requests import as_sample, load_picture, negative_rows, prompts_in, request_rows
+from train.sampling.trained_run import open_run
 from train.weights.saved import save_model
 
 
@@ -129,3 +130,33 @@ def test_what_precompute_sets_aside_is_not_judged():
         {name: value for name, value in good.items() if name != "image"},
     ]  # fmt: skip
     assert usable(SimpleNamespace(conditions=conditions), [bad[0], good, *bad[1:], good]) == [good, good]
+
+
+def test_prompts_of_a_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffit's (a:1.2) fox\r\n\n  [fox #1], \u7ea2  \n\u2028x".encode())
+    assert prompts_in(str(tmp_path / "a.txt")) == ["it's (a:1.2) fox", "[fox #1], \u7ea2", "x"]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\\nb", "seed": 1}\n"c"\n{"caption": "d"}\n')
+    assert prompts_in(str(tmp_path / "a.jsonl")) == ["a\nb", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b" \n", "is empty: write one prompt a line"), ("a.txt", b"caf\xe9", "it is not UTF-8"),
+        ("a.jsonl", b'"a"\nb', "line 2 is not JSON"), ("a.jsonl", b"[1]", "line 1 has no text as prompt, caption"),
+        ("a.jsonl", b'{"prompt": 5}', "line 1 has no text as prompt"), ("none.txt", None, "No such file or directory"),
+    ],
+)  # fmt: skip
+def test_a_file_without_prompts_is_a_sentence(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        prompts_in(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["train_autoencoder", "train_clip", "train_classifier"])
+def test_a_run_of_another_kind_draws_nothing(tmp_path, kind):
+    (tmp_path / "run_id").write_text(f"{kind} 0123abcd\n")
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match=rf"is a run of {kind}\.py: give the output= of train_ldm\.py"):
+        open_run(str(tmp_path), "latest")
