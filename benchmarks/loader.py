@@ -21,7 +21,7 @@ import torch
 import webdataset as wds
 
 from data_pipeline.common.progress import Progress
-from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.loader import Loader, LoaderConfig
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 
@@ -44,7 +44,7 @@ def write_latents(root: Path) -> None:
 
 def ours(root: Path, **how: object) -> Iterator[int]:
     """Sample counts of successive epochs of one loader, which checks shards only in the first epoch."""
-    batches = iter(Loader(str(root), BATCH, 8, **how))
+    batches = iter(Loader(str(root), BATCH, LoaderConfig(8, **how)))
     while True:
         yield sum(len(batch) for batch in islice(batches, STEPS))
 

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.common.threads import BackgroundWriter, Prefetcher
+from data_pipeline.common.threads import Prefetcher, ordered_map
 from data_pipeline.encode import shard_reader, split_encoder
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.latent_dataset import SplitToEncode
@@ -50,16 +50,6 @@ class PrefetcherInline:
 
     def __exit__(self, *error: object) -> None:
         pass
-
-
-class BackgroundWriterInline(PrefetcherInline):
-    """`BackgroundWriter` without a thread."""
-
-    def __init__(self, depth: int) -> None:
-        pass
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
-        function(*arguments)
 
 
 class Waiting:
@@ -95,21 +85,15 @@ def images_per_second(root: Path, image: Any, threads: bool) -> float:
     output = root / "latents"
     shutil.rmtree(output, ignore_errors=True)
     shard_reader.Prefetcher = split_encoder.Prefetcher = Prefetcher if threads else PrefetcherInline
-    split_encoder.BackgroundWriter = BackgroundWriter if threads else BackgroundWriterInline
     encoders = Encoders(image, None, {}, torch.device("cpu"), 16)
     reader = shard_reader.ShardReader(str(root / "pictures"), encoders, sizes_of(SIZE, None, 64, 8))
-    if not threads:
-        shard_reader.ordered_map = lambda pool, function, items, ahead: map(function, items)
-    else:
-        shard_reader.ordered_map = ORDERED_MAP
+    in_turn = ordered_map if threads else lambda pool, function, items, ahead: map(function, items)
+    shard_reader.ordered_map = split_encoder.ordered_map = in_turn
     split = SplitToEncode("", Manifest.load(root / "pictures"), OutputPaths(str(output)), reader)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         split_encoder.encode_split(split)
     return PICTURES / (time.perf_counter() - began)
-
-
-ORDERED_MAP = shard_reader.ordered_map
 
 
 def main(output: str, repetitions: str = "7", wait_ms: str = "4") -> None:

@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> None:
         base = base_of(cfg.base, name, encoders, sizes.described) if cfg.base else None
         reader = ShardReader(path, encoders, sizes, base, cfg.decoders or usable_cpus())
         split = SplitToEncode(name, source, OutputPaths(cfg.output, name, sizes.split), reader, cfg.max_aside_fraction)
-        encode_split(split, worker, lambda: stop.requested)
+        encode_split(split, worker, stop)
 
 
 def clip_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> TextEncoder | None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from loaders import loader_of
 from synthetic import TINY_LATENTS
 
-from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import Manifest
 from train.checkpointing.safetensors_io import save_tensors
 from train.data.latent_facts import LatentFacts
@@ -72,7 +72,11 @@ def trained(root: str, how: Configuration, ranks: Ranks) -> tuple[dict[str, torc
     )
     config = EngineConfig(how.stage, gradient_clipping=how.clipping)
     engine = Engine(objective, OPTIMIZER, config, ranks, BATCH, how.accumulation)
-    batches = iter(Loader(root, BATCH, STREAMS, SEED, ranks.rank, ranks.world_size, how.accumulation))
+    batches = iter(
+        loader_of(
+            root, BATCH, STREAMS, seed=SEED, rank=ranks.rank, world_size=ranks.world_size, accumulation=how.accumulation
+        )
+    )
     said: dict[str, list[float]] = {"losses": [], "norms": []}
     for step in range(STEPS):
         result = engine.train_step(batches, step, STEPS)

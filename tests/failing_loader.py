@@ -1,23 +1,35 @@
-"""A loader that fails on rank 1 at a given step: data._target_=failing_loader.FailingLoader."""
+"""A loader that fails on rank 1 at a given step: data._target_=failing_loader.FailingLoaderConfig."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.loading.batch import Batch
-from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.loader import Loader, LoaderConfig
 
 BAD_STEP = 5
 
 
-class FailingLoader(Loader):
+@dataclass(frozen=True, slots=True)
+class FailingLoaderConfig(LoaderConfig):
     """does: the kind of failure, crash, damaged or starve."""
 
-    def __init__(self, *args, does: str = "nothing", **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.does = does if kwargs.get("rank") == 1 else "nothing"
+    does: str = "nothing"
+
+    def loader(self, root: str, batch_size: int, **position: Any) -> FailingLoader:
+        return FailingLoader(root, batch_size, self, **position)
+
+
+class FailingLoader(Loader):
+    """Fails at BAD_STEP."""
+
+    def __init__(self, root: str, batch_size: int, config: FailingLoaderConfig, **position: Any) -> None:
+        super().__init__(root, batch_size, config, **position)
+        self.does = config.does if position.get("rank") == 1 else "nothing"
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():

@@ -66,7 +66,7 @@ def work(images: str, output: str, number: int, workers: int, ready: Event, go: 
     split, stop = split_of(images, output), StopRequest()
     ready.set()
     go.wait()
-    encode_split(split, Worker(number, workers), lambda: stop.requested)
+    encode_split(split, Worker(number, workers), stop)
 
 
 def started(images: str, output: object, number: int = 0, workers: int = 1) -> BaseProcess:

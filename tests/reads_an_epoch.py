@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from data_pipeline.loading.loader import Loader
+from loaders import loader_of
+
 from data_pipeline.shards.manifest import Manifest
 
 BATCH, STREAMS = 8, 8
@@ -16,6 +17,6 @@ root, folder = sys.argv[1], Path(sys.argv[2])
 (folder / f"ready-{os.getpid()}").touch()
 while not (folder / "go").exists():
     time.sleep(0.001)
-batches = iter(Loader(root, BATCH, STREAMS, cache_mb=0, prefetch=0))
+batches = iter(loader_of(root, BATCH, STREAMS, cache_mb=0, prefetch=0))
 for _ in range(Manifest.load(root).samples // BATCH):
     next(batches)

@@ -1,4 +1,4 @@
-"""Threads that read ahead or write behind. Queues are bounded, and errors are raised in the calling thread."""
+"""Threads that work ahead of their caller. Queues are bounded, and errors are raised in the calling thread."""
 
 from __future__ import annotations
 
@@ -67,49 +67,11 @@ class Prefetcher(Generic[T]):
         self.thread.join()
 
 
-class BackgroundWriter:
-    """`with BackgroundWriter(depth) as writer: writer.submit(write, data)`: a thread makes the calls, in order.
-
-    `submit` waits while `depth` calls are queued. The first error is raised by the next `submit`, or on leaving; calls
-    queued after it are not made. Leaving by another error still finishes the queued calls.
-    """
-
-    def __init__(self, depth: int) -> None:
-        self.given: queue.Queue[Any] = queue.Queue(depth)
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-
-    def _work(self) -> None:
-        while (job := self.given.get()) is not END:
-            if self.error is None:
-                try:
-                    job[0](*job[1:])
-                except BaseException as error:  # as above
-                    self.error = error
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Queue a call."""
-        if self.error is not None:
-            raise self.error
-        self.given.put((function, *arguments))
-
-    def __enter__(self) -> BackgroundWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.given.put(END)
-        self.thread.join()
-        if self.error is not None and (error is None or isinstance(error, SystemExit)):
-            raise self.error
-
-
 def ordered_map(
     pool: ThreadPoolExecutor, function: Callable[[Given], Made], items: Iterable[Given], ahead: int
 ) -> Iterator[Made]:
-    """Like map, but at most `ahead` results are made before they are taken: decoded pictures are large."""
+    """Like map, but at most `ahead` results are made before they are taken: decoded pictures are large. A pool of one
+    thread makes the calls in order, behind a slower `items`; those begun are finished even after an error."""
     running: collections.deque[Future[Made]] = collections.deque()
     for item in items:
         running.append(pool.submit(function, item))

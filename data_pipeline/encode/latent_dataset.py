@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,9 +112,14 @@ def temp_folders(split: SplitToEncode) -> list[str]:
     return sorted(roots | {storage.join(root, folder) for root in roots for folder in below if folder})
 
 
-def finish(
-    split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dict[str, str], counted: Callable[[int], str]
-) -> None:
+class Finished(NamedTuple):
+    """How many samples a finished split has, and how many were rejected, over all workers."""
+
+    samples: int
+    rejected: int
+
+
+def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dict[str, str]) -> Finished:
     """Write what belongs to the whole: constants, rejects, manifests. Every worker writes the same bytes."""
     source, paths, encoders = split.source, split.paths, split.encoders
     rejects = Rejects(source.samples, split.max_aside_fraction)
@@ -145,8 +150,7 @@ def finish(
     if paths.bucketed:
         storage.write_atomically(paths.final_file, json.dumps(counts, indent=1).encode())
         print(f"{split.title}: " + ", ".join(f"{count} of {bucket}" for bucket, count in counts.items()))
-    root = paths.root("*" if paths.bucketed else "")
-    print(f"{split.title}: {counted(processed)}, {len(rejects.rows)} set aside; in {root}")
+    return Finished(processed, len(rejects.rows))
 
 
 def common_fields(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

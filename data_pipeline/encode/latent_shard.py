@@ -127,8 +127,14 @@ class LatentShardBuilder:
         self.copied = 0  # samples whose picture was not encoded, because the base has the result
         self.done_marker: DoneMarker | None = None
 
-    def add(self, items: Sequence[Item], stored: dict[str, np.ndarray]) -> list[Rejected]:
-        """Put encoded samples of one bucket into its tar, in memory; returns those with unusable values."""
+    def add(
+        self, items: Sequence[Item], stored: dict[str, np.ndarray], rejected: Sequence[Rejected] = ()
+    ) -> list[Rejected]:
+        """Put encoded samples of one bucket into its tar, in memory, beside those that could not be encoded; returns
+        the encoded ones with unusable values."""
+        self.rejected += rejected
+        if not items:
+            return []
         self.copied += sum("image" not in item.sample for item in items)
         codes = len(self.image.codebook) if self.image.stored_as == "indices" else None
         bad = [(items[row].position, items[row].sample["key"], why) for row, why in unusable(stored, codes, self.dtype)]
@@ -142,13 +148,13 @@ class LatentShardBuilder:
     def _write(self, items: Sequence[Item], stored: dict[str, np.ndarray], rows: list[int]) -> None:
         bucket, latents = items[0].bucket, stored[self.image.stored_as]
         writer = self.writers.setdefault(bucket, ShardWriter())
-        for row in rows:
-            sample = items[row].sample
-            members = {f"{name}.npy": values[row] for name, values in stored.items()}
-            writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
         kept = latents if len(rows) == len(items) else latents[rows]
         self.statistics.setdefault(bucket, []).append(batch_statistics(self.image, kept))
         self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
+        for row in rows:  # after what may fail: publish counts them
+            sample = items[row].sample
+            members = {f"{name}.npy": values[row] for name, values in stored.items()}
+            writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
 
     def publish(self, paths: OutputPaths) -> DoneMarker:
         """Write each bucket's tar and then the note that the shard is finished, unless another worker came first.
@@ -166,6 +172,8 @@ class LatentShardBuilder:
         return None
 
     def _written(self, paths: OutputPaths) -> DoneMarker:
+        put = sum(writer.count for writer in self.writers.values()) + len(self.rejected)
+        assert put == self.shard.samples, f"{put} of {self.shard.samples} samples of {self.shard.name} were added"
         lines = {}
         for bucket, writer in sorted(self.writers.items()):
             lines[bucket], index, data = writer.contents(self.shard.name)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -15,7 +13,7 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.threads import Prefetcher, ordered_map
 from data_pipeline.encode.base_dataset import Base, BaseShard
 from data_pipeline.encode.batch_encoder import Encoders, Item
-from data_pipeline.encode.latent_shard import Rejected
+from data_pipeline.encode.latent_shard import DoneMarker, OutputPaths, Rejected, read_done_marker
 from data_pipeline.images.aspect_buckets import Sizes, geometry
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.images.resize import Sides, fitted
@@ -26,13 +24,11 @@ from data_pipeline.shards.samples import as_sample, collated, picture_in
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 
-@dataclass(frozen=True, slots=True)
-class ShardStart:
-    """The start of a shard; captions: those that must be encoded. Setting `dropped` asks for no more parts of it."""
+class ShardStart(NamedTuple):
+    """The start of a shard; captions: those that must be encoded."""
 
     shard: Shard
     captions: list[str]
-    dropped: threading.Event = field(default_factory=threading.Event)
 
 
 class EncodeBatch(NamedTuple):
@@ -45,14 +41,14 @@ class EncodeBatch(NamedTuple):
 
 
 class ShardEnd(NamedTuple):
-    """The end of a shard: its last part has come."""
+    """The end of a shard: its last batch has come."""
 
 
 class AlreadyDone(NamedTuple):
     """A shard that is already finished, and its note."""
 
     shard: Shard
-    record: dict[str, Any]
+    record: DoneMarker
 
 
 Step = ShardStart | EncodeBatch | ShardEnd | AlreadyDone
@@ -65,23 +61,31 @@ class ShardReader:
         self.path, self.encoders, self.sizes, self.base, self.threads = path, encoders, sizes, base, threads
         self.field_encoders = encoders.field_encoders
 
-    def steps(self, shards: Iterable[Shard], record_of: Callable[[Shard], dict[str, Any] | None]) -> Iterator[Step]:
-        """For each shard its note if it has one, else ShardStart, parts, ShardEnd."""
+    def steps(self, shards: Iterable[Shard], paths: OutputPaths, shared: bool = False) -> Iterator[Step]:
+        """For each shard ShardStart, batches and ShardEnd; or AlreadyDone, if its note is in `paths`. shared: other
+        workers may write notes meanwhile."""
 
         def read() -> Iterator[tuple[Any, ...]]:
             for shard in shards:
-                record = record_of(shard)
-                whole = () if record else (read_index(self.path, shard), read_whole(self.path, shard))
-                yield shard, record, *whole
+                record = read_done_marker(paths, shard)
+                yield shard, record, *(() if record else (read_index(self.path, shard), read_whole(self.path, shard)))
 
         with ThreadPoolExecutor(self.threads) as pool, Prefetcher(read(), 1) as ahead:
             for shard, record, *whole in ahead:
                 if record:
                     yield AlreadyDone(shard, record)
                 else:
-                    yield from self._parts(shard, *whole, pool)
+                    start, batches = self._shard(shard, *whole, pool)
+                    yield start
+                    for batch in batches:
+                        if shared and read_done_marker(paths, shard):
+                            break  # encode_steps sees the note, too, and drops the shard
+                        yield batch
+                    yield ShardEnd()
 
-    def _parts(self, shard: Shard, entries: list[IndexEntry], data: bytes, pool: ThreadPoolExecutor) -> Iterator[Step]:
+    def _shard(
+        self, shard: Shard, entries: list[IndexEntry], data: bytes, pool: ThreadPoolExecutor
+    ) -> tuple[ShardStart, Iterator[EncodeBatch]]:
         base = self.base.shard(shard.name, [entry.key for entry in entries]) if self.base else None
         items, rejected = [], []
         for position, entry in enumerate(entries):
@@ -91,15 +95,14 @@ class ShardReader:
                 rejected.append((position, entry.key, str(error)))
         uses_text = [encoder for encoder in self.field_encoders if "caption" in encoder.made_from]
         lacking = [item for item in items if any(item.lacks(encoder) for encoder in uses_text)]
-        start = ShardStart(shard, [item.sample["caption"] for item in lacking])
-        yield start
+        decoded = ordered_map(pool, lambda each: self._with_picture(each, entries, data), items, 2 * self.threads)
+        return ShardStart(shard, [item.sample["caption"] for item in lacking]), self._batches(decoded, rejected)
+
+    def _batches(self, decoded: Iterable[tuple[Item, Sides | str]], rejected: list[Rejected]) -> Iterator[EncodeBatch]:
+        """Batches of pictures of one size, in order; rejected samples, given or found here, go with the next batch."""
         waiting: dict[Sides, list[Item]] = {}
         only: Sides | None = None  # the size of all pictures, where they stay as they are
-        for item, sides in ordered_map(
-            pool, lambda each: self._with_picture(each, entries, data), items, 2 * self.threads
-        ):
-            if start.dropped.is_set():
-                return
+        for item, sides in decoded:
             if not isinstance(sides, str):
                 only = only or sides
             if isinstance(sides, str) or (not self.sizes.sides and sides != only):
@@ -116,7 +119,6 @@ class ShardReader:
             rejected = []
         if rejected:
             yield batch_of([], rejected)
-        yield ShardEnd()
 
     def _without_picture(self, position: int, entry: IndexEntry, data: bytes, base: BaseShard | None) -> Item:
         """A sample with all members but the picture, and what the base has of it. DataError: it can't be used."""
@@ -164,6 +166,6 @@ def words(sides: Sides) -> str:
 
 
 def batch_of(items: list[Item], rejected: list[Rejected]) -> EncodeBatch:
-    """A part with its pictures stacked: here, in the thread that decodes."""
+    """A batch with its pictures stacked: here, in the thread that decodes."""
     pictures = [{"key": i.sample["key"], "image": i.sample["image"]} for i in items if "image" in i.sample]
     return EncodeBatch(items, collated(pictures)["image"] if pictures else None, rejected)

@@ -1,17 +1,25 @@
-"""Encodes a split of image-text shards to latent data sets: the missing shards, then what belongs to the whole."""
+"""Encodes a split of image-text shards to latent data sets: the missing shards, then what belongs to the whole.
+
+Three threads: one reads and decodes ahead (ShardReader.steps), the caller's encodes (encode_steps), and one writes tars
+behind it (write_step). Each hands on values; a SplitProgress collects what has come of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import NamedTuple
+
+import numpy as np
 
 from data_pipeline.common import storage
 from data_pipeline.common.progress import Progress
-from data_pipeline.common.stop_request import Stopped, speaks
+from data_pipeline.common.stop_request import Stopped, StopRequest, speaks
 from data_pipeline.common.temp_files import sweep
-from data_pipeline.common.threads import BackgroundWriter, Prefetcher
-from data_pipeline.encode.batch_encoder import encode_batch
+from data_pipeline.common.threads import Prefetcher, ordered_map
+from data_pipeline.encode.batch_encoder import Encoders, encode_batch
 from data_pipeline.encode.latent_dataset import (
     SplitToEncode,
     claim,
@@ -21,16 +29,24 @@ from data_pipeline.encode.latent_dataset import (
     refuse_pictures,
     temp_folders,
 )
-from data_pipeline.encode.latent_shard import LatentShardBuilder, Rejected, read_done_marker, verify_done_markers
+from data_pipeline.encode.latent_shard import (
+    DoneMarker,
+    LatentShardBuilder,
+    OutputPaths,
+    Rejected,
+    read_done_marker,
+    verify_done_markers,
+)
 from data_pipeline.encode.shard_reader import AlreadyDone, EncodeBatch, ShardEnd, ShardStart, Step
 from data_pipeline.encode.workers import Worker
+from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.rejects import Rejects
 
-STEPS_AHEAD, CALLS_BEHIND = 4, 4  # batches that wait between decoding, encoding and writing
+STEPS_AHEAD, STEPS_BEHIND = 4, 4  # batches that wait between decoding, encoding and writing
 MARKER_THREADS = 16  # threads that look for finished shards: in a bucket each look takes some 20 ms
 
 
-def encode_split(split: SplitToEncode, worker: Worker = Worker(), stop: Callable[[], bool] = lambda: False) -> None:  # noqa: B008
+def encode_split(split: SplitToEncode, worker: Worker = Worker(), stop: StopRequest | None = None) -> None:  # noqa: B008
     """Encode the missing shards, then write constants and manifests. Raises Stopped if asked to stop before that."""
     source, paths = split.source, split.paths
     made_of = recipe_of(source, split.encoders, split.reader.sizes, split.reader.base)
@@ -43,101 +59,142 @@ def encode_split(split: SplitToEncode, worker: Worker = Worker(), stop: Callable
     swept = sum(sweep(folder) for folder in temp_folders(split))
     if swept:
         print(f"{split.title}: deleted {swept} temporary files that killed workers left")
-    with ThreadPoolExecutor(MARKER_THREADS) as pool:
-        markers = pool.map(lambda shard: read_done_marker(paths, shard), source.shards)
-        done = {shard.name: record for shard, record in zip(source.shards, markers, strict=True) if record}
+    done = read_done_markers(split)
     if done:
         print(f"{split.title}: {len(done)} of {len(source.shards)} shards are there already")
-    encoder = SplitEncoder(split, worker, done)
-    encoder.run(stop)
-    done |= verify_done_markers(paths, [made.shard for made in encoder.made], done)
-    finish(split, [done[shard.name] for shard in source.shards], made_of, encoder.counts)
+    progress = encode_missing(split, worker, done, stop)
+    if len(progress.done) < len(source.shards):
+        if speaks():
+            title = split.title + str(worker)
+            print(f"{title}: stopped by a signal; start the same command again to go on", flush=True)
+        raise Stopped
+    done = progress.done | verify_done_markers(paths, [build.shard for build in progress.made], progress.done)
+    finished = finish(split, [done[shard.name] for shard in source.shards], made_of)
+    counts = progress.counts(finished.samples)
+    print(f"{split.title}: {counts}, {finished.rejected} set aside; in {paths.root('*' if paths.bucketed else '')}")
 
 
-class SplitEncoder:
-    """Makes shards of a split, as one of several workers; `done` holds all notes of finished shards, by any worker.
+def read_done_markers(split: SplitToEncode) -> dict[str, DoneMarker]:
+    """The notes of finished shards, made by any worker, by the shard's name."""
+    with ThreadPoolExecutor(MARKER_THREADS) as pool:
+        markers = pool.map(lambda shard: read_done_marker(split.paths, shard), split.source.shards)
+        return {shard.name: record for shard, record in zip(split.source.shards, markers, strict=True) if record}
 
-    Three threads: one decodes pictures ahead, this one encodes, and one writes tars behind it.
-    """
 
-    def __init__(self, split: SplitToEncode, worker: Worker, done: dict[str, dict[str, Any]]) -> None:
-        self.split, self.worker, self.done = split, worker, done
-        self.encoders, self.paths = split.encoders, split.paths
+def encode_missing(
+    split: SplitToEncode, worker: Worker, done: dict[str, DoneMarker], stop: StopRequest | None
+) -> SplitProgress:
+    """Make the shards that are not in `done`, as one of several workers. Ends early if asked to stop: shards that are
+    encoded are still written."""
+    progress = SplitProgress(split, done)
+    missing = [shard for shard in worker.order(split.source.shards) if shard.name not in done]
+    shared = worker.workers > 1
+    steps = split.reader.steps(missing, split.paths, shared)
+    there = sum(record["listed"] for record in done.values())
+    with (
+        Progress(split.title + str(worker), split.source.samples, "images", there) as bar,
+        Prefetcher(steps, STEPS_AHEAD) as ahead,
+        ThreadPoolExecutor(1, "write") as writer,
+    ):
+        wanted = ahead if stop is None else itertools.takewhile(lambda _: not stop.requested, ahead)
+        encoded = encode_steps(wanted, split.encoders, split.paths, shared)
+        for outcome in ordered_map(writer, functools.partial(write_step, split.paths), encoded, STEPS_BEHIND):
+            progress.add(outcome)
+            if isinstance(outcome, ShardDone):
+                bar.skip(outcome.by_others)
+            else:
+                bar.advance(outcome.samples, aside=str(len(progress.rejects.rows)))
+    return progress
+
+
+class EncodedStep(NamedTuple):
+    """A step of the reader, and its shard; of a batch the fields by name, each (B, ...) as stored. counted: how many of
+    the shard's samples were handed on before."""
+
+    step: EncodeBatch | ShardEnd | AlreadyDone
+    build: LatentShardBuilder | None
+    counted: int
+    fields: dict[str, np.ndarray]
+
+
+def encode_steps(
+    steps: Iterable[Step], encoders: Encoders, paths: OutputPaths, shared: bool = False
+) -> Iterator[EncodedStep]:
+    """Encode batches. shared: another worker may finish a shard meanwhile, which is then dropped."""
+    build, counted = None, 0
+    for step in steps:
+        if shared and build is not None and (record := read_done_marker(paths, build.shard)):
+            step = AlreadyDone(build.shard, record)
+        if isinstance(step, ShardStart):
+            build, counted = LatentShardBuilder(step.shard, encoders), 0
+            if encoders.text is not None:
+                encoders.text.begin(step.captions)
+        elif isinstance(step, EncodeBatch):
+            if build is not None:  # else it was read ahead, of a dropped shard
+                fields = encode_batch(step.items, step.images, encoders) if step.items else {}
+                yield EncodedStep(step, build, counted, fields)
+                counted += len(step.items) + len(step.rejected)
+        elif isinstance(step, AlreadyDone) or build is not None:
+            yield EncodedStep(step, build, counted, {})
+            build, counted = None, 0
+
+
+class BatchDone(NamedTuple):
+    """`samples` of a shard were handled; these of them were rejected."""
+
+    shard: Shard
+    samples: int
+    rejected: Sequence[Rejected]
+
+
+class ShardDone(NamedTuple):
+    """A shard is finished, with its note. made: by this worker. by_others: samples not counted in batches."""
+
+    shard: Shard
+    record: DoneMarker
+    made: LatentShardBuilder | None = None
+    by_others: int = 0
+
+
+def write_step(paths: OutputPaths, encoded: EncodedStep) -> BatchDone | ShardDone:
+    """Put a batch into its shard; at a shard's end, publish it."""
+    step, build, counted, fields = encoded
+    if isinstance(step, AlreadyDone):
+        return ShardDone(step.shard, step.record, by_others=step.record["listed"] - counted)
+    if isinstance(step, ShardEnd):
+        record = build.publish(paths)
+        return ShardDone(build.shard, record, build if record is build.done_marker else None)
+    bad = build.add(step.items, fields, step.rejected)
+    return BatchDone(build.shard, len(step.items) + len(step.rejected), [*step.rejected, *bad])
+
+
+class SplitProgress:
+    """What has come of a split's shards so far: notes of finished ones, rejected samples, and what this worker made."""
+
+    def __init__(self, split: SplitToEncode, done: dict[str, DoneMarker]) -> None:
+        self.done = dict(done)
+        self.made: list[LatentShardBuilder] = []
         self.rejects = Rejects(split.source.samples, split.max_aside_fraction)
-        self.seen_rejects: set[tuple[str, ...]] = set()  # rejects in other workers' notes
-        self.made: list[LatentShardBuilder] = []  # what this worker has published
-        for record in done.values():
-            self.add_rejects_of(record)
-        self.current: ShardStart | None = None  # the shard that the parts belong to
-        self.build: LatentShardBuilder | None = None
+        self.seen_rejects: set[tuple[str, str, str]] = set()
+        for name, record in done.items():
+            self._add_rejects_of(name, record)
 
-    def run(self, stop: Callable[[], bool]) -> None:
-        """Work until all shards have their notes. Stopped if `stop()` comes first; encoded shards are still written."""
-        missing = [shard for shard in self.worker.order(self.split.source.shards) if shard.name not in self.done]
-        steps = self.split.reader.steps(missing, lambda shard: read_done_marker(self.paths, shard))
-        title, listed = self.split.title + str(self.worker), self.split.source.samples
-        with (
-            Progress(title, listed, "images", sum(record["listed"] for record in self.done.values())) as self.bar,
-            Prefetcher(steps, STEPS_AHEAD) as ahead,
-            BackgroundWriter(CALLS_BEHIND) as self.writer,
-        ):
-            for step in ahead:
-                if stop():
-                    if speaks():
-                        print(f"{title}: stopped by a signal; start the same command again to go on", flush=True)
-                    raise Stopped
-                self.handle(step)
-
-    def handle(self, step: Step) -> None:
-        """Handle the reader's next step."""
-        if isinstance(step, AlreadyDone):
-            self.skip_done(step, counted=0)
-        elif isinstance(step, ShardStart):
-            self.current, self.build, self.counted = step, LatentShardBuilder(step.shard, self.encoders), 0
-            if self.encoders.text is not None:
-                self.encoders.text.begin(step.captions)
-        elif self.current.dropped.is_set():
-            pass
-        elif self.worker.workers > 1 and (record := read_done_marker(self.paths, self.current.shard)):
-            self.current.dropped.set()
-            self.skip_done(AlreadyDone(self.current.shard, record), self.counted)
-        elif isinstance(step, ShardEnd):
-            self.writer.submit(self.publish, self.build)
+    def add(self, outcome: BatchDone | ShardDone) -> None:
+        """Record an outcome. DataError if too many samples are rejected."""
+        if isinstance(outcome, BatchDone):
+            for _, key, reason in outcome.rejected:
+                self.seen_rejects.add((outcome.shard.name, key, reason))
+                self.rejects.add(key, reason)
         else:
-            self.encode(step)
+            self.done[outcome.shard.name] = outcome.record
+            self._add_rejects_of(outcome.shard.name, outcome.record)
+            self.made += [outcome.made] if outcome.made is not None else []
 
-    def encode(self, part: EncodeBatch) -> None:
-        self.build.rejected += part.rejected
-        self.set_aside(part.rejected)
-        if part.items:
-            self.writer.submit(self.add, self.build, part, encode_batch(part.items, part.images, self.encoders))
-        self.counted += len(part.items) + len(part.rejected)
-        self.bar.advance(len(part.items) + len(part.rejected), aside=str(len(self.rejects.rows)))
-
-    def add(self, build: LatentShardBuilder, part: EncodeBatch, stored: dict[str, Any]) -> None:
-        if build.shard.name not in self.done:  # else another worker was faster, and its note counts
-            self.set_aside(build.add(part.items, stored))
-
-    def publish(self, build: LatentShardBuilder) -> None:
-        record = self.done[build.shard.name] = build.publish(self.paths)
-        if record is build.done_marker:
-            self.made.append(build)
-
-    def set_aside(self, rejected: Sequence[Rejected]) -> None:
-        for _, key, reason in rejected:
-            self.rejects.add(key, reason)
-
-    def skip_done(self, made: AlreadyDone, counted: int) -> None:
-        """Another worker has made a shard; `counted` of its samples were already counted here."""
-        self.done[made.shard.name] = made.record
-        self.add_rejects_of(made.record)
-        self.bar.skip(made.record["listed"] - counted)
-
-    def add_rejects_of(self, record: dict[str, Any]) -> None:
-        """Record another worker's rejects, once each."""
+    def _add_rejects_of(self, shard: str, record: DoneMarker) -> None:
+        """Record the rejects in a note, once each, whoever wrote it."""
         for row in record["aside"]:
-            if (marks := tuple(row.values())) not in self.seen_rejects:
-                self.seen_rejects.add(marks)
+            if (mark := (shard, row["key"], row["reason"])) not in self.seen_rejects:
+                self.seen_rejects.add(mark)
                 self.rejects.rows.append(row)
 
     def counts(self, total: int) -> str:

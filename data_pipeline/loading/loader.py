@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,50 +23,63 @@ EPOCHS_A_BATCH = 10  # a sample may well repeat within a batch, each time with i
 WINDOWS_HELD = 3  # piles of a stream's shards that stay open: two for its window, and the next
 
 
+@dataclass(frozen=True, slots=True)
+class LoaderConfig:
+    """How a data set is read (conf/data/): the same for all ranks, and for every position in the data."""
+
+    streams: int = 8  # canonical streams of the epoch plan
+    num_workers: int = 0  # processes that decode; 0: a thread
+    prefetch: int = 2  # steps read ahead, by a thread or by each worker
+    window_shards: int = 4
+    overlap: bool = True
+    cache_mb: float = 512.0
+    verify: bool = True
+    shuffle: bool = True
+
+    def loader(self, root: str, batch_size: int, **position: Any) -> Loader:
+        """The loader of a data set. A subclass may return another one (`data._target_=my_package.MyLoaderConfig`)."""
+        return Loader(root, batch_size, self, **position)
+
+
 class Loader:
     """Endless batches from `start` on. Rank r has streams [r*C/world, (r+1)*C/world); micro-batch m of a step has their
-    m-th part. Workers share a rank's streams, so that no byte is read twice and the result does not change."""
+    m-th part. Workers share a rank's streams, so that no byte is read twice and the result does not change.
+    batch_size is global: over all ranks and micro-batches."""
 
     def __init__(
         self,
         root: str,
-        global_batch_size: int,
-        streams: int = 8,
+        batch_size: int,
+        config: LoaderConfig = LoaderConfig(),  # noqa: B008  (frozen)
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
-        num_workers: int = 0,
-        window_shards: int = 4,
-        shuffle: bool = True,
-        cache_mb: float = 512.0,
         start: DataCursor = DataCursor(),  # noqa: B008  (frozen)
-        overlap: bool = True,
-        prefetch: int = 2,  # steps read ahead, by a thread or by each worker
-        verify: bool = True,
     ) -> None:
-        if streams % (world_size * accumulation):
+        if config.streams % (world_size * accumulation):
             raise UserError(
-                f"data.streams={streams} can't be shared by {world_size} ranks x accumulation={accumulation}: "
+                f"data.streams={config.streams} can't be shared by {world_size} ranks x accumulation={accumulation}: "
                 f"make it a multiple of {world_size * accumulation}."
             )
         self.manifest = Manifest.load(root)
         self.manifest.check_shards(root)
         sizes = [shard.samples for shard in self.manifest.shards]
-        self.plan = EpochPlan(sizes, seed, global_batch_size, streams, window_shards, shuffle, overlap)
-        if global_batch_size > EPOCHS_A_BATCH * self.plan.samples:
+        self.plan = EpochPlan(
+            sizes, seed, batch_size, config.streams, config.window_shards, config.shuffle, config.overlap
+        )
+        if batch_size > EPOCHS_A_BATCH * self.plan.samples:
             raise UserError(
-                f"batch_size={global_batch_size} would read all of {root} ({self.plan.samples} samples) more than "
+                f"batch_size={batch_size} would read all of {root} ({self.plan.samples} samples) more than "
                 f"{EPOCHS_A_BATCH} times a step: lower it."
             )
-        own = streams // world_size
+        own = config.streams // world_size
         self.streams = list(range(rank * own, (rank + 1) * own))
-        if num_workers > own:
-            raise UserError(f"data.num_workers={num_workers} is more than a rank's {own} streams: lower it.")
-        if num_workers < 0 or prefetch < 0:
+        if config.num_workers > own:
+            raise UserError(f"data.num_workers={config.num_workers} is more than a rank's {own} streams: lower it.")
+        if config.num_workers < 0 or config.prefetch < 0:
             raise UserError("data.num_workers and data.prefetch must be at least 0.")
-        self.root, self.accumulation, self.start = root, accumulation, start
-        self.num_workers, self.cache_mb, self.prefetch, self.verify = num_workers, cache_mb, prefetch, verify
+        self.root, self.config, self.accumulation, self.start = root, config, accumulation, start
 
     def __iter__(self) -> Iterator[Batch]:
         for parts in self._steps():
@@ -76,24 +90,24 @@ class Loader:
         plan = EpochPlan(*self.plan.arguments)
         return sorted({self.manifest.shards[place.shard].name for place in plan.step(step, self.streams)})
 
-    def _steps(self) -> Iterator[Sequence[Part]]:
+    def _steps(self) -> Iterator[Sequence[StepPart]]:
         """The parts of each step, joined in the order of streams."""
         parts = _StreamParts(self)
-        if self.num_workers:
-            yield from Workers(parts, self.num_workers, self.prefetch)
-        elif self.prefetch:
-            with Prefetcher(parts(), self.prefetch) as ahead:
+        if self.config.num_workers:
+            yield from Workers(parts, self.config.num_workers, self.config.prefetch)
+        elif self.config.prefetch:
+            with Prefetcher(parts(), self.config.prefetch) as ahead:
                 for part in ahead:
                     yield [part]
         else:
             for part in parts():
                 yield [part]
 
-    def _micro_batches(self, parts: Sequence[Part]) -> Iterator[Batch]:
+    def _micro_batches(self, parts: Sequence[StepPart]) -> Iterator[Batch]:
         step, per_stream = parts[0].step, self.plan.per_step
         keys = [key for part in parts for key in part.keys]
         captions = [caption for part in parts for caption in part.captions]
-        tensors = joined([part.tensors for part in parts]) if self.num_workers else parts[0].tensors
+        tensors = joined([part.tensors for part in parts]) if self.config.num_workers else parts[0].tensors
         streams = len(self.streams) // self.accumulation
         size = streams * per_stream
         for m in range(self.accumulation):
@@ -120,7 +134,7 @@ def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return tensors
 
 
-class Part(NamedTuple):
+class StepPart(NamedTuple):
     """The samples of some streams, for one step."""
 
     step: int
@@ -134,8 +148,7 @@ class _StreamParts:
 
     def __init__(self, loader: Loader) -> None:
         self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan
-        self.streams, self.first_step = loader.streams, loader.start.step
-        self.cache_mb, self.verify = loader.cache_mb, loader.verify
+        self.streams, self.config, self.first_step = loader.streams, loader.config, loader.start.step
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": self.plan.arguments}
@@ -143,10 +156,10 @@ class _StreamParts:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"plan": EpochPlan(*state["plan"])})
 
-    def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[Part]:
+    def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[StepPart]:
         streams = np.array_split(self.streams, of)[worker or 0].tolist()
         # Values that are not finite cost training a step, which it logs (stability_monitor.py), not the run.
-        reader = SampleReader(self.root, self.manifest, self.cache_mb / of, self.verify, finite=False)
+        reader = SampleReader(self.root, self.manifest, self.config.cache_mb / of, self.config.verify, finite=False)
         reader.pieces = self.plan.pieces
         pinned = worker is None and torch.cuda.is_available()
         windows = -1
@@ -158,7 +171,7 @@ class _StreamParts:
                     windows, needed = self.plan.windows_made, self.plan.shards_in_use() | self.plan.shards_next()
                     reader.prefetch(self.plan.shards_in_use())
                     reader.prefetch(needed)
-                yield Part(step, *reader.batch(places, pinned))
+                yield StepPart(step, *reader.batch(places, pinned))
                 most = WINDOWS_HELD * self.plan.window_shards * len(streams)
                 if moved and len(reader.shards) + len(reader.opening) > most:
                     reader.keep_only(needed)

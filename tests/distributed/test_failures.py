@@ -25,7 +25,7 @@ pytestmark = pytest.mark.processes
 HANG_TIMEOUT_S = 4
 SETTINGS = [
     *TINY_UNET, *NO_ENCODERS, "training.batch_size=16", "training.log_every=1", "engine=zero2", "validate_every=null",
-    "data._target_=failing_loader.FailingLoader", f"training.hang_timeout_s={HANG_TIMEOUT_S}",
+    "data._target_=failing_loader.FailingLoaderConfig", f"training.hang_timeout_s={HANG_TIMEOUT_S}",
 ]  # fmt: skip
 
 

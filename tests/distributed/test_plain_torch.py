@@ -17,13 +17,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from engine_steps import BATCH, CONFIGURATIONS, DROPOUT, OPTIMIZER, SEED, STEPS, STREAMS, Configuration, network
+from loaders import loader_of
 from safetensors import safe_open
 from synthetic import TINY_LATENTS, run, write_latents
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.loading.batch import Batch
-from data_pipeline.loading.loader import Loader
 from train.diffusion.randomness import generator_at
 
 pytestmark = pytest.mark.processes
@@ -80,7 +80,7 @@ def by_plain_torch(root: Path, clipping: float) -> Trained:
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
-    for step, batch in zip(range(STEPS), Loader(str(root), BATCH, STREAMS, SEED), strict=False):
+    for step, batch in zip(range(STEPS), loader_of(str(root), BATCH, STREAMS, seed=SEED), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = OPTIMIZER.lr * (step + 1) / 2
         optimizer.zero_grad()

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from loaders import loader_of
 
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.loading import loader
 from data_pipeline.loading.batch import Batch
-from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 
@@ -45,7 +45,8 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def batches(root: str, ranks: int, rank: int, workers: int, steps: int = STEPS, **how: Any) -> list[Batch]:
     how = {"window_shards": 2} | how
-    return list(itertools.islice(Loader(root, BATCH, STREAMS, 5, rank, ranks, num_workers=workers, **how), steps))
+    loader = loader_of(root, BATCH, STREAMS, seed=5, rank=rank, world_size=ranks, num_workers=workers, **how)
+    return list(itertools.islice(loader, steps))
 
 
 def ids(parts: list[Batch]) -> list[list[str]]:
@@ -69,7 +70,7 @@ class WorkersHere:
 
 def test_each_id_once_an_epoch(latents: str) -> None:
     """The epochs' ends are the streams' own: counted there, each id comes exactly once."""
-    plan = Loader(latents, BATCH, STREAMS, 5, window_shards=2).plan
+    plan = loader_of(latents, BATCH, STREAMS, seed=5, window_shards=2).plan
     keys = [part.keys for part in batches(latents, 1, 0, 0)]
     for epoch in range(3):
         came: Counter[str] = Counter()
@@ -113,10 +114,10 @@ def test_one_shard_for_eight_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0]])
 def test_a_set_without_samples_is_refused(tmp_path: Path, sizes: list[int]) -> None:
     with pytest.raises(DataError, match="holds no samples"):
-        Loader(write_latents(tmp_path, sizes), 8, 8, world_size=8)
+        loader_of(write_latents(tmp_path, sizes), 8, 8, world_size=8)
 
 
 @pytest.mark.timeout(60)
 def test_fewer_samples_than_streams_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"5 samples can't fill 8 streams: set data\.streams=5"):
-        Loader(write_latents(tmp_path, [5, 0]), 8, 8, world_size=8)
+        loader_of(write_latents(tmp_path, [5, 0]), 8, 8, world_size=8)

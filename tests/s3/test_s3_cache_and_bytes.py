@@ -12,11 +12,11 @@ import boto3
 import pytest
 import torch
 from fault_proxy import FaultProxy
+from loaders import loader_of
 from synthetic import started, write_latents
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.shard_cache import ShardCache, open_shard, seen
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.tar_index import read_index
@@ -48,7 +48,7 @@ def upload(local: Path, bucket: str, client: boto3.client) -> None:
 def epoch(root: str, rank: int = 0, world_size: int = 1, num_workers: int = 0, batch: int = BATCH, **more: int) -> list:
     how = {"cache_mb": 0, "prefetch": min(num_workers, 1)}  # without workers, nothing of the next epoch
     shared = {"rank": rank, "world_size": world_size, "num_workers": num_workers, **how, **more}
-    batches = iter(Loader(root, batch, STREAMS, **shared))
+    batches = iter(loader_of(root, batch, STREAMS, **shared))
     return [next(batches) for _ in range(SAMPLES // batch)]
 
 
@@ -90,7 +90,7 @@ def test_changed_bytes_are_refused(remote, local, bucket, server):
     data = bytearray((local / "shards" / "000003.tar").read_bytes())
     data[1000] ^= 1
     server.client().put_object(Bucket=bucket, Key="latents/shards/000003.tar", Body=bytes(data))
-    loader = Loader(remote, BATCH, 1, cache_mb=0)  # one stream: it reads all shards as a whole
+    loader = loader_of(remote, BATCH, 1, cache_mb=0)  # one stream: it reads all shards as a whole
     batches = iter(loader)
     with pytest.raises(DataError, match=r"000003.tar is damaged \(its sha256"):
         [next(batches) for _ in range(SAMPLES // BATCH)]

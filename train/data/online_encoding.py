@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import build
-from data_pipeline.loading.batch import Batch, DataCursor
+from data_pipeline.loading.batch import Batch
 from data_pipeline.shards.samples import collated
 from train.data.build import Instantiate
 from train.data.latent_facts import LatentFacts
@@ -125,7 +125,7 @@ def first_batches(
     make_loader: Callable[..., Iterable[Batch]], batch_size: int, samples: int, data_samples: int
 ) -> Iterator[Batch]:
     """The first batches, undivided and so the same on every rank: `samples`, or one epoch of a smaller data set."""
-    loader = make_loader(global_batch_size=batch_size, rank=0, world_size=1, accumulation=1, start=DataCursor())
+    loader = make_loader(batch_size=batch_size)
     return islice(iter(loader), max(min(samples, data_samples) // batch_size, 1))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,21 +142,21 @@ class Recipe:
     def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:
         """Build from an entry script's configuration by hydra's instantiate; UserError for options that do not fit."""
         refuse_wrong_entry(cfg)
-        data = build(cfg.data, root=f"{cfg.input}/train", seed=cfg.seed)
+        make_loader = partial(build(cfg.data).loader, f"{cfg.input}/train", seed=cfg.seed)
         order = {
             name: cfg.data[name] for name in ("streams", "window_shards", "shuffle", "overlap") if name in cfg.data
         }
         training, optimizer = build(cfg.training).over(ranks.world_size), build(cfg.optimizer)
         chosen = resolve_dtype(cfg.engine, CheckpointPaths.of(Path(cfg.output), training.checkpoints), ranks)
         engine = build(cfg.engine, dtype=chosen.dtype)
-        recipe = cls(training, optimizer, engine, data, order, chosen.because)
+        recipe = cls(training, optimizer, engine, make_loader, order, chosen.because)
         recipe.check(ranks)
         return recipe
 
     def loader(self, ranks: Ranks, start: DataCursor) -> Iterable[Batch]:
         """This rank's batches from `start` on."""
         return self.make_loader(
-            global_batch_size=self.training.batch_size,
+            batch_size=self.training.batch_size,
             rank=ranks.rank,
             world_size=ranks.world_size,
             accumulation=self.training.accumulation,

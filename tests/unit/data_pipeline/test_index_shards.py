@@ -9,11 +9,12 @@ import tarfile
 import img2dataset_run
 import numpy as np
 import pytest
+from loaders import loader_of
 from PIL import Image
 from synthetic import run
 
 from data_pipeline.loading.epoch_plan import Place
-from data_pipeline.loading.loader import Loader, read_dataset
+from data_pipeline.loading.loader import read_dataset
 from data_pipeline.loading.sample_reader import SampleReader
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest
@@ -103,7 +104,7 @@ def test_foreign_tars_become_a_data_set_untouched(tars):
     assert [s["caption"] for s in samples] == [f"grey {10 * shard + i}" for shard in range(3) for i in range(12)]
     assert all(s["image"].shape == (16, 16, 3) for s in samples)
     assert [int(np.median(s["image"])) // 5 for s in samples] == [int(s["caption"].split()[1]) for s in samples]
-    batches = iter(Loader(str(tars), 6, 2))
+    batches = iter(loader_of(str(tars), 6, 2))
     seen = [key for _ in range(6) for key in next(batches).keys]
     assert sorted(seen) == sorted(s["key"] for s in samples)
 

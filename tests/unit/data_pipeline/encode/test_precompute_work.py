@@ -1,5 +1,6 @@
 """Sizes and buckets, what latents made before lend, dtypes, what is set aside, threads, and who makes which shard."""
 
+import itertools
 import json
 import os
 import socket
@@ -21,7 +22,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_objects import build
 from data_pipeline.common.temp_files import sweep
-from data_pipeline.common.threads import BackgroundWriter, Prefetcher, ordered_map
+from data_pipeline.common.threads import Prefetcher, ordered_map
 from data_pipeline.encode.base_dataset import base_of
 from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item, encode_batch
 from data_pipeline.encode.caption_cache import CaptionCache
@@ -513,26 +514,33 @@ def test_leaving_early_ends_the_thread():
     assert closed == [ahead.thread]
 
 
-def test_written_behind_in_order_and_an_error_comes_out():
+def test_results_come_in_order_and_calls_begun_are_finished():
     done = []
 
-    def write_all(calls, then=None):
-        with BackgroundWriter(1) as behind:
-            for call in calls:
-                behind.submit(*call)
-            if then:
-                raise then
+    def items(error=None):
+        yield from range(10)
+        if error:
+            raise error
 
-    write_all([(done.append, i) for i in range(10)])
+    with ThreadPoolExecutor(1) as pool:
+        assert list(ordered_map(pool, lambda i: done.append(i) or -i, items(), 3)) == [-i for i in range(10)]
     assert done == list(range(10))
-    with pytest.raises(OSError, match="disk full"):
-        write_all([(raises, OSError("disk full")), *((done.append, i) for i in range(100))])
-    assert done == list(range(10))
-    with pytest.raises(OSError, match="disk full"):
-        write_all([(raises, OSError("disk full"))])
-    with pytest.raises(KeyboardInterrupt):  # what was given is still done
-        write_all([(done.append, 10)], KeyboardInterrupt())
-    assert done[-1] == 10
+    with pytest.raises(KeyboardInterrupt), ThreadPoolExecutor(1) as pool:
+        list(ordered_map(pool, done.append, items(KeyboardInterrupt()), 3))
+    assert done == [*range(10), *range(10)]
+    with pytest.raises(ZeroDivisionError), ThreadPoolExecutor(1) as pool:
+        list(ordered_map(pool, lambda i: 1 // (i - 5), items(), 3))
+
+
+def test_a_shard_is_not_published_without_the_batch_that_failed(tmp_path, picture):
+    """Its end is already queued when the error comes."""
+    broken, calls = Counted(), itertools.count()
+    whole = broken.posterior_of
+    broken.posterior_of = lambda stored: whole(stored) if next(calls) else raises(OSError("no room"))
+    with pytest.raises(OSError, match="no room"):
+        precompute(write(tmp_path / "images", samples_of(picture, 9)), tmp_path / "out", using(broken, broken))
+    assert next(calls) > 1  # later batches were added
+    assert not list((tmp_path / "out").rglob("000000.*"))
 
 
 def raises(error):

@@ -6,12 +6,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from loaders import loader_of
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.loading import loader
 from data_pipeline.loading.array_batch import Layout, empty, not_finite
 from data_pipeline.loading.batch import Batch, DataCursor
-from data_pipeline.loading.loader import Loader
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
@@ -40,7 +40,7 @@ def workers_here(make, count, ahead):
 
 
 def first(root, count=3, **how):
-    return list(itertools.islice(Loader(root, 4, 2, **how), count))
+    return list(itertools.islice(loader_of(root, 4, 2, **how), count))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,7 +134,7 @@ def test_batches_are_pinned_where_cuda_is(tmp_path):
 def test_reading_ahead_changes_nothing_and_ends_with_its_reader(tmp_path):
     root = write(tmp_path, lambda n: {"moments": np.full((3, 5), n, np.float16)})
     keys = [batch.keys for batch in first(root, 20, prefetch=0)]
-    batches = iter(Loader(root, 4, 2, prefetch=3))
+    batches = iter(loader_of(root, 4, 2, prefetch=3))
     assert [batch.keys for batch in itertools.islice(batches, 20)] == keys
     ahead = [thread for thread in threading.enumerate() if "(_make)" in thread.name]
     assert ahead
@@ -145,7 +145,7 @@ def test_reading_ahead_changes_nothing_and_ends_with_its_reader(tmp_path):
 def test_an_error_ahead_comes_after_the_batches_before_it(tmp_path):
     root = write(tmp_path, lambda n: {"moments": np.full((3, 5 + (n == 11)), n, np.float16)})
     how = {"shuffle": False, "start": DataCursor(0)}
-    batches = iter(Loader(root, 4, 1, **how))
+    batches = iter(loader_of(root, 4, 1, **how))
     assert [next(batches).keys[0] for _ in range(2)] == ["000", "004"]
     with pytest.raises(DataError, match="sample 011"):
         next(batches)

@@ -10,9 +10,9 @@ import time
 from collections import Counter
 
 import pytest
+from loaders import loader_of
 
 from data_pipeline.loading.batch import DataCursor
-from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.worker_pool import WorkerDied
 
 SIZES = [7, 5, 9, 6, 12]  # 39 samples
@@ -23,7 +23,7 @@ def train(root, folder, workers):
     """What a run does with its data: note what a step is trained on, then save where it stands."""
     saved = folder / "cursor.json"
     start = DataCursor(**json.loads(saved.read_text())) if saved.exists() else DataCursor()
-    loader = Loader(root, 8, 4, seed=3, num_workers=workers, window_shards=1, start=start)
+    loader = loader_of(root, 8, 4, seed=3, num_workers=workers, window_shards=1, start=start)
     with open(folder / "trained.txt", "a") as trained:
         for batch in itertools.islice(loader, STEPS - start.step):
             time.sleep(0.004)
@@ -72,7 +72,7 @@ def test_random_kills_change_no_batch(tmp_path, make_images, kills):
     for line in lines(tmp_path):
         number, *keys = line.split()
         assert steps.setdefault(int(number), keys) == keys  # noted twice where it was killed before it saved
-    undisturbed = Loader(root, 8, 4, seed=3, window_shards=1)
+    undisturbed = loader_of(root, 8, 4, seed=3, window_shards=1)
     assert [steps[i] for i in range(STEPS)] == [list(b.keys) for b in itertools.islice(undisturbed, STEPS)]
     plan = undisturbed.plan
     for epoch in range(3):
@@ -87,7 +87,7 @@ def test_random_kills_change_no_batch(tmp_path, make_images, kills):
 @pytest.mark.processes
 @pytest.mark.timeout(60)
 def test_a_killed_worker_is_named(tmp_path, make_images):
-    batches = iter(Loader(make_images(tmp_path / "set", SIZES), 8, 4, num_workers=2, prefetch=1))
+    batches = iter(loader_of(make_images(tmp_path / "set", SIZES), 8, 4, num_workers=2, prefetch=1))
     next(batches)
     victim = next(p for p in multiprocessing.active_children() if p.name == "loader worker 1")
     victim.kill()
@@ -112,7 +112,7 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path, make_images):
 
 
 def tell_workers(root, connection):
-    batches = iter(Loader(root, 8, 4, num_workers=2))
+    batches = iter(loader_of(root, 8, 4, num_workers=2))
     next(batches)
     connection.send([p.pid for p in multiprocessing.active_children()])
     time.sleep(60)

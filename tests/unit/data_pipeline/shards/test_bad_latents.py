@@ -11,13 +11,14 @@ import types
 
 import numpy as np
 import pytest
+from loaders import loader_of
 from synthetic import tar_of, write_latents
 
 from data_pipeline.audit.shard_checks import Codes, Findings, check_claims, check_constants, check_shard
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.loading.epoch_plan import Place
-from data_pipeline.loading.loader import Loader, read_dataset
+from data_pipeline.loading.loader import read_dataset
 from data_pipeline.loading.sample_reader import SampleReader
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Manifest, Shard
@@ -45,7 +46,7 @@ def findings_in(root):
 
 def epoch(root):
     """All samples as training would get them, by key."""
-    batches = itertools.islice(Loader(str(root), 1, 1, shuffle=False), Manifest.load(str(root)).samples)
+    batches = itertools.islice(loader_of(str(root), 1, 1, shuffle=False), Manifest.load(str(root)).samples)
     return {
         batch.keys[0]: {"caption": batch.captions[0], **{name: v[0].numpy() for name, v in batch.tensors.items()}}
         for batch in batches
@@ -153,7 +154,7 @@ def test_a_member_that_is_missing_or_of_another_sample(latents):
     members = members_in(latents)
     put(latents, tar_of([member for member in members if member[0] != "000001.text.npy"]))
     with pytest.raises(DataError, match=r"000001.*text"):
-        list(itertools.islice(Loader(str(latents), COUNT, 1, shuffle=False), 1))
+        list(itertools.islice(loader_of(str(latents), COUNT, 1, shuffle=False), 1))
     assert "sample 000001" in findings_in(latents)["fields"][0]
     assert "lacks text.npy" in findings_in(latents)["fields"][0]
 
@@ -247,7 +248,7 @@ def test_the_loader_names_what_is_not_as_the_manifest_says(latents, name, batch)
     with pytest.raises(DataError, match=named):
         [reader.batch(places[i : i + batch]) for i in range(0, COUNT, batch)]
     with pytest.raises(DataError, match=named) if check == "fields" else contextlib.nullcontext():
-        list(itertools.islice(Loader(str(latents), batch, 1, shuffle=False), COUNT // batch))
+        list(itertools.islice(loader_of(str(latents), batch, 1, shuffle=False), COUNT // batch))
 
 
 def test_a_missing_member_is_named_where_a_sample_is_alone_in_its_batch(latents):
@@ -305,7 +306,7 @@ def test_links_are_never_followed(latents, tmp_path, kind):
     for target in ("/etc/passwd", str(tmp_path / "secret.npy"), "../../secret.npy", "000000.moments.npy"):
         put(latents, tar_of([*members[:7], link("000001.moments.npy", target, kind), *members[7:]]))
         with pytest.raises(DataError, match="000001"):
-            list(itertools.islice(Loader(str(latents), COUNT, 1, shuffle=False), 1))
+            list(itertools.islice(loader_of(str(latents), COUNT, 1, shuffle=False), 1))
         assert "lacks moments.npy" in findings_in(latents)["fields"][0]
 
 
