@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("data_pipeline.make_shards")  # imports the rest when the options are right, and ends
+    start_entry("data_pipeline.make_shards")  # checks the options, runs main() and exits
 
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.shards.manifest import Manifest, find_splits
 from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
-from data_pipeline.shards.rejects import Rejects, accounting, summary
+from data_pipeline.shards.rejects import Rejects, accounting, examples, summary
 from data_pipeline.shards.split_writer import SplitWriter
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_source
@@ -28,16 +28,18 @@ from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_sour
 def main(cfg: DictConfig) -> None:
     for name, value in (("size", cfg.size), ("source.limit", cfg.source.get("limit") or 1)):
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}={value} can't be: take a whole number, 1 or more.")
+            raise UserError(f"{name}={value} must be a whole number, 1 or more.")
     if cfg.shard_size < 1:
-        raise UserError(f"shard_size={cfg.shard_size} can't be: take 1 or more.")
+        raise UserError(f"shard_size={cfg.shard_size} must be 1 or more.")
     if cfg.heldout_every and cfg.heldout_every < 2:
-        raise UserError(f"heldout_every={cfg.heldout_every} leaves none to train on: take 2 or more, or null for none.")
+        raise UserError(
+            f"heldout_every={cfg.heldout_every} leaves nothing to train on: use 2 or more, or null to hold out nothing."
+        )
     if "path" in cfg.source and cfg.source.path is None:
         raise UserError("this source reads a folder: add input=FOLDER.")
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
-        raise UserError(f"output={cfg.output} is input=: choose a folder of its own for the shards.")
+        raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the shards.")
     options = OmegaConf.to_container(cfg, resolve=True)
     mark, listed, heldout = scan_source(options, source, filters)
     filters.refuse_unknown_columns()
@@ -48,35 +50,39 @@ def main(cfg: DictConfig) -> None:
     splits = {"train": SplitWriter(storage.join(cfg.output, "train"), cfg.shard_size)}
     if heldout:
         splits["heldout"] = SplitWriter(storage.join(cfg.output, "heldout"), cfg.shard_size)
+    notes: Counter[str] = Counter()
     with Progress("make_shards", listed, "pictures") as bar:
         for number, item in enumerate(source.items()):
             sample = prepared_sample(item, cfg.size, filters, rejects)
             if sample is not None:
+                notes.update(item.notes)
                 splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"].add(item.key, sample)
             bar.advance()
     for split in splits.values():
-        split.close()
+        split.close(f"{filters.counts.total()} of {listed} filtered, {len(rejects.rows)} set aside", rejects.rows)
     rejects.save(cfg.output, "make_shards")
     filters.save(cfg.output, "filtered")
     reasons, processed = summary(rejects.rows), sum(split.samples for split in splits.values())
     info = {"made_from": mark, "made_with": settings_of(options), "size": cfg.size}
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
+    info |= {"notes": dict(notes)} if notes else {}
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
     for split in reversed(splits.values()):  # train's comes last: it completes the whole
         Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
     report(cfg.output, splits, filters.counts, rejects)
+    for note, count in notes.items():
+        print(f"make_shards: {count} x {note}")
 
 
 def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str], rejects: Rejects) -> None:
-    """Print what became of the listed pictures, and the path of the first one set aside."""
+    """Print what became of the listed pictures, and the first ones set aside for each reason."""
     counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
     left_out = f"{filtered.total()} filtered, {len(rejects.rows)} set aside"
     print(f"make_shards: {counts}, {left_out}, of {rejects.listed} listed; in {output}")
     for reason, count in filtered.items():
         print(f"make_shards: filtered {count} x {reason}")
-    for reason, count in rejects.by_reason().items():
-        where = next((row["where"] for row in rejects.rows if row["reason"] == reason and "where" in row), "")
-        print(f"make_shards: set aside {count} x {reason}" + (f", first {where}" if where else ""))
+    for reason, count in summary(rejects.rows).items():
+        print(f"make_shards: set aside {count} x {reason}, {examples(rejects.rows, reason)}")
 
 
 def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
@@ -85,7 +91,7 @@ def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
         splits = find_splits(output)
     except UserError:
         if set(storage.subfolders(output)) - {"train", "heldout", "aside"}:
-            raise UserError(f"output={output} holds something else: choose another output=.") from None
+            raise UserError(f"output={output} contains other folders: choose another output=.") from None
         return False
     refuse_made_otherwise(splits.values(), f"output={output} holds shards", mark, settings)
     return "train" in splits

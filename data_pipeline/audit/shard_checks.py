@@ -18,20 +18,21 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing, unusable
+from data_pipeline.shards.captions import caption_in
 from data_pipeline.shards.manifest import Manifest, Shard, check_size, refuse_other_claims
-from data_pipeline.shards.tar_index import IndexEntry, parse_index, refuse_other_bytes, scan
+from data_pipeline.shards.tar_index import IndexEntry, TarRules, parse_index, refuse_other_bytes, scan
 
 CHECKS = (
     "manifest", "sizes", "digests", "index", "webdataset", "fields", "values", "keys", "constants", "fingerprints",
     "accounting", "decoding",
 )  # fmt: skip
 KEPT = 20  # sentences kept of each check
-AGAIN = "make the data set again, in another output="
+AGAIN = "make the data set again with another output="
 COPY = "copy it again, or make the data set again"
 
 
 class Findings:
-    """The number of findings of each check, and their first KEPT sentences; `asked` are the checks that were made."""
+    """The number of findings of each check, and their first KEPT sentences; `checks_run`: the checks that were made."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -73,7 +74,7 @@ def check_claims(root: str, manifest: Manifest, findings: Findings) -> None:
             if f"shards/{name}" not in listed:
                 findings.add(
                     "manifest",
-                    f"{storage.join(root, 'shards', name)} is not in the manifest: delete it, as another run left it.",
+                    f"{storage.join(root, 'shards', name)} is not in the manifest: delete it; another run left it.",
                 )
 
 
@@ -82,19 +83,21 @@ def check_shard(root: str, shard: Shard, manifest: Manifest, codes: Codes, findi
     path = storage.join(root, shard.name)
     if not storage.exists(path):
         return []  # check_claims has reported it
-    findings.checks_run |= {"digests", "index", "webdataset", "fields", "values"}
+    findings.checks_run |= {"digests", "index", "fields", "values"}
     data = storage.read_bytes(path)
     try:
         refuse_other_bytes(data, path, shard)
     except DataError as error:
         findings.add("digests", str(error))
     try:
-        inside = scan(data, path)
+        inside = scan(data, path, TarRules.from_info(manifest.info))
     except DataError as error:
         findings.add("sizes", str(error))
         return []
-    entries = check_index(root, shard, inside, "index" in manifest.info, findings)
-    check_webdataset(path, data, inside, entries, findings)
+    foreign = "index" in manifest.info
+    entries = check_index(root, shard, inside, foreign, findings)
+    if not foreign:  # others' tars are read by their index, in whatever order their members lie
+        check_webdataset(path, data, inside, entries, findings)
     for entry in entries:
         for check, reason in wrong_in_sample(entry, data, manifest, codes):
             findings.add(check, f"sample {entry.key} of shard {path}: {reason}: {AGAIN}.")
@@ -112,19 +115,19 @@ def check_index(
             entries = parse_index(storage.read_bytes(path), path)
             wrong = [entry.key for entry in entries_not_in(entries, inside, foreign)]
         except (DataError, TypeError) as error:
-            damaged = f"index {path} is damaged: delete it, and it is read from the tar instead."
+            damaged = f"index {path} is damaged: delete it, and the tar will be scanned instead."
             findings.add("index", str(error) if isinstance(error, DataError) else damaged)
             return inside
         if wrong or (not foreign and len(entries) != len(inside)):
             first = f", first {wrong[0]}" if wrong else ""
             findings.add(
                 "index",
-                f"{path} does not say what its tar holds ({len(wrong)} of {len(entries)} entries differ{first}): "
-                + ("run index_shards.py again." if foreign else "delete it, and it is read from the tar instead."),
+                f"{path} does not match its tar ({len(wrong)} of {len(entries)} entries differ{first}): "
+                + ("run index_shards.py again." if foreign else "delete it, and the tar will be scanned instead."),
             )
             entries = [] if foreign else inside
     elif foreign:
-        findings.add("index", f"index {path} is missing, which says what was filtered: run index_shards.py again.")
+        findings.add("index", f"index {path}, which records what was filtered, is missing: run index_shards.py again.")
     if len(entries) != shard.samples:
         findings.add(
             "manifest",
@@ -135,12 +138,15 @@ def check_index(
 
 
 def entries_not_in(entries: list[IndexEntry], inside: list[IndexEntry], foreign: bool) -> list[IndexEntry]:
-    """Index entries that match no sample of the tar."""
-    keys = {places_of(entry): entry.key for entry in inside}
+    """Index entries that match no sample of the tar. foreign: they have the members that are read, perhaps not all."""
+    keys = {place: entry.key for entry in inside for place in entry.members.items()}
+    whole = {places_of(entry) for entry in inside}
     wrong = []
     for entry in entries:
-        key = keys.get(places_of(entry))
-        if key is None or not (entry.key == key or (foreign and entry.key.endswith("/" + key))):
+        found = {keys.get(place) for place in entry.members.items()}
+        key = found.pop() if len(found) == 1 else None
+        named = key is not None and (entry.key == key or (foreign and entry.key.endswith("/" + key)))
+        if not named or (not foreign and places_of(entry) not in whole):
             wrong.append(entry)
     return wrong
 
@@ -155,6 +161,7 @@ def check_webdataset(
     """Check that a plain wds.WebDataset reads the same samples: its own two stages, on the tar in memory."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
+    findings.checks_run.add("webdataset")
     taken = {places_of(entry) for entry in entries}
     expected = {entry.key: entry for entry in inside if places_of(entry) in taken}
     try:
@@ -170,15 +177,15 @@ def check_webdataset(
     if odd is not None:
         findings.add(
             "webdataset",
-            f"wds.WebDataset does not read {path} as its index does, from {odd} on: the members of a sample must be "
-            f"neighbours, each once; {AGAIN}.",
+            f"wds.WebDataset does not read {path} as its index does, starting at {odd}: the members of a sample must "
+            f"be adjacent and occur once; {AGAIN}.",
         )
 
 
 def wrong_in_sample(entry: IndexEntry, data: bytes, manifest: Manifest, codes: Codes) -> Iterator[tuple[str, str]]:
-    """no such upload: an earlier attempt may have completed it, and its answer was lost"""
+    """(check, reason) for everything wrong in one sample: its key, members, arrays and missing fields."""
     if entry.key.startswith("/") or ".." in entry.key.split("/"):
-        yield "keys", "its name leads out of the data set's folder"
+        yield "keys", "its key leads out of the data set's folder"
     values: dict[str, Any] = {}
     for name, (at, size) in entry.members.items():
         member = data[at : at + size]
@@ -193,7 +200,7 @@ def wrong_in_sample(entry: IndexEntry, data: bytes, manifest: Manifest, codes: C
         missing = sorted(set(manifest.fields) - set(entry.members))
         if missing:
             yield "fields", f"it lacks {', '.join(missing)}"
-    elif not any(name in IMAGES for name in entry.members) or not codec.caption_in(values):
+    elif not any(name in IMAGES for name in entry.members) or not caption_in(values):
         yield "fields", "missing picture or caption"
 
 
@@ -226,7 +233,9 @@ def check_constants(root: str, manifest: Manifest, findings: Findings) -> Codes:
     for name, value in found.get("null", {}).items():
         field = manifest.fields.get(f"{name}.npy", {})
         if list(value.shape) != list(field.get("shape", value.shape)) or not np.isfinite(value).all():
-            findings.add("constants", f"the null of {name} in {root} does not fit its field: {COPY}.")
+            findings.add(
+                "constants", f"the null of {name} in {root} is not finite or not of its field's shape: {COPY}."
+            )
     return Codes(found.get("codebook", {}).get("codebook"))
 
 
@@ -239,5 +248,5 @@ def check_accounting(root: str, processed: int, source: Manifest, findings: Find
     if processed + aside != source.samples:
         findings.add(
             "accounting",
-            f"{root} has {processed} samples and {aside} were set aside, of {source.samples} listed: {AGAIN}.",
+            f"{root} has {processed} samples and {aside} set aside, but {source.samples} were listed: {AGAIN}.",
         )

@@ -185,7 +185,7 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
         if isinstance(error, UserError):
             return error
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return UserError(f"no room to write ({error}): make some, and start again to go on.")
+            return UserError(f"no room to write ({error}): make some, and start again to continue.")
         if isinstance(error, OSError) and error.errno in OF_THE_PATH and error.filename is not None:
             return UserError(f"{error.filename} can't be used ({error.strerror}): check the path and its permissions.")
         cause = error.__cause__ if isinstance(error, InstantiationException) else None

@@ -123,7 +123,7 @@ def described(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(parts)}, each {described(parts[0])}"
     if origin in (list, Sequence):
-        return f"a list, as [a,b], each {described(parts[0])}"
+        return "a list, as [a,b]" + ("" if parts[0] is Any else f", each {described(parts[0])}")
     if origin in (dict, Mapping):
         return "a table, as {name: value}" + ("" if parts[1] is Any else f", each value {described(parts[1])}")
     if is_typeddict(hint):

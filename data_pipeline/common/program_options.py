@@ -19,6 +19,7 @@ from data_pipeline.common.option_checks import (
     Positive,
     Share,
     Within,
+    fits,
     refuse_wrong_values,
 )
 
@@ -28,6 +29,11 @@ REPEATED = tuple(f"objective.{name}." for name in ("process", "parameterization"
 Seed = Annotated[int, Within(-(2**63), 2**63 - 1)]
 Number = Annotated[int, Within(0)]  # a count that may be 0
 RandomSeed = Annotated[int, Within(0, 2**63 - 1)]  # numpy's, which takes no negative ones
+DataSets = Path | Sequence[Any]  # train/ checks a list itself
+Texts = str | Sequence[str]
+Pixels = tuple[NotNegative, NotNegative]  # [height,width] or [top,left]
+
+SIZE_PARTS = ("original", "crop", "target")
 
 # Checked elsewhere, by these names' classes.
 ELSEWHERE = ("training.", "engine.", "optimizer.")
@@ -115,6 +121,7 @@ COMMON: Mapping[str, Any] = {
     "conditioning.layout.dim": Count | None,
     "conditioning.layout.layers": Count,
     "conditioning.layout.heads": Count,
+    "conditioning.size.drop": bool,
     "process.shift": Positive,
     "process.beta_min": NotNegative,
     "process.beta_max": Positive,
@@ -166,6 +173,12 @@ COMMON: Mapping[str, Any] = {
     "source.of.limit": Count | None,
     "source.complete": bool,
     "source.heldout_every": Annotated[int, Within(2)] | None,
+    "source.caption": Texts | None,
+    "source.file": Path,
+    "source.table": Path | None,
+    "source.encoding": Path | None,
+    "source.key": str | None,
+    "source.unended": bool | None,
 }
 PROGRAMS: Mapping[str, Mapping[str, Any]] = {
     "make_shards": {
@@ -175,7 +188,7 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
         "shard_size": Count,
         "heldout_every": Annotated[int, Within(2)] | None,
     },
-    "index_shards": {"size": Count, "shard_in_keys": bool},
+    "index_shards": {"size": Count, "shard_in_keys": bool, "key": str | None, "unended": bool | None},
     "precompute_latents": {
         "output": Path,
         "base": Path | None,
@@ -204,11 +217,11 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
         "encoding.images_per_s": Positive,
         "encoding.gpus": Count,
     },
-    "train_ldm": {"output": Path, "start_from": Path | None, "sampler.steps": Count, "guidance.scale": Finite,
-                  "guidance.rescale": Share},
-    "train_autoencoder": {"output": Path},
-    "train_clip": {"output": Path},
-    "train_classifier": {"output": Path},
+    "train_ldm": {"input": DataSets, "output": Path, "start_from": Path | None, "sampler.steps": Count,
+                  "guidance.scale": Finite, "guidance.rescale": Share},
+    "train_autoencoder": {"input": DataSets, "output": Path},
+    "train_clip": {"input": DataSets, "output": Path},
+    "train_classifier": {"input": DataSets, "output": Path},
     "sample_images": {
         "samples_per_prompt": Count,
         "columns": Count,
@@ -216,8 +229,16 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
         "classifier.path": Path | None,
         "classifier.scale": Finite,
         "prompts_file": Path | None,
+        **{f"size.{part}": Sequence[Any] | None for part in SIZE_PARTS},  # one for all pictures, or one each
+        **{f"negative_size.{part}": Pixels | None for part in SIZE_PARTS},
     },
-    "evaluate_ldm": {"shards": Path, "captions": Count, "heldout_captions": Number, "seed": RandomSeed},
+    "evaluate_ldm": {
+        "shards": Path,
+        "captions": Count,
+        "heldout_captions": Number,
+        "seed": RandomSeed,
+        **{f"size.{part}": Pixels | None for part in SIZE_PARTS},
+    },
     "export_diffusers": {"output": Path, "single_file": Path | None},
     "rebuild_ema": {
         "sigma_rel": Annotated[float, Within(0, 12**-0.5, above=True, below=True)],
@@ -232,9 +253,9 @@ def refuse_wrong_options(options: Mapping[str, Any], program: str) -> None:
     """UserError for the first option of a program that has a wrong type or lies out of its range."""
     hints = {**COMMON, **PROGRAMS[program]}
     for name, value in leaves(options):
-        if name in ("input", "output") and isinstance(value, list):
-            raise UserError(f"{name}={value} is a list: use one folder, as {name}=FOLDER.")
         hint = hints.get(name)
+        if name in ("input", "output") and isinstance(value, list) and not fits(value, hint):
+            raise UserError(f"{name}={value} is a list: use one folder, as {name}=FOLDER.")
         if hint is None or (name.startswith(ELSEWHERE) and program != "plan_storage"):
             continue
         refuse_wrong_values({name: value}, {name: hint})

@@ -70,11 +70,12 @@ class InterruptWatch:
         if self.first is None:
             self.first = now
             if self.listener is None:
-                say(f"{self.program}: stopped by Ctrl-C; start the same command again to go on")
+                say(f"{self.program}: stopped by Ctrl-C; start the same command again to continue")
                 end(EXIT_CODE)
             self.listener.requested = True
         elif now - self.first > SAME_S:
-            say(f"{self.program}: ended by a second Ctrl-C; start the same command again to go on from what was saved")
+            how = "start the same command again to continue from what was saved"
+            say(f"{self.program}: ended by a second Ctrl-C; {how}")
             end(INTERRUPTED)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
+import shutil
 from pathlib import Path
 
 from data_pipeline.common import s3
@@ -26,7 +28,25 @@ def configure(**settings: str | float | None) -> None:
             os.environ[s3.VARIABLES[name]] = str(value)
     s3.Settings.now()
     if (settings.get("cache") is None) != (settings.get("cache_gb") is None):
-        raise UserError("store.cache (a folder) and store.cache_gb (what it may hold) go together: give both.")
+        raise UserError("store.cache (a folder) and store.cache_gb (its capacity) must be set together: set both.")
+    if cache := os.environ.get(s3.CACHE):
+        on_this_node(cache, "store.cache")
+
+
+def on_this_node(folder: str, option: str) -> Path:
+    """A folder with ~ and $VARIABLES resolved by this process' environment, as a node's own disk may have a name of its
+    own; call it in the process that uses the folder. UserError for a variable that is not set."""
+    for name in re.findall(r"\$\{?(\w+)", folder):
+        if not os.environ.get(name):
+            raise UserError(f"{option}={folder}: {name} is not set on {HOST}: name a folder that exists on every node.")
+    return Path(os.path.expandvars(folder)).expanduser()
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that holds a folder, or would hold it if it was made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def is_s3(path: str | Path) -> bool:
@@ -35,7 +55,7 @@ def is_s3(path: str | Path) -> bool:
     if text.startswith("s3://"):
         return True
     if "://" in text or text.startswith("pipe:"):
-        raise UserError(f"{text}: only local paths and s3:// are read; copy the data to one of them.")
+        raise UserError(f"{text}: only local paths and s3:// can be read; copy the data to one of these.")
     return False
 
 
@@ -58,7 +78,7 @@ def read_bytes(path: str | Path, start: int = 0, length: int | None = None) -> b
         file.seek(start)
         data = file.read() if length is None else file.read(length)
     if length is not None and len(data) != length:
-        raise OSError(f"{path}: {len(data)} of {length} bytes from {start}")
+        raise OSError(f"{path}: only {len(data)} of {length} bytes could be read from byte {start}")
     return data
 
 

@@ -17,6 +17,7 @@ from data_pipeline.encode.batch_encoder import Encoders, combined_statistics
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.images.aspect_buckets import Sizes
+from data_pipeline.shards.json_fields import mean_in_manifest
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.rejects import Rejects, accounting, summary
 
@@ -145,7 +146,8 @@ def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dic
     for bucket in buckets:
         root, shards = paths.root(bucket), tuple(Shard(**part["shard"]) for part in parts[bucket])
         write_constants(root, encoders)
-        Manifest("latents", shards, common_fields(root, parts[bucket]), info, made_of).save(root)
+        sizes = mean_in_manifest([part.get("size_sums") for part in parts[bucket]])
+        Manifest("latents", shards, common_fields(root, parts[bucket]), info | sizes, made_of).save(root)
     counts = {bucket: sum(part["shard"]["samples"] for part in parts[bucket]) for bucket in buckets}
     if paths.bucketed:
         storage.write_atomically(paths.final_file, json.dumps(counts, indent=1).encode())

@@ -21,6 +21,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.encode.batch_encoder import Encoders, Item, batch_statistics, combined_statistics
 from data_pipeline.shards.arrays import described, unusable
+from data_pipeline.shards.json_fields import size_sums
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar_index import digest_of
 from data_pipeline.shards.writer import ShardWriter
@@ -108,8 +109,8 @@ def verify_done_markers(
         for bucket, part in record["sets"].items():
             if not is_there(paths.root(bucket), Shard(**part["shard"])):
                 raise DataError(
-                    f"shard {storage.join(paths.root(bucket), shard.name)} was made by two workers that compute "
-                    f"differently, and has the bytes of one beside the note of the other: delete "
+                    f"shard {storage.join(paths.root(bucket), shard.name)} was made by two workers with different "
+                    f"results, and its tar and its done marker are not from the same worker: delete "
                     f"{paths.done_marker(shard)} and start precompute again."
                 )
     return now
@@ -122,6 +123,7 @@ class LatentShardBuilder:
         self.shard, self.image, self.dtype = shard, encoders.image, encoders.dtype
         self.writers: dict[str, ShardWriter] = {}
         self.statistics: dict[str, list[dict[str, Any]]] = {}
+        self.metas: dict[str, list[dict[str, Any]]] = {}
         self.fields: dict[str, dict[str, Any]] = {}
         self.rejected: list[Rejected] = []
         self.copied = 0  # samples whose picture was not encoded, because the base has the result
@@ -155,6 +157,7 @@ class LatentShardBuilder:
             sample = items[row].sample
             members = {f"{name}.npy": values[row] for name, values in stored.items()}
             writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
+            self.metas.setdefault(bucket, []).append(sample["meta"])
 
     def publish(self, paths: OutputPaths) -> DoneMarker:
         """Write each bucket's tar and then the note that the shard is finished, unless another worker came first.
@@ -192,6 +195,7 @@ class LatentShardBuilder:
                 "shard": asdict(line),
                 "latents": combined_statistics(self.statistics[bucket]),
                 "fields": self.fields[bucket],
+                "size_sums": size_sums(self.metas[bucket]),
             }
             for bucket, line in lines.items()
         }

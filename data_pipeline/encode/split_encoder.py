@@ -66,7 +66,7 @@ def encode_split(split: SplitToEncode, worker: Worker = Worker(), stop: StopRequ
     if len(progress.done) < len(source.shards):
         if speaks():
             title = split.title + str(worker)
-            print(f"{title}: stopped by a signal; start the same command again to go on", flush=True)
+            print(f"{title}: stopped by a signal; start the same command again to continue", flush=True)
         raise Stopped
     done = progress.done | verify_done_markers(paths, [build.shard for build in progress.made], progress.done)
     finished = finish(split, [done[shard.name] for shard in source.shards], made_of)

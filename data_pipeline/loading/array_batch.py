@@ -31,7 +31,7 @@ class Bytes(Protocol):
     def __getitem__(self, place: slice) -> bytes | np.ndarray: ...
 
 
-class Layout(NamedTuple):
+class ArrayLayout(NamedTuple):
     """What all arrays of a field have in common: the bytes before their values, dtype and shape."""
 
     header: bytes
@@ -39,14 +39,14 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, data: bytes) -> Layout | None:
+    def of(cls, data: bytes) -> ArrayLayout | None:
         """The layout of a .npy that can be decoded; None for values that a tensor can't hold as they are stored."""
         shape, fortran_order, dtype, offset = array_header(data)
         plain = dtype in COPIED and dtype.isnative and (not fortran_order or len(shape) < 2)
         return cls(data[:offset], dtype, shape) if plain else None
 
 
-def stacked(member: str, layout: Layout, found: Sequence[tuple[Bytes, IndexEntry]], pinned: bool) -> Tensor | None:
+def stacked(member: str, layout: ArrayLayout, found: Sequence[tuple[Bytes, IndexEntry]], pinned: bool) -> Tensor | None:
     """(B, *shape) of one member of B samples, each given as its shard's bytes and its entry; None if one of them does
     not match `layout`."""
     values, tensor = empty((len(found), *layout.shape), layout.dtype, pinned)

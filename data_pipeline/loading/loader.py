@@ -16,6 +16,7 @@ from data_pipeline.common.threads import Prefetcher
 from data_pipeline.loading.batch import Batch, DataCursor, widened
 from data_pipeline.loading.epoch_plan import EpochPlan, Place
 from data_pipeline.loading.sample_reader import SampleReader, pin
+from data_pipeline.loading.shard_cache import refuse_little_room
 from data_pipeline.loading.worker_pool import Workers
 from data_pipeline.shards.manifest import Manifest
 
@@ -56,6 +57,7 @@ class Loader:
         world_size: int = 1,
         accumulation: int = 1,
         start: DataCursor = DataCursor(),  # noqa: B008  (frozen)
+        json_fields: Sequence[str] = (),  # what to read from each sample's json besides its caption, by FROM_JSON
     ) -> None:
         if config.streams % (world_size * accumulation):
             raise UserError(
@@ -64,6 +66,7 @@ class Loader:
             )
         self.manifest = Manifest.load(root)
         self.manifest.check_shards(root)
+        refuse_little_room(self.manifest.shards)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.plan = EpochPlan(
             sizes, seed, batch_size, config.streams, config.window_shards, config.shuffle, config.overlap
@@ -80,6 +83,7 @@ class Loader:
         if config.num_workers < 0 or config.prefetch < 0:
             raise UserError("data.num_workers and data.prefetch must be at least 0.")
         self.root, self.config, self.accumulation, self.start = root, config, accumulation, start
+        self.json_fields = tuple(json_fields)
 
     def __iter__(self) -> Iterator[Batch]:
         for parts in self._steps():
@@ -149,6 +153,7 @@ class _StreamParts:
     def __init__(self, loader: Loader) -> None:
         self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan
         self.streams, self.config, self.first_step = loader.streams, loader.config, loader.start.step
+        self.json_fields = loader.json_fields
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": self.plan.arguments}
@@ -159,7 +164,8 @@ class _StreamParts:
     def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[StepPart]:
         streams = np.array_split(self.streams, of)[worker or 0].tolist()
         # Values that are not finite cost training a step, which it logs (stability_monitor.py), not the run.
-        reader = SampleReader(self.root, self.manifest, self.config.cache_mb / of, self.config.verify, finite=False)
+        how = {"verify": self.config.verify, "finite": False, "json_fields": self.json_fields}
+        reader = SampleReader(self.root, self.manifest, self.config.cache_mb / of, **how)
         reader.pieces = self.plan.pieces
         pinned = worker is None and torch.cuda.is_available()
         windows = -1
@@ -179,10 +185,10 @@ class _StreamParts:
             reader.close()
 
 
-def read_dataset(root: str, limit: int | None = None) -> list[dict[str, Any]]:
+def read_dataset(root: str, limit: int | None = None, json_fields: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The samples of a data set in order, decoded; at most `limit`."""
     manifest = Manifest.load(root)
-    reader = SampleReader(root, manifest, cache_mb=0)
+    reader = SampleReader(root, manifest, cache_mb=0, json_fields=json_fields)
     places = (Place(number, i) for number, shard in enumerate(manifest.shards) for i in range(shard.samples))
     samples: list[dict[str, Any]] = []
     try:

@@ -15,11 +15,13 @@ from torch import Tensor
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import IMAGES
-from data_pipeline.loading.array_batch import Layout, not_finite, stacked
+from data_pipeline.loading.array_batch import ArrayLayout, not_finite, stacked
 from data_pipeline.loading.epoch_plan import Place
-from data_pipeline.loading.shard_cache import RemoteShard, open_shard
+from data_pipeline.loading.shard_cache import RemoteShard, fits_cache, open_shard
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing
+from data_pipeline.shards.captions import caption_in
+from data_pipeline.shards.json_fields import FROM_JSON
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import as_sample, collated, fields_of, size_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
@@ -37,17 +39,25 @@ class OpenShard(NamedTuple):
 class SampleReader:
     """Reads samples of a data set by place. Background threads open shards; decoded pictures are kept up to `cache_mb`,
     enough for small sets. verify: each shard's digest is checked once, before any of its samples is handed out. The
-    dtype and shape of each array are checked on every read. finite: whether values that are not finite are refused."""
+    dtype and shape of each array are checked on every read. finite: whether values that are not finite are refused.
+    json_fields: names of FROM_JSON that become arrays, too."""
 
     def __init__(
-        self, root: str, manifest: Manifest, cache_mb: float, verify: bool = True, finite: bool = True
+        self,
+        root: str,
+        manifest: Manifest,
+        cache_mb: float,
+        verify: bool = True,
+        finite: bool = True,
+        json_fields: Sequence[str] = (),
     ) -> None:
         _allow_many_open_files()
         self.root, self.manifest, self.verify, self.finite = root, manifest, verify, finite
+        self.json_fields = {name: FROM_JSON[name] for name in json_fields}
         self.fields = fields_of(manifest)
         self.arrays = [name for name in self.fields if name.endswith(".npy")]
         self.only_arrays = all(name in ("json", "txt") or name in self.arrays for name in self.fields)
-        self.layouts: dict[str, Layout | None] = {}
+        self.layouts: dict[str, ArrayLayout | None] = {}
         self.openers = ThreadPoolExecutor(min(OPENERS, os.cpu_count() or 1), "open shard")
         self.opening: dict[int, Future[OpenShard]] = {}
         self.shards: dict[int, OpenShard] = {}
@@ -67,8 +77,11 @@ class SampleReader:
             samples = [self.read(place) for place in places]
             tensors = {name: pin(value, pinned) for name, value in collated(samples).items()}
             return [sample["key"] for sample in samples], [sample["caption"] for sample in samples], tensors
-        captions = [self._caption(place, shard, entry) for place, (shard, entry) in zip(places, found, strict=True)]
-        return [entry.key for _, entry in found], captions, tensors
+        texts = [self._texts(place, shard, entry) for place, (shard, entry) in zip(places, found, strict=True)]
+        if self.json_fields:
+            rows = [self._in_json(place, text.get("json")) for place, text in zip(places, texts, strict=True)]
+            tensors |= {name: pin(value, pinned) for name, value in collated(rows).items()}
+        return [entry.key for _, entry in found], [caption_in(text) for text in texts], tensors
 
     def _stacked(
         self, found: Sequence[tuple[Any, IndexEntry]], places: Sequence[Place], pinned: bool
@@ -81,7 +94,7 @@ class SampleReader:
                     return None
                 self.read(places[0])  # names the array that can't be decoded
                 offset, size = entry.members[member]
-                self.layouts[member] = Layout.of(bytes(data[offset : offset + size]))
+                self.layouts[member] = ArrayLayout.of(bytes(data[offset : offset + size]))
             layout = self.layouts[member]
             values = None if layout is None else stacked(member, layout, found, pinned)
             if values is None:
@@ -91,9 +104,16 @@ class SampleReader:
             tensors[member.removesuffix(".npy")] = values
         return tensors
 
-    def _caption(self, place: Place, shard: OpenShard, entry: IndexEntry) -> str:
+    def _texts(self, place: Place, shard: OpenShard, entry: IndexEntry) -> dict[str, Any]:
         text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
-        return codec.caption_in(self._decoded(place, shard, entry, text))
+        return self._decoded(place, shard, entry, text)
+
+    def _in_json(self, place: Place, meta: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+        """The fields that a sample's json holds; the json is decoded anyway, for its caption."""
+        try:
+            return {name: taken(meta or {}) for name, taken in self.json_fields.items()}
+        except DataError as error:
+            raise self._naming(place, str(error)) from error
 
     def read(self, place: Place) -> dict[str, Any]:
         """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}."""
@@ -106,6 +126,7 @@ class SampleReader:
             raise self._naming(place, f"it lacks {lacking}")
         members = self._decoded(place, shard, entry, wanted)
         sample = as_sample(entry.key, members, size_of(self.manifest))
+        sample |= self._in_json(place, sample["meta"])
         cost = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
         if cost <= self.room and not self.only_arrays:
             self.cache[place] = sample
@@ -150,11 +171,11 @@ class SampleReader:
         return OpenShard(data if isinstance(data, RemoteShard) else np.frombuffer(data, np.uint8), entries)
 
     def _shard(self, number: int) -> tuple[Any, list[IndexEntry]]:
-        """A shard's bytes, from disk or from the bucket, and its index."""
+        """A shard's bytes, from the cache, from disk or from the bucket, and its index."""
         shard = self.manifest.shards[number]
         entries = read_index(self.root, shard)
         path = storage.join(self.root, shard.name)
-        if storage.is_s3(path):
+        if storage.is_s3(path) or fits_cache(shard):
             data = open_shard(self.root, shard, entries, lambda: self.pieces(number))
         else:
             with open(path, "rb") as file:

@@ -1,7 +1,8 @@
-"""Opens shards of a bucket: from a cache on the node's own disk, or in memory, only the parts that are needed.
+"""Opens shards from a cache on the node's own disk; without one, those of a bucket in memory, only the needed parts.
 
-The cache is shared by all processes of a node, and by all data sets: a shard is stored there under its sha256, is
-fetched by one process while the others wait for it, and is mapped like a local file. The least recently used go first.
+The cache is shared by all processes of a node, and by all data sets, of buckets and of file systems: a shard is stored
+there under its sha256, is fetched by one process while the others wait for it, and is mapped like a local file. The
+least recently used go first.
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.s3 import CACHE, CACHE_GB
 from data_pipeline.common.temp_files import abandoned
 from data_pipeline.shards.manifest import Shard
-from data_pipeline.shards.reader import read_whole
+from data_pipeline.shards.reader import copy_whole, read_whole
 from data_pipeline.shards.tar_index import IndexEntry, digest_of
 
 LOCKS = 64  # lock files: two shards may share one and wait for each other, and nothing needs to be cleaned up
 Piece = tuple[int, int]  # of a shard: first sample and one past the last
 
 seen: set[str] = set()  # digests of cached files that this process has checked
+
+
+def refuse_little_room(shards: Sequence[Shard]) -> None:
+    """UserError, before anything is read, if this node's disk can't hold what the cache may hold of these shards."""
+    if cache := ShardCache.configured():
+        cache.refuse_little_room(shards)
+
+
+def fits_cache(shard: Shard) -> bool:
+    """Whether there is a cache, and it may hold this shard."""
+    cache = ShardCache.configured()
+    return cache is not None and shard.bytes <= cache.capacity
 
 
 def open_shard(
@@ -85,7 +98,20 @@ class ShardCache(NamedTuple):
             capacity = float(os.environ.get(CACHE_GB) or 0) * 1e9
         except ValueError:
             raise UserError(f"{CACHE_GB} must be a number of gigabytes.") from None
-        return cls(Path(folder), int(capacity)) if folder and capacity > 0 else None
+        place = storage.on_this_node(folder, "store.cache") if folder and capacity > 0 else None
+        return cls(place, int(capacity)) if place else None
+
+    def refuse_little_room(self, shards: Sequence[Shard]) -> None:
+        """UserError if the disk lacks room for those of the shards that are not held yet, or for `capacity`."""
+        held = {path.name: status.st_size for status, path in self._files()}
+        missing = sum(s.bytes for s in shards if s.bytes <= self.capacity and f"{s.sha256}.tar" not in held)
+        needed = min(missing, max(self.capacity - sum(held.values()), 0))
+        free = storage.free_bytes(self.folder)
+        if needed > free:
+            raise UserError(
+                f"store.cache={self.folder} on {storage.HOST} needs {needed} bytes for shards, and {free} are free: "
+                "make room there, or lower store.cache_gb."
+            )
 
     def mapped(self, root: str, shard: Shard) -> mmap.mmap:
         """A mapped shard, fetched if it is not cached whole and undamaged; each process checks it once."""
@@ -99,11 +125,11 @@ class ShardCache(NamedTuple):
                     data = self._opened(path, shard)
         except OSError as error:
             raise UserError(
-                f"the shard cache {self.folder} can't be used ({error.strerror}): give another store.cache, or lower "
+                f"the shard cache {self.folder} can't be used ({error.strerror}): use another store.cache, or lower "
                 "store.cache_gb."
             ) from error
         if data is None:  # evicted at once by other processes, or the disk returns other bytes than were written
-            raise UserError(f"the shard cache {self.folder} does not keep what is put there: raise store.cache_gb.")
+            raise UserError(f"the shard cache {self.folder} lost a shard just written to it: raise store.cache_gb.")
         return data
 
     def _opened(self, path: Path, shard: Shard) -> mmap.mmap | None:
@@ -129,22 +155,17 @@ class ShardCache(NamedTuple):
             with self._locked("room"), temporary.open("wb") as file:
                 self._make_room(shard.bytes)
                 os.posix_fallocate(file.fileno(), 0, shard.bytes)  # space that is not allocated yet counts, too
-            data = read_whole(root, shard)
             with temporary.open("r+b") as file:
-                file.write(data)
+                copy_whole(root, shard, file)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, needed: int) -> None:
-        files = [entry for entry in self.folder.iterdir() if entry.suffix != ".lock"]
-        for path in files:
+        for _, path in self._files():
             if ".tmp." in path.name and abandoned(path):
                 path.unlink(missing_ok=True)
-        found = []
-        for path in files:
-            with contextlib.suppress(FileNotFoundError):
-                found.append((path.stat(), path))
+        found = self._files()
         used = sum(status.st_size for status, _ in found)
         for status, path in sorted(found, key=lambda one: one[0].st_mtime_ns):
             if used + needed <= self.capacity:
@@ -152,6 +173,15 @@ class ShardCache(NamedTuple):
             if ".tmp." not in path.name:
                 path.unlink(missing_ok=True)
                 used -= status.st_size
+
+    def _files(self) -> list[tuple[os.stat_result, Path]]:
+        """Shards, and those that are being fetched."""
+        found = []
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                if path.suffix != ".lock":
+                    found.append((path.stat(), path))
+        return found
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:

@@ -1,15 +1,19 @@
-"""Reads a whole shard."""
+"""Reads or copies a whole shard."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Shard
-from data_pipeline.shards.tar_index import read_index, refuse_other_bytes
+from data_pipeline.shards.tar_index import read_index, refuse_other_bytes, refuse_other_digest
+
+PIECE = 16 * 2**20  # bytes of a file that are in memory while it is copied
 
 
 def read_whole(root: str | Path, shard: Shard) -> bytes:
@@ -18,6 +22,29 @@ def read_whole(root: str | Path, shard: Shard) -> bytes:
     data = storage.read_bytes(path, 0, shard.bytes)
     refuse_other_bytes(data, path, shard)
     return data
+
+
+def copy_whole(root: str | Path, shard: Shard, target: BinaryIO) -> None:
+    """Write all bytes of a shard, checked against its manifest. A file is copied in pieces; an object is held whole."""
+    path = storage.join(root, shard.name)
+    if storage.is_s3(path):
+        target.write(read_whole(root, shard))
+        return
+    digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+        target.write(piece)
+    refuse_other_digest(digest.hexdigest(), path, shard)
+
+
+def _pieces(path: str) -> Iterator[bytes]:
+    """A file's bytes. An error of its file system is not taken for one of the target's; a new start may succeed."""
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(PIECE):
+                yield piece
+    except OSError as error:
+        raise RuntimeError(f"shard {path} can't be read ({error.strerror})") from error
 
 
 def read_shard(root: str | Path, shard: Shard, fields: tuple[str, ...] | None = None) -> list[dict[str, Any]]:

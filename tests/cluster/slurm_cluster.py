@@ -22,8 +22,19 @@ DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 CONTROLLER = "control"
 SUBNET = "198.18.0"
+ROOT = Path(__file__).parents[2]
 PATIENCE_S = 150  # with what ends: beside a busy neighbour all may take several times as long as alone
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+}
 
 SLURM_CONF = """
 ClusterName=test
@@ -61,6 +72,8 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=cancels Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=20
+PartitionName=cancels_at_once Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=0
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 NODE = "NodeName={name} NodeAddr={address} CPUs=8 RealMemory=2000 Gres=gpu:2 State=UNKNOWN"
@@ -165,7 +178,12 @@ class Cluster:
         """This process' own, without a Slurm it may itself run under and what the launch decides."""
         decided = r"(SLURM|SBATCH|SRUN|RANK$|WORLD_SIZE$|MASTER_|OMP_NUM_THREADS)"
         outer = {k: v for k, v in os.environ.items() if not re.match(decided, k)}
-        return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf"), "SLURM_TMPDIR": str(self.folder / "local")}
+
+    @property
+    def site(self) -> str:
+        """A file in place of slurm/site.sh, for jobs of the checkout itself: logs and the nodes' own disks lie here."""
+        return str(self.folder / "site.sh")
 
     def __enter__(self) -> Cluster:
         try:
@@ -189,6 +207,8 @@ class Cluster:
         lines = "\n".join(NODE.format(name=name, address=address) for name, address in nodes.items())
         conf = SLURM_CONF.format(controller=CONTROLLER, subnet=SUBNET, folder=folder, nodes=lines)
         (folder / "slurm.conf").write_text(conf)
+        decided = f"LOGS={folder}/logs\nLOCAL_DISK={folder}/disk-$(hostname)\n"
+        (folder / "site.sh").write_text((ROOT / "slurm/site.sh").read_text() + decided)
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         for i in range(2):  # a GPU needs a device file, or CUDA_VISIBLE_DEVICES stays empty
             (folder / f"gpu{i}").symlink_to("/dev/null")
@@ -276,6 +296,17 @@ class Cluster:
         log = self.folder / f"job-{time.monotonic_ns()}.log"
         line = self.client("sbatch", "--parsable", f"--output={log}", *arguments, cwd=root, **environment)
         return Job(self, int(line), log)
+
+    def submit_stage(self, root: Path, stage: str, *words: str, **environment: str) -> Job:
+        """slurm/submit.sh from `root`; jobs that submit themselves again have one log each."""
+        log = self.folder / "job-%j.log"
+        line = ["bash", "slurm/submit.sh", stage, "--parsable", f"--output={log}", *words]
+        number = int(self.client(*line, cwd=root, **environment))
+        return self.job(number)
+
+    def job(self, number: int) -> Job:
+        """One that submit_stage submitted, or a successor of it."""
+        return Job(self, number, self.folder / f"job-{number}.log")
 
     def logs(self) -> str:
         """The ends of all daemons' logs."""

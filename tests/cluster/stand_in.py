@@ -12,6 +12,7 @@ from pathlib import Path
 ARGUMENTS = dict(argument.split("=", 1) for argument in sys.argv[1:])
 OUTPUT, RANK = Path(ARGUMENTS["output"]), int(os.environ["RANK"])
 NAMES = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+NAMES += ("TMPDIR", "TRITON_CACHE_DIR", "LOCAL_DISK", "OF_PREPARE_JOB", "OF_CONTAINER")
 
 
 def say() -> None:
@@ -25,6 +26,23 @@ def say() -> None:
     }
     with (OUTPUT / f"rank-{RANK}.jsonl").open("a") as file:
         print(json.dumps(facts), file=file)
+
+
+def restarted() -> bool:
+    """By Slurm, or by itself."""
+    return bool(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("CHAIN_RESTARTS"))
+
+
+def talk() -> int:
+    """Something for the logs, and a file in the folder for temporary ones."""
+    print(f"rank {RANK} says this", flush=True)
+    print(f"rank {RANK} complains", file=sys.stderr)
+    (Path(os.environ["TMPDIR"]) / f"of-{RANK}").touch()
+    return 0
+
+
+def once_again() -> int:
+    return 0 if restarted() else again()
 
 
 def meet() -> int:
@@ -60,7 +78,7 @@ def fail() -> int:
 
 def stop() -> int:
     """Wait to be told to stop, beside a child that must not be stopped with us. Started again, be done."""
-    if os.environ.get("SLURM_RESTART_COUNT"):
+    if restarted():
         return 0
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     with subprocess.Popen(["sleep", "600"]) as child:
@@ -74,7 +92,8 @@ def stop() -> int:
 
 def sleep() -> int:
     """As one that is still importing: no handler stands. Started again, be done."""
-    if not os.environ.get("SLURM_RESTART_COUNT"):
+    if not restarted():
+        (OUTPUT / f"ready-{RANK}").touch()
         time.sleep(600)
     return 0
 
@@ -113,6 +132,8 @@ DO = {
     "further": crash_further_on,
     "meet": meet,
     "again": again,
+    "once again": once_again,
+    "talk": talk,
     "fail": fail,
     "stop": stop,
     "one of array": one_of_array,

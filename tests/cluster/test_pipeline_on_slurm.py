@@ -42,7 +42,7 @@ def start(cluster: Cluster, *words: str, python: str = sys.executable) -> dict[s
     """The jobs by stage, from what it prints; their logs lie in the cluster's folder."""
     log = cluster.folder / "pipeline-%j.log"
     line = ["bash", "slurm/pipeline.sh", *words[:1], f"--output={log}", *words[1:]]
-    said = cluster.client(*line, cwd=ROOT, PYTHON=python)
+    said = cluster.client(*line, cwd=ROOT, PYTHON=python, SITE=cluster.site)
     numbers = {stage: int(number) for stage, number, *_ in map(str.split, said.splitlines())}
     return {s: Job(cluster, n, Path(str(log).replace("%j", str(n)))) for s, n in numbers.items()}
 
@@ -96,7 +96,7 @@ def test_what_waits_for_a_failed_stage_is_cancelled(cluster: Cluster, tmp_path: 
     [
         ([], "output= must be given"),
         (["output=run", "size=64"], "size=64 belongs to no stage"),
-        (["output=run", "train_ldm", "-p", "gpu"], "write options of sbatch out"),
+        (["output=run", "train_ldm", "-p", "gpu"], "use the long form of sbatch's options"),
     ],
 )
 def test_mistakes_get_a_sentence(words: list[str], sentence: str) -> None:

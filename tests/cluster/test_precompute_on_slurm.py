@@ -42,7 +42,9 @@ def contents(root: Path) -> dict[str, str]:
 def test_an_array_makes_what_one_process_makes(cluster: Cluster, images: Path, tmp_path: Path) -> None:
     line = (f"input={images}", f"output={tmp_path}/array", *GIVEN)
     array = "--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1"
-    first = cluster.submit(ROOT, *array, "slurm/precompute_latents.sbatch", *line, PYTHON=sys.executable)
+    first = cluster.submit(
+        ROOT, *array, "slurm/precompute_latents.sbatch", *line, PYTHON=sys.executable, SITE=cluster.site
+    )
     run("data_pipeline/precompute_latents.py", f"input={images}", f"output={tmp_path}/one", *GIVEN)
     told = cluster.client("squeue", "--noheader", "--format=%A", "--array", f"--jobs={first.number}").split()
     for number in {first.number, *map(int, told)}:

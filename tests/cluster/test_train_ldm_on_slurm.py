@@ -15,6 +15,8 @@ import synthetic
 from slurm_cluster import Cluster, Job
 from synthetic import TINY_LATENTS, write_latents
 
+from data_pipeline.shards.manifest import Manifest
+
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("machine")]
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,7 @@ TINY = (
     "training.wandb_project=null preview_every=null validate_every=null validation_samples=2 "
     "autoencoder.path=none clip.path=none engine=zero2"
 ).split()
+STAGED = ("store.cache=$LOCAL_DISK/shards", "store.cache_gb=1")  # sbatch is not started by a shell: no quotes
 LONG = (f"training.steps={LONG_STEPS}", "training.save_every=10")
 
 
@@ -42,13 +45,14 @@ def jobs(cluster: Cluster, folder: Path) -> dict[str, Job]:
     """All at once, as two cores are busy with importing anyway."""
     given = (f"input={folder / 'latents'}", *TINY)
     return {
-        "stopped": submitted(cluster, *given, f"output={folder / 'stopped'}"),
+        "stopped": submitted(cluster, *given, *STAGED, f"output={folder / 'stopped'}"),
         "nothing": submitted(cluster, nodes=1),
     }
 
 
 def submitted(cluster: Cluster, *arguments: str, nodes: int = 2) -> Job:
-    return cluster.submit(ROOT, f"--nodes={nodes}", "slurm/train_ldm.sbatch", *arguments, PYTHON=sys.executable)
+    line = (f"--nodes={nodes}", "slurm/train_ldm.sbatch", *arguments)
+    return cluster.submit(ROOT, *line, PYTHON=sys.executable, SITE=cluster.site)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -73,7 +77,8 @@ def rank_of(job: Job, run: Path, number: int) -> psutil.Process:
 
 
 def test_a_warned_run_goes_on_and_is_the_same(jobs: dict[str, Job], cluster: Cluster, folder: Path) -> None:
-    """Two nodes: a warning saves, requeues and resumes; beside an undisturbed run elsewhere."""
+    """Two nodes: a warning saves, requeues and resumes; beside an undisturbed run elsewhere, which reads the shards
+    where they are, not from copies on each node's own disk."""
     job, run = jobs["stopped"], folder / "stopped"
     job.wait_for(lambda facts: len(rows(run)) >= 3)
     before = len(rows(run))
@@ -89,6 +94,14 @@ def test_a_warned_run_goes_on_and_is_the_same(jobs: dict[str, Job], cluster: Clu
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, STEPS + 1))  # a second writer doubles
     assert (run / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}"
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
+    shards = {
+        shard.sha256 for split in ("train", "heldout") for shard in Manifest.load(folder / "latents" / split).shards
+    }
+    for disk in (cluster.folder / "disk-node1", cluster.folder / "disk-node2"):
+        assert {path.stem for path in (disk / "shards").glob("*.tar")} == shards
+    logs = [(cluster.folder / f"logs/{job.number}/rank-{rank}.log").read_text() for rank in range(2)]
+    assert ["2 rank(s) on cpu" in log for log in logs] == [True, False]
+    assert not list(cluster.folder.glob(f"disk-*/ldt-*-{job.number}"))
 
 
 @pytest.mark.exhaustive  # a killed rank is in test_launch.py, going on from a checkpoint above

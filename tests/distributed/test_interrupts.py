@@ -29,7 +29,7 @@ while not (stop and stop.requested):
     lock.acquire(timeout=60 if sys.argv[2] == "stuck" else 0.05)
 print("saved", flush=True)
 """
-AGAIN = "start the same command again to go on"
+AGAIN = "start the same command again to continue"
 
 
 def when(log: Path, words: str, process: Forked) -> Forked:

@@ -18,7 +18,7 @@ from data_pipeline.common import s3 as s3
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from train.checkpointing import checkpoints as checkpoint
-from train.checkpointing import writer
+from train.checkpointing import scratch_room, writer
 from train.checkpointing.checkpoints import CheckpointConfig, Checkpoints
 from train.checkpointing.ema_weights import ema_weights
 from train.checkpointing.files import CheckpointPaths, complete_checkpoints
@@ -96,6 +96,7 @@ def together(monkeypatch):
     for module in (checkpoint, writer):
         monkeypatch.setattr(module, "broadcast_object", lambda value: gathered(value)[0])
     monkeypatch.setattr(checkpoint, "gathered_objects", gathered)
+    monkeypatch.setattr(scratch_room, "gathered_objects", gathered)
     monkeypatch.setattr(checkpoint, "barrier", gathered)
 
     def go(world_size, do):
@@ -193,6 +194,26 @@ def test_two_nodes_that_share_no_file_system(start, place, tmp_path):
     assert averaged.shape == (LENGTH,)
     assert start().resume("must") == 30
     assert not list(tmp_path.glob("scratch*/*"))
+
+
+def test_a_disk_without_room_for_a_save_is_refused_at_the_start(start, tmp_path, monkeypatch):
+    """The sum over the node's ranks, which is not exceeded while they save."""
+    needed = 2 * LENGTH * 4 + 2 * LENGTH * 4  # weights and their average; rank 0 gathers the average and writes it
+    monkeypatch.setattr(storage, "free_bytes", lambda folder: needed - 1)
+    sentence = f"training.scratch: {tmp_path}/scratch. on {storage.HOST} needs {needed} bytes .* and {needed - 1} are"
+    with pytest.raises(UserError, match=sentence):
+        start().resume()
+    monkeypatch.setattr(storage, "free_bytes", lambda folder: needed)
+    run, peaks, save_tensors = start(), [], writer.save_tensors
+
+    def measured(*given):
+        save_tensors(*given)
+        peaks.append(sum(path.stat().st_size for path in tmp_path.glob("scratch*/*/*/*.safetensors")))
+
+    monkeypatch.setattr(writer, "save_tensors", measured)
+    run.resume()
+    run.save(10)
+    assert needed / 2 < max(peaks) <= needed
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
@@ -303,7 +324,7 @@ def test_who_was_taken_over_publishes_nothing_more(start, place):
     assert new.resume() == 10
     assert storage.read_bytes(f"{place}/owner").split()[0] == b"two"
     assert new.each[0].state.run_id == "two"
-    with pytest.raises(UserError, match="was taken over by another process"):
+    with pytest.raises(UserError, match="now belongs to another process"):
         old.save(20)
     new.save(20)
     assert steps(place) == [10, 20]
@@ -402,7 +423,7 @@ def test_a_run_on_two_ranks_is_killed_and_goes_on_on_one(place, tmp_path, monkey
     before = steps(place)[-1]
     done = run("train/train_ldm.py", *arguments, "training.resume=must")
     assert f"resumed from step {before} of 24" in done.stdout
-    assert "was saved with 2 rank(s) and ZeRO stage 2: its parts are dealt anew" in done.stderr
+    assert "was saved with 2 rank(s) and ZeRO stage 2: it is resharded for this run" in done.stderr
     assert sorted(losses(output)) == list(range(1, 25))
     assert steps(place) == [20, 24]
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["latest"]

@@ -32,6 +32,7 @@ from train.checkpointing.compatibility import describe_layout, refuse_other_shap
 from train.checkpointing.files import STEP, CheckpointPaths, Found, inspect_checkpoint, part_name, step_of
 from train.checkpointing.part_files import Copies, copied_pieces, files_needed, fill
 from train.checkpointing.safetensors_io import Header
+from train.checkpointing.scratch_room import refuse_little_room
 from train.checkpointing.stores import store_of
 from train.checkpointing.writer import SaveThread, Writer
 from train.distributed.collectives import barrier, broadcast_object, gathered_objects
@@ -120,6 +121,16 @@ class Checkpoints:
     def _copied(self, engine: Engine, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.config.asynchronous else {})
 
+    def _bytes_to_save(self, engine: Engine, ema: Ema) -> int:
+        """What this rank's workplace holds during a save."""
+        fragments, tensors = engine.fragments_to_save(), {**engine.tensors(), **ema.tensors()}
+        part = sum(fragment.of(shards).nbytes for shards in tensors.values() for fragment in fragments)
+        if not self.ranks.is_main:
+            return part
+        # Rank 0 also gathers the averages: the pieces of all ranks, and the files made of them.
+        averages = sum(kind.startswith("ema") for kind in tensors)
+        return part + 2 * averages * 4 * sum(math.prod(shape) for shape in engine.shapes.values())
+
     def resume(
         self, how: str, engine: Engine, ema: Ema, state: TrainState, before_anew: Callable[[], None] = lambda: None
     ) -> bool:
@@ -130,11 +141,14 @@ class Checkpoints:
         assert how in RESUME, how
         self.store.tidy()
         barrier()  # so that no rank of this node fetches before the tidying
+        if self.store.scratch is not None:
+            refuse_little_room(self.store.scratch, self._bytes_to_save(engine, ema))
         where, any_there, resumed, run_id = self.store.root, self._names(), None, state.run_id
         for found in self._whole_by_size(any_there):
             if how == "never":
                 raise UserError(
-                    f"{self.store.at(found.name)} exists and resume=never: choose another output=, or resume=auto."
+                    f"{self.store.at(found.name)} exists and training.resume=never: choose another output=, or "
+                    "training.resume=auto."
                 )
             self._compare(found.saved["identity"])
             if self.load(found, engine, ema, state):
@@ -142,10 +156,14 @@ class Checkpoints:
                 break
         if any_there and not resumed:
             raise UserError(
-                f"every checkpoint in {where} is damaged: remove that folder to start afresh, or copy them again."
+                f"every checkpoint in {where} is damaged: copy them there again, or remove that folder to start "
+                "from the beginning."
             )
         if how == "must" and not resumed:
-            raise UserError(f"resume=must, but {where} has no intact checkpoint: check output=, or use resume=auto.")
+            raise UserError(
+                f"training.resume=must, but {where} has no intact checkpoint: check output=, or use "
+                "training.resume=auto."
+            )
         if not resumed:
             before_anew()
         state.run_id = run_id  # the checkpoint may be another run's; from now on it is this run's
@@ -233,7 +251,7 @@ class Checkpoints:
             return False
         if found.saved["layout"] != self._layout(engine) and self.ranks.is_main:
             layout = describe_layout(found.saved["layout"])
-            log.warning("%s was saved with %s: its parts are dealt anew", self.store.at(found.name), layout)
+            log.warning("%s was saved with %s: it is resharded for this run", self.store.at(found.name), layout)
         fill(engine.fragments(), tensors, [self.store.local(found.name, part) for part in parts])
         engine.after_loading(found.saved["engine"])
         ema.load_scalars(found.saved["ema"])
@@ -261,7 +279,7 @@ class Checkpoints:
         published = self.store.published()
         for step in self.store.steps():
             if step > than or step not in published:
-                log.warning("removing %s: the run goes on from %s", self.store.at(step), than or "the start")
+                log.warning("removing %s: the run continues from %s", self.store.at(step), than or "the beginning")
                 self.store.remove(step)
         for file in storage.sizes(self.paths.snapshots):
             if STEP.fullmatch(file.partition(".")[0]) and file.partition(".")[0] > than:
@@ -270,7 +288,7 @@ class Checkpoints:
     def _compare(self, identity: dict[str, Any]) -> None:
         changed = refuse_what_differs(self.identity, identity, self.config.allow_mismatch, self.store.root)
         if changed and self.ranks.is_main:
-            log.warning("going on although %s (training.allow_mismatch)", "; ".join(changed))
+            log.warning("resuming although %s (training.allow_mismatch permits it)", "; ".join(changed))
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
         return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}

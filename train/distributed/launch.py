@@ -53,7 +53,7 @@ class StopOnce:
             self.asked = True
             raise api.SignalException(f"signal {number}", sigval=signal.Signals(number))
         if number == signal.SIGINT:
-            say("ended by a second Ctrl-C; start the same command again to go on from what was saved")
+            say("ended by a second Ctrl-C; start the same command again to continue from what was saved")
             for rank in psutil.Process().children(recursive=True):
                 rank.kill()
             os._exit(INTERRUPTED)

@@ -67,6 +67,11 @@ def test_what_is_not_known_stays_as_hydra_says_it():
     )
 
 
+def test_a_condition_that_is_not_stored_is_said_to_be_none():
+    said = explained("In 'x': Could not load 'conditions/size'.", Path(CONF), "precompute_latents")
+    assert said == "conditions=size: conditioning=[size] needs nothing that is stored for it: leave size out."
+
+
 def test_without_a_terminal_a_line_comes_though_nothing_is_done(monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_OF_SILENCE", 0.05)
     with Progress("wait", 7, "images") as bar:
