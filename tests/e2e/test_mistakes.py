@@ -42,7 +42,7 @@ MISTAKES = {
     "latents of another autoencoder": (
         [*LDM, "input={folder}/latents", "autoencoder.path={folder}/stranger"],
         2,
-        "the latents were made by autoencoder none",
+        "the latents were made with autoencoder none",
     ),
     "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "use one of auto, fp32, bf16, fp16"),
     "bf16 without masters": ([*LDM, "input={folder}/latents", "engine=zero0", "engine.dtype=bf16"], 2, "engine=zero1"),

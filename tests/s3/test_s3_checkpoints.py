@@ -289,7 +289,7 @@ def test_the_user_decides(start, place):
     run = start()
     assert run.resume("never") is None
     run.save(10)
-    with pytest.raises(UserError, match=r"s3://.*/step-00000010 exists and resume=never"):
+    with pytest.raises(UserError, match=r"s3://.*/step-00000010 exists and training\.resume=never"):
         start().resume("never")
 
 
@@ -434,7 +434,7 @@ def test_a_run_on_two_ranks_is_killed_and_goes_on_on_one(place, tmp_path, monkey
     snapshots = find_snapshots(output)
     assert len(snapshots) == 6
     assert rebuilt(snapshots, snapshots[-1].profile).keys() == tensors.keys()
-    with pytest.raises(UserError, match=f"training.checkpoints={place} belongs to run .* this is a new one"):
+    with pytest.raises(UserError, match=f"training.checkpoints={place} belongs to run .* this is a new run"):
         RunFolder(tmp_path / "other", "train_ldm", {"training": {"checkpoints": place}}, ALONE)
     assert not (tmp_path / "other").exists()
     may = {"checkpoints": place, "allow_mismatch": ["run_id"]}
