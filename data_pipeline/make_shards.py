@@ -44,6 +44,8 @@ def refuse_wrong_options(cfg: DictConfig) -> None:
         raise UserError(
             f"heldout_every={cfg.heldout_every} leaves nothing to train on: use 2 or more, or null to hold out nothing."
         )
+    if "path" in cfg.source and cfg.source.path is None:
+        raise UserError("this source reads a folder: add input=FOLDER.")
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the shards.")
 

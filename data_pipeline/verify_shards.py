@@ -7,7 +7,6 @@ from data_pipeline.common.entry import start_entry
 if __name__ == "__main__":
     start_entry("data_pipeline.verify_shards")  # checks the options, runs main() and exits
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from data_pipeline.audit.shard_checks import (
 from data_pipeline.common import storage
 from data_pipeline.common.device import chosen_device
 from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.finite_json import json_of
 from data_pipeline.common.progress import Progress
 from data_pipeline.encode.encoders import TextEncoder
 from data_pipeline.shards.key_set import KnownKeys
@@ -196,7 +196,7 @@ def report(sets: list[DataSet], seen: Mapping[str, SampleInspection | None], cfg
     about = {each.title: described(each, seen.get(each.name)) for each in sets}
     wrong = sum(each.findings.counts.total() for each in sets)
     content = {"input": cfg.input, "every": cfg.every, "wrong": wrong, "sets": about}
-    storage.write_atomically(storage.join(cfg.output, "report.json"), json.dumps(content, indent=1).encode())
+    storage.write_atomically(storage.join(cfg.output, "report.json"), json_of(content))
     for each in sets:
         for check, sentences in each.findings.sentences.items():
             more = each.findings.counts[check] - len(sentences)

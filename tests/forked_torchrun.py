@@ -1,5 +1,7 @@
 """torchrun that forks its ranks instead of starting Python for each: `forked_torchrun.py RANKS SCRIPT ...`.
 
+With LAUNCHER=ours in the environment, train/distributed/launch.py starts it.
+
 It is itself forked. The agent (rendezvous, monitoring, termination, reports) is torch's own; only Popen is replaced.
 """
 
@@ -15,6 +17,8 @@ from typing import Any
 import preloaded
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+from train.distributed import launch
 
 
 class ForkedRank(subprocess.Popen):
@@ -49,4 +53,7 @@ def _code_of(request: preloaded.Request) -> int:
 
 SubprocessHandler._popen = lambda self, args, env: ForkedRank(args, env)
 meeting = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-run.main([f"--nproc_per_node={sys.argv[1]}", *meeting, *sys.argv[2:]])
+command = [f"--nproc_per_node={sys.argv[1]}", *meeting, *sys.argv[2:]]
+if os.environ.get("LAUNCHER") == "ours":
+    raise SystemExit(launch.main(command))
+run.main(command)

@@ -7,7 +7,6 @@ from data_pipeline.common.entry import start_entry
 if __name__ == "__main__":
     start_entry("train.evaluate_ldm")  # checks the options, runs main() and exits
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.finite_json import json_of
 from data_pipeline.common.progress import Progress
-from data_pipeline.common.storage import write_atomically
+from data_pipeline.common.storage import exists, write_atomically
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
 from data_pipeline.shards.json_fields import GEOMETRY
@@ -32,7 +32,9 @@ DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{REC
 
 def main(cfg: DictConfig) -> None:
     train = instantiate(cfg.read, root=f"{cfg.shards}/train")
-    heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
+    heldout = []
+    if cfg.heldout_captions and exists(f"{cfg.shards}/heldout/manifest.json"):
+        heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
     if not train or any(sample["image"].shape[0] % RECALL_PIXELS for sample in train[:1] if "image" in sample):
         raise UserError(
             f"shards={cfg.shards} must contain pictures whose sides are multiples of {RECALL_PIXELS} pixels."
@@ -60,12 +62,13 @@ def main(cfg: DictConfig) -> None:
     with Progress("evaluate_ldm", len(chosen) + len(heldout), "pictures") as bar:
         how = {"seed": cfg.seed, "batch_size": cfg.batch_size, "on_batch": bar.advance}
         drawn, unseen = (
-            run.generator.draw(run.encode_conditions(s), sampler, guidance, **how) for s in (chosen, heldout)
+            run.generator.draw(run.encode_conditions(s), sampler, guidance, **how) if s else np.array([])
+            for s in (chosen, heldout)
         )
     figures = recall_figures(drawn, np.stack([sample["image"] for sample in train]), right, cfg.seed)
     figures |= similarity_metrics(run, train, chosen, drawn, heldout, unseen)
     figures |= {"guidance": guidance.scale, "steps": sampler.steps, "weights": run.weights}
-    write_atomically(output / "evaluation.json", json.dumps(figures, indent=1).encode())
+    write_atomically(output / "evaluation.json", json_of(figures))
     save_grids(output, how_drawn(run.step, sampler, guidance, cfg.seed), (chosen, drawn), (heldout, unseen))
     say(figures, output)
 

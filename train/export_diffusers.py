@@ -7,14 +7,20 @@ from data_pipeline.common.entry import start_entry
 if __name__ == "__main__":
     start_entry("train.export_diffusers")  # checks the options, runs main() and exits
 
+import glob
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
 from torch import nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.storage import write_atomically
+from data_pipeline.common.storage import HOST, write_atomically
+from data_pipeline.common.temp_files import abandoned
 from train.models.size_features import SizeFeatures
 from train.sampling.trained_run import TrainedRun, open_run
 from train.weights.open_clip import HEAD_WIDTH
@@ -30,21 +36,36 @@ def main(cfg: DictConfig) -> None:
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     pipeline = pipeline_of(run)
     pipeline.refuse_unfit(single_file=file is not None)
-    pipeline.save_folder(output)
-    about = {"mean": run.facts.mean, "std": run.facts.std, "fold": run.facts.fold}
-    write_atomically(output / "x0.json", json.dumps(about, indent=1).encode())
-    reads_back(pipeline, output, shape_of(run))
+    with written_aside(output) as folder:
+        pipeline.save_folder(folder)
+        about = {"mean": run.facts.mean, "std": run.facts.std, "fold": run.facts.fold}
+        write_atomically(folder / "x0.json", json.dumps(about, indent=1).encode())
+        reads_back(pipeline, folder, shape_of(run))
+        if file is not None:
+            aside = folder / file.relative_to(output) if file.is_relative_to(output) else file
+            pipeline.save_single_file(aside)
+            reads_back(pipeline, aside, shape_of(run))
     print(f"export_diffusers: {run.weights} -> {output}; each part was read back and gives the same output")
     print(usage_hint(pipeline, run, output))
     if file is not None:
-        pipeline.save_single_file(file)
-        reads_back(pipeline, file, shape_of(run))
         print(f"export_diffusers: {run.weights} -> {file}; each part was read back and gives the same output")
         if pipeline.text is not None and not pipeline.text_in_single_file:
             print(
                 f"the text encoder is only in {output}: a single file can only store one with heads of width "
                 f"{HEAD_WIDTH}"
             )
+
+
+@contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `output` at the end: what a kill leaves does not stop the next start."""
+    for left in output.parent.glob(f"{glob.escape(output.name)}.tmp.*"):
+        if abandoned(left):
+            shutil.rmtree(left)
+    folder = output.with_name(f"{output.name}.tmp.{HOST}.{os.getpid()}")
+    folder.mkdir(parents=True)
+    yield folder
+    folder.replace(output)
 
 
 def pipeline_of(run: TrainedRun) -> Pipeline:

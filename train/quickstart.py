@@ -20,6 +20,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.finite_json import json_of
+from data_pipeline.common.stop_request import EXIT_CODE, Stopped, StopRequest
 from data_pipeline.common.storage import write_atomically
 
 REPO = Path(__file__).resolve().parents[1]
@@ -146,7 +148,7 @@ def run_stage(stage: Stage, output: Path, place: str) -> dict[str, Any]:
     typed = " ".join(part if all(c not in part for c in " '[]") else f'"{part}"' for part in command)
     print(f"\n{place} python {typed}", flush=True)
     started = time.monotonic()
-    code = subprocess.run([sys.executable, *command], cwd=REPO).returncode
+    code = finished_code([sys.executable, *command])
     if code:
         print(
             f"quickstart: {stage.name} failed with exit code {code}; fix the error and start again to continue",
@@ -157,6 +159,27 @@ def run_stage(stage: Stage, output: Path, place: str) -> dict[str, Any]:
     note = {"command": command, "seconds": time.monotonic() - started, "peak_memory_gb": peak}
     write_atomically(stage.note(output), json.dumps(note).encode())
     return note
+
+
+def finished_code(command: Sequence[str]) -> int:
+    """Run a command to its end and return its exit code; Stopped if this process was asked to stop meanwhile.
+
+    Ctrl-C reaches the stage as well, which says how to continue. SIGTERM does not, and is passed on.
+    """
+    stop, passed_on = StopRequest(), False
+    stage = subprocess.Popen(command, cwd=REPO)
+    while stage.poll() is None:
+        try:
+            stage.wait(0.2)
+        except subprocess.TimeoutExpired:
+            if stop.requested and not passed_on:
+                stage.terminate()
+                passed_on = True
+    if stop.requested:
+        if stage.returncode != EXIT_CODE:
+            print("quickstart: stopped by a signal; start the same command again to continue", file=sys.stderr)
+        raise Stopped
+    return stage.returncode
 
 
 def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:
@@ -179,7 +202,7 @@ def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:
         "minutes_in_all": round(sum(note["seconds"] for note in notes.values()) / 60, 1),
         "peak_memory_gb": round(max(note["peak_memory_gb"] for note in notes.values()), 2),
     }
-    write_atomically(output / "summary.json", json.dumps(summary, indent=1).encode())
+    write_atomically(output / "summary.json", json_of(summary))
     print(f"\nquickstart: done in {summary['minutes_in_all']} minutes, peak memory {summary['peak_memory_gb']} GB")
     print(
         f"  recall of training captions  top-1 {summary['training_recall_top1']:.2f}, top-5 "

@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     project = cfg.project or config["training"].get("wandb_project")
     if not project:
         raise UserError("the run has no training.wandb_project: add project=....")
-    run_id = cfg.run_id or f"{(run / 'run_id').read_text().split()[1]}-replayed"
+    run_id = cfg.run_id or replayed_id(run)
     folder = Path(cfg.output or run)
     folder.mkdir(parents=True, exist_ok=True)
     wandb = WeightsAndBiases(folder, run_id, config, project, name=run_id, queue_size=0, patience_s=None)
@@ -42,3 +42,11 @@ def main(cfg: DictConfig) -> None:
     if wandb.error is not None:
         raise UserError(f"W&B did not receive all steps ({wandb.error}): fix the cause, and start again.")
     print(f"replay: {len(rows)} steps sent to W&B as run {run_id} of {project}; files in {folder}/wandb", flush=True)
+
+
+def replayed_id(run: Path) -> str:
+    """The run's own id followed by -replayed; UserError if its file was cut short."""
+    words = (run / "run_id").read_text(errors="replace").split()
+    if len(words) != 2:
+        raise UserError(f"{run / 'run_id'} was cut short, and has no id: name the new W&B run by run_id=....")
+    return f"{words[1]}-replayed"

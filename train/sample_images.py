@@ -28,8 +28,7 @@ from train.sampling.requests import (
     as_sample,
     file_stem,
     negative_rows,
-    number,
-    refuse_non_numbers,
+    prompts_in,
     refuse_unused_options,
     request_rows,
     size_options,
@@ -41,12 +40,15 @@ from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_
 
 def main(cfg: DictConfig) -> None:
     given = OmegaConf.to_container(cfg, resolve=True)
+    if cfg.prompts_file is not None:
+        if cfg.prompts is not None:
+            raise UserError("prompts and prompts_file are both given: leave one of them out.")
+        given["prompts"] = prompts_in(cfg.prompts_file)
     options = {name: given[name] for name in REQUEST_OPTIONS} | size_options(given["size"])
     rows, negative_size = (
         request_rows(options, cfg.samples_per_prompt),
         size_options(given["negative_size"], "negative_size"),
     )
-    refuse_non_numbers(cfg.guidance.scale, cfg.sampler.steps)
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     sampler, guidance = (merged_with_run_config(run.config, group, given[group]) for group in ("sampler", "guidance"))
     classifier_guide = guided_by(cfg, run, rows)
@@ -100,6 +102,4 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> C
     if unknown:
         raise UserError(f"class {unknown[0]} is unknown to the classifier: use one of {', '.join(classes[:12])}.")
     labels = torch.tensor([classes.index(str(row["labels"])) for row in rows])
-    return ClassifierGuide(
-        classifier.to(run.generator.device), labels, number("classifier.scale", cfg.classifier.scale)
-    )
+    return ClassifierGuide(classifier.to(run.generator.device), labels, float(cfg.classifier.scale))

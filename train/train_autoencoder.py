@@ -20,7 +20,7 @@ from PIL import Image
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest, refuse_no_heldout
 from train.distributed.ranks import Ranks
 from train.evaluation.reconstruction import latent_statistics, reconstructed, summary_line
 from train.loop.context import TrainedModel, TrainingContext
@@ -47,6 +47,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     objective = instantiate(cfg.objective, autoencoder=autoencoder, seed=cfg.seed, _convert_="all")
     images = Manifest.load(f"{cfg.input}/train", "image-text")
     recipe = Recipe.of(cfg, instantiate, ranks)
+    refuse_no_heldout(cfg.input)
     heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
     refuse_sizes(heldout.shape[1:3], objective.crop if objective.crop_until else 0, autoencoder.factor)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)

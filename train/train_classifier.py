@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.loading.batch import Batch, DataCursor
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest, refuse_no_heldout
 from data_pipeline.shards.samples import collated
 from train.data.latent_facts import LatentFacts
 from train.distributed.ranks import Ranks
@@ -41,6 +41,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     config = OmegaConf.to_container(cfg, resolve=True)
     latents = Manifest.load(f"{cfg.input}/train", "latents")
     recipe = Recipe.of(cfg, instantiate, ranks)
+    refuse_no_heldout(cfg.input)
     facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold, cfg.scaling_factor)
     if "label" not in facts.shapes:
         raise UserError(f"{cfg.input} has no labels: run precompute_latents.py with conditions=[label].")

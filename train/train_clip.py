@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest, refuse_no_heldout
 from train.distributed.ranks import Ranks
 from train.evaluation.retrieval import retrieval_of
 from train.loop.context import TrainedModel, TrainingContext
@@ -35,6 +35,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     images = Manifest.load(f"{cfg.input}/train", "image-text")
     recipe = Recipe.of(cfg, instantiate, ranks)
     refuse_copies_as_negatives(recipe.training.batch_size, images.samples, f"{cfg.input}/train")
+    refuse_no_heldout(cfg.input)
     torch.manual_seed(cfg.seed)
     clip = instantiate(cfg.clip, _convert_="all")
     objective = instantiate(

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data_pipeline.common import storage
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest, refuse_no_heldout
 from train.data.base_model import refuse_other_noise, unet_to_train
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
@@ -56,6 +56,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses an invalid number of steps
     data = Manifest.load(f"{cfg.input}/train")
     recipe, read_samples = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
+    refuse_no_heldout(cfg.input)
     latents = latents_of(config, data, recipe.make_loader, read_samples, instantiate, ranks.device)
     recipe = replace(recipe, make_loader=latents.make_loader)
     read_samples, autoencoder = latents.read_samples, latents.autoencoder

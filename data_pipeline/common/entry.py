@@ -18,7 +18,9 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -27,13 +29,27 @@ import hydra
 from hydra._internal.hydra import Hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.common import storage
 from data_pipeline.common.caches import keep_caches_in_venv
+from data_pipeline.common.command_line import as_hydra_reads
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.hydra_messages import RENAMED, advice, explained, say_renamed, top_keys, with_new_names
+from data_pipeline.common.hydra_messages import (
+    RENAMED,
+    advice,
+    explained,
+    say_renamed,
+    top_keys,
+    with_new_names,
+)
+from data_pipeline.common.output_checks import NO_ROOM, refuse_unwritable_outputs
+from data_pipeline.common.program_options import refuse_wrong_options
+from data_pipeline.common.stop_request import InterruptWatch, speaks
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
+OF_THE_PATH = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+RANK_0_FIRST_S = 2.0  # seconds that other ranks wait before they name an error: rank 0 probably says the same
 # Hydra composes everything again, only to read hydra.mode, in half a second. Without the mode, --multirun decides.
 Hydra.get_mode = lambda *_, **__: None
 
@@ -45,16 +61,12 @@ def start_entry(module: str) -> NoReturn:
     """
     keep_caches_in_venv()
     config_name, captured = module.rpartition(".")[2], CapturedStderr()
+    InterruptWatch.begin(config_name)
 
     def guarded(cfg: DictConfig) -> None:
         captured.stop()
         try:
-            missing = sorted(OmegaConf.missing_keys(cfg))
-            if missing:
-                example = " ".join(f"{key}=..." for key in missing)
-                raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
-            _rename_options(cfg)
-            _refuse_unknown(cfg, config_name)
+            _check(cfg, config_name)
             storage.configure(**cfg.get("store", {}))
             importlib.import_module(module).main(cfg)
         except SystemExit as asked:
@@ -64,18 +76,50 @@ def start_entry(module: str) -> NoReturn:
             user_error = _user_error_behind(error)
             if user_error is None:
                 raise
-            print(f"error: {user_error}", file=sys.stderr, flush=True)
+            _say_error(str(user_error))
             # Not sys.exit: a rank that leaves while others wait in a collective must not itself wait for them.
             sys.stdout.flush()
             os._exit(user_error.exit_code)
         _leave_if_one_of_many(0)
 
     guarded.__module__ = module  # Hydra names the job by it
-    sys.argv[1:] = with_new_names(sys.argv[1:])
+    try:
+        sys.argv[1:] = with_new_names(as_hydra_reads(sys.argv[1:], Path(CONF), config_name))
+    except UserError as error:
+        _say_error(str(error))
+        raise SystemExit(error.exit_code) from None
     _with_codes(
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded), captured, config_name
     )
     raise SystemExit(0)
+
+
+def _check(cfg: DictConfig, config_name: str) -> None:
+    """UserError for what is missing, unknown, of a wrong type, out of range, or an output that can't be written."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            example = " ".join(f"{key}=..." for key in missing)
+            raise UserError(f"{', '.join(missing)} must be given: add {example} (see --help).")
+        _rename_options(cfg)
+        _refuse_unknown(cfg, config_name)
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        what = str(error).partition("\n")[0]
+        raise UserError(
+            f"{error.full_key} can't be read ({what}): ${{name}} stands for another option; write \\${{name}} for the "
+            "text itself."
+        ) from None
+    refuse_wrong_options(resolved, config_name)
+    refuse_unwritable_outputs(resolved, config_name)
+
+
+def _say_error(sentence: str) -> None:
+    """The sentence that ends a program, once: if all ranks fail alike, the launcher ends the others meanwhile."""
+    if not speaks():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(RANK_0_FIRST_S)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
 
 
 def _rename_options(cfg: DictConfig) -> None:
@@ -123,7 +167,7 @@ def _with_codes(started: Callable[[], None], captured: CapturedStderr, config_na
         code = asked.code
         if code and not captured.begun:
             code = UserError.exit_code
-            print(f"error: {explained(captured.text.getvalue(), Path(CONF), config_name)}", file=sys.stderr, flush=True)
+            _say_error(explained(captured.text.getvalue(), Path(CONF), config_name))
         _leave_if_one_of_many(code)  # after a crash, too: what it left open may wait for the other ranks
         raise SystemExit(code) from None
 
@@ -142,8 +186,10 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
     while error is not None:
         if isinstance(error, UserError):
             return error
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return UserError(f"no room to write ({error}): make some, and start again to go on.")
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return UserError(f"no room to write ({error}): make some, and start again to continue.")
+        if isinstance(error, OSError) and error.errno in OF_THE_PATH and error.filename is not None:
+            return UserError(f"{error.filename} can't be used ({error.strerror}): check the path and its permissions.")
         cause = error.__cause__ if isinstance(error, InstantiationException) else None
         if isinstance(cause, TypeError | ValueError) and not isinstance(cause, UserError):
             if os.environ.get("HYDRA_FULL_ERROR"):

@@ -50,7 +50,7 @@ def explained(said: str, conf: Path, root: str) -> str:
             return f"conditions={name}: conditioning=[{name}] needs nothing that is stored for it: leave {name} out."
         there = sorted(path.stem for path in (conf / group).glob("*.yaml"))
         if there:
-            return f"{group}={name} is not to be had: take {any_of(there)}."
+            return f"{group}={name} does not exist: use {any_of(there)}."
     if found := NOT_SET.search(said):
         return f"there is no option {found[1]}{advice(found[1], conf, root)}."
     return said.partition("Set the environment variable HYDRA_FULL_ERROR")[0].strip()
@@ -63,8 +63,19 @@ def advice(key: str, conf: Path, root: str) -> str:
     known = options(conf, root)
     if (conf / group / f"{name}.yaml").exists() and key in known:
         return f" unless it is chosen: add {group}=[{name}]"
+    if choices := _files_with(key, conf, root):
+        return f" in the chosen {group}: choose {group}={any_of(choices)}"
     near = difflib.get_close_matches(key, sorted({*known, *top_keys(conf, root)}), 3, 0.7)
     return f": is it {any_of(near)} (see --help)" if near else " (see --help)"
+
+
+def _files_with(key: str, conf: Path, root: str) -> list[str]:
+    """Files of a group of which one is chosen that have this option."""
+    group, _, rest = key.partition(".")
+    defaults = [default for default in loaded(conf / f"{root}.yaml").get("defaults", []) if isinstance(default, dict)]
+    if not rest or not any(group in default and not isinstance(default[group], list) for default in defaults):
+        return []
+    return sorted(path.stem for path in (conf / group).glob("*.yaml") if rest in names_in(loaded(path)))
 
 
 def any_of(names: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Options checked against their annotations: type, range, choice. A value that does not fit is refused in one sentence.
 
-lr: Annotated[float, Within(0)]                 "optimizer.lr=-1 can't be: take a number of 0 or more."
+lr: Annotated[float, Within(0)]                 "optimizer.lr=-1 is not valid: use a number of 0 or more."
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ KINDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    str: "a text (in quotes if it looks like something else)",
+    str: "a text",
     types.NoneType: "null",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """A range of numbers; above: `least` itself is excluded; below: `most` is."""
+    """A range of finite numbers; above: `least` itself is excluded; below: `most` is."""
 
     least: float
     most: float = math.inf
@@ -32,11 +32,13 @@ class Within:
     below: bool = False
 
     def allows(self, value: float) -> bool:
-        """Whether a number is in the range; NaN never is."""
-        inside = self.least <= value <= self.most
+        """Whether a number is in the range; NaN and infinity never are."""
+        inside = math.isfinite(value) and self.least <= value <= self.most
         return inside and not (self.above and value == self.least) and not (self.below and value == self.most)
 
     def __str__(self) -> str:
+        if self.least == -math.inf:
+            return "that is finite"
         if self.most == math.inf:
             return f"above {self.least:g}" if self.above else f"of {self.least:g} or more"
         return f"{'above' if self.above else 'from'} {self.least:g} {'below' if self.below else 'to'} {self.most:g}"
@@ -49,9 +51,22 @@ class OneOf:
     names: Sequence[Any]
 
 
+@dataclass(frozen=True, slots=True)
+class NotEmpty:
+    """A text with something in it: an empty path would be the root of the file system."""
+
+    def allows(self, value: str) -> bool:
+        return bool(value.strip())
+
+    def __str__(self) -> str:
+        return "that is not empty"
+
+
 Count = Annotated[int, Within(1)]
 Positive = Annotated[float, Within(0, above=True)]
 NotNegative = Annotated[float, Within(0)]
+Finite = Annotated[float, Within(-math.inf)]
+Path = Annotated[str, NotEmpty()]
 Share = Annotated[float, Within(0, 1)]
 
 
@@ -65,7 +80,7 @@ def refuse_wrong_values(values: Mapping[str, Any], hints: Mapping[str, Any], pre
     """Check the given values, by name, against their annotations."""
     for name, value in values.items():
         if not fits(value, hints[name]):
-            raise UserError(f"{prefix}{name}={value} can't be: take {described(hints[name])}.")
+            raise UserError(f"{prefix}{name}={value} is not valid: use {described(hints[name])}.")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -92,8 +107,8 @@ def fits(value: Any, hint: Any) -> bool:
     return hint not in KINDS or isinstance(value, hint)
 
 
-def _meets(value: Any, condition: Within | OneOf) -> bool:
-    return condition.allows(value) if isinstance(condition, Within) else value in condition.names
+def _meets(value: Any, condition: Within | OneOf | NotEmpty) -> bool:
+    return value in condition.names if isinstance(condition, OneOf) else condition.allows(value)
 
 
 def described(hint: Any) -> str:
@@ -108,9 +123,9 @@ def described(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(parts)}, each {described(parts[0])}"
     if origin in (list, Sequence):
-        return f"a list, as [a,b], each {described(parts[0])}"
+        return "a list, as [a,b]" + ("" if parts[0] is Any else f", each {described(parts[0])}")
     if origin in (dict, Mapping):
-        return f"a table, each of its values {described(parts[1])}"
+        return "a table, as {name: value}" + ("" if parts[1] is Any else f", each value {described(parts[1])}")
     if is_typeddict(hint):
         return f"a table of some of {', '.join(get_type_hints(hint))}"
     return KINDS.get(hint, "something else")

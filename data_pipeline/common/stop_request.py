@@ -1,11 +1,22 @@
-"""A request to stop: SIGTERM, or SIGUSR1 (Slurm's warning before a time limit)."""
+"""A request to stop: Ctrl-C (SIGINT), SIGTERM, or SIGUSR1 (Slurm's warning before a time limit)."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
+import sys
+import threading
+import time
 from types import FrameType
+from typing import NoReturn
 
 EXIT_CODE = 75  # EX_TEMPFAIL: start me again; slurm/task.sh reads it
+INTERRUPTED = 128 + signal.SIGINT  # as a shell reports a program that SIGINT has ended
+# A launcher may pass on the SIGINT that the terminal has already sent to its ranks: both are one Ctrl-C.
+SAME_S = 0.2
+SILENCE_S = 10.0  # a step or a save that takes longer is announced
 
 
 class Stopped(SystemExit):
@@ -15,8 +26,61 @@ class Stopped(SystemExit):
         super().__init__(EXIT_CODE)
 
 
+class InterruptWatch:
+    """Answers Ctrl-C from a thread, so also while a collective or a long operation holds the main thread.
+
+    The first one is a request to the process' StopRequest; without one, nothing is to be saved, and the process ends
+    with 75 and a sentence. The second one ends it with 130.
+    """
+
+    current: InterruptWatch | None = None
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+        self.listener: StopRequest | None = None
+        self.woken, self.wake = os.pipe()
+        self.first: float | None = None
+
+    @classmethod
+    def begin(cls, program: str) -> None:
+        """Watch from now on, in place of Python's KeyboardInterrupt; not where SIGINT is ignored, as under nohup."""
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            return
+        cls.current = watch = cls(program)
+        os.set_blocking(watch.wake, False)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.set_wakeup_fd(watch.wake, warn_on_full_buffer=False)
+        threading.Thread(target=watch.answer, daemon=True, name="interrupts").start()
+
+    def answer(self) -> None:
+        """The thread: every signal of this process arrives as a byte."""
+        announced = False
+        while True:
+            waiting = self.first is not None and not announced
+            if waiting and not select.select([self.woken], [], [], SILENCE_S)[0]:
+                announced = True
+                say("stopping after this step; a second Ctrl-C ends at once, without saving")
+                continue
+            for number in os.read(self.woken, 64):
+                if number == signal.SIGINT:
+                    self.interrupted()
+
+    def interrupted(self) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+            if self.listener is None:
+                say(f"{self.program}: stopped by Ctrl-C; start the same command again to continue")
+                end(EXIT_CODE)
+            self.listener.requested = True
+        elif now - self.first > SAME_S:
+            how = "start the same command again to continue from what was saved"
+            say(f"{self.program}: ended by a second Ctrl-C; {how}")
+            end(INTERRUPTED)
+
+
 class StopRequest:
-    """Remembers SIGTERM or SIGUSR1: Slurm's warning before a time limit."""
+    """Remembers Ctrl-C, SIGTERM or SIGUSR1: Slurm's warning before a time limit."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -24,6 +88,27 @@ class StopRequest:
             # A launcher that ignores USR1 for us passes it on as TERM; our children must inherit the ignoring.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._remember)
+        if InterruptWatch.current is not None:
+            InterruptWatch.current.listener = self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its ranks that says what all of them do."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(sentence: str) -> None:
+    """On stderr, from one rank, past Python's buffers: the main thread may be writing. A bar's line stays as it is."""
+    if speaks():
+        with contextlib.suppress(OSError):
+            os.write(2, f"{os.linesep if os.isatty(2) else ''}{sentence}\n".encode())
+
+
+def end(code: int) -> NoReturn:
+    """End the process from any thread; files are written under temporary names first, so this is safe anywhere."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)

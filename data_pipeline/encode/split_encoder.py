@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.common import storage
 from data_pipeline.common.progress import Progress
-from data_pipeline.common.stop_request import Stopped, StopRequest
+from data_pipeline.common.stop_request import Stopped, StopRequest, speaks
 from data_pipeline.common.temp_files import sweep
 from data_pipeline.common.threads import Prefetcher, ordered_map
 from data_pipeline.encode.batch_encoder import Encoders, encode_batch
@@ -64,8 +64,9 @@ def encode_split(split: SplitToEncode, worker: Worker = Worker(), stop: StopRequ
         print(f"{split.title}: {len(done)} of {len(source.shards)} shards are there already")
     progress = encode_missing(split, worker, done, stop)
     if len(progress.done) < len(source.shards):
-        title = split.title + str(worker)
-        print(f"{title}: asked to stop; started again, it makes the shards that are missing", flush=True)
+        if speaks():
+            title = split.title + str(worker)
+            print(f"{title}: stopped by a signal; start the same command again to continue", flush=True)
         raise Stopped
     done = progress.done | verify_done_markers(paths, [build.shard for build in progress.made], progress.done)
     finished = finish(split, [done[shard.name] for shard in source.shards], made_of)

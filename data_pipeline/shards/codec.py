@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.finite_json import finite
 from data_pipeline.images.decode import UNDECODABLE, Decoding, Picture, PictureError, decode_picture
 from data_pipeline.images.formats import IMAGES
 from data_pipeline.shards.captions import decode_text
@@ -33,7 +34,7 @@ def encode(name: str, value: Any) -> bytes:
     elif kind == "txt":
         buffer.write(value.encode())
     elif kind == "json":
-        buffer.write(encode_object(value).encode())
+        buffer.write(encode_object(finite(value)).encode())
     else:
         raise ValueError(f"no codec for .{name}")
     return buffer.getvalue()

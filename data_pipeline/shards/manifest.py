@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,6 +59,7 @@ class Manifest:
         path = storage.join(root, "manifest.json")
         content = storage.read_if_there(path)
         if content is None:
+            refuse_buckets(Path(root).parent if not storage.is_s3(root) else str(root).rpartition("/")[0])
             raise UserError(
                 f"{root} is not a data set (no manifest.json there): give a folder that make_shards.py or "
                 "precompute_latents.py has finished."
@@ -139,6 +141,25 @@ def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> Non
         raise DataError(
             f"shard {path} has {actual} bytes, but its manifest says {shard.bytes}: it was cut or changed; "
             "copy it again, or delete it together with the data set's manifest.json and run the script that made it."
+        )
+
+
+def refuse_buckets(root: str | Path) -> None:
+    """UserError if `root` is the folder of all buckets of a data set, in place of one of them."""
+    buckets = [name for name in storage.subfolders(root) if re.fullmatch(r"\d+x\d+", name)]
+    if buckets:
+        raise UserError(
+            f"{root} holds the buckets {', '.join(buckets[:8])}: give one of them, as {storage.join(root, buckets[0])}."
+        )
+
+
+def refuse_no_heldout(root: str | Path) -> None:
+    """UserError if a data set has train/ but no heldout/, on which training measures."""
+    there = [storage.exists(storage.join(root, name, "manifest.json")) for name in ("train", "heldout")]
+    if there == [True, False]:
+        raise UserError(
+            f"{root} has no held-out samples (heldout/), on which training measures: make it again with "
+            "heldout_every=10, in place of null."
         )
 
 

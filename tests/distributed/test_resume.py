@@ -200,7 +200,7 @@ def test_a_disk_that_is_full_ends_it_with_a_sentence_and_room_mends_it(
     arguments = [f"input={latents}", f"output={output}", *SETTINGS]
     done = run("train/train_ldm.py", *arguments, ranks=2, check=False)
     assert re.search(
-        r"error: .*No space left on device.*: (free disk space|make some).* start again to (go on|continue)",
+        r"error: .*No space left on device.*: (free disk space|make some).* start again to continue",
         done.stderr,
     )
     assert re.search(r"exitcode +: 2 ", done.stderr)
@@ -226,20 +226,29 @@ def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: P
     assert (undisturbed / "config.yaml").read_bytes() == kept
 
 
-def test_sigterm_saves_and_asks_to_be_started_again(latents: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGINT, 2)])
+def test_a_signal_saves_and_asks_to_be_started_again(
+    latents: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, ranks: int
+) -> None:
+    """Two ranks under train/distributed/launch.py, which the terminal's Ctrl-C reaches, and which tells them."""
     output = tmp_path / "run"
     arguments = [f"input={latents}", f"output={output}", *SETTINGS]
-    process = started(tmp_path / "log", "train/train_ldm.py", *arguments)
+    process = started(tmp_path / "log", "train/train_ldm.py", *arguments, ranks=ranks, LAUNCHER="ours")
     deadline = time.monotonic() + 120
     while len(losses(output)) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(60) == 75
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].endswith("the checkpoint is saved, start again to continue")
+    assert said.count("again") == 1
     step = json.loads(next(output.glob("checkpoints/*/state.json")).read_text())["state"]["step"]
     assert 3 <= step < 60
-    done = run("train/train_ldm.py", *arguments)
+    done = run("train/train_ldm.py", *arguments, ranks=ranks)
     assert f"resumed from step {step} of 60" in done.stdout
     assert sorted(losses(output)) == list(range(1, 61))
+    assert ranks == 1 or losses(output) == losses(undisturbed)
 
 
 def test_lost_checkpoints_are_not_begun_anew_in_silence(latents: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ MISTAKES = {
         2,
         "the latents were made with autoencoder none",
     ),
-    "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "take one of auto, fp32, bf16, fp16"),
+    "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "use one of auto, fp32, bf16, fp16"),
     "bf16 without masters": ([*LDM, "input={folder}/latents", "engine=zero0", "engine.dtype=bf16"], 2, "engine=zero1"),
     "flow on a curved process": ([*LDM, "input={folder}/latents", "process=scaled_linear"], 2, "Flow can't be used"),
     "a run of another kind": ([*LDM, "input={folder}/latents", "output={folder}/other"], 2, "is a run of train_clip"),
@@ -52,7 +52,7 @@ MISTAKES = {
     "guidance.scale=abc": (
         ["train/sample_images.py", "input={folder}/run", "prompts=[a]", "guidance.scale=abc"],
         2,
-        "guidance.scale=abc must be a number",
+        "guidance.scale=abc is not valid: use a number that is finite, or null",
     ),
     "no run to sample": (["train/sample_images.py", "input={folder}/run", "prompts=[a]"], 2, "use the output= of"),
     "no run to evaluate": (
@@ -68,13 +68,13 @@ MISTAKES = {
     "no such condition": (
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run", "conditions=[txt]"],
         2,
-        "conditions=txt is not to be had: take hole, image_embedding, label, layout, low_resolution or text",
+        "conditions=txt does not exist: use hole, image_embedding, label, layout, low_resolution or text",
     ),
     "no such conditioning": ([*LDM, "input={folder}/latents", "conditioning=[txt]"], 2, "joint_text, label, layout,"),
     "no such option": ([*LDM, "input={folder}/latents", "training.stps=3"], 2, "is it training.steps"),
     "no such key at the top": ([*LDM, "input={folder}/latents", "+foo=1"], 2, "there is no option foo (see --help)"),
-    "a seed that is none": ([*LDM, "input={folder}/latents", "seed=abc"], 2, "seed=abc can't be: take a whole number"),
-    "one beta": ([*LDM, "input={folder}/latents", "optimizer.betas=[0.9]"], 2, "optimizer.betas=[0.9] can't be"),
+    "a seed that is none": ([*LDM, "input={folder}/latents", "seed=abc"], 2, "seed=abc is not valid: use a whole"),
+    "one beta": ([*LDM, "input={folder}/latents", "optimizer.betas=[0.9]"], 2, "optimizer.betas=[0.9] is not valid"),
     "a dropout of 2": ([*LDM, "input={folder}/latents", "objective.prompt_dropout=2"], 2, "a number from 0 to 1"),
     "a batch of thousands of epochs": (
         [*LDM, "input={folder}/latents", "training.batch_size=100000"],

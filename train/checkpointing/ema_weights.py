@@ -35,6 +35,8 @@ def ema_weights(run: Path, step: str | int = "latest") -> EmaWeights:
     with contextlib.suppress(*unfit), local_copy(path, json.loads(manifest)["ema.safetensors"]) as file:
         if file is not None:
             return EmaWeights(path, load_file(file))
+    if not storage.exists(path):
+        raise DataError(f"{path} is missing: bring it back, use another step= of this run, or train it again.")
     raise DataError(f"{path} is damaged: use another step= of this run, or train it again.")
 
 

@@ -1,4 +1,4 @@
-"""A request to stop, by SIGUSR1 or SIGTERM (Slurm's warning before a time limit): save, then exit with code 75."""
+"""A request to stop, by Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning before a time limit): save, then exit with 75."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.finite_json import finite
+from data_pipeline.common.option_checks import Finite, refuse_wrong
 from train.distributed.collectives import gathered_objects
 from train.distributed.ranks import Ranks
 from train.engine.deepspeed_engine import StepResult
@@ -35,11 +37,12 @@ class StabilityConfig:
     """
 
     max_skipped: int = 100
-    spike_factor: float | None = None
+    spike_factor: Finite | None = None
     spike_window: int = 20
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
+        refuse_wrong(self, "training.stability")
         if self.max_skipped < 1 or self.spike_window < 2 or self.max_rollbacks < 0:
             raise UserError(
                 "training.stability: max_skipped must be at least 1, spike_window at least 2, and max_rollbacks at "
@@ -99,4 +102,4 @@ class StabilityMonitor:
     def write_row(self, row: dict[str, Any]) -> None:
         if self.ranks.is_main:
             with self.skipped_log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(finite(row)) + "\n")

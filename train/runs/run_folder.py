@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import yaml
 
 from data_pipeline.common import storage
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.storage import is_s3, write_atomically
 from train.checkpointing.files import CheckpointPaths
@@ -85,7 +85,9 @@ class RunFolder:
     def _claim(self) -> str:
         marker = self.path / "run_id"
         if marker.exists():
-            what, _, run_id = marker.read_text().strip().partition(" ")
+            what, _, run_id = marker.read_text(errors="replace").strip().partition(" ")
+            if not run_id:
+                raise DataError(f"{marker} was cut short, and has no id: restore it, or take a new output=.")
             if what != self.what:
                 raise UserError(f"output={self.path} is a run of {what}: choose another folder for {self.what}.")
             self._lock()

@@ -26,6 +26,10 @@ from train.models.latents import LatentScaling
 from train.objectives.latent_diffusion import LatentDiffusion
 
 
+class NotFinite(UserError):
+    """Drawing ended in NaN or infinity: the weights, or a guidance that is too strong."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampler:
     """A sampling function with its number of steps and their spacing."""
@@ -177,7 +181,14 @@ class Generator:
         times = sampler.times(self.process, sampler.steps).to(self.device)
         x = self.process.sigma(times[0]) * noise("start")
         x = sampler.function(lambda x, t: denoise(x, t, conditioning), x, times, self.process, noise)
-        return to_uint8(self.decode(self.scaling.from_model(x)).float().cpu().numpy())
+        pictures = self.decode(self.scaling.from_model(x)).float().cpu()
+        for number, picture in zip(numbers, pictures, strict=True):
+            if not torch.isfinite(picture).all():
+                raise NotFinite(
+                    f"picture {number} is not finite after {sampler.steps} steps: lower guidance.scale, change the "
+                    "sampler, or use another step= of the run."
+                )
+        return to_uint8(pictures.numpy())
 
 
 def generator_of(

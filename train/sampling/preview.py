@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ from data_pipeline.shards.samples import collated
 from train.engine.train_state import TrainState
 from train.runs.metrics import Reporter
 from train.runs.run_folder import RunFolder
-from train.sampling.generator import ConditionBatch, Generator, Guidance, Sampler, how_drawn
+from train.sampling.generator import ConditionBatch, Generator, Guidance, NotFinite, Sampler, how_drawn
+
+log = logging.getLogger(__name__)
 
 
 class Preview:
@@ -32,7 +35,11 @@ class Preview:
 
     def draw(self, state: TrainState) -> None:
         if self.run.ranks.is_main:
-            drawn = self.generator.draw(self.conditions, self.sampler, self.guidance, self.seed)
+            try:
+                drawn = self.generator.draw(self.conditions, self.sampler, self.guidance, self.seed)
+            except NotFinite as error:  # training may yet recover
+                log.warning("no sample grid at step %d: %s", state.step, error)
+                return
             path = self.run.samples / f"step-{state.step:08d}.png"
             shown = list(self.generator.with_conditioning_images(self.conditions, drawn))
             title = how_drawn(state.step, self.sampler, self.guidance, self.seed)

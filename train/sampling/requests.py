@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from data_pipeline.shards.json_fields import is_pair
 from train.sampling.trained_run import TrainedRun
 
 REQUEST_OPTIONS = ("prompts", "labels", "layouts", "images", "holes")
+PROMPT_NAMES = ("prompt", "caption", "text")  # in a .jsonl of prompts
 SIZE_PARTS = ("original", "crop", "target")
 
 
@@ -41,6 +43,33 @@ def request_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any
             )
     rows = [{name: values[i % len(values)] for name, values in lists.items()} for i in range(count)]
     return [row for row in rows for _ in range(repeats)]
+
+
+def prompts_in(path: str) -> list[str]:
+    """The prompts of a file, one a line, without blank lines. In .jsonl: texts, or rows with one of PROMPT_NAMES."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"prompts_file={path} can't be read: {why}.") from None
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"prompts_file={path} is empty: write one prompt a line.")
+    if not path.endswith(".jsonl"):
+        return [line for _, line in numbered]
+    return [_prompt_of(line, f"prompts_file={path}, line {number}") for number, line in numbered]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    """The prompt in one line of JSON."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise UserError(f'{where} is not JSON: write a text in double quotes, or {{"prompt": ...}}.') from None
+    found = next((row[name] for name in PROMPT_NAMES if name in row), None) if isinstance(row, dict) else row
+    if not isinstance(found, str):
+        raise UserError(f'{where} has no text as {", ".join(PROMPT_NAMES)}: write {{"prompt": "a red fox"}}.')
+    return found
 
 
 def as_list(name: str, value: Any) -> list[Any]:
@@ -142,23 +171,6 @@ def title(row: Mapping[str, Any]) -> str:
     sizes = {part: row[f"size.{part}"] for part in SIZE_PARTS if f"size.{part}" in row}
     words += [f"{part} {'x'.join(map(str, size))}" for part, size in sizes.items() if isinstance(size, list)]
     return ", ".join(words)
-
-
-def refuse_non_numbers(guidance_scale: Any, steps: Any) -> None:
-    """UserError, before anything is loaded, if a value is not a valid number; None: the run's own."""
-    if guidance_scale is not None:
-        number("guidance.scale", guidance_scale)
-    count = 1 if steps is None else number("sampler.steps", steps)
-    if count < 1 or count != int(count):
-        raise UserError(f"sampler.steps={steps} must be a whole number of at least 1, such as sampler.steps=30.")
-
-
-def number(name: str, value: Any) -> float:
-    """`value` as a float; UserError if it is none."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{name}={value} must be a number, such as {name}=3.") from None
 
 
 def file_stem(prompt: str) -> str:

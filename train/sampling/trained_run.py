@@ -71,6 +71,9 @@ def open_run(
     The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """
     folder = Path(run)
+    kind = made_by(folder)
+    if kind not in (None, "train_ldm"):
+        raise UserError(f"input={run} is a run of {kind}.py: use the output= of train_ldm.py.")
     if not (folder / "config.yaml").exists():
         raise UserError(f"input={run} is not a run (no config.yaml there): use the output= of train_ldm.py.")
     config, where = sections_of(folder / "config.yaml"), f"{folder / 'config.yaml'}: "
@@ -95,6 +98,13 @@ def open_run(
     objective = make_objective(network=network, latents=facts.latents)
     generator = generator_of(network, objective, facts, autoencoder, device)
     return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
+
+
+def made_by(folder: Path) -> str | None:
+    """The program that made a run's folder; None if that is not recorded."""
+    marker = folder / "run_id"
+    words = marker.read_text(errors="replace").split() if marker.exists() else []
+    return words[0] if words else None
 
 
 def sections_of(path: Path) -> dict[str, Any]:

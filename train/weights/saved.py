@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.finite_json import json_of
 from data_pipeline.common.saved_names import LIST
 from data_pipeline.common.saved_objects import checked, read_json, refuse_wrong_kinds
 from data_pipeline.common.storage import write_atomically
@@ -37,7 +38,7 @@ def save_model(folder: Path, kind: str, config: dict[str, Any], state: dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(state, folder / "weights.safetensors")
     about = {"class": kind, "config": config, "fingerprint": mark, **facts}
-    write_atomically(folder / "config.json", json.dumps(about, indent=1).encode())
+    write_atomically(folder / "config.json", json_of(about))
     return mark
 
 
@@ -78,6 +79,8 @@ def _load(path: str, group: str, option: str, made_by: str) -> nn.Module:
         raise UserError(f"{option}={path} contains a {kind}, not a {kinds}: use the output= of a {made_by} run.")
     refuse_wrong_kinds(about, {"config": Mapping[str, Any], "fingerprint": str}, str(folder / "config.json"))
     entry = checked({**about["config"], "name": kind}, group, f"{folder / 'config.json'}: {kind}")
+    if not (folder / "weights.safetensors").exists():
+        raise DataError(f"{folder / 'weights.safetensors'} is missing: bring it back, or train the model again.")
     try:
         state = load_file(folder / "weights.safetensors")
     except (SafetensorError, OSError):

@@ -70,7 +70,7 @@ def test_what_an_entrys_own_option_can_not_be(name: str, value: object, remedy: 
     given = OmegaConf.create({"seed": 0, "validate_every": None, "objective": {"prompt_dropout": 0.1}})
     refuse_wrong_entry(given)
     OmegaConf.update(given, name, value)
-    with pytest.raises(UserError, match=rf"^{name}={value} can't be: take {remedy}"):
+    with pytest.raises(UserError, match=rf"^{name}={value} is not valid: use {remedy}"):
         refuse_wrong_entry(given)
 
 

@@ -17,7 +17,7 @@ from data_pipeline.images import decode
 from data_pipeline.images.decode import UNDECODABLE, to_rgb
 from data_pipeline.images.resize import fitted
 from data_pipeline.shards import codec
-from data_pipeline.shards.manifest import Manifest, find_splits
+from data_pipeline.shards.manifest import Manifest, find_splits, refuse_no_heldout
 from data_pipeline.shards.reader import read_shard, read_whole
 from data_pipeline.shards.tar_index import read_index
 
@@ -207,3 +207,15 @@ def test_scan_refuses_a_tar_cut_at_a_block(tmp_path, make_images):
         picture_at = tar.getmembers()[3].offset_data
     with pytest.raises(DataError, match="a shard is damaged"):
         scan(data[: picture_at + 10], "a shard")
+
+
+def test_buckets_and_missing_held_out_samples_are_named(tmp_path):
+    for bucket in ("32x32", "48x16"):
+        Manifest("latents", ()).save(tmp_path / "all" / bucket / "train")
+    with pytest.raises(UserError, match=r"all holds the buckets 32x32, 48x16: give one of them, as .*all/32x32\."):
+        Manifest.load(tmp_path / "all/train")
+    with pytest.raises(UserError, match=r"32x32 has no held-out samples .*: make it again with heldout_every=10"):
+        refuse_no_heldout(tmp_path / "all/32x32")
+    refuse_no_heldout(tmp_path / "nowhere")  # said otherwise
+    Manifest("latents", ()).save(tmp_path / "all/32x32/heldout")
+    refuse_no_heldout(tmp_path / "all/32x32")

@@ -455,7 +455,7 @@ def test_a_checkpoint_that_lacks_a_ranks_part_is_not_published(start, steps, tmp
         ({"accumulation": -2}, "training.accumulation=-2"),
         ({"micro_batch": 3}, "batch_size=8 is not a multiple of 2 ranks x training.micro_batch=3"),
         ({"batch_size": 7}, "batch_size=7 can't be shared by 2 ranks"),
-        ({"resume": "perhaps"}, "training.resume=perhaps can't be: take one of auto, must, never"),
+        ({"resume": "perhaps"}, "training.resume=perhaps is not valid: use one of auto, must, never"),
     ],
 )
 def test_what_training_can_not_be(options, sentence):

@@ -112,7 +112,7 @@ def test_schedules_never_jump_up_after_the_warm_up_nor_fall_below_0(kind):
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(UserError, match="kind=triangle can't be: take one of constant, cosine, linear, linear_tail"):
+    with pytest.raises(UserError, match="kind=triangle is not valid: use one of constant, cosine, linear, linear_tail"):
         Schedule("triangle")
 
 

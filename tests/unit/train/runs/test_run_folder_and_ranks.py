@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 import wandb
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import DataError, UserError
 from train.distributed import ranks
 from train.distributed.ranks import Ranks, closing_distributed, find_ranks
+from train.replay_metrics import replayed_id
 from train.runs import run_folder, wandb_reporter
 from train.runs.run_folder import RunFolder
 from train.runs.wandb_reporter import WeightsAndBiases
@@ -223,3 +224,13 @@ def test_wandb_out_of_reach_is_kept_offline(tmp_path, monkeypatch, caplog, fails
     assert tried[-2:] == ["the service's end", ("offline", None, "abc")]
     assert "logged offline" in caplog.text
     assert os.environ.get("WANDB_MODE") is None
+
+
+@pytest.mark.parametrize("left", ["", "train_ldm", "train_ldm "])
+def test_an_id_that_was_cut_short_is_a_sentence(tmp_path, left):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run_id").write_text(left)
+    with pytest.raises(DataError, match=r"run_id was cut short, and has no id: restore it, or take a new output="):
+        RunFolder(tmp_path / "run", "train_ldm", {}, ALONE)
+    with pytest.raises(UserError, match=r"run_id was cut short, and has no id: name the new W&B run by run_id="):
+        replayed_id(tmp_path / "run")

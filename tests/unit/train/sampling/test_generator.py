@@ -11,7 +11,7 @@ from train.diffusion.samplers import sample_ddim, sample_euler
 from train.models.autoencoder import AutoencoderKL
 from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.unet import UNet
-from train.sampling.generator import ConditionBatch, Generator, Guidance, Sampler
+from train.sampling.generator import ConditionBatch, Generator, Guidance, NotFinite, Sampler
 
 
 @pytest.fixture
@@ -92,3 +92,10 @@ def test_a_drawn_picture_is_the_sampler_written_out(generator, text, null):
 def test_what_guidance_can_not_be(wrong):
     with pytest.raises(UserError, match="guidance"):
         Guidance(3.0, **wrong)
+
+
+def test_a_picture_that_is_not_finite_is_none(generator, text):
+    with torch.no_grad():
+        generator.network.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(NotFinite, match=r"picture 0 is not finite after 3 steps: lower guidance\.scale"):
+        generator.draw(text.part(2, 2, generator.device), Sampler(sample_euler, 3), Guidance(1.0), 1)

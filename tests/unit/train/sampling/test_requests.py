@@ -20,12 +20,14 @@ from train.sampling.requests import (
     as_sample,
     load_picture,
     negative_rows,
+    prompts_in,
     refuse_unused_options,
     request_rows,
     size_options,
     title,
     with_negative_size,
 )
+from train.sampling.trained_run import open_run
 from train.weights.saved import save_model
 
 
@@ -148,6 +150,36 @@ def test_a_call_does_not_draw_over_the_last_ones(tmp_path):
     folders = [new_folder(tmp_path / "run/drawn") for _ in range(3)]
     assert [folder.name for folder in folders] == ["drawn", "drawn-2", "drawn-3"]
     assert all(folder.is_dir() for folder in folders)
+
+
+def test_prompts_of_a_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffit's (a:1.2) fox\r\n\n  [fox #1], \u7ea2  \n\u2028x".encode())
+    assert prompts_in(str(tmp_path / "a.txt")) == ["it's (a:1.2) fox", "[fox #1], \u7ea2", "x"]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\\nb", "seed": 1}\n"c"\n{"caption": "d"}\n')
+    assert prompts_in(str(tmp_path / "a.jsonl")) == ["a\nb", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b" \n", "is empty: write one prompt a line"), ("a.txt", b"caf\xe9", "it is not UTF-8"),
+        ("a.jsonl", b'"a"\nb', "line 2 is not JSON"), ("a.jsonl", b"[1]", "line 1 has no text as prompt, caption"),
+        ("a.jsonl", b'{"prompt": 5}', "line 1 has no text as prompt"), ("none.txt", None, "No such file or directory"),
+    ],
+)  # fmt: skip
+def test_a_file_without_prompts_is_a_sentence(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        prompts_in(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["train_autoencoder", "train_clip", "train_classifier"])
+def test_a_run_of_another_kind_draws_nothing(tmp_path, kind):
+    (tmp_path / "run_id").write_text(f"{kind} 0123abcd\n")
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match=rf"is a run of {kind}\.py: use the output= of train_ldm\.py"):
+        open_run(str(tmp_path), "latest")
 
 
 # Sizes.

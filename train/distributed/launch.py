@@ -1,0 +1,63 @@
+"""torchrun for a terminal: `python -m train.distributed.launch --nproc_per_node=2 train/train_ldm.py input=...`.
+
+Takes torchrun's options and is torchrun, with three differences. Ctrl-C and TERM wait until the ranks have saved, and a
+second Ctrl-C ends all of them at once; torchrun kills them after 30 seconds. The exit code is that of the ranks (2, 3,
+75, 76; torchrun: always 1). What a rank has said already is not followed by the launcher's own traceback and table.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+import psutil
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import api
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from data_pipeline.common.stop_request import EXIT_CODE, INTERRUPTED, say
+
+SAVING_S = 3600  # until ranks that were asked to stop are killed
+
+
+def main(arguments: list[str]) -> int:
+    """Launch as torchrun does; returns the exit code of the first rank that failed, EXIT_CODE after a signal, or 0."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    api._terminate_process_handler = StopOnce()
+    try:
+        run.main(arguments)
+    except api.SignalException:
+        return EXIT_CODE
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+class StopOnce:
+    """torchrun's handler of signals, which stops it and the ranks; the second Ctrl-C kills them."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked:
+            self.asked = True
+            raise api.SignalException(f"signal {number}", sigval=signal.Signals(number))
+        if number == signal.SIGINT:
+            say("ended by a second Ctrl-C; start the same command again to continue from what was saved")
+            for rank in psutil.Process().children(recursive=True):
+                rank.kill()
+            os._exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
