@@ -100,6 +100,7 @@ COMMON: Mapping[str, Any] = {
     "unet.linear_projection": bool,
     "unet.norm_groups": Count,
     "unet.channels_last": bool,
+    "unet.from_start": bool,
     "classifier.channels": Sequence[Count],
     "classifier.layers_per_block": Count,
     "classifier.heads": Count,
