@@ -95,7 +95,7 @@ COMMON: Mapping[str, Any] = {
     "unet.vector_dim": Count | None,
     "unet.attention_levels": Sequence[bool],
     "unet.self_attention_levels": Sequence[bool] | None,
-    "unet.heads": Count | Sequence[Count],
+    "unet.heads": Count | Sequence[Count] | None,  # None: unet=from_start
     "unet.transformer_depth": Number,
     "unet.linear_projection": bool,
     "unet.norm_groups": Count,
