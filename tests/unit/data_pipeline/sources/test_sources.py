@@ -5,10 +5,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
+from synthetic import ROOT
 
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.images.decode import PictureError
+from data_pipeline.shards.provenance import flat, without_later
 from data_pipeline.shards.rejects import Rejects
 from data_pipeline.sources.emoji_styles import EmojiStyles, with_article
 from data_pipeline.sources.filters import Filters
@@ -142,7 +145,8 @@ def test_a_table_says_which_path_was_tried(folder):
         "", "missing picture", "a link that leads out of the folder", "missing picture",
         "no name of a picture in the folder",
     ]  # fmt: skip
-    assert items[1].where == f"file=img/a.png, tried as {folder}/img/a.png"
+    tried = f"file=img/a.png, tried as {folder}/img/a.png"
+    assert items[1].where == f"{tried}, line 3 of {folder}/table.csv"
     rejects = Rejects(5, 0.1)
     with pytest.raises(
         DataError, match=r"1 x missing picture; first 000000001, missing picture, file=img/a\.png, tried"
@@ -274,3 +278,14 @@ def test_articles_and_drawings():
     ]  # fmt: skip
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><path fill="red" d="M0 0h1v2H0z"/></svg>'
     np.testing.assert_array_equal(drawn(svg, 2).pixels, [[[255, 0, 0], [255, 255, 255]]] * 2)
+
+
+def test_options_that_came_later_do_not_mark_what_was_made_before_them():
+    """At their defaults, in every configuration of a source, also of one inside another."""
+    given = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf/source").glob("*.yaml")}
+    given["openmoji_pairs"]["of"] = given["openmoji_demo"]
+    for name, options in given.items():
+        left = set(flat(without_later({"source": options})))
+        new = {f"source.{each}" for each in ("background", "animated", "of.background", "encoding", "key", "unended")}
+        assert not left & new, name
+        assert ("source.caption" in left) == (name == "table")
