@@ -23,7 +23,7 @@ from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
 from data_pipeline.shards.tar_index import scan
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.tar_listing import Index, fetched_by_img2dataset, linked
-from data_pipeline.sources.tars import contents, tars_in
+from data_pipeline.sources.tars import contents, tar_rules, tars_in
 
 
 def main(cfg: DictConfig) -> None:
@@ -32,6 +32,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"size={cfg.size} can't be: take 1 or more.")
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}
     filters = Filters(instantiate(cfg.filters, _convert_="all"))
+    rules = tar_rules(cfg.key, cfg.unended)
     mark, settings = settings_digest(cfg, sizes), settings_of(OmegaConf.to_container(cfg, resolve=True))
     if finished(cfg.output, mark, settings):
         print(f"index_shards: {cfg.output} is finished already")
@@ -42,7 +43,7 @@ def main(cfg: DictConfig) -> None:
         for name, size in sizes.items():
             try:
                 data = contents(storage.join(cfg.input, name))
-                entries = scan(data, storage.join(cfg.input, name))
+                entries = scan(data, storage.join(cfg.input, name), rules)
                 fetched += fetched_by_img2dataset(storage.join(cfg.input, name), len(entries))
             except DataError as error:  # all damaged tars are reported at the end, not one per run
                 damaged.append(str(error))
@@ -56,6 +57,7 @@ def main(cfg: DictConfig) -> None:
         raise DataError(f"{len(damaged)} of {len(sizes)} shards are damaged: {' '.join(damaged[:5])}")
     info = {"made_from": mark, "made_with": settings, "size": cfg.size}
     info |= {"img2dataset": dict(fetched)} if fetched else {}
+    info |= {"tars": rules.as_info()} if rules.as_info() else {}
     index.finish([shard for shard in shards if shard.samples], info)
     if fetched:
         print(f"index_shards: img2dataset fetched {fetched['successes']} of {fetched['count']}, by its own account")
@@ -64,6 +66,9 @@ def main(cfg: DictConfig) -> None:
 def settings_digest(cfg: DictConfig, sizes: dict[str, int]) -> str:
     """What identifies a finished index: the configuration, and the tars' names and sizes."""
     config = OmegaConf.to_container(cfg, resolve=True) | {"output": None}
+    for later in ("key", "unended"):  # while they are null, what was made before them stays finished
+        if config[later] is None:
+            del config[later]
     return hashlib.sha256(json.dumps([config, sizes], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.shards.manifest import Manifest, find_splits
 from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
-from data_pipeline.shards.rejects import Rejects, accounting, summary
+from data_pipeline.shards.rejects import Rejects, accounting, examples, summary
 from data_pipeline.shards.split_writer import SplitWriter
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_source
@@ -46,35 +46,39 @@ def main(cfg: DictConfig) -> None:
     splits = {"train": SplitWriter(storage.join(cfg.output, "train"), cfg.shard_size)}
     if heldout:
         splits["heldout"] = SplitWriter(storage.join(cfg.output, "heldout"), cfg.shard_size)
+    notes: Counter[str] = Counter()
     with Progress("make_shards", listed, "pictures") as bar:
         for number, item in enumerate(source.items()):
             sample = prepared_sample(item, cfg.size, filters, rejects)
             if sample is not None:
+                notes.update(item.notes)
                 splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"].add(item.key, sample)
             bar.advance()
     for split in splits.values():
-        split.close()
+        split.close(f"{filters.counts.total()} of {listed} filtered, {len(rejects.rows)} set aside", rejects.rows)
     rejects.save(cfg.output, "make_shards")
     filters.save(cfg.output, "filtered")
     reasons, processed = summary(rejects.rows), sum(split.samples for split in splits.values())
     info = {"made_from": mark, "made_with": settings_of(options), "size": cfg.size}
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
+    info |= {"notes": dict(notes)} if notes else {}
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
     for split in reversed(splits.values()):  # train's comes last: it completes the whole
         Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
     report(cfg.output, splits, filters.counts, rejects)
+    for note, count in notes.items():
+        print(f"make_shards: {count} x {note}")
 
 
 def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str], rejects: Rejects) -> None:
-    """Print what became of the listed pictures, and the path of the first one set aside."""
+    """Print what became of the listed pictures, and the first ones set aside for each reason."""
     counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
     left_out = f"{filtered.total()} filtered, {len(rejects.rows)} set aside"
     print(f"make_shards: {counts}, {left_out}, of {rejects.listed} listed; in {output}")
     for reason, count in filtered.items():
         print(f"make_shards: filtered {count} x {reason}")
-    for reason, count in rejects.by_reason().items():
-        where = next((row["where"] for row in rejects.rows if row["reason"] == reason and "where" in row), "")
-        print(f"make_shards: set aside {count} x {reason}" + (f", first {where}" if where else ""))
+    for reason, count in summary(rejects.rows).items():
+        print(f"make_shards: set aside {count} x {reason}, {examples(rejects.rows, reason)}")
 
 
 def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ OWNERS = {
     "wandb": {"train/runs/wandb_reporter.py"},
     "xformers": {"train/models/attention.py"},
     "open_clip": {"train/models/open_clip_alone.py"},
-    "pyarrow": {"data_pipeline/sources/table.py"},
+    "pyarrow": {"data_pipeline/sources/table_rows.py"},
     "diffusers": set(),
     # Only the first imports by names that are read from files (docs/security.md); the second imports the script that
     # runs; the others look up their own package's files.

@@ -18,8 +18,9 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing, unusable
+from data_pipeline.shards.captions import caption_in
 from data_pipeline.shards.manifest import Manifest, Shard, check_size, refuse_other_claims
-from data_pipeline.shards.tar_index import IndexEntry, parse_index, refuse_other_bytes, scan
+from data_pipeline.shards.tar_index import IndexEntry, TarRules, parse_index, refuse_other_bytes, scan
 
 CHECKS = (
     "manifest", "sizes", "digests", "index", "webdataset", "fields", "values", "keys", "constants", "fingerprints",
@@ -82,19 +83,21 @@ def check_shard(root: str, shard: Shard, manifest: Manifest, codes: Codes, findi
     path = storage.join(root, shard.name)
     if not storage.exists(path):
         return []  # check_claims has reported it
-    findings.checks_run |= {"digests", "index", "webdataset", "fields", "values"}
+    findings.checks_run |= {"digests", "index", "fields", "values"}
     data = storage.read_bytes(path)
     try:
         refuse_other_bytes(data, path, shard)
     except DataError as error:
         findings.add("digests", str(error))
     try:
-        inside = scan(data, path)
+        inside = scan(data, path, TarRules.from_info(manifest.info))
     except DataError as error:
         findings.add("sizes", str(error))
         return []
-    entries = check_index(root, shard, inside, "index" in manifest.info, findings)
-    check_webdataset(path, data, inside, entries, findings)
+    foreign = "index" in manifest.info
+    entries = check_index(root, shard, inside, foreign, findings)
+    if not foreign:  # others' tars are read by their index, in whatever order their members lie
+        check_webdataset(path, data, inside, entries, findings)
     for entry in entries:
         for check, reason in wrong_in_sample(entry, data, manifest, codes):
             findings.add(check, f"sample {entry.key} of shard {path}: {reason}: {AGAIN}.")
@@ -135,12 +138,15 @@ def check_index(
 
 
 def entries_not_in(entries: list[IndexEntry], inside: list[IndexEntry], foreign: bool) -> list[IndexEntry]:
-    """Index entries that match no sample of the tar."""
-    keys = {places_of(entry): entry.key for entry in inside}
+    """Index entries that match no sample of the tar. foreign: they have the members that are read, perhaps not all."""
+    keys = {place: entry.key for entry in inside for place in entry.members.items()}
+    whole = {places_of(entry) for entry in inside}
     wrong = []
     for entry in entries:
-        key = keys.get(places_of(entry))
-        if key is None or not (entry.key == key or (foreign and entry.key.endswith("/" + key))):
+        found = {keys.get(place) for place in entry.members.items()}
+        key = found.pop() if len(found) == 1 else None
+        named = key is not None and (entry.key == key or (foreign and entry.key.endswith("/" + key)))
+        if not named or (not foreign and places_of(entry) not in whole):
             wrong.append(entry)
     return wrong
 
@@ -155,6 +161,7 @@ def check_webdataset(
     """Check that a plain wds.WebDataset reads the same samples: its own two stages, on the tar in memory."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
+    findings.checks_run.add("webdataset")
     taken = {places_of(entry) for entry in entries}
     expected = {entry.key: entry for entry in inside if places_of(entry) in taken}
     try:
@@ -193,7 +200,7 @@ def wrong_in_sample(entry: IndexEntry, data: bytes, manifest: Manifest, codes: C
         missing = sorted(set(manifest.fields) - set(entry.members))
         if missing:
             yield "fields", f"it lacks {', '.join(missing)}"
-    elif not any(name in IMAGES for name in entry.members) or not codec.caption_in(values):
+    elif not any(name in IMAGES for name in entry.members) or not caption_in(values):
         yield "fields", "missing picture or caption"
 
 

@@ -20,6 +20,7 @@ from data_pipeline.loading.epoch_plan import Place
 from data_pipeline.loading.shard_cache import RemoteShard, open_shard
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing
+from data_pipeline.shards.captions import caption_in
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import as_sample, collated, fields_of, size_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
@@ -93,7 +94,7 @@ class SampleReader:
 
     def _caption(self, place: Place, shard: OpenShard, entry: IndexEntry) -> str:
         text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
-        return codec.caption_in(self._decoded(place, shard, entry, text))
+        return caption_in(self._decoded(place, shard, entry, text))
 
     def read(self, place: Place) -> dict[str, Any]:
         """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}."""

@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import IMAGES, UNDECODABLE, decode_image
+from data_pipeline.shards.captions import decode_text
 
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 MAX_TEXT_BYTES = 1024 * 1024  # of a caption, or of the JSON beside it
@@ -30,14 +31,15 @@ def encode(name: str, value: Any) -> bytes:
     elif kind == "txt":
         buffer.write(value.encode())
     elif kind == "json":
-        buffer.write(json.dumps(value, sort_keys=True).encode())
+        buffer.write(encode_object(value).encode())
     else:
         raise ValueError(f"no codec for .{name}")
     return buffer.getvalue()
 
 
-def decode(name: str, data: bytes) -> Any:
-    """The inverse of `encode`; also reads jpg and webp. DataError if the bytes don't match the name."""
+def decode(name: str, data: bytes, encoding: str | None = None) -> Any:
+    """The inverse of `encode`; also reads jpg and webp. DataError if the bytes don't match the name. encoding: of
+    text that is not UTF-8."""
     kind = name.rsplit(".", 1)[-1].lower()
     try:
         allowed = MAX_TEXT_BYTES if kind in ("txt", "json") else MAX_MEMBER_BYTES
@@ -48,9 +50,9 @@ def decode(name: str, data: bytes) -> Any:
         if kind == "npy":
             return decode_array(data)
         if kind == "txt":
-            return data.decode()
+            return decode_text(data, encoding)
         if kind == "json":
-            return decode_object(data)
+            return decode_object(data, encoding)
     except UNDECODABLE as error:
         # Pillow's message contains an address; MemoryError has no message.
         why = type(error).__name__ if isinstance(error, (OSError, MemoryError)) else str(error)
@@ -58,18 +60,29 @@ def decode(name: str, data: bytes) -> Any:
     return None  # a member that no reader here asks for
 
 
-def caption_in(members: Mapping[str, Any]) -> str:
-    """The caption of decoded members: the .txt, else the json's "caption", stripped of blanks; "" if there is none or
-    it is not text."""
-    caption = members["txt"] if "txt" in members else (members.get("json") or {}).get("caption")
-    return caption.strip() if isinstance(caption, str) else ""
+class NoObject(ValueError):
+    """Sound JSON that is something else: a list, a number, ..."""
 
 
-def decode_object(data: bytes) -> dict[str, Any]:
-    """A JSON object. NaN and Infinity, which JSON does not have and tables write for a missing number, become None."""
-    value = json.loads(data, parse_constant=lambda _: None)
+def encode_object(value: Mapping[str, Any]) -> str:
+    """A JSON object with its names sorted, except those of "captions", whose order says which comes first."""
+    if "captions" not in value:
+        return json.dumps(value, sort_keys=True)
+    fields = (
+        f"{json.dumps(name)}: {json.dumps(each, sort_keys=name != 'captions')}" for name, each in sorted(value.items())
+    )
+    return f"{{{', '.join(fields)}}}"
+
+
+def decode_object(data: bytes, encoding: str | None = None) -> dict[str, Any]:
+    """A JSON object. NaN and Infinity, which JSON does not have and tables write for a missing number, become None. It
+    is UTF-8, -16 or -32, as JSON must be; `encoding` if it is not."""
+    try:
+        value = json.loads(data, parse_constant=lambda _: None)
+    except UnicodeDecodeError:
+        value = json.loads(decode_text(data, encoding), parse_constant=lambda _: None)
     if not isinstance(value, dict):
-        raise ValueError(f"no object, but {type(value).__name__}")
+        raise NoObject(f"no object, but {type(value).__name__}")
     return value
 
 

@@ -24,14 +24,10 @@ class Rejects:
         """Set one sample aside; where: the path that was tried."""
         self.rows.append({"key": key, "reason": reason} | ({"where": where} if where else {}))
         if len(self.rows) > self.max_fraction * self.listed:
-            reasons = "; ".join(f"{count} x {reason}" for reason, count in self.by_reason().most_common(3))
             raise DataError(
-                f"{len(self.rows)} of {self.listed} samples can't be used ({reasons}; the last is {key}"
-                f"{where and f', {where}'}): mend the source, or raise max_aside_fraction={self.max_fraction}."
+                f"{len(self.rows)} of {self.listed} samples can't be used ({format_counts(summary(self.rows), 3)}; "
+                f"{examples(self.rows)}): mend the source, or raise max_aside_fraction={self.max_fraction}."
             )
-
-    def by_reason(self) -> Counter[str]:
-        return Counter(row["reason"] for row in self.rows)
 
     def save(self, root: str | Path, name: str) -> None:
         """Write one JSON line a sample to <root>/aside/<name>.jsonl; if none, remove an earlier run's file."""
@@ -47,9 +43,29 @@ def write_or_remove(root: str | Path, name: str, lines: bytes) -> None:
         storage.remove(path)
 
 
+def examples(rows: Iterable[Mapping[str, str]], reason: str = "", most: int = 3) -> str:
+    """The first rows (of a reason as `summary` has it; "": of any), in words: key, what was the matter, and where."""
+    shown = [row for row in rows if not reason or short(row) == reason][:most]
+    said = [f"{row['key']}, {said_of(row, bool(reason))}".removesuffix(", ") for row in shown]
+    return f"first {'; '.join(said)}" if said else ""
+
+
+def said_of(row: Mapping[str, str], brief: bool) -> str:
+    """Reason (brief: only the part in brackets) and place of a row."""
+    reason = row["reason"]
+    if brief:
+        reason = reason.removeprefix(short(row)).strip().removeprefix("(").removesuffix(")")
+    return ", ".join(part for part in (reason, row.get("where", "")) if part)
+
+
+def short(row: Mapping[str, str]) -> str:
+    """A row's reason without the part in brackets, which differs from sample to sample."""
+    return row["reason"].partition(" (")[0]
+
+
 def summary(rows: Iterable[Mapping[str, str]]) -> Counter[str]:
-    """Rows set aside, by reason; the part in brackets is left out, as it differs from sample to sample."""
-    return Counter(row["reason"].partition(" (")[0] for row in rows)
+    """Rows set aside, by reason, without what differs from sample to sample."""
+    return Counter(short(row) for row in rows)
 
 
 def format_counts(counts: Counter[str], most: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.images.pixels import from_uint8
 from data_pipeline.images.resize import fitted
-from data_pipeline.shards import codec
+from data_pipeline.shards.captions import ONE, caption_in, lenient_texts
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.tar_index import IndexEntry
 
@@ -28,13 +28,29 @@ def picture_in(entry: IndexEntry) -> str | None:
 
 def as_sample(key: str, members: dict[str, Any], size: int | None = None) -> dict[str, Any]:
     """Members by extension -> a sample by field name; a picture as its centre square of `size`, if that is given."""
-    sample = {"key": key, "caption": codec.caption_in(members), "meta": members.get("json") or {}}
+    sample = {"key": key, "caption": caption_in(members), "meta": members.get("json") or {}}
+    if isinstance(sample["meta"].get("caption"), list) and len(several := captions_of(sample)) > 1:
+        sample["meta"] = {"captions": several, **sample["meta"]}  # latents keep "captions", but one "caption" only
     for member, value in members.items():
         if member in IMAGES:
             sample["image"] = fitted(value, (size, size)).pixels if size else value
         elif member.endswith(".npy"):
             sample[member.removesuffix(".npy")] = value
     return sample
+
+
+def captions_of(sample: Mapping[str, Any]) -> dict[str, str]:
+    """All captions of a sample ({"caption", "meta"}) by name, in order: those that its json has as "captions"; else a
+    list that its json has as "caption", "0", "1", ...; else {"caption": the caption}; {} if it has none."""
+    caption, meta = sample["caption"], sample.get("meta") or {}
+    stored = meta.get("captions")
+    if isinstance(stored, dict):
+        several = {name: text for name, value in stored.items() if (text := lenient_texts(value).get(ONE))}
+    else:
+        several = lenient_texts(meta.get("caption")) if isinstance(meta.get("caption"), list) else {}
+    if caption in several.values():  # otherwise a .txt beside it was taken
+        return several
+    return {ONE: caption} if caption else {}
 
 
 def size_of(manifest: Manifest) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.shards.manifest import Shard
+from data_pipeline.shards.rejects import examples, format_counts, summary
 from data_pipeline.shards.writer import ShardWriter
 
 
@@ -28,14 +30,17 @@ class SplitWriter:
         if self.writer.count == self.shard_size:
             self._publish()
 
-    def close(self) -> None:
-        """Publish the rest; shards left by an earlier run are removed."""
+    def close(self, left_out: str, aside: Sequence[Mapping[str, str]]) -> None:
+        """Publish the rest; shards left by an earlier run are removed. left_out, aside: what to say if nothing is left:
+        the counts of all splits, and the samples set aside."""
         if self.writer.count:
             self._publish()
         remove_leftovers(self.root, len(self.shards))
         if not self.shards:
+            why = "; ".join(part for part in (left_out, format_counts(summary(aside), 3), examples(aside)) if part)
             raise UserError(
-                "not one picture of a split can be used: check the source and filters=, or set heldout_every=null."
+                f"not one picture of a split can be used: that of {self.root} is empty ({why}): check the source and "
+                "filters=, or set heldout_every=null."
             )
 
     def _publish(self) -> None:

@@ -7,9 +7,9 @@ import io
 import json
 import mmap
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
@@ -26,59 +26,126 @@ class Member(NamedTuple):
 
 
 class IndexEntry(NamedTuple):
-    """A sample: its key, and its members by extension."""
+    """A sample: its key, its members by extension, and the extensions of those that are links, devices or sparse."""
 
     key: str
     members: dict[str, Member]
+    links: tuple[str, ...] = ()
 
 
-def scan(data: bytes | mmap.mmap, name: str) -> list[IndexEntry]:
+class TarRules(NamedTuple):
+    """How tars that others wrote are read. full_keys: a key ends at the last dot of a file's name, not at the first, as
+    webdataset has it; it then has "_" for the dots. unended: the empty blocks that end an archive may be missing."""
+
+    full_keys: bool = False
+    unended: bool = False
+
+    def as_info(self) -> dict[str, bool]:
+        """What a manifest holds of them: nothing, if they are as usual."""
+        return {name: True for name, value in self._asdict().items() if value}
+
+    @classmethod
+    def from_info(cls, info: Mapping[str, Any]) -> TarRules:
+        """Those that a manifest's info holds."""
+        held = info.get("tars")
+        return cls(*(isinstance(held, dict) and held.get(name) is True for name in cls._fields))
+
+
+USUAL = TarRules()
+
+
+def scan(data: bytes | mmap.mmap, name: str, rules: TarRules = USUAL) -> list[IndexEntry]:
     """The samples of a tar in memory or mapped, in order; a key that comes twice in full gives two of them.
 
     Extensions are in lower case; a file without one is not part of a sample. Links and devices are never followed and
     are not members.
     """
     samples: list[IndexEntry] = []
-    current: dict[str, IndexEntry] = {}
-    for path, place in members_of(data, name):
-        folder, slash, base = path.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or not dot:
+    current: dict[str, int] = {}
+    for path, place in members_of(data, name, rules.unended):
+        key, extension = split_name(path, rules.full_keys)
+        if not extension:
             continue
-        key, extension = folder + slash + stem, extension.lower()
-        entry = current.get(key)
-        if entry is None or extension in entry.members:
-            entry = current[key] = IndexEntry(key, {})
-            samples.append(entry)
+        at = current.get(key)
+        if at is None or extension in samples[at].members:
+            at = current[key] = len(samples)
+            samples.append(IndexEntry(key, {}))
         if place is not None:
-            entry.members[extension] = place
+            samples[at].members[extension] = place
+        else:
+            samples[at] = samples[at]._replace(links=(*samples[at].links, extension))
     return samples
 
 
-def members_of(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[str, Member | None]]:
+def split_name(path: str, full: bool = False) -> tuple[str, str]:
+    """Key and extension, in lower case, of a file in a tar; ("", "") for one that belongs to no sample."""
+    folder, slash, base = path.rpartition("/")
+    stem, dot, extension = base.rpartition(".") if full else base.partition(".")
+    if not stem or not dot or base.startswith("."):
+        return "", ""
+    return folder + slash + stem.replace(".", "_"), extension.lower()
+
+
+def members_of(data: bytes | mmap.mmap, name: str, unended: bool = False) -> Iterator[tuple[str, Member | None]]:
     """(name, place) of each file of a tar; the place of a link or device is None. A truncated tar is a DataError:
-    unlike tarfile, this requires the two empty blocks that end an archive, and nothing after them."""
+    unlike tarfile, this requires the two empty blocks that end an archive (unless `unended`). What follows them must be
+    another tar, as `cat` joins them."""
+    if not len(data):
+        raise DataError(f"shard {name} is empty: make or copy it again.")
     if data[:2] == b"\x1f\x8b":
         raise DataError(f"shard {name} is compressed: unpack it by gunzip, as samples are read by their place.")
+    file, start, end = io.BytesIO(data) if isinstance(data, bytes) else data, 0, 0
     try:
-        with tarfile.open(fileobj=io.BytesIO(data) if isinstance(data, bytes) else data, mode="r:") as tar:
-            at = -1
-            for member in tar:
-                if member.offset <= at or member.size < 0:
-                    raise tarfile.ReadError("a size below zero")  # tarfile would loop forever
-                if member.isreg() and member.offset_data + member.size > len(data):
-                    raise tarfile.ReadError("unexpected end of data")
-                at = member.offset
-                if not member.isdir():
-                    plain = member.isreg() and not member.issparse()
-                    yield member.name, Member(member.offset_data, member.size) if plain else None
-            rest = bytes(data[tar.offset :])
-        if len(rest) < END_OF_ARCHIVE:
-            raise tarfile.ReadError("it ends before its end is marked: it was cut")
-        if rest.strip(b"\0"):
-            raise tarfile.ReadError(f"no member begins at byte {tar.offset}, where one should")
+        while start < len(data):
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                yield from _members_of_one(tar, start, len(data))
+                end = tar.offset
+            start = _next_archive(data, start, end, unended)
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"shard {name} is damaged ({error}): make or copy it again.") from error
+
+
+def _members_of_one(tar: tarfile.TarFile, start: int, length: int) -> Iterator[tuple[str, Member | None]]:
+    """What members_of gives, of the archive that begins at `start` of a file of `length` bytes."""
+    at = start - 1
+    for member in tar:
+        if member.offset <= at or member.size < 0:
+            raise tarfile.ReadError("a size below zero")  # tarfile would loop forever
+        if member.isreg() and member.offset_data + member.size > length:
+            raise tarfile.ReadError(f"it is cut within {member.name}")
+        at = member.offset
+        if not member.isdir():
+            plain = member.isreg() and not member.issparse()
+            yield member.name, Member(member.offset_data, member.size) if plain else None
+
+
+def _next_archive(data: bytes | mmap.mmap, start: int, end: int, unended: bool) -> int:
+    """Where the tar after the one from `start` to its last member's `end` begins; the file's length if none does. It
+    follows the two empty blocks at once, or where they are filled up to a record: other empty blocks are damage."""
+    at = end
+    while at < len(data) and data[at : at + tarfile.BLOCKSIZE].count(0) == len(data[at : at + tarfile.BLOCKSIZE]):
+        at = min(at + tarfile.BLOCKSIZE, len(data))
+    if at >= len(data):
+        if at - end < END_OF_ARCHIVE and not unended:
+            raise tarfile.ReadError(
+                f"it has no end mark: two empty blocks are missing after its last member, which ends at byte {end}; it "
+                "was cut there or never closed; if it is whole all the same, unended=true reads it (make_shards.py: "
+                "source.unended=true)"
+            )
+        return len(data)
+    filled = at - end >= END_OF_ARCHIVE and ((at - start) % tarfile.RECORDSIZE == 0 or at - end == END_OF_ARCHIVE)
+    if not filled or not _is_header(data[at : at + tarfile.BLOCKSIZE]):
+        raise tarfile.ReadError(f"no member begins at byte {end}, where one should")
+    return at
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def read_index(root: str | Path, shard: Shard) -> list[IndexEntry]:

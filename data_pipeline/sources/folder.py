@@ -1,22 +1,23 @@
-"""A folder of pictures, each with its caption beside it: cat.jpg with cat.txt, or cat.json holding "caption"."""
+"""A folder of pictures, each with its caption beside it, as cat.jpg with cat.txt: sidecars.py says where it is looked
+for."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import IMAGES, open_image
 from data_pipeline.images.resize import centre_square, upright_sides
-from data_pipeline.shards import codec
+from data_pipeline.sources.captions import caption_names, known_encoding
+from data_pipeline.sources.sidecars import Sidecars
 from data_pipeline.sources.source import SourceItem
-from data_pipeline.sources.tars import readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +30,31 @@ class PictureFile(SourceItem):
 class ImageFolder:
     """Pictures below `path`, by name."""
 
-    def __init__(self, path: str | None, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | None,
+        limit: int | None = None,
+        caption: str | Sequence[str] | None = None,
+        encoding: str | None = None,
+    ) -> None:
         if path is None:
             raise UserError("input must be given: the folder that holds the pictures; add input=....")
         self.path, self.limit = Path(path), limit
+        self.names, self.encoding = caption_names(caption), known_encoding(encoding)
 
     def items(self) -> Iterator[SourceItem]:
         if not self.path.is_dir():
             raise UserError(f"input={self.path} is not a folder: give one that holds pictures with captions.")
-        path = None
+        path, sidecars = None, Sidecars(self.path, self.names, self.encoding)
         for path in itertools.islice(pictures_below(self.path), self.limit):
-            yield self._item(path)
+            yield self._item(path, sidecars)
+        for missing, row in sidecars.unmatched() if self.limit is None else ():
+            key = os.path.relpath(missing, self.path).replace("/", "_").replace(".", "_")
+            yield PictureFile(key, functools.partial(load, missing), None, unusable="missing picture", where=row)
         if path is None:
             raise UserError(f"input={self.path} holds no pictures ({', '.join(IMAGES)}): check the path.")
 
-    def _item(self, path: Path) -> SourceItem:
+    def _item(self, path: Path, sidecars: Sidecars) -> SourceItem:
         # A dot would end the key in a tar's member name.
         key = str(path.relative_to(self.path).with_suffix("")).replace("/", "_").replace(".", "_")
         if reason := why_unusable(path, self.path):
@@ -51,8 +62,12 @@ class ImageFolder:
         facts = path.stat()
         stamp = facts.st_size, facts.st_mtime_ns
         look = functools.partial(sides, path)
-        caption, meta = caption_of(path, self.path), about(path, self.path)
-        return PictureFile(key, functools.partial(load, path), caption, meta, look, stamp=stamp)
+        captions, meta = sidecars.about(path)
+        given = {"uncaptioned": captions.why, "captions": captions.several, "notes": captions.notes}
+        meta, where = meta | {"file": path.name}, str(path)
+        return PictureFile(
+            key, functools.partial(load, path), captions.first, meta, look, where=where, stamp=stamp, **given
+        )
 
 
 def pictures_below(folder: Path) -> Iterator[Path]:
@@ -88,29 +103,3 @@ def sides(path: Path) -> tuple[int, int]:
     """Width and height of a picture, from its header."""
     with open_image(path) as image:
         return upright_sides(image)
-
-
-def caption_of(path: Path, folder: Path) -> str | None:
-    """The caption in the .txt or .json beside a picture; None if there is neither, or it is empty or unreadable."""
-    text = path.with_suffix(".txt")
-    try:
-        if not why_unusable(text, folder):
-            return codec.decode("txt", text.read_bytes()).strip() or None
-        return readable(str(sidecar_fields(path, folder).get("caption") or "")) or None
-    except DataError:  # not UTF-8, not JSON, or too long
-        return None
-
-
-def about(path: Path, folder: Path) -> dict[str, Any]:
-    """The entries of the .json beside a picture, without the caption; and the file's name."""
-    try:
-        facts = sidecar_fields(path, folder)
-    except DataError:
-        facts = {}
-    return {name: value for name, value in facts.items() if name != "caption"} | {"file": path.name}
-
-
-def sidecar_fields(path: Path, folder: Path) -> dict[str, Any]:
-    """The contents of the .json beside a picture; {} if there is none."""
-    file = path.with_suffix(".json")
-    return {} if why_unusable(file, folder) else codec.decode("json", file.read_bytes())

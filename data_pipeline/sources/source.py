@@ -11,11 +11,12 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """load(size) -> (size, size, 3) uint8; caption is None if there is none.
+    """load(size) -> (size, size, 3) uint8; caption is None if there is none: uncaptioned says why.
 
     sides() -> width and height of the original picture; None: a drawing, of any size. heldout: None leaves it to
     heldout_every. absent: why the source itself says that there is no picture. unusable: why the item must be set
-    aside; where: the path that was tried.
+    aside; where: the path that was tried. captions: all by name, if there are several; the first is `caption`. notes:
+    what was changed or left out on the way, to be counted.
     """
 
     key: str
@@ -27,6 +28,9 @@ class SourceItem:
     absent: str = ""
     unusable: str = ""
     where: str = ""
+    uncaptioned: str = ""
+    captions: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):

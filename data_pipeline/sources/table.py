@@ -1,28 +1,35 @@
-"""A folder of pictures, and a table (CSV, TSV or Parquet) with their file names, captions and any other columns."""
+"""A folder of pictures, and a table (CSV, TSV, JSON lines or Parquet) with their file names or the pictures
+themselves, captions and any other columns."""
 
 from __future__ import annotations
 
-import csv
 import functools
+import io
 import itertools
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.sources.filters import as_number
+import numpy as np
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.images.decode import open_image
+from data_pipeline.images.resize import centre_square, upright_sides
+from data_pipeline.shards.captions import ONE, kind_of
+from data_pipeline.sources.captions import Captions, brief, caption_names, chosen, known_encoding, of_object
 from data_pipeline.sources.folder import PictureFile, load, sides, why_unusable
 from data_pipeline.sources.source import SourceItem
-from data_pipeline.sources.tars import readable
-
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+from data_pipeline.sources.table_rows import ENDINGS, LINES, Row, number_in, rows_of
 
 
 class Table:
-    """One item per row of `table` (a name below `path`; None: the only table there), by row number.
+    """One item per row of `table` (a name below `path`, or a pattern of several; None: the only table there), by row
+    number.
 
-    Columns `file` and `caption`; numbers in all other columns go to the sample's json. Several rows may name one file.
-    Rows whose file is missing, or lies outside the folder, are set aside.
+    Columns `file` and `caption` (or several); numbers in all other columns go to the sample's json. A file is a name,
+    or in a Parquet the picture itself: bytes, or {bytes, path} as data sets on the hub have it. Several rows may name
+    one file. Rows whose file is missing, or lies outside the folder, are set aside.
     """
 
     def __init__(
@@ -30,97 +37,123 @@ class Table:
         path: str,
         table: str | None = None,
         file: str = "file",
-        caption: str = "caption",
+        caption: str | Sequence[str] = "caption",
         limit: int | None = None,
+        encoding: str | None = None,
     ) -> None:
-        self.path, self.table, self.file, self.caption, self.limit = Path(path), table, file, caption, limit
+        self.path, self.table, self.file, self.limit = Path(path), table, file, limit
+        self.names, self.encoding = caption_names(caption) or (ONE,), known_encoding(encoding)
 
     def items(self) -> Iterator[SourceItem]:
-        table = self._table()
-        rows = parquet_rows(table) if table.suffix.lower() == ".parquet" else text_rows(table)
         number = -1
-        for number, row in enumerate(itertools.islice(rows, self.limit)):
-            if number == 0:
-                self._refuse_without_columns(table, row)
+        for number, row in enumerate(itertools.islice(self._rows(), self.limit)):
             yield self._item(number, row)
         if number < 0:
-            raise UserError(f"{table} has no rows: check source.table.")
+            raise UserError(f"{self.table or self._tables()[0]} has no rows: check source.table.")
 
-    def _table(self) -> Path:
+    def _rows(self) -> Iterator[Row]:
+        for table in self._tables():
+            for number, row in enumerate(rows_of(table, (self.file, *self.names), self.encoding)):
+                if number == 0:
+                    self._refuse_without_columns(table, row.cells)
+                yield row
+
+    def _tables(self) -> list[Path]:
         if not self.path.is_dir():
             raise UserError(f"input={self.path} is not a folder: give one that holds pictures and a table of them.")
         if self.table is not None:
-            if not (self.path / self.table).is_file():
+            found = matching(self.path, self.table)
+            if not found:
                 raise UserError(f"source.table={self.table} is not in {self.path}: give a file's name there.")
-            return self.path / self.table
-        found = sorted(p for p in self.path.iterdir() if p.suffix.lower() in (*DELIMITERS, ".parquet"))
+            return found
+        found = sorted(p for p in self.path.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
+        found = [p for p in found if p.suffix.lower() not in LINES] or found
         if len(found) != 1:
             names = ", ".join(p.name for p in found[:3]) or "none"
-            raise UserError(f"input={self.path} should hold one .csv, .tsv or .parquet ({names}): set source.table=.")
-        return found[0]
+            raise UserError(
+                f"input={self.path} should hold one .csv, .tsv, .parquet or .jsonl ({names}): set source.table=, to a "
+                "name or a pattern such as train-*.parquet."
+            )
+        return found
 
     def _refuse_without_columns(self, table: Path, row: Mapping[str, Any]) -> None:
-        for option, name in (("file", self.file), ("caption", self.caption)):
+        """Refuse a table by its first row; in JSON lines, a row without a caption may leave out its name."""
+        names = {self.file: "file"} | dict.fromkeys(() if table.suffix.lower() in LINES else self.names, "caption")
+        for name, option in names.items():
             if name not in row:
-                columns = ", ".join(str(column) for column in row)
+                columns = ", ".join(brief(str(column)) for column in row)
                 raise UserError(f"{table} has no column {name}: set source.{option}= to one of {columns}.")
 
-    def _item(self, number: int, row: Mapping[str, Any]) -> SourceItem:
-        name = str(row[self.file] or "")
-        others = {column: as_number(value) for column, value in row.items() if column not in (self.file, self.caption)}
-        meta = {"file": name} | {column: value for column, value in others.items() if value is not None}
-        path = self.path / name
-        inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
-        unusable = why_unusable(path, self.path, True) if inside else "no name of a picture in the folder"
-        facts = None if unusable else path.stat()
-        look, stamp = (load, (facts.st_size, facts.st_mtime_ns)) if facts else (absent, (0, 0))
+    def _item(self, number: int, row: Row) -> SourceItem:
+        data, name = picture_of(row.cells.get(self.file))
+        unusable, where = (row.fault, row.where) if row.fault or data is not None else self._why_unusable(row, name)
+        others = {n: number_in(v) for n, v in row.cells.items() if n not in (self.file, *self.names)}
+        captions = self._captions(row)
         return PictureFile(
             f"{number:09d}",
-            functools.partial(look, path),
-            caption_in(row[self.caption]),
-            meta,
-            functools.partial(sides if facts else absent, path),
+            caption=captions.first,
+            meta={"file": name} | {column: found for column, found in others.items() if found is not None},
             unusable=unusable,
-            where=f"{self.file}={name[:200]}, tried as {str(path)[:200]}" if unusable else "",
-            stamp=stamp,
+            where=where or row.where,
+            uncaptioned=captions.why,
+            captions=captions.several,
+            notes=captions.notes,
+            **(embedded(data) if data is not None else in_file(self.path / name, not unusable)),
         )
+
+    def _why_unusable(self, row: Row, name: str) -> tuple[str, str]:
+        """Why there is no file of this name that can be opened, and the path that was tried; "" and "" if there is."""
+        value = row.cells.get(self.file)
+        if not name and value is not None and not isinstance(value, str | float | dict):
+            return f"{self.file} is no name of a picture (but {kind_of(value)})", row.where
+        inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
+        unusable = why_unusable(self.path / name, self.path, True) if inside else "no name of a picture in the folder"
+        return unusable, f"{self.file}={name[:200]}, tried as {str(self.path / name)[:200]}" if unusable else ""
+
+    def _captions(self, row: Row) -> Captions:
+        place = of_object("the row", row.cells, self.names)
+        if row.cells.keys() >= set(self.names) and place.none != "is empty":
+            place = place._replace(none=f"has no {' or '.join(self.names)}: empty, or a spelling of NaN, None or null")
+        return chosen([place], "")
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """The files of a name, or of a pattern such as data/train-*.parquet, sorted."""
+    if (folder / pattern).is_file() or not set(pattern) & set("*?["):
+        return [folder / pattern] if (folder / pattern).is_file() else []
+    return [] if Path(pattern).is_absolute() else sorted(p for p in folder.glob(pattern) if p.is_file())
+
+
+def picture_of(value: Any) -> tuple[bytes | None, str]:
+    """A picture's bytes, if the cell has them (alone, or as {"bytes", "path"}), and the name of its file, or ""."""
+    data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
+    return (data if isinstance(data, bytes) else None), (name if isinstance(name, str) else "")
+
+
+def embedded(data: bytes) -> dict[str, Any]:
+    """load, sides and stamp of a picture that the table holds."""
+    look, sides_in = functools.partial(square_of, data), functools.partial(sides_of, data)
+    return {"load": look, "sides": sides_in, "stamp": (len(data), zlib.crc32(data))}
+
+
+def in_file(path: Path, there: bool) -> dict[str, Any]:
+    """load, sides and stamp of a picture in a file."""
+    if not there:
+        return {"load": functools.partial(absent, path), "sides": functools.partial(absent, path)}
+    facts = path.stat()
+    stamp = facts.st_size, facts.st_mtime_ns
+    return {"load": functools.partial(load, path), "sides": functools.partial(sides, path), "stamp": stamp}
+
+
+def square_of(data: bytes, size: int) -> np.ndarray:
+    """The centre square of a picture in memory."""
+    return centre_square(open_image(io.BytesIO(data)), size)
+
+
+def sides_of(data: bytes) -> tuple[int, int]:
+    return upright_sides(open_image(io.BytesIO(data)))
 
 
 def absent(path: Path, size: int = 0) -> Any:
     """Stands in for a picture that the table names and the folder does not have."""
     raise FileNotFoundError(path)
-
-
-def caption_in(value: Any) -> str | None:
-    """A cell's text; None if there is none."""
-    try:
-        return readable(value) or None if isinstance(value, str) else None
-    except DataError:
-        return None
-
-
-def text_rows(table: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV or TSV in UTF-8 with a header, one at a time."""
-    csv.field_size_limit(2**24)
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file, delimiter=DELIMITERS.get(table.suffix.lower(), ",")):
-                row.pop(None, None)  # cells beyond the header's columns
-                yield row
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} can't be read ({error}): save it as UTF-8 text with a header.") from error
-
-
-def parquet_rows(table: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file, a few thousand at a time."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError("a Parquet table needs pyarrow: run pip install -e '.[parquet]'.") from error
-    try:
-        with parquet.ParquetFile(table) as file:
-            for batch in file.iter_batches(4096):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{table} can't be read ({type(error).__name__}): write it again.") from error

@@ -19,10 +19,10 @@ from data_pipeline.common.threads import ordered_map
 from data_pipeline.shards import codec
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, Shard
-from data_pipeline.shards.rejects import Rejects, accounting, format_counts, summary
+from data_pipeline.shards.rejects import Rejects, accounting, examples, format_counts, summary
 from data_pipeline.shards.tar_index import IndexEntry, digest_of, index_digest
 from data_pipeline.sources.filters import Filters
-from data_pipeline.sources.tars import Inspected, inspected
+from data_pipeline.sources.tars import Inspected, inspected, told_apart
 
 AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=true"
 
@@ -64,14 +64,16 @@ class Index:
         self.max_fraction = max_aside_fraction
         self.rejects = Rejects(sys.maxsize, 1.0)  # only counts: the number listed is known at the end
         self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
+        self.notes: Counter[str] = Counter()
 
     def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
         """Check a shard's samples, write its .idx and the rejects; returns its line of the manifest."""
+        entries = told_apart(entries)
         self.listed += len(entries)
         first, stem = len(self.rejects.rows), name.removesuffix(".tar").rpartition("/")[2]
         prefix = f"{stem}/" if self.shard_in_keys else ""
         known = self.seen.contains([prefix + each.key for each in entries])
-        lines = []
+        lines, twice = [], named_twice(entries)
         for sample, again in zip(self._inspected(entries, data), known, strict=True):
             key, members = prefix + sample.entry.key, sample.entry.members
             if sample.candidate is not None:
@@ -79,10 +81,11 @@ class Index:
             if sample.candidate is None and sample.absent:
                 self.filters.add(key, sample.reason)
             elif sample.candidate is None or again:
-                self.rejects.add(key, sample.reason or AGAIN)
+                self.rejects.add(key, sample.reason or twice.get(sample.entry.key, AGAIN), f"in {name}")
             elif reason := self.filters.reason_against(sample.candidate):
                 self.filters.add(key, reason)
             else:
+                self.notes.update(sample.notes)
                 lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
         index = "".join(lines).encode()
         shard = Shard(name, len(lines), len(data), digest_of(data), index_digest(index))
@@ -106,8 +109,8 @@ class Index:
         if aside > self.max_fraction * listed:
             raise DataError(
                 f"{aside} of {'about ' if whole > 1 else ''}{listed} samples can't be used "
-                f"({format_counts(summary(self.rejects.rows), 3)}): mend the tars, or raise "
-                f"max_aside_fraction={self.max_fraction}."
+                f"({format_counts(summary(self.rejects.rows), 3)}; {examples(self.rejects.rows)}): mend the tars, or "
+                f"raise max_aside_fraction={self.max_fraction}."
             )
 
     def finish(self, shards: list[Shard], info: dict[str, Any]) -> None:
@@ -117,14 +120,25 @@ class Index:
         aside, processed = summary(self.rejects.rows), sum(shard.samples for shard in shards)
         if not processed:
             why = format_counts(aside + self.filters.counts, 3) or "the tars are empty"
+            why += f"; {examples(self.rejects.rows)}" if self.rejects.rows else ""
             raise UserError(f"not one of {self.listed} samples is left ({why}): check input= and filters=.")
         info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered differently, are another data set
         info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
+        info |= {"notes": dict(self.notes)} if self.notes else {}
         Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
         print(
             f"index_shards: {processed} processed, {self.filters.counts.total()} filtered, {aside.total()} set aside, "
             f"of {self.listed} listed; in {self.root}"
         )
-        for what, counts in (("filtered", self.filters.counts), ("set aside", aside)):
-            for reason, count in counts.most_common():
-                print(f"index_shards: {what} {count} x {reason}")
+        for reason, count in self.filters.counts.most_common():
+            print(f"index_shards: filtered {count} x {reason}")
+        for reason, count in aside.most_common():
+            print(f"index_shards: set aside {count} x {reason}, {examples(self.rejects.rows, reason)}")
+        for note, count in self.notes.items():
+            print(f"index_shards: {count} x {note}")
+
+
+def named_twice(entries: Sequence[IndexEntry]) -> dict[str, str]:
+    """What to say of a later sample of a key that one tar has more than once."""
+    count = Counter(entry.key for entry in entries)
+    return {key: "a key that the same tar has already" for key, times in count.items() if times > 1}

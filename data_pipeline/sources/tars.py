@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,15 +14,18 @@ from PIL import Image
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.images.decode import open_image
+from data_pipeline.images.decode import IMAGES, open_image
 from data_pipeline.images.resize import centre_square, upright_sides
 from data_pipeline.shards import codec
+from data_pipeline.shards.captions import ONE
 from data_pipeline.shards.samples import picture_in
-from data_pipeline.shards.tar_index import IndexEntry, Member, scan
+from data_pipeline.shards.tar_index import IndexEntry, Member, TarRules, scan
+from data_pipeline.sources.captions import Captions, Place, caption_names, chosen, known_encoding, of_object
 from data_pipeline.sources.filters import Candidate
 from data_pipeline.sources.source import SourceItem
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+FULL = "key=full ends it at the last (make_shards.py: source.key=full)"
 
 
 def tars_in(folder: str) -> list[str]:
@@ -48,49 +51,114 @@ def contents(path: str) -> bytes | mmap.mmap:
 
 class Inspected(NamedTuple):
     """A usable sample has a candidate, an unusable one a reason. absent: its json itself says that there is no picture,
-    as img2dataset writes for what it could not fetch."""
+    as img2dataset writes for what it could not fetch. notes: what was left out of it or changed."""
 
     entry: IndexEntry
     candidate: Candidate | None = None
     reason: str = ""
     absent: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def inspected(entry: IndexEntry, data: bytes | mmap.mmap) -> Inspected:
     """Decode a sample, and keep only the members that are read: one picture, .txt and .json."""
     if not entry.key.isprintable() or entry.key.startswith("/") or ".." in entry.key.split("/"):
         return Inspected(entry, reason="a name that leads elsewhere, or can't be printed")
-    picture = picture_in(entry)
-    entry = IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n in (picture, "txt", "json")})
+    picture, about = picture_in(entry), described(entry, data)
+    read = (picture, "txt", "json") if about.meta is not None else (picture, "txt")
+    kept = IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n in read})
+    if picture is None:
+        reason, absent = without_picture(entry, about.meta)
+        return Inspected(kept, reason=reason, absent=absent)
+    if about.captions.first is None or about.fault:
+        return Inspected(kept, reason=about.captions.why or about.fault)
     try:
-        facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n != picture}
-        if picture is None:
-            return without_picture(entry, facts)
-        caption = readable(codec.caption_in(facts))
-        if not caption:
-            return Inspected(entry, reason="missing caption")
         pixels = codec.decode(picture, _bytes(data, entry.members[picture]))
     except DataError as error:
-        return Inspected(entry, reason=str(error))
+        return Inspected(kept, reason=str(error))
     sides = pixels.shape[1], pixels.shape[0]
-    return Inspected(entry, Candidate(caption, facts.get("json") or {}, lambda: sides, lambda: pixels))
+    found = Candidate(about.captions.first, about.meta or {}, lambda: sides, lambda: pixels)
+    return Inspected(kept, found, notes=about.captions.notes)
 
 
-def without_picture(entry: IndexEntry, facts: dict[str, Any]) -> Inspected:
-    """Not fetched, according to its json; or lost."""
-    status = (facts.get("json") or {}).get("status", "success")
+class Described(NamedTuple):
+    """What a sample's .txt and .json say. meta: None for a json that is no object; fault: why it can't be read."""
+
+    captions: Captions
+    meta: dict[str, Any] | None
+    fault: str = ""
+
+
+def described(
+    entry: IndexEntry, data: bytes | mmap.mmap, names: tuple[str, ...] = (), encoding: str | None = None
+) -> Described:
+    """The caption is the .txt's, or if that is empty the json's; if `names` are given, first the json's under these."""
+    text, facts, other, fault = [], {}, [], ""
+    missing = f"no .txt or .json beside {', '.join(f'.{name}' for name in list(entry.members)[:5]) or 'nothing'}"
+    if "txt" in entry.members:
+        try:
+            text = [Place(".txt", {ONE: codec.decode("txt", _bytes(data, entry.members["txt"]), encoding)})]
+        except DataError as error:
+            text = [Place(".txt", {}, str(error))]
+    if "json" in entry.members:
+        try:
+            facts = codec.decode("json", _bytes(data, entry.members["json"]), encoding)
+            other = [of_object(".json", facts, names or (ONE,))]
+        except DataError as error:
+            facts = None
+            fault = "" if isinstance(error.__cause__, codec.NoObject) else str(error)
+            other = [Place(".json", {}, fault, f"is {error}")]
+    captions = chosen([*other, *text] if names else [*text, *other], missing)
+    if facts is None and not fault:
+        captions = captions._replace(notes=(*captions.notes, "a json that is no object left out"))
+    return Described(captions, facts, fault)
+
+
+def without_picture(entry: IndexEntry, meta: dict[str, Any] | None) -> tuple[str, bool]:
+    """Why there is no picture, and whether that is so by its json: it was not fetched. If not, it was lost; or its name
+    has more dots than one."""
+    status = (meta or {}).get("status", "success")
     if status != "success":
-        return Inspected(entry, reason=f"not fetched: {status}", absent=True)
-    return Inspected(entry, reason="missing picture")
+        return f"not fetched: {status}", True
+    names = [f"{entry.key}.{name}" for name in dotted_pictures(entry)]
+    if len(names) > 1:
+        return f"pictures that fall together ({names[0]} and {names[1]} have one key, {entry.key}; {FULL})", False
+    if names:
+        return f"missing picture (a key ends at the first dot of {names[0]}; {FULL})", False
+    if linked := [name for name in entry.links if name in IMAGES]:
+        return f"missing picture (its .{linked[0]} is a link, a device or sparse: these are not read)", False
+    return f"missing picture (it has only {', '.join(f'.{name}' for name in entry.members) or 'links'})", False
 
 
-def readable(caption: str) -> str:
-    """The caption stripped of blanks; DataError for half a surrogate pair, which only JSON can hold."""
-    try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise DataError("caption is not text") from error
-    return caption.strip()
+def dotted_pictures(entry: IndexEntry) -> list[str]:
+    """Extensions such as 05.png: of pictures whose names have a dot in what was meant as their key. In a sample with a
+    picture of its own, only those that have their own caption, too: 0.mask.png beside 0.png is another member."""
+    named = [name for name in entry.members if "." in name and name.rpartition(".")[2] in IMAGES]
+    if picture_in(entry) is None:
+        return named
+    return [n for n in named if {f"{n.rpartition('.')[0]}.{kind}" for kind in ("txt", "json")} & entry.members.keys()]
+
+
+def told_apart(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
+    """The entries, with one for each picture that fell under another's key, so that each is accounted for."""
+    found = []
+    for entry in entries:
+        names = dotted_pictures(entry)
+        if picture_in(entry) is not None or not names:
+            found.append(entry)
+        for name in names:
+            first = {each: entry.members[each] for each in (name, *names)}
+            found.append(IndexEntry(entry.key, first))
+    return found
+
+
+def tar_rules(key: str | None, unended: bool | None, option: str = "") -> TarRules:
+    """The options key= and unended=, checked. option: the group that they are in."""
+    if key not in (None, "first", "full"):
+        raise UserError(f"{option}key={key} can't be: take first (of a name's dots, as webdataset) or full (the last).")
+    if unended not in (None, True, False):
+        raise UserError(f"{option}unended={unended} can't be: take true or false.")
+    return TarRules(key == "full", bool(unended))
 
 
 def _bytes(data: bytes | mmap.mmap, member: Member) -> bytes:
@@ -110,36 +178,47 @@ class Tars:
     One tar is held in memory at a time. Keys: the tar's name and the sample's.
     """
 
-    def __init__(self, path: str, limit: int | None = None) -> None:
-        self.path, self.limit = path, limit
+    def __init__(
+        self,
+        path: str,
+        limit: int | None = None,
+        caption: str | list[str] | None = None,
+        encoding: str | None = None,
+        key: str | None = None,
+        unended: bool | None = None,
+    ) -> None:
+        self.path, self.limit, self.rules = path, limit, tar_rules(key, unended, "source.")
+        self.names, self.encoding = caption_names(caption), known_encoding(encoding)
 
     def items(self) -> Iterator[SourceItem]:
         count = 0
         for name in tars_in(self.path):
             path = storage.join(self.path, name)
             data = contents(path)
-            for number, entry in enumerate(scan(data, path)):
+            for number, entry in enumerate(told_apart(scan(data, path, self.rules))):
                 if count == self.limit:
                     return
                 count += 1
-                yield self._item(path, name.removesuffix(".tar"), number, entry, data)
+                yield self._item(path, name.removesuffix(".tar").replace(".", "_"), number, entry, data)
 
-    @staticmethod
-    def _item(path: str, stem: str, number: int, entry: IndexEntry, data: bytes | mmap.mmap) -> SourceItem:
-        key = f"{stem}_{number:06d}"
-        picture = picture_in(entry)
-        facts, caption, absent = {}, None, ""
-        try:
-            facts = {n: codec.decode(n, _bytes(data, m)) for n, m in entry.members.items() if n in ("txt", "json")}
-            caption = readable(codec.caption_in(facts)) or None
-            if picture is None and (without := without_picture(entry, facts)).absent:
-                absent = without.reason
-        except DataError:
-            pass  # without a caption it is set aside
-        meta = (facts.get("json") or {}) | {"original_key": entry.key}
+    def _item(self, path: str, stem: str, number: int, entry: IndexEntry, data: bytes | mmap.mmap) -> SourceItem:
+        picture, about = picture_in(entry), described(entry, data, self.names, self.encoding)
+        reason, absent = ("", False) if picture else without_picture(entry, about.meta)
         place = entry.members[picture] if picture else Member(0, 0)
-        load, sides = functools.partial(square_in, path, place), functools.partial(sides_in, path, place)
-        return TarSample(key, load, caption, meta, sides, absent=absent, stamp=(len(data), place.offset))
+        return TarSample(
+            f"{stem}_{number:06d}",
+            functools.partial(square_in, path, place),
+            None if about.fault else about.captions.first,
+            (about.meta or {}) | {"original_key": entry.key},
+            functools.partial(sides_in, path, place),
+            absent=reason if absent else "",
+            unusable="" if absent else reason,
+            where=f"{entry.key} of {path}",
+            uncaptioned=about.captions.why or about.fault,
+            captions=about.captions.several,
+            notes=about.captions.notes,
+            stamp=(len(data), place.offset),
+        )
 
 
 def square_in(path: str, place: Member, size: int) -> np.ndarray:
