@@ -21,6 +21,7 @@ from data_pipeline.shards.manifest import Manifest, find_splits
 from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of
 from data_pipeline.shards.rejects import Rejects, accounting, examples, summary
 from data_pipeline.shards.split_writer import SplitWriter
+from data_pipeline.sources.caption_counts import CaptionCounts
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_source
 
@@ -36,7 +37,8 @@ def main(cfg: DictConfig) -> None:
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is input=: choose a folder of its own for the shards.")
-    options = OmegaConf.to_container(cfg, resolve=True)
+    captions = CaptionCounts(instantiate(cfg.tokenizer) if cfg.get("tokenizer") else None)
+    options = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "tokenizer"}  # it only counts
     mark, listed, heldout = scan_source(options, source, filters)
     filters.refuse_unknown_columns()
     if finished(cfg.output, mark, settings_of(options)):
@@ -52,7 +54,9 @@ def main(cfg: DictConfig) -> None:
             sample = prepared_sample(item, cfg.size, filters, rejects)
             if sample is not None:
                 notes.update(item.notes)
-                splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"].add(item.key, sample)
+                name = "heldout" if is_heldout(item, number, cfg.heldout_every) else "train"
+                splits[name].add(item.key, sample)
+                captions.add(name, item.key, sample["txt"], sample["json"])
             bar.advance()
     for split in splits.values():
         split.close(f"{filters.counts.total()} of {listed} filtered, {len(rejects.rows)} set aside", rejects.rows)
@@ -63,11 +67,11 @@ def main(cfg: DictConfig) -> None:
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
     info |= {"notes": dict(notes)} if notes else {}
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
-    for split in reversed(splits.values()):  # train's comes last: it completes the whole
-        Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
+    for name, split in reversed(splits.items()):  # train's comes last: it completes the whole
+        Manifest("image-text", tuple(split.shards), fields, info | captions.info(name)).save(split.root)
     report(cfg.output, splits, filters.counts, rejects)
-    for note, count in notes.items():
-        print(f"make_shards: {count} x {note}")
+    for line in [*(f"{count} x {note}" for note, count in notes.items()), *captions.sentences()]:
+        print(f"make_shards: {line}")
 
 
 def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str], rejects: Rejects) -> None:

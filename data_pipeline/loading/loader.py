@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.threads import Prefetcher
 from data_pipeline.loading.batch import Batch, DataCursor, widened
+from data_pipeline.loading.caption_draw import CaptionOptions, draws_of
 from data_pipeline.loading.epoch_plan import EpochPlan, Place
 from data_pipeline.loading.sample_reader import SampleReader, pin
 from data_pipeline.loading.worker_pool import Workers
@@ -35,6 +36,7 @@ class LoaderConfig:
     cache_mb: float = 512.0
     verify: bool = True
     shuffle: bool = True
+    captions: CaptionOptions = field(default_factory=CaptionOptions)  # which one of several a step takes
 
     def loader(self, root: str, batch_size: int, **position: Any) -> Loader:
         """The loader of a data set. A subclass may return another one (`data._target_=my_package.MyLoaderConfig`)."""
@@ -64,6 +66,7 @@ class Loader:
             )
         self.manifest = Manifest.load(root)
         self.manifest.check_shards(root)
+        config.captions.refuse_unfit(root, self.manifest)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.plan = EpochPlan(
             sizes, seed, batch_size, config.streams, config.window_shards, config.shuffle, config.overlap
@@ -159,7 +162,8 @@ class _StreamParts:
     def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[StepPart]:
         streams = np.array_split(self.streams, of)[worker or 0].tolist()
         # Values that are not finite cost training a step, which it logs (stability_monitor.py), not the run.
-        reader = SampleReader(self.root, self.manifest, self.config.cache_mb / of, self.config.verify, finite=False)
+        config, captions = self.config, self.config.captions
+        reader = SampleReader(self.root, self.manifest, config.cache_mb / of, config.verify, False, captions)
         reader.pieces = self.plan.pieces
         pinned = worker is None and torch.cuda.is_available()
         windows = -1
@@ -171,7 +175,8 @@ class _StreamParts:
                     windows, needed = self.plan.windows_made, self.plan.shards_in_use() | self.plan.shards_next()
                     reader.prefetch(self.plan.shards_in_use())
                     reader.prefetch(needed)
-                yield StepPart(step, *reader.batch(places, pinned))
+                draws = draws_of(self.plan.seed, step, streams, self.plan.per_step)
+                yield StepPart(step, *reader.batch(places, pinned, draws))
                 most = WINDOWS_HELD * self.plan.window_shards * len(streams)
                 if moved and len(reader.shards) + len(reader.opening) > most:
                     reader.keep_only(needed)
@@ -179,10 +184,14 @@ class _StreamParts:
             reader.close()
 
 
-def read_dataset(root: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """The samples of a data set in order, decoded; at most `limit`."""
+def read_dataset(
+    root: str,
+    limit: int | None = None,
+    captions: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
+) -> list[dict[str, Any]]:
+    """The samples of a data set in order, decoded, each with its first caption; at most `limit`."""
     manifest = Manifest.load(root)
-    reader = SampleReader(root, manifest, cache_mb=0)
+    reader = SampleReader(root, manifest, cache_mb=0, captions=captions)
     places = (Place(number, i) for number, shard in enumerate(manifest.shards) for i in range(shard.samples))
     samples: list[dict[str, Any]] = []
     try:

@@ -16,13 +16,14 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import IMAGES
 from data_pipeline.loading.array_batch import Layout, not_finite, stacked
+from data_pipeline.loading.caption_draw import CaptionOptions, Chosen
 from data_pipeline.loading.epoch_plan import Place
 from data_pipeline.loading.shard_cache import RemoteShard, open_shard
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing
-from data_pipeline.shards.captions import caption_in
+from data_pipeline.shards.caption_members import line_of, member_of
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.samples import as_sample, collated, fields_of, size_of
+from data_pipeline.shards.samples import as_sample, captions_of, collated, fields_of, size_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
 
 OPENERS = 4  # threads that open shards: one thread takes 0.5 s a GB for a digest
@@ -38,13 +39,20 @@ class OpenShard(NamedTuple):
 class SampleReader:
     """Reads samples of a data set by place. Background threads open shards; decoded pictures are kept up to `cache_mb`,
     enough for small sets. verify: each shard's digest is checked once, before any of its samples is handed out. The
-    dtype and shape of each array are checked on every read. finite: whether values that are not finite are refused."""
+    dtype and shape of each array are checked on every read. finite: whether values that are not finite are refused.
+    captions: which one a batch takes of several."""
 
     def __init__(
-        self, root: str, manifest: Manifest, cache_mb: float, verify: bool = True, finite: bool = True
+        self,
+        root: str,
+        manifest: Manifest,
+        cache_mb: float,
+        verify: bool = True,
+        finite: bool = True,
+        captions: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
     ) -> None:
         _allow_many_open_files()
-        self.root, self.manifest, self.verify, self.finite = root, manifest, verify, finite
+        self.root, self.manifest, self.verify, self.finite, self.captions = root, manifest, verify, finite, captions
         self.fields = fields_of(manifest)
         self.arrays = [name for name in self.fields if name.endswith(".npy")]
         self.only_arrays = all(name in ("json", "txt") or name in self.arrays for name in self.fields)
@@ -57,25 +65,31 @@ class SampleReader:
         self.room = cache_mb * 2**20
         self.pieces: Callable[[int], list[tuple[int, int]]] = lambda shard: []  # a shard's samples that will be needed
 
-    def batch(self, places: Sequence[Place], pinned: bool = False) -> tuple[list[str], list[str], dict[str, Tensor]]:
+    def batch(
+        self, places: Sequence[Place], pinned: bool = False, draws: Sequence[int] | None = None
+    ) -> tuple[list[str], list[str], dict[str, Tensor]]:
         """Keys, captions and tensors by name. Arrays keep their stored dtype and are copied once, if all of a field
-        share one layout; otherwise they are decoded one by one, like pictures, to float32 or int64."""
-        tensors = None
+        share one layout; otherwise they are decoded one by one, like pictures, to float32 or int64. draws: which of its
+        captions each sample takes (draws_of); None: the first."""
+        tensors, draws = None, draws or [None] * len(places)
         if self.only_arrays:
             found = [(shard := self.shard(number), shard.entries[sample]) for number, sample in places]
-            tensors = self._stacked([(shard.data, entry) for shard, entry in found], places, pinned)
+            chosen = [self._chosen(*each) for each in zip(places, found, draws, strict=True)]
+            names = [caption.name for caption in chosen]
+            tensors = self._stacked([(shard.data, entry) for shard, entry in found], places, names, pinned)
         if tensors is None:
-            samples = [self.read(place) for place in places]
+            samples = [self.read(*each) for each in zip(places, draws, strict=True)]
             tensors = {name: pin(value, pinned) for name, value in collated(samples).items()}
             return [sample["key"] for sample in samples], [sample["caption"] for sample in samples], tensors
-        captions = [self._caption(place, shard, entry) for place, (shard, entry) in zip(places, found, strict=True)]
-        return [entry.key for _, entry in found], captions, tensors
+        return [entry.key for _, entry in found], [caption.text for caption in chosen], tensors
 
     def _stacked(
-        self, found: Sequence[tuple[Any, IndexEntry]], places: Sequence[Place], pinned: bool
+        self, found: Sequence[tuple[Any, IndexEntry]], places: Sequence[Place], captions: Sequence[str], pinned: bool
     ) -> dict[str, Tensor] | None:
+        """captions: for each sample the name of its caption; "" for the first."""
         tensors = {}
         for member in self.arrays:
+            members = [self._of_caption(member, caption) for caption in captions]
             if member not in self.layouts:
                 data, entry = found[0]
                 if member not in entry.members:
@@ -84,20 +98,41 @@ class SampleReader:
                 offset, size = entry.members[member]
                 self.layouts[member] = Layout.of(bytes(data[offset : offset + size]))
             layout = self.layouts[member]
-            values = None if layout is None else stacked(member, layout, found, pinned)
+            values = None if layout is None else stacked(members, layout, found, pinned)
             if values is None:
                 return None
             if self.finite and (row := not_finite(values)) is not None:
-                raise self._naming(places[row], f"{member} is not finite")
+                raise self._naming(places[row], f"{members[row]} is not finite")
             tensors[member.removesuffix(".npy")] = values
         return tensors
 
-    def _caption(self, place: Place, shard: OpenShard, entry: IndexEntry) -> str:
-        text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
-        return caption_in(self._decoded(place, shard, entry, text))
+    def _of_caption(self, member: str, caption: str) -> str:
+        """The member that has a field of a caption."""
+        own = caption and self.manifest.fields[member].get("captions")
+        return f"{member_of(member.removesuffix('.npy'), caption)}.npy" if own else member
 
-    def read(self, place: Place) -> dict[str, Any]:
-        """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}."""
+    def _chosen(self, place: Place, found: tuple[OpenShard, IndexEntry], draw: int | None) -> Chosen:
+        shard, entry = found
+        text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
+        return self.captions.chosen(captions_of(as_sample(entry.key, self._decoded(place, shard, entry, text))), draw)
+
+    def read(self, place: Place, draw: int | None = None) -> dict[str, Any]:
+        """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}. draw: as in
+        `batch`."""
+        sample = self._whole(place)
+        caption = self.captions.chosen(captions_of(sample), draw)
+        others = {own: name for name in self.arrays if (own := self._of_caption(name, caption.name)) != name}
+        if others:
+            shard = self.shard(place.shard)
+            entry = shard.entries[place.sample]
+            if lacking := others.keys() - entry.members.keys():
+                raise self._naming(place, f"it lacks {', '.join(sorted(lacking))}")
+            found = self._decoded(place, shard, entry, {own: entry.members[own] for own in others})
+            sample = sample | {others[own].removesuffix(".npy"): value for own, value in found.items()}
+        return sample if sample["caption"] == caption.text else {**sample, "caption": caption.text}
+
+    def _whole(self, place: Place) -> dict[str, Any]:
+        """A sample with its first caption, decoded or from the cache."""
         if place in self.cache:
             return self.cache[place]
         shard = self.shard(place.shard)
@@ -116,13 +151,15 @@ class SampleReader:
     def _decoded(self, place: Place, shard: OpenShard, entry: IndexEntry, members: Mapping[str, Any]) -> dict[str, Any]:
         try:
             return {
-                name: decoded(
-                    name, bytes(shard.data[offset : offset + size]), self.manifest.fields.get(name, {}), self.finite
-                )
+                name: decoded(name, bytes(shard.data[offset : offset + size]), self._line(name), self.finite)
                 for name, (offset, size) in members.items()
             }
         except DataError as error:
             raise self._naming(place, str(error)) from error
+
+    def _line(self, member: str) -> Mapping[str, Any]:
+        fields = self.manifest.fields
+        return fields.get(line_of(member, fields), {})
 
     def _lacking(self, members: Mapping[str, Any]) -> str:
         """A required member that a sample does not have."""

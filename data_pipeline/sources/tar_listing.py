@@ -21,6 +21,7 @@ from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.rejects import Rejects, accounting, examples, format_counts, summary
 from data_pipeline.shards.tar_index import IndexEntry, digest_of, index_digest
+from data_pipeline.sources.caption_counts import CaptionCounts
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.tars import Inspected, inspected, told_apart
 
@@ -65,6 +66,7 @@ class Index:
         self.rejects = Rejects(sys.maxsize, 1.0)  # only counts: the number listed is known at the end
         self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
         self.notes: Counter[str] = Counter()
+        self.captions = CaptionCounts()
 
     def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
         """Check a shard's samples, write its .idx and the rejects; returns its line of the manifest."""
@@ -86,6 +88,7 @@ class Index:
                 self.filters.add(key, reason)
             else:
                 self.notes.update(sample.notes)
+                self.captions.add("", key, sample.candidate.caption, sample.candidate.meta)
                 lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
         index = "".join(lines).encode()
         shard = Shard(name, len(lines), len(data), digest_of(data), index_digest(index))
@@ -124,7 +127,7 @@ class Index:
             raise UserError(f"not one of {self.listed} samples is left ({why}): check input= and filters=.")
         info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered differently, are another data set
         info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
-        info |= {"notes": dict(self.notes)} if self.notes else {}
+        info |= self.captions.info("") | ({"notes": dict(self.notes)} if self.notes else {})
         Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
         print(
             f"index_shards: {processed} processed, {self.filters.counts.total()} filtered, {aside.total()} set aside, "
@@ -134,8 +137,8 @@ class Index:
             print(f"index_shards: filtered {count} x {reason}")
         for reason, count in aside.most_common():
             print(f"index_shards: set aside {count} x {reason}, {examples(self.rejects.rows, reason)}")
-        for note, count in self.notes.items():
-            print(f"index_shards: {count} x {note}")
+        for line in [*(f"{count} x {note}" for note, count in self.notes.items()), *self.captions.sentences()]:
+            print(f"index_shards: {line}")
 
 
 def named_twice(entries: Sequence[IndexEntry]) -> dict[str, str]:
