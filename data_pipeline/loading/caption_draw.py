@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from data_pipeline.common.errors import UserError
@@ -91,9 +93,6 @@ def shares(captions: Mapping[str, str], weights: Mapping[str, float] | None) -> 
 
 def drawn(weights: Mapping[str, float], draw: int) -> str:
     """The name that a draw falls on."""
-    at, name = draw / RANGE * sum(weights.values()), ""
-    for name, weight in ((n, w) for n, w in weights.items() if w > 0):
-        at -= weight
-        if at < 0:
-            break
-    return name
+    names = [name for name, weight in weights.items() if weight > 0]
+    ends = list(accumulate(weights[name] for name in names))
+    return names[min(bisect_right(ends, draw / RANGE * ends[-1]), len(names) - 1)]
