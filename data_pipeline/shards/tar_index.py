@@ -91,7 +91,7 @@ def members_of(data: bytes | mmap.mmap, name: str, unended: bool = False) -> Ite
     unlike tarfile, this requires the two empty blocks that end an archive (unless `unended`). What follows them must be
     another tar, as `cat` joins them."""
     if not len(data):
-        raise DataError(f"shard {name} is empty: make or copy it again.")
+        raise DataError(f"shard {name} is damaged (it is empty): make or copy it again.")
     if data[:2] == b"\x1f\x8b":
         raise DataError(f"shard {name} is compressed: unpack it by gunzip, as samples are read by their place.")
     file, start, end = io.BytesIO(data) if isinstance(data, bytes) else data, 0, 0

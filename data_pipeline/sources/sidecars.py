@@ -104,13 +104,13 @@ class Sidecars:
 
     def _looked_for(self, path: Path) -> str:
         """What was looked for in vain, and what lies there instead."""
-        names = [path.with_suffix(ending).name for ending in (*TEXTS, ".json")]
+        *names, last = [path.with_suffix(ending).name for ending in (*TEXTS, ".json")]
         all_names = self._names(path.parent)
         first = bisect.bisect_left(all_names, f"{path.stem}.")
         beside = [n for n in all_names[first : first + 5] if n.startswith(f"{path.stem}.") and n != path.name]
         faults = [each.fault for folder in self._folders(path) if (each := self._metadata_of(folder)) and each.fault]
-        there = f"; beside it: {', '.join(brief(name) for name in beside[:3])}" if beside else ""
-        return f"no {', '.join(names)} or {METADATA[0]} names it{there}{''.join(f'; {fault}' for fault in faults)}"
+        there = [f"beside it: {', '.join(brief(name) for name in beside[:3])}"] if beside else []
+        return "; ".join([f"no {', '.join(names)} or {last}, and no {METADATA[0]} names it", *there, *faults])
 
     def _names(self, folder: Path) -> list[str]:
         if self.listed[0] != folder:

@@ -25,6 +25,7 @@ from data_pipeline.sources.caption_counts import CaptionCounts
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.tars import Inspected, inspected, told_apart
 
+TWICE = "a key that the same tar has twice"
 AGAIN = "a key that came before; tars that all count from 0 want shard_in_keys=true"
 
 
@@ -75,7 +76,7 @@ class Index:
         first, stem = len(self.rejects.rows), name.removesuffix(".tar").rpartition("/")[2]
         prefix = f"{stem}/" if self.shard_in_keys else ""
         known = self.seen.contains([prefix + each.key for each in entries])
-        lines, twice = [], named_twice(entries)
+        lines, twice = [], keys_twice(entries)
         for sample, again in zip(self._inspected(entries, data), known, strict=True):
             key, members = prefix + sample.entry.key, sample.entry.members
             if sample.candidate is not None:
@@ -83,7 +84,7 @@ class Index:
             if sample.candidate is None and sample.absent:
                 self.filters.add(key, sample.reason)
             elif sample.candidate is None or again:
-                self.rejects.add(key, sample.reason or twice.get(sample.entry.key, AGAIN), f"in {name}")
+                self.rejects.add(key, reason_of(sample, twice), f"in {name}")
             elif reason := self.filters.reason_against(sample.candidate):
                 self.filters.add(key, reason)
             else:
@@ -141,7 +142,14 @@ class Index:
             print(f"index_shards: {line}")
 
 
-def named_twice(entries: Sequence[IndexEntry]) -> dict[str, str]:
-    """What to say of a later sample of a key that one tar has more than once."""
-    count = Counter(entry.key for entry in entries)
-    return {key: "a key that the same tar has already" for key, times in count.items() if times > 1}
+def keys_twice(entries: Sequence[IndexEntry]) -> set[str]:
+    """The keys that one tar has more than once."""
+    return {key for key, times in Counter(entry.key for entry in entries).items() if times > 1}
+
+
+def reason_of(sample: Inspected, twice: set[str]) -> str:
+    """Why a sample is set aside: its own reason; that its tar has the key twice; or that the key came before."""
+    if sample.entry.key not in twice:
+        return sample.reason or AGAIN
+    lacks = sample.reason.startswith("missing caption (")
+    return f"{sample.reason.removesuffix(')')}; {TWICE})" if lacks else sample.reason or TWICE

@@ -25,7 +25,7 @@ from data_pipeline.sources.filters import Candidate
 from data_pipeline.sources.source import SourceItem
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-FULL = "key=full ends it at the last (make_shards.py: source.key=full)"
+FULL = "key=full, for make_shards.py source.key=full, ends a key at the last dot, not at the first"
 
 
 def tars_in(folder: str) -> list[str]:
@@ -122,9 +122,9 @@ def without_picture(entry: IndexEntry, meta: dict[str, Any] | None) -> tuple[str
         return f"not fetched: {status}", True
     names = [f"{entry.key}.{name}" for name in dotted_pictures(entry)]
     if len(names) > 1:
-        return f"pictures that fall together ({names[0]} and {names[1]} have one key, {entry.key}; {FULL})", False
+        return f"pictures that fall together ({names[0]} and {names[1]} have one key, {entry.key}: {FULL})", False
     if names:
-        return f"missing picture (a key ends at the first dot of {names[0]}; {FULL})", False
+        return f"missing picture ({names[0]} has dots in its key: {FULL})", False
     if linked := [name for name in entry.links if name in IMAGES]:
         return f"missing picture (its .{linked[0]} is a link, a device or sparse: these are not read)", False
     return f"missing picture (it has only {', '.join(f'.{name}' for name in entry.members) or 'links'})", False

@@ -65,7 +65,7 @@ def test_folder_end_to_end(pictures, tmp_path):
     rows = [json.loads(line) for line in (output / "aside" / "make_shards.jsonl").open()]
     assert [(row["key"], row["reason"]) for row in rows] == [
         ("p03", "undecodable picture (UnidentifiedImageError)"),
-        ("p05", "missing caption"),
+        ("p05", "missing caption (no p05.txt, p05.caption or p05.json, and no metadata.jsonl names it)"),
     ]
 
     stamp = (output / "train" / "manifest.json").stat().st_mtime_ns

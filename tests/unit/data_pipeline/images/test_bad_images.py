@@ -18,7 +18,7 @@ from synthetic import tar_of
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.images.decode import UNDECODABLE
 from data_pipeline.shards import codec
-from data_pipeline.shards.tar_index import scan
+from data_pipeline.shards.tar_index import TarRules, scan
 from data_pipeline.sources.tars import Tars, contents, inspected, tars_in
 
 
@@ -53,6 +53,11 @@ def judged(*members):
     """(key, reason or "") of each sample of a tar."""
     data = tar_of(members)
     return [(each.entry.key, each.reason) for each in (inspected(entry, data) for entry in scan(data, "a.tar"))]
+
+
+def shortly(*members):
+    """The same, without what is in brackets."""
+    return [(key, reason.partition(" (")[0]) for key, reason in judged(*members)]
 
 
 READABLE = {
@@ -160,16 +165,25 @@ def test_captions_that_can_not_be_read():
         for caption in captions:
             ((_, got),) = judged(picture, ("a.txt", caption))
             assert got.startswith(reason)
-    assert judged(picture) == [("a", "missing caption")]
+    assert judged(picture) == [("a", "missing caption (no .txt or .json beside .jpg)")]
     assert judged(picture, ("a.json", b'{"caption": "from json"}')) == [("a", "")]
-    assert judged(picture, ("a.json", b'{"caption": 5}')) == [("a", "missing caption")]
-    assert judged(picture, ("a.json", b'{"caption": "\\ud83d"}')) == [("a", "caption is not text")]
+    for value, kind in (
+        ("5", "a number"),
+        ("true", "true or false"),
+        ('{"en": "a"}', "an object"),
+        ("[1]", "a number"),
+    ):
+        reason = f"caption is no text (caption of .json is {kind})"
+        assert judged(picture, ("a.json", f'{{"caption": {value}}}'.encode())) == [("a", reason)]
+    assert shortly(picture, ("a.json", b'{"caption": "\\ud83d"}')) == [("a", "caption is no text")]
+    assert judged(picture, ("a.json", b'{"text": "a"}')) == [("a", "missing caption (.json has no caption (but text))")]
+    assert judged(picture, ("a.txt", b"\n"), ("a.json", b'{"caption": ["", "b"]}')) == [("a", "")]
     assert judged(picture, ("a.txt", b"long " * 200_000)) == [("a", "")]  # a caption of 1 MB is one; filters bound it
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"[" * 100_000, b'{"a":' * 100_000, b"[1]", b"{", b"\xff", b'{"a": ' + b"1" * 5000 + b"}", b" " * (2**20 + 1)],
+    [b"[" * 100_000, b'{"a":' * 100_000, b"{", b"\xff", b'{"a": ' + b"1" * 5000 + b"}", b" " * (2**20 + 1)],
 )
 def test_json_that_can_not_be_read(data):
     ((_, reason),) = judged(("a.png", encoded()), ("a.txt", b"a cat"), ("a.json", data))
@@ -192,10 +206,15 @@ def small_tar():
     return tar_of(members), 3
 
 
+def last_byte(data):
+    """Where the last member's blocks end."""
+    last = max(m.offset + m.size for entry in scan(data, "a.tar") for m in entry.members.values())
+    return -(-last // 512) * 512
+
+
 def test_a_tar_that_was_cut_at_any_block_is_named():
     data, count = small_tar()
-    last = max(m.offset + m.size for entry in scan(data, "a.tar") for m in entry.members.values())
-    end = -(-last // 512) * 512 + 1024  # of the empty blocks that mark it; padding follows
+    end = last_byte(data) + 1024  # of the empty blocks that mark it; padding follows
     for length in range(0, len(data) + 1, 512):
         if length < end:
             with pytest.raises(DataError, match=r"shard a\.tar is damaged"):
@@ -217,13 +236,27 @@ def test_damage_inside_a_tar_is_named_or_leaves_every_sample():
             assert len(scan(bytes(spoilt), "a.tar")) == 3
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         headers = [member.offset for member in tar]
+    end = last_byte(data)
     for at in headers:
         spoilt = bytearray(data)
         spoilt[at : at + 512] = bytes(512)  # an empty block: tarfile stops here
         with pytest.raises(DataError, match="is damaged"):
             scan(bytes(spoilt), "a.tar")
-    with pytest.raises(DataError, match="no member begins"):
-        scan(data + data, "a.tar")  # joined by cat: all readers would stop at the first one's end
+    for gap in (512, 1536, 2560):  # neither the end of an archive nor filled up to a record
+        with pytest.raises(DataError, match="no member begins"):
+            scan(data[:end] + bytes(gap) + data, "a.tar")
+
+
+def test_tars_that_were_joined_are_read_and_those_without_an_end_if_asked():
+    data, count = small_tar()
+    end = last_byte(data)
+    for ended in (data, data[: end + 1024]):  # filled up to a record, or not
+        assert len(scan(ended + data, "a.tar")) == 2 * count
+        with pytest.raises(DataError, match=r"no end mark.*unended=true reads it"):
+            scan(ended + data[:end], "a.tar")
+        assert len(scan(ended + data[:end], "a.tar", TarRules(unended=True))) == 2 * count
+    with pytest.raises(DataError, match=r"cut within 002\.txt"):
+        scan(data[: end - 512], "a.tar", TarRules(unended=True))
 
 
 def test_a_size_below_zero_does_not_go_round_in_circles():
@@ -257,7 +290,8 @@ def test_links_and_devices_are_never_followed(tmp_path):
         special("folder.png", tarfile.DIRTYPE),
     ]
     missing = "missing picture"
-    assert judged(*members) == [("a", missing), ("b", ""), ("c", missing), ("d", missing)]
+    assert shortly(*members) == [("a", missing), ("b", ""), ("c", missing), ("d", missing)]
+    assert "its .png is a link" in judged(*members)[0][1]
 
 
 def test_names_that_lead_elsewhere_are_set_aside():
@@ -290,7 +324,7 @@ def test_interleaved_samples_are_put_together_and_repeated_ones_told_apart():
     samples = [inspected(entry, data) for entry in scan(data, "a.tar")]
     assert [(s.candidate.caption, s.candidate.sides()) for s in samples] == [("a", (24, 16)), ("b", (9, 9))]
     assert judged(("a.png", picture), ("a.txt", b"1"), ("a.png", other), ("a.txt", b"2")) == [("a", ""), ("a", "")]
-    assert judged(("a.png", picture), ("a.png", other), ("a.txt", b"2")) == [("a", "missing caption"), ("a", "")]
+    assert shortly(("a.png", picture), ("a.png", other), ("a.txt", b"2")) == [("a", "missing caption"), ("a", "")]
     assert judged(("README", b"x"), (".hidden", b"x"), ("._a.png", b"x"), ("a.png", picture), ("a.txt", b"a")) == [
         ("a", "")
     ]

@@ -78,7 +78,7 @@ def test_tables_that_can_not_be_read_get_a_sentence(folder):
             list(Table(str(folder), **how).items())
         return str(caught.value)
 
-    assert "should hold one .csv, .tsv or .parquet (none)" in words()
+    assert "should hold one .csv, .tsv, .parquet or .jsonl (none)" in words()
     write_table(folder / "one.csv")
     assert "has no column text: set source.caption= to one of file, caption, aesthetic, note" in words(caption="text")
     assert "source.table=two.csv is not in" in words(table="two.csv")
@@ -143,7 +143,9 @@ def test_a_table_says_which_path_was_tried(folder):
     ]  # fmt: skip
     assert items[1].where == f"file=img/a.png, tried as {folder}/img/a.png"
     rejects = Rejects(5, 0.1)
-    with pytest.raises(DataError, match=r"1 x missing picture; the last is 000000001, file=img/a\.png, tried as /"):
+    with pytest.raises(
+        DataError, match=r"1 x missing picture; first 000000001, missing picture, file=img/a\.png, tried"
+    ):
         prepared_sample(items[1], 8, Filters({}), rejects)
     assert rejects.rows[0]["where"] == items[1].where
 
