@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from data_pipeline.common.option_checks import Count, Within, refuse_wrong
 
+TRIES = 10  # shuffles for each order wanted: a few tags may have fewer orders, and some come twice
+
 
 @dataclass(frozen=True, slots=True)
 class CaptionEdits:
@@ -54,7 +56,15 @@ class StoredEdits(CaptionEdits):
         """The captions to encode, by name, in order; the orders of `long` are long.0, long.1, ... if they differ."""
         found: dict[str, str] = {}
         for name, text in captions.items():
-            orders = [None, *(f"{self.seed} {number} {text}" for number in range(1, self.tag_orders))]
-            texts = list(dict.fromkeys(self.edited(text, order) for order in orders))
+            texts = self._orders(text)
             found |= {f"{name}.{i}": each for i, each in enumerate(texts)} if len(texts) > 1 else {name: texts[0]}
         return found
+
+    def _orders(self, text: str) -> list[str]:
+        """tag_orders different texts; fewer, if its tags have no more orders."""
+        texts = {self.edited(text): None}
+        for number in range(1, TRIES * (self.tag_orders - 1) + 1):
+            if len(texts) == self.tag_orders:
+                break
+            texts[self.edited(text, f"{self.seed} {number} {text}")] = None
+        return list(texts)
