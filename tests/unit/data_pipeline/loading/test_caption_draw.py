@@ -30,7 +30,8 @@ PAIR, LISTED = {"short": "s", "long": "l"}, {"short": "s", "long.0": "a", "long.
     ],
 )
 def test_captions_come_as_often_as_their_weights_say(captions, weights, expected):
-    counts = Counter(CaptionOptions(weights=weights).chosen(captions, draw).text for draw in DRAWS)
+    options = CaptionOptions(weights=weights)
+    counts = Counter(options.chosen(captions, draw).text for draw in DRAWS)
     assert counts.keys() == expected.keys()
     for text, share in expected.items():
         assert abs(counts[text] - share * len(DRAWS)) <= 3 * (len(DRAWS) * share * (1 - share)) ** 0.5
@@ -68,7 +69,7 @@ def test_what_a_data_set_does_not_have_is_refused(options, kind, names, sentence
     "wrong", [{"weights": {"a": -1}}, {"weights": {"a": 0}}, {"weights": {"a": "b"}}, {"first_tags": 0}, {"prefix": 3}]
 )
 def test_options_that_cannot_be_get_a_sentence(wrong):
-    with pytest.raises(UserError, match="captions.*can't be"):
+    with pytest.raises(UserError, match=r"captions.*can't be"):
         CaptionOptions(**wrong)
 
 
