@@ -55,15 +55,16 @@ class CaptionOptions(CaptionEdits):
         if self.weights is not None and not sum(self.weights.values()):
             raise UserError(f"captions.weights={self.weights} can't be: give one of them a weight above 0.")
 
-    def refuse_unfit(self, root: str, manifest: Manifest) -> None:
-        """UserError for weights of captions that no sample has, and for edits of captions that are encoded already."""
-        names = manifest.info.get("captions") or {}
+    def refuse_unfit(self, root: str, manifests: Sequence[Manifest]) -> None:
+        """UserError for weights of captions that no sample has, and for edits of captions that are encoded already.
+        root: of the data sets, for messages."""
+        names = list(dict.fromkeys(name for each in manifests for name in each.info.get("captions") or ()))
         unknown = [each for each in self.weights or () if not any(covers(each, name) for name in names)]
         if unknown:
             there = f"of {', '.join(names)}" if names else "one caption a sample, without a name"
             raise UserError(f"captions: {root} has no caption {' and no '.join(unknown)}, but {there}: give those.")
         edits = [name for name in self.changed() if name != "weights"]
-        if edits and manifest.kind == "latents":
+        if edits and any(each.kind == "latents" for each in manifests):
             raise UserError(
                 f"data.captions.{edits[0]} can't change captions that are encoded already, as those of {root}: run "
                 f"precompute_latents.py with captions.{'tag_orders=4' if edits[0] == 'shuffle_tags' else edits[0]}."

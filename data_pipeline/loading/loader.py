@@ -66,7 +66,7 @@ class Loader:
             )
         self.manifest = Manifest.load(root)
         self.manifest.check_shards(root)
-        config.captions.refuse_unfit(root, self.manifest)
+        config.captions.refuse_unfit(root, [self.manifest])
         sizes = [shard.samples for shard in self.manifest.shards]
         self.plan = EpochPlan(
             sizes, seed, batch_size, config.streams, config.window_shards, config.shuffle, config.overlap
@@ -82,7 +82,7 @@ class Loader:
             raise UserError(f"data.num_workers={config.num_workers} is more than a rank's {own} streams: lower it.")
         if config.num_workers < 0 or config.prefetch < 0:
             raise UserError("data.num_workers and data.prefetch must be at least 0.")
-        self.root, self.config, self.accumulation, self.start = root, config, accumulation, start
+        self.root, self.config, self.accumulation, self.start, self.seed = root, config, accumulation, start, seed
 
     def __iter__(self) -> Iterator[Batch]:
         for parts in self._steps():
@@ -152,6 +152,7 @@ class _StreamParts:
     def __init__(self, loader: Loader) -> None:
         self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan
         self.streams, self.config, self.first_step = loader.streams, loader.config, loader.start.step
+        self.seed = loader.seed
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": self.plan.arguments}
@@ -175,7 +176,7 @@ class _StreamParts:
                     windows, needed = self.plan.windows_made, self.plan.shards_in_use() | self.plan.shards_next()
                     reader.prefetch(self.plan.shards_in_use())
                     reader.prefetch(needed)
-                draws = draws_of(self.plan.seed, step, streams, self.plan.per_step)
+                draws = draws_of(self.seed, step, streams, self.plan.per_step)
                 yield StepPart(step, *reader.batch(places, pinned, draws))
                 most = WINDOWS_HELD * self.plan.window_shards * len(streams)
                 if moved and len(reader.shards) + len(reader.opening) > most:

@@ -89,7 +89,7 @@ class SampleReader:
         """captions: for each sample the name of its caption; "" for the first."""
         tensors = {}
         for member in self.arrays:
-            members = [self._of_caption(member, caption) for caption in captions]
+            members = [self._of_caption(place, member, name) for place, name in zip(places, captions, strict=True)]
             if member not in self.layouts:
                 data, entry = found[0]
                 if member not in entry.members:
@@ -106,9 +106,13 @@ class SampleReader:
             tensors[member.removesuffix(".npy")] = values
         return tensors
 
-    def _of_caption(self, member: str, caption: str) -> str:
-        """The member that has a field of a caption."""
-        own = caption and self.manifest.fields[member].get("captions")
+    def _fields(self, place: Place) -> Mapping[str, Any]:
+        """The fields of a place's data set, as its manifest has them."""
+        return self.manifest.fields
+
+    def _of_caption(self, place: Place, member: str, caption: str) -> str:
+        """The member that has a field of a caption; caption: its name, "" for the first."""
+        own = caption and self._fields(place)[member].get("captions")
         return f"{member_of(member.removesuffix('.npy'), caption)}.npy" if own else member
 
     def _chosen(self, place: Place, found: tuple[OpenShard, IndexEntry], draw: int | None) -> Chosen:
@@ -121,7 +125,7 @@ class SampleReader:
         `batch`."""
         sample = self._whole(place)
         caption = self.captions.chosen(captions_of(sample), draw)
-        others = {own: name for name in self.arrays if (own := self._of_caption(name, caption.name)) != name}
+        others = {own: name for name in self.arrays if (own := self._of_caption(place, name, caption.name)) != name}
         if others:
             shard = self.shard(place.shard)
             entry = shard.entries[place.sample]
@@ -149,17 +153,16 @@ class SampleReader:
         return sample
 
     def _decoded(self, place: Place, shard: OpenShard, entry: IndexEntry, members: Mapping[str, Any]) -> dict[str, Any]:
+        fields = self._fields(place)
         try:
             return {
-                name: decoded(name, bytes(shard.data[offset : offset + size]), self._line(name), self.finite)
+                name: decoded(
+                    name, bytes(shard.data[offset : offset + size]), fields.get(line_of(name, fields), {}), self.finite
+                )
                 for name, (offset, size) in members.items()
             }
         except DataError as error:
             raise self._naming(place, str(error)) from error
-
-    def _line(self, member: str) -> Mapping[str, Any]:
-        fields = self.manifest.fields
-        return fields.get(line_of(member, fields), {})
 
     def _lacking(self, members: Mapping[str, Any]) -> str:
         """A required member that a sample does not have."""

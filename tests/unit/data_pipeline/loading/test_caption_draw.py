@@ -61,8 +61,10 @@ def test_without_a_draw_it_is_the_first():
 def test_what_a_data_set_does_not_have_is_refused(options, kind, names, sentence):
     manifest = Manifest(kind, (), info={"captions": names})
     with pytest.raises(UserError, match=sentence):
-        CaptionOptions(**options).refuse_unfit("data", manifest)
-    CaptionOptions(weights={"short": 1}).refuse_unfit("data", Manifest(kind, (), info={"captions": {"short.0": 1}}))
+        CaptionOptions(**options).refuse_unfit("data", [manifest])
+    CaptionOptions(weights={"short": 1}).refuse_unfit(
+        "data", [manifest, Manifest(kind, (), info={"captions": {"short.0": 1}})]
+    )
 
 
 @pytest.mark.parametrize(
