@@ -72,7 +72,7 @@ def brief(text: str, most: int = 60) -> str:
 
 def caption_names(option: str | Sequence[str] | None) -> tuple[str, ...]:
     """The names that source.caption= gives; () for none."""
-    names = (option,) if isinstance(option, str) else tuple(option or ())
+    names = tuple(option or ()) if option is None or isinstance(option, list | tuple) else (option,)
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise UserError(f"source.caption={option} can't be: give a name, or several as source.caption=[short,long].")
     return names

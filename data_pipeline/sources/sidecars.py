@@ -58,6 +58,8 @@ class Sidecars:
         if not captions.texts and captions.why.startswith("missing"):
             more, place = self._row(path)
             places += [place] if place is not None else []
+            if not places:
+                places = [self._text_in(file) for file in self._texts_in_mixed_case(path)]
             captions, meta = chosen(places, "" if places else self._looked_for(path)), more | meta
         return About(captions, meta)
 
@@ -80,8 +82,9 @@ class Sidecars:
 
     def _text(self, path: Path, ending: str) -> Place | None:
         file = self._file(path, ending)
-        if file is None:
-            return None
+        return None if file is None else self._text_in(file)
+
+    def _text_in(self, file: Path) -> Place:
         if reason := why_unreadable(file, self.root):
             return Place(file.name, {}, none=f"is {reason}")
         try:
@@ -105,12 +108,21 @@ class Sidecars:
     def _looked_for(self, path: Path) -> str:
         """What was looked for in vain, and what lies there instead."""
         *names, last = [path.with_suffix(ending).name for ending in (*TEXTS, ".json")]
-        all_names = self._names(path.parent)
-        first = bisect.bisect_left(all_names, f"{path.stem}.")
-        beside = [n for n in all_names[first : first + 5] if n.startswith(f"{path.stem}.") and n != path.name]
+        beside = self._beside(path)
         faults = [each.fault for folder in self._folders(path) if (each := self._metadata_of(folder)) and each.fault]
         there = [f"beside it: {', '.join(brief(name) for name in beside[:3])}"] if beside else []
         return "; ".join([f"no {', '.join(names)} or {last}, and no {METADATA[0]} names it", *there, *faults])
+
+    def _beside(self, path: Path) -> list[str]:
+        """Some other names that begin as the picture's does; for a message, or if nothing was found by name."""
+        all_names = self._names(path.parent)
+        first = bisect.bisect_left(all_names, f"{path.stem}.")
+        return [n for n in all_names[first : first + 5] if n.startswith(f"{path.stem}.") and n != path.name]
+
+    def _texts_in_mixed_case(self, path: Path) -> list[Path]:
+        """As cat.Txt."""
+        known = {(path.stem + ending).lower() for ending in TEXTS}
+        return [path.with_name(name) for name in self._beside(path) if name.lower() in known]
 
     def _names(self, folder: Path) -> list[str]:
         if self.listed[0] != folder:
@@ -149,7 +161,7 @@ class Sidecars:
             data = self._metadata_of(folder)
             rows = data.rows.get(path.relative_to(folder).as_posix(), []) if data else []
             if faulty := next((row for row in rows if row.fault), None):
-                return {}, Place(data.name, {}, f"{faulty.fault}, {faulty.where}")
+                return {}, Place(data.name, {}, f"{faulty.fault.removesuffix(')')}; {faulty.where})")
             if rows:
                 cells = [row.cells for row in rows]
                 return self._facts(data.name, cells[0]), self._place_of(data.name, cells)

@@ -25,6 +25,7 @@ MISSING = frozenset(
     ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
      "NULL", "NaN", "None", "n/a", "nan", "null"]
 )  # fmt: skip
+SPACED = re.compile(r'[,;|] +["\w]')  # a header with blanks after delimiters: its rows have them before quotes, too
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d{0,300})(\.\d*)?([eE][+-]?\d{1,3})?|[+-]?\.\d+")
 OTHER_KINDS = {
     b"PK\x03\x04": "is a spreadsheet or a zip: export it as CSV in UTF-8",
@@ -76,13 +77,16 @@ def text_rows(table: Path, wanted: Sequence[str], encoding: str) -> Iterator[Row
     csv.field_size_limit(2**24)
     line = 0
     try:
-        delimiter = delimiter_of(table, wanted, encoding)
+        first, skipped = header_line(table, encoding)
+        delimiter, spaced = delimiter_of(first, table, wanted), SPACED.search(first) is not None
         with table.open(encoding=encoding, newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            for _ in range(skipped):
+                file.readline()
+            reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=spaced)
             header = [name.strip() for name in next(reader, [])]
             refuse_twice(table, header)
             for cells in reader:
-                line = reader.line_num
+                line = skipped + reader.line_num
                 if cells:
                     yield text_row(header, cells, f"line {line} of {table}")
     except UnicodeDecodeError as error:
@@ -108,11 +112,18 @@ def first_not_in(table: Path, encoding: str) -> str:
     return ""
 
 
-def delimiter_of(table: Path, wanted: Sequence[str], encoding: str) -> str:
+def header_line(table: Path, encoding: str) -> tuple[str, int]:
+    """The line with a table's columns, and how many lines come before it: empty ones, and Excel's sep=;."""
+    with table.open(encoding=encoding, newline="") as file:
+        for number, line in enumerate(iter(lambda: file.readline(2**20), "")):
+            if line.strip() and not line.lower().startswith("sep="):
+                return line, number
+    return "", 0
+
+
+def delimiter_of(line: str, table: Path, wanted: Sequence[str]) -> str:
     """The delimiter at which the header has the columns that are wanted; else the usual one of the file's ending."""
     usual = DELIMITERS.get(table.suffix.lower(), ",")
-    with table.open(encoding=encoding, newline="") as file:
-        line = file.readline(2**20)
     headers = {each: next(csv.reader(io.StringIO(line, newline=""), delimiter=each), []) for each in (usual, *",;\t|")}
     for delimiter, header in headers.items():
         if set(wanted) <= {name.strip() for name in header}:

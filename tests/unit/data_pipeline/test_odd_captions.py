@@ -55,6 +55,7 @@ READ = {  # what lies beside the picture -> its caption
     "nan": ({"json": {"caption": "NaN"}}, "NaN"),
     "kohya": ({"caption": "from .caption"}, "from .caption"),
     "upper": ({"TXT": "in upper case"}, "in upper case"),
+    "mixcase": ({"Caption": "in mixed case"}, "in mixed case"),
     "empty": ({"txt": " \n", "json": {"caption": "from json"}}, "from json"),
     "shape": ({"txt": "a cat", "json": "[1, 2]"}, "a cat"),
     "ujson": ({"json": json.dumps({"caption": "größe"}, ensure_ascii=False).encode("utf-16")}, "größe"),
@@ -118,7 +119,11 @@ def test_an_encoding_is_an_option_and_names_of_captions_too(tmp_path: Path) -> N
     assert samples["a"]["caption"] == "a"
     assert captions_of(samples["b"]) == {"caption": "tags"}
     assert captions_of(samples["c"]) == {"long.0": "l", "long.1": "m"}
-    for option, words in (("encoding=base64", "base64 is not known"), ("caption=[a,a]", "can't be: give a name")):
+    for option, words in (
+        ("encoding=base64", "base64 is not known"),
+        ("caption=[a,a]", "give a name"),
+        ("caption=5", "give a name"),
+    ):
         assert words in make(tmp_path / "b", "folder", f"source.{option}", code=2)
 
 
@@ -165,6 +170,8 @@ TABLES = {  # name and contents, options, captions of the rows
     "excel": ("t.csv", "file\tcaption\r\na.png\tgröße\r\n".encode("utf-16"), [], ["größe"]),
     "semicolon": ("t.csv", "file;caption;x\na.png;a, b;1\n", [], ["a, b"]),
     "cp1252": ("T.CSV", "file,caption\na.png,größe\n".encode("cp1252"), ["source.encoding=cp1252"], ["größe"]),
+    "spaced": ("t.csv", '\nfile, caption\na.png, "a, b"\n', [], ["a, b"]),
+    "sep": ("t.csv", "sep=;\r\nfile;caption\r\na.png;x\r\n", [], ["x"]),
     "blank": ("t.tsv", "caption\t file\n one \ta.png\n", [], ["one"]),
     "lines": ("t.jsonl", '{"file": "a.png", "caption": "nan"}\n\n{"file": "b.png", "caption": ["x", "y"]}', [],
               ["nan", "x"]),
