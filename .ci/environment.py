@@ -66,7 +66,7 @@ def wanted(root: Path, before: Made | None, asked: Mapping[str, str]) -> Made:
         python, version = before.python, before.version
     system_torch = asked.get("SYSTEM_TORCH") or ("1" if before and before.system_torch else "0")
     if system_torch not in ("0", "1"):
-        raise Refused(f"SYSTEM_TORCH={system_torch}: 1 takes the torch of the system's Python, 0 one of .venv's own.")
+        raise Refused(f"SYSTEM_TORCH={system_torch} must be 1 (use the system's torch) or 0 (install one).")
     return Made(str(root), python, version, hash_of_needs(root), system_torch == "1")
 
 
@@ -116,7 +116,7 @@ def version_of(python: Path) -> str | None:
 def set_up(root: Path = ROOT, asked: Mapping[str, str] = os.environ) -> None:
     venv = root / ".venv"
     if os.pathsep in str(root):
-        raise Refused(f"Python makes no environment in a path with '{os.pathsep}' ({root}): rename the folder.")
+        raise Refused(f"Python can't make an environment in a path with '{os.pathsep}' ({root}): rename the folder.")
     venv.resolve().mkdir(exist_ok=True)
     with alone(venv) as lock:
         before = Made.read(venv / "unfinished") or Made.read(venv / "installed")
@@ -125,7 +125,7 @@ def set_up(root: Path = ROOT, asked: Mapping[str, str] = os.environ) -> None:
         if reason is None and before == want:
             return
         if venv.is_symlink() and not (before and before.root == want.root) and reason != "":
-            raise Refused(f".venv is a link to {venv.resolve()}, not made by this checkout: remove the link.")
+            raise Refused(f".venv is a link to {venv.resolve()}, which this checkout did not make: remove the link.")
         go_on_with(want.python, root, asked)
         build(venv, before, want, reason, lock)
 
@@ -144,7 +144,7 @@ def alone(venv: Path) -> Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("Another make sets up .venv here: waiting for it.", flush=True)
+            print("Another make is setting up .venv: waiting for it.", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock.fileno()
 
@@ -159,7 +159,7 @@ def build(venv: Path, before: Made | None, want: Made, reason: str | None, lock:
     if reason is None:
         print("Bringing .venv up to date with pyproject.toml and constraints.txt.", flush=True)
     else:
-        print(f"Setting up .venv anew: {reason}." if reason else "Setting up .venv, this once.", flush=True)
+        print(f"Setting up .venv again: {reason}." if reason else "Setting up .venv, once.", flush=True)
         announce(venv, want, system)
         make_venv(venv, want, system, lock)
     try:
@@ -189,7 +189,7 @@ def check_python(want: Made) -> None:
     if missing:
         raise Refused(
             f"{want.python} has no module {missing[0]}: install it (Debian, Ubuntu: apt install "
-            f"python{want.version}-venv), or take another Python: make ... PYTHON=/path/to/python3.11"
+            f"python{want.version}-venv), or use another Python: make ... PYTHON=/path/to/python3.11"
         )
 
 
@@ -227,8 +227,8 @@ def torch_of_system(want: Made) -> SystemTorch:
             continue
     if "torch" not in versions:
         raise Refused(
-            f"SYSTEM_TORCH=1, and {sys.executable} has no torch: name the Python that has one (PYTHON=...), "
-            "or leave SYSTEM_TORCH out."
+            f"SYSTEM_TORCH=1 is set, but {sys.executable} has no torch: name a Python that has one (PYTHON=...), "
+            "or omit SYSTEM_TORCH."
         )
     beyond = [p for p in sys.path if p.endswith("site-packages")] if sys.prefix != sys.base_prefix else []
     return SystemTorch(versions, tuple(beyond))
@@ -248,15 +248,15 @@ def constraints_beside(venv: Path, want: Made, system: SystemTorch | None) -> Pa
 
 def announce(venv: Path, want: Made, system: SystemTorch | None) -> None:
     """Print which Python and torch are used and what that costs, before it is spent; refuse if there is no room."""
-    print(f"  Python {want.version} of {want.python}; NVIDIA GPU: {'seen' if GPU.exists() else 'none seen'}")
+    print(f"  Python {want.version} of {want.python}; NVIDIA GPU: {'found' if GPU.exists() else 'not found'}")
     fetched, on_disk = (WITHOUT_TORCH_FETCHED_GB, WITHOUT_TORCH_GB) if system else (FETCHED_GB, ON_DISK_GB)
     if system:
         print(f"  torch {system.versions['torch']}, the system's")
     else:
-        print("  torch of pip's package index: its build for CPUs if it has one, else CUDA's")
+        print("  torch from pip's package index: the CPU build if the index has one, otherwise the CUDA build")
     check_room(venv, on_disk, fetched)
-    print(f"  up to {fetched} GB to fetch (less where pip's cache has it), {on_disk} GB on disk, 1.5 to 3 minutes")
-    print(f"  pip's own words: {venv / 'pip.log'}", flush=True)
+    print(f"  up to {fetched} GB to download (less if it is in pip's cache), {on_disk} GB on disk, 1.5 to 3 minutes")
+    print(f"  pip's output: {venv / 'pip.log'}", flush=True)
 
 
 def check_room(venv: Path, on_disk_gb: float, fetched_gb: float) -> None:
@@ -264,8 +264,8 @@ def check_room(venv: Path, on_disk_gb: float, fetched_gb: float) -> None:
         free = shutil.disk_usage(place).free / 1e9
         if free < needed:
             raise Refused(
-                f"{place} has {free:.1f} GB of room, and set-up needs about {needed} GB there: make room"
-                + ("." if place == venv else ", or name another folder by TMPDIR=.")
+                f"{place} has {free:.1f} GB free, but set-up needs about {needed} GB there: free some space"
+                + ("." if place == venv else ", or set TMPDIR= to another folder.")
             )
 
 
@@ -278,7 +278,7 @@ def check_torch(venv: Path) -> None:
     version, build_for, gpu = done.stdout.split()
     print(f".venv is ready: torch {version} ({'CUDA ' * (build_for != 'CPU')}{build_for}).")
     if GPU.exists() and gpu == "False":
-        print("  It does not reach the GPU of this machine: make setup SYSTEM_TORCH=1 takes the system's torch.")
+        print("  This torch can't use the machine's GPU: make setup SYSTEM_TORCH=1 uses the system's torch.")
 
 
 def main() -> int:
@@ -288,11 +288,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nSet-up interrupted: the next make begins it again.", file=sys.stderr)
+        print("\nSet-up interrupted: the next make starts it again.", file=sys.stderr)
         return 130
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk or quota is full: make room" if full else "check the folder's rights"
+        what = "the disk or quota is full: free some space" if full else "check the folder's permissions"
         print(f"error: .venv can't be written ({error}): {what}, and start again.", file=sys.stderr)
         return 2
     return 0

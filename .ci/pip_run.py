@@ -27,18 +27,18 @@ BIG_MB = 20  # larger downloads get their own line, as they take a while
 FAILURES = (
     (
         r"No space left on device|Disk quota exceeded|Errno (28|122)\b",
-        "the disk or quota is full: make room in {venv}, and in pip's temporary folder (TMPDIR names another)",
+        "the disk or quota is full: free space for {venv} and for pip's temporary folder (TMPDIR= names another)",
     ),
     (
         r"name resolution|Name or service not known|NewConnectionError|ConnectTimeout|ConnectionError|Max retries|"
         r"Connection (refused|reset|broken)|connection broken|Network is unreachable|Read timed out|ProxyError|"
         r"SSLError|CERTIFICATE_VERIFY|HTTP error|IncompleteRead|HTTPError",
-        "pip's package index could not be reached: look at the network, and at pip's settings (pip config list, "
+        "pip's package index could not be reached: check the network and pip's settings (pip config list, "
         "PIP_INDEX_URL, HTTPS_PROXY)",
     ),
     (
         r"ResolutionImpossible|conflicting dependencies",
-        "no versions go together: {last}; look for constraints of your own (pip config list, PIP_CONSTRAINT)",
+        "the required versions conflict: {last}; check for constraints of your own (pip config list, PIP_CONSTRAINT)",
     ),
     (
         r"THESE PACKAGES DO NOT MATCH THE HASHES",
@@ -46,13 +46,13 @@ FAILURES = (
     ),
     (
         r"command '\S*(g\+\+|gcc|cc|c\+\+|clang)\S*' failed|[Uu]nable to find .*compiler|: '?(gcc|g\+\+|cc|c\+\+)'?$",
-        "a package has no wheel for this Python and needs a C++ compiler: install one (apt install g++), or take "
-        "Python 3.11 (PYTHON=python3.11), for which there are wheels",
+        "a package has no wheel for this Python and needs a C++ compiler: install one (apt install g++), or use "
+        "Python 3.11 (PYTHON=python3.11), which has wheels",
     ),
     (
         r"No matching distribution|Could not find a version",
-        "pip's package index does not have what this Python needs: {last}; take another one (PYTHON=python3.11), or "
-        "look at pip's settings (pip config list)",
+        "pip's package index does not have what this Python needs: {last}; use another Python (PYTHON=python3.11), "
+        "or check pip's settings (pip config list)",
     ),
     (r"Permission denied|Read-only file system|Errno 13\b", "{venv} can't be written: {last}"),
 )
@@ -76,17 +76,17 @@ def run_pip(venv: Path, arguments: Sequence[str], cwd: str, lock: int) -> None:
         code = process.wait()
     view.end()
     if code:
-        raise Refused(f"{why(said, code, venv)}, and start again ({venv / 'pip.log'} has pip's words).")
+        raise Refused(f"{why(said, code, venv)}, and start again ({venv / 'pip.log'} has pip's output).")
 
 
 def why(said: Sequence[str], code: int, venv: Path) -> str:
     errors = [line.partition(":")[2].strip() for line in said if re.match(r"(ERROR|error):", line)]
-    last = errors[0].rstrip(".") if errors else f"it ended with {code}"
+    last = errors[0].rstrip(".") if errors else f"exit code {code}"
     for pattern, sentence in FAILURES:
         if any(re.search(pattern, line) for line in said):
             return sentence.format(venv=venv, last=last)
     if code == -9:
-        return "pip was killed, perhaps for want of memory: make some free"
+        return "pip was killed, perhaps because memory ran out: free some"
     return f"pip failed: {last}"
 
 
@@ -161,12 +161,12 @@ class View:
         if fetched := FETCHES.match(line):
             self.wheel = Path(fetched["wheel"]).name.partition("-")[0]
         if fetched and large(fetched):
-            self._keep(f"fetching {Path(fetched['wheel']).name} ({fetched['size']} {fetched['unit']})")
+            self._keep(f"downloading {Path(fetched['wheel']).name} ({fetched['size']} {fetched['unit']})")
         elif fetched and Path(fetched["wheel"]).name.startswith("torch-"):
-            self._keep(f"taking {fetched['wheel']}")
+            self._keep(f"using {fetched['wheel']}")
         elif CUDA.match(line) and not self.cuda:
             self.cuda = True
-            self._keep("this torch is a build for CUDA: about 3 GB to fetch in all, 6 GB on disk")
+            self._keep("this torch is a CUDA build: about 3 GB to download, 6 GB on disk")
         elif installs := INSTALLS.match(line):
             self._keep(f"installing {len(installs[1].split(', '))} packages")
 

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# A command against Ceph's S3 gateway: one monitor, one object store in memory and one gateway, on loopback, as long
-# as the command runs. The command finds the gateway and new keys in its environment (AWS_*, S3_TEST_PORT).
+# Runs a command with Ceph's S3 gateway: one monitor, one object store in memory and one gateway, on loopback, stopped
+# when the command ends. The command finds the gateway and new keys in its environment (AWS_*, S3_TEST_PORT).
 #
 #   apt-get install -y --no-install-recommends radosgw ceph-mon ceph-osd
 #   benchmarks/ceph.sh output=/tmp/ceph python -m pytest tests/s3
 #   benchmarks/ceph.sh output=/tmp/ceph bash    # then, for example:
 #       python data_pipeline/make_shards.py source=openmoji_demo output=s3://trial/shards
 #
-# output=: a new folder for configuration and logs (mode 700; removed at the end, kept where the start fails).
-# In the environment: PORT of the gateway (17480; the monitor takes the next), BUCKET that is made beforehand (trial),
-# RUN the python that makes it (python).
+# output=: a new folder for configuration and logs (mode 700; removed at the end, kept if the start fails).
+# Environment variables: PORT of the gateway (17480; the monitor uses the next port), BUCKET to create (trial), RUN,
+# the Python that creates it (python).
 set -euo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 fail() { echo "error: $1" >&2; exit 2; }
 
 [[ "${1:-}" == --help ]] && { usage; exit 0; }
-[[ "${1:-}" == output=?* && $# -ge 2 ]] || fail "give output=FOLDER and a command (see --help)."
+[[ "${1:-}" == output=?* && $# -ge 2 ]] || fail "output=FOLDER and a command must be given (see --help)."
 folder=$(realpath -m "${1#output=}"); shift
-[[ -e "$folder" ]] && fail "$folder is there already: choose a new folder."
+[[ -e "$folder" ]] && fail "$folder already exists: choose a new folder."
 for tool in ceph-mon ceph-osd radosgw radosgw-admin ceph monmaptool; do
     command -v "$tool" >/dev/null || fail "$tool is missing: apt-get install radosgw ceph-mon ceph-osd."
 done
@@ -77,7 +77,7 @@ start() { "$@" >>"$folder/log/output.log" 2>&1 & daemons+=($!); }
 until_it_works() {  # seconds, command...
     local seconds=$1 end; shift; end=$((SECONDS + seconds))
     until "$@" >>"$folder/log/output.log" 2>&1; do
-        ((SECONDS < end)) || fail "Ceph did not come up in $seconds s ($1): see $folder/log."
+        ((SECONDS < end)) || fail "Ceph did not start within $seconds s ($1): see $folder/log."
         sleep 0.3
     done
 }
@@ -103,7 +103,7 @@ field() { sed -n "s/^ *\"$1\": \"\(.*\)\",\{0,1\}$/\1/p" <<<"$made" | head -n1; 
 AWS_ACCESS_KEY_ID=$(field access_key) AWS_SECRET_ACCESS_KEY=$(field secret_key)
 export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
 export AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_REGION=us-east-1 S3_TEST_PORT=$port
-"${RUN:-python}" - "${BUCKET:-trial}" <<'PYTHON' || fail "no bucket: set RUN= to the python of this project's .venv."
+"${RUN:-python}" - "${BUCKET:-trial}" <<'PYTHON' || fail "the bucket could not be created: set RUN= to the Python of this project's .venv."
 import os
 import sys
 

@@ -105,7 +105,7 @@ def main(output: str, repetitions: str = "7") -> None:
                 way()
                 seconds[name].append(time.perf_counter() - began)
                 bar.advance()
-    print(f"{count} samples, {gigabytes:.2f} GB, batch {BATCH}; median (least - most) of {repetitions}, in turns")
+    print(f"{count} samples, {gigabytes:.2f} GB, batch {BATCH}; median (min - max) of {repetitions}, in turns")
     print(f"{'':42s}{'samples/s':>26s}{'GB/s':>24s}")
     for name, each in seconds.items():
         rates = sorted(1 / second for second in each)

@@ -52,7 +52,7 @@ def plans(streams: int, own: range, repetitions: int) -> None:
         for step in random.integers(0, far, 3).tolist():
             seeks.append(timed(lambda plan=plan, step=step: plan.step(step, own))[0])
             steps.append(timed(lambda plan=plan, step=step: plan.step(step + 1, own))[0])
-    print(f"\n{streams} streams, {len(own)} of them here; memory grew by {peak_mb() - before:.0f} MB")
+    print(f"\n{streams} streams, {len(own)} of them in this process; memory grew by {peak_mb() - before:.0f} MB")
     line("start, and the first step", starts)
     line("seek to a random step of ten epochs", seeks)
     line("the step after it", steps)
@@ -89,7 +89,7 @@ def alone(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def main(output: str, repetitions: str = "7") -> None:
-    print(f"{SHARDS} shards of {PER_SHARD} samples; median (least - most) of {repetitions} repetitions", flush=True)
+    print(f"{SHARDS} shards of {PER_SHARD} samples; median (min - max) of {repetitions} repetitions", flush=True)
     alone(plans, 64, range(8), int(repetitions))
     alone(plans, 1024, range(8), int(repetitions))
     alone(plans, 1024, range(1024), int(repetitions))

@@ -103,9 +103,9 @@ def main(output: str, repetitions: str = "7", wait_ms: str = "4") -> None:
     if not (root / "pictures/manifest.json").exists():
         write_pictures(root / "pictures")
     model = AutoencoderKL(channels=[16, 16], layers_per_block=1, norm_groups=8, mid_attention=False, patch=4).eval()
-    print(f"{'encoder':32s} {'threads':8s} median images/s (least - most) of {repetitions}, in turns")
+    print(f"{'encoder':32s} {'threads':8s} median images/s (min - max) of {repetitions}, in turns")
     for name, image in (
-        (f"waits {wait_ms} ms a picture", Waiting(float(wait_ms))),
+        (f"waits {wait_ms} ms per picture", Waiting(float(wait_ms))),
         ("small autoencoder, this CPU", model),
     ):
         rates: dict[bool, list[float]] = {False: [], True: []}

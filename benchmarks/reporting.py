@@ -90,7 +90,7 @@ def ask(process: subprocess.Popen[str], steps: int) -> dict[str, float]:
     process.stdin.write(f"{steps}\n")
     process.stdin.flush()
     while not (line := process.stdout.readline()).startswith("{"):
-        assert line, "it died: see stderr in its folder"
+        assert line, "the process died: see the file stderr in its folder"
     return json.loads(line)
 
 
@@ -121,8 +121,8 @@ def measure(output: Path, how: list[str], repetitions: int, steps: int) -> None:
         aside = sum(one["aside"] for one in times[way]) / sum(one["cpu"] for one in times[way])
         more = begun[way]["cpu"] - begun["without"]["cpu"]
         print(f"{way:10s} {shown}")
-        share = f"threads and processes beside the training's {aside:.2%} of the CPU"
-        print(f"{'':10s} {share}; {more:+.1f} s as it begins; end {ends[way]:.1f} s")
+        share = f"threads and processes other than the training thread: {aside:.2%} of the CPU"
+        print(f"{'':10s} {share}; {more:+.1f} s at the start; {ends[way]:.1f} s to exit")
 
 
 def median(times: list[dict[str, float]], clock: str, steps: int) -> str:

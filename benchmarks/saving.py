@@ -64,7 +64,7 @@ class Training:
         began = time.perf_counter()
         self.timed(f"{how} save", lambda: checkpoints.save(self.engine, self.ema, self.state))
         while any(gathered_objects(checkpoints.save_thread is not None and checkpoints.save_thread.is_alive())):
-            self.step("step while one is written")
+            self.step("step while a save is written")
         checkpoints.finish()
         self.times.setdefault(f"{how} save, until it is published", []).append(time.perf_counter() - began)
         for _ in range(STEPS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("data_pipeline.index_shards")  # imports the rest when the options are right, and ends
+    start_entry("data_pipeline.index_shards")  # checks the options, runs main() and exits
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from data_pipeline.sources.tars import contents, tar_rules, tars_in
 def main(cfg: DictConfig) -> None:
     cfg.output = cfg.output or cfg.input
     if cfg.size < 1:
-        raise UserError(f"size={cfg.size} can't be: take 1 or more.")
+        raise UserError(f"size={cfg.size} must be 1 or more.")
     sizes = {name: storage.size(storage.join(cfg.input, name)) for name in tars_in(cfg.input)}
     filters = Filters(instantiate(cfg.filters, _convert_="all"))
     rules = tar_rules(cfg.key, cfg.unended)
@@ -60,7 +60,7 @@ def main(cfg: DictConfig) -> None:
     info |= {"tars": rules.as_info()} if rules.as_info() else {}
     index.finish([shard for shard in shards if shard.samples], info)
     if fetched:
-        print(f"index_shards: img2dataset fetched {fetched['successes']} of {fetched['count']}, by its own account")
+        print(f"index_shards: img2dataset reports {fetched['successes']} of {fetched['count']} pictures downloaded")
 
 
 def settings_digest(cfg: DictConfig, sizes: dict[str, int]) -> str:

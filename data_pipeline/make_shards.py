@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("data_pipeline.make_shards")  # imports the rest when the options are right, and ends
+    start_entry("data_pipeline.make_shards")  # checks the options, runs main() and exits
 
 from collections import Counter
 from collections.abc import Mapping
@@ -29,14 +29,16 @@ from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_sour
 def main(cfg: DictConfig) -> None:
     for name, value in (("size", cfg.size), ("source.limit", cfg.source.get("limit") or 1)):
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}={value} can't be: take a whole number, 1 or more.")
+            raise UserError(f"{name}={value} must be a whole number, 1 or more.")
     if cfg.shard_size < 1:
-        raise UserError(f"shard_size={cfg.shard_size} can't be: take 1 or more.")
+        raise UserError(f"shard_size={cfg.shard_size} must be 1 or more.")
     if cfg.heldout_every and cfg.heldout_every < 2:
-        raise UserError(f"heldout_every={cfg.heldout_every} leaves none to train on: take 2 or more, or null for none.")
+        raise UserError(
+            f"heldout_every={cfg.heldout_every} leaves nothing to train on: use 2 or more, or null to hold out nothing."
+        )
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     if cfg.input and storage.absolute(cfg.output) == storage.absolute(cfg.input):
-        raise UserError(f"output={cfg.output} is input=: choose a folder of its own for the shards.")
+        raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the shards.")
     captions = CaptionCounts(instantiate(cfg.tokenizer) if cfg.get("tokenizer") else None)
     options = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "tokenizer"}  # it only counts
     mark, listed, heldout = scan_source(options, source, filters)
@@ -91,7 +93,7 @@ def finished(output: str, mark: str, settings: Mapping[str, Any]) -> bool:
         splits = find_splits(output)
     except UserError:
         if set(storage.subfolders(output)) - {"train", "heldout", "aside"}:
-            raise UserError(f"output={output} holds something else: choose another output=.") from None
+            raise UserError(f"output={output} contains other folders: choose another output=.") from None
         return False
     refuse_made_otherwise(splits.values(), f"output={output} holds shards", mark, settings)
     return "train" in splits

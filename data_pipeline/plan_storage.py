@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import CONF, start_entry
 
 if __name__ == "__main__":
-    start_entry("data_pipeline.plan_storage")  # imports the rest when the options are right, and ends
+    start_entry("data_pipeline.plan_storage")  # checks the options, runs main() and exits
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.audit.storage_cost import (
     HEADINGS,
     MEGA,
-    Layout,
     Rates,
     Row,
+    StorageLayout,
     deduplicated,
     duration,
     field_bytes,
@@ -63,16 +63,16 @@ def main(cfg: DictConfig) -> None:
 def refuse_impossible(cfg: DictConfig) -> None:
     """Refuse options that can't be planned with."""
     if cfg.dtype not in DTYPES:
-        raise UserError(f"dtype={cfg.dtype} is unknown: take one of {', '.join(DTYPES)}.")
+        raise UserError(f"dtype={cfg.dtype} is unknown: use one of {', '.join(DTYPES)}.")
     if not 0 < cfg.unique_captions <= 1:
-        raise UserError(f"unique_captions={cfg.unique_captions} is no share: give more than 0 and at most 1.")
+        raise UserError(f"unique_captions={cfg.unique_captions} must be above 0 and at most 1.")
     if not isinstance(cfg.captions, int) or cfg.captions < 1:
-        raise UserError(f"captions={cfg.captions} can't be: give the number of captions a picture, 1 or more.")
+        raise UserError(f"captions={cfg.captions} must be the number of captions per picture, 1 or more.")
     for name in ("images", "size", "shard_mb", "training.images_per_s", "training.gpus_per_node", "training.nodes",
                  "encoding.images_per_s", "encoding.gpus"):  # fmt: skip
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{name}={value} can't be: give a number above 0.")
+            raise UserError(f"{name}={value} must be a number above 0.")
 
 
 def encoders_of(cfg: DictConfig, chosen: str) -> dict[str, Encoders]:
@@ -83,7 +83,7 @@ def encoders_of(cfg: DictConfig, chosen: str) -> dict[str, Encoders]:
     for name, config in first_stages(cfg, chosen).items():
         image = weightless(config)
         if cfg.size % image.factor:
-            raise UserError(f"size={cfg.size} is no multiple of {image.factor}, the f of {name}: give one that is.")
+            raise UserError(f"size={cfg.size} must be a multiple of {image.factor}, the downsampling factor of {name}.")
         found[name] = Encoders(image, text, conditions, torch.device("meta"), 1, cfg.dtype, cfg.flips)
     return found
 
@@ -94,10 +94,10 @@ def first_stages(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
     for name in cfg.beside:
         path = f"{CONF}/autoencoder/{name}.yaml"
         if not storage.exists(path):
-            raise UserError(f"beside={name} is no first stage: take names of conf/autoencoder.")
+            raise UserError(f"beside={name} is not a first stage: use names from conf/autoencoder/.")
         found[name] = OmegaConf.load(path)
         if OmegaConf.missing_keys(found[name]):
-            raise UserError(f"beside={name} is loaded from a path: give it as autoencoder= with autoencoder.path=.")
+            raise UserError(f"beside={name} is loaded from a path: use autoencoder= and autoencoder.path= for it.")
     return found
 
 
@@ -127,29 +127,29 @@ def of_caption(encoders: Encoders) -> list[str]:
     return [f"{field}.npy" for condition in made for field in condition.fields]
 
 
-def layouts_of(cfg: DictConfig, stages: Mapping[str, Encoders], images: int) -> list[Layout]:
+def layouts_of(cfg: DictConfig, stages: Mapping[str, Encoders], images: int) -> list[StorageLayout]:
     """Whole data sets; the first is what precompute_latents.py writes with the same options."""
     layouts = []
     for name, encoders in stages.items():
         members, text = members_of(cfg, encoders), of_caption(encoders)
         each = for_captions(members, text, cfg.captions)
-        layouts.append(Layout(f"{name}: latents and conditions, a copy a sample", each))
+        layouts.append(StorageLayout(f"{name}: latents and conditions", each))
         if text:
-            title = f"{name}: latents, text once a caption"
+            title = f"{name}: latents, text once per caption"
             layouts.append(deduplicated(title, members, text, images, cfg.unique_captions, cfg.captions))
             kept = {extension: size for extension, size in members.items() if extension not in text}
-            layouts.append(Layout(f"{name}: latents, text encoded in training", kept))
+            layouts.append(StorageLayout(f"{name}: latents, text encoded during training", kept))
     for kind, per_pixel in cfg.bytes_per_pixel.items():
         several = cfg.captions * (cfg.caption_bytes + len('"0": "", ')) + len('"captions": {}, ')
         beside = max(2, cfg.json_bytes) + (several if cfg.captions > 1 else 0)
         members = {kind: round(per_pixel * cfg.size**2), "txt": cfg.caption_bytes, "json": beside}
-        layouts.append(Layout(f"pictures ({kind}), all encoded in training", members))
+        layouts.append(StorageLayout(f"pictures ({kind}), all encoded during training", members))
     return layouts
 
 
-def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[Layout]:
+def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[StorageLayout]:
     """Each member by itself, in each possible dtype; members that all first stages share appear once."""
-    parts: dict[str, Layout] = {}
+    parts: dict[str, StorageLayout] = {}
     for name, encoders in stages.items():
         by_dtype = {dtype: members_of(cfg, encoders._replace(dtype=dtype)) for dtype in ("float16", "float32")}
         own = {f"{field}.npy" for field in encoders.field_encoders[0].fields}
@@ -160,7 +160,7 @@ def parts_of(cfg: DictConfig, stages: Mapping[str, Encoders]) -> list[Layout]:
                 sizes = {"": sizes["float16"]}
             for dtype, size in sizes.items():
                 title = f"{label}, {dtype}" if dtype else label
-                parts.setdefault(title, Layout(title, {extension: size}))
+                parts.setdefault(title, StorageLayout(title, {extension: size}))
     return list(parts.values())
 
 
@@ -170,10 +170,11 @@ def sentences(cfg: DictConfig, images: int, rates: Rates) -> list[str]:
     return [
         f"{images:,} images of {cfg.size} x {cfg.size}, stored in {cfg.dtype}; "
         f"{f'{cfg.captions} ' if cfg.captions > 1 else ''}captions of {cfg.caption_bytes} bytes, "
-        f"{cfg.unique_captions:.0%} of them different; shards of {cfg.shard_mb} MB; sizes in powers of ten.",
-        f"Training at {rates.images_per_s:g} images/s a GPU, {rates.gpus_per_node} GPUs a node, {rates.nodes} nodes: "
-        f"{rates.cluster:,.0f} images/s, an epoch in {duration(images / rates.cluster)}. Precompute at "
-        f"{cfg.encoding.images_per_s:g} images/s on {cfg.encoding.gpus} GPUs: {duration(encoding)}.",
+        f"{cfg.unique_captions:.0%} of them distinct; shards of {cfg.shard_mb} MB; units are powers of 1000.",
+        f"Training at {rates.images_per_s:g} images/s per GPU, with {rates.gpus_per_node} GPUs per node and "
+        f"{rates.nodes} nodes: {rates.cluster:,.0f} images/s, so an epoch takes {duration(images / rates.cluster)}. "
+        f"Precompute at {cfg.encoding.images_per_s:g} images/s per GPU on {cfg.encoding.gpus} GPUs takes "
+        f"{duration(encoding)}.",
     ]
 
 
@@ -189,23 +190,23 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([padded[0], rule, *padded[1:]])
 
 
-def compare_with_measured(cfg: DictConfig, layout: Layout) -> dict[str, Any]:
+def compare_with_measured(cfg: DictConfig, layout: StorageLayout) -> dict[str, Any]:
     """Compare the plan for the latents at input= with the actual size of their tars."""
     manifest = Manifest.load(cfg.input, "latents")
     several = manifest.info.get("captions") or {}
     stored = sum(several.values()) / manifest.samples if several else 1
     if round(stored) != cfg.captions:
-        raise UserError(f"{cfg.input} has {stored:.3g} captions a picture: give captions={round(stored)}.")
+        raise UserError(f"{cfg.input} has {stored:.3g} captions per picture: set captions={round(stored)}.")
     differing = sorted({line_of(name, manifest.fields) for name in layout.members} ^ set(manifest.fields))
     if differing:
         raise UserError(
-            f"{cfg.input} and the plan differ in {', '.join(differing)}: give the autoencoder, clip and conditions "
+            f"{cfg.input} and the plan differ in {', '.join(differing)}: use the autoencoder, clip and conditions "
             "that made it."
         )
     written = sum(shard.bytes for shard in manifest.shards)
     planned = sum(shard_bytes(layout.sample, shard.samples) for shard in manifest.shards)
     sentence = (
-        f"{cfg.input}: {manifest.samples:,} samples in {len(manifest.shards)} shards have {words(written)}, as planned "
-        f"{words(planned)} ({planned / written - 1:+.2%})."
+        f"{cfg.input}: {manifest.samples:,} samples in {len(manifest.shards)} shards take {words(written)}; the plan "
+        f"says {words(planned)} ({planned / written - 1:+.2%})."
     )
     return {"bytes": written, "planned_bytes": planned, "samples": manifest.samples, "sentence": sentence}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("data_pipeline.precompute_latents")  # imports the rest when the options are right, and ends
+    start_entry("data_pipeline.precompute_latents")  # checks the options, runs main() and exits
 
 import os
 from collections.abc import Iterator, Mapping
@@ -37,10 +37,10 @@ from data_pipeline.shards.samples import as_sample
 
 def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
-        raise UserError(f"dtype={cfg.dtype} is unknown: take one of {', '.join(DTYPES)}.")
+        raise UserError(f"dtype={cfg.dtype} is unknown: use one of {', '.join(DTYPES)}.")
     worker = worker_of(cfg.worker, cfg.workers, os.environ)
     if storage.absolute(cfg.output) == storage.absolute(cfg.input):
-        raise UserError(f"output={cfg.output} is input=: choose another folder for the latents.")
+        raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the latents.")
     edits = instantiate(cfg.captions)
     splits = find_splits(cfg.input)
     device = chosen_device(cfg.device)
@@ -57,8 +57,8 @@ def main(cfg: DictConfig) -> None:
         cut_to = source.fields.get("png", {}).get("shape")
         if cfg.buckets and cut_to:
             print(
-                f"precompute: pictures of {path} are squares of {cut_to[0]}, as make_shards.py cuts them, and share a "
-                "bucket. index_shards.py keeps pictures whole."
+                f"precompute: make_shards.py has cut the pictures of {path} to squares of {cut_to[0]}, so all of "
+                "them fall into one bucket; index_shards.py keeps pictures whole."
             )
         sizes = sizes_of(cfg.size or source.info.get("size"), cfg.buckets, cfg.bucket_step, image.factor)
         base = base_of(cfg.base, name, encoders, sizes.described) if cfg.base else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("data_pipeline.verify_shards")  # imports the rest when the options are right, and ends
+    start_entry("data_pipeline.verify_shards")  # checks the options, runs main() and exits
 
 import json
 from collections.abc import Mapping, Sequence
@@ -52,9 +52,9 @@ class DataSet(NamedTuple):
 
 def main(cfg: DictConfig) -> None:
     if cfg.every < 1 or cfg.samples < 0:
-        raise UserError(f"every={cfg.every} samples={cfg.samples} can't be: every is 1 or more, samples 0 or more.")
+        raise UserError(f"every={cfg.every} must be 1 or more, and samples={cfg.samples} must be 0 or more.")
     if storage.absolute(cfg.output) == storage.absolute(cfg.input):
-        raise UserError(f"output={cfg.output} is input=: choose another folder for the report.")
+        raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the report.")
     device = chosen_device(cfg.device)
     image = instantiate(cfg.autoencoder).to(device) if cfg.autoencoder.get("path") else None
     text = instantiate(cfg.clip) if cfg.clip.path else None
@@ -93,7 +93,7 @@ def opened(root: str, shards: str | None) -> list[DataSet]:
     for name, path in sorted(found.items(), reverse=True):  # train before heldout
         split = name.rpartition("/")[2]
         if shards and split not in sources:
-            raise UserError(f"shards={shards} has no {split or 'manifest'} beside {path}: give what it was made of.")
+            raise UserError(f"shards={shards} has no {split or 'manifest'}: give the data set {path} was made from.")
         manifest, findings = Manifest("damaged", ()), Findings()
         try:
             manifest = Manifest.load(path)
@@ -119,11 +119,11 @@ def check_set(data: DataSet, every: int, known: KnownKeys, bar: Progress) -> Non
             for key, again in zip(keys, known.contains(keys), strict=True):
                 if again:
                     where = storage.join(data.root, shard.name)
-                    findings.add("keys", f"{key} of {where} comes a second time: rename it in the source; {AGAIN}.")
+                    findings.add("keys", f"{key} of {where} is a duplicate key: rename it in the source, and {AGAIN}.")
         bar.advance(shard.samples, wrong=str(findings.counts.total()))
     if data.source:
         source = Manifest.load(data.source, "image-text")
-        refuse_others(data, {"images": source.fingerprint}, "shards")
+        refuse_others(data, {"images": source.fingerprint}, "shards=")
         if "/" not in data.name:  # a bucket holds only a part of the samples: check_buckets adds them up
             check_accounting(data.root, manifest.samples, source, findings)
 
@@ -157,14 +157,16 @@ def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | N
     if data.manifest.kind != "latents":
         return
     given = {"autoencoder": autoencoder, "text_encoder": text and text.fingerprint}
-    refuse_others(data, {name: mark for name, mark in given.items() if mark}, "autoencoder.path and clip.path")
+    refuse_others(data, {name: mark for name, mark in given.items() if mark}, "autoencoder.path=, clip.path=")
     if text is not None and "text.npy" in data.manifest.fields:
         from safetensors.torch import load
 
         null = load(storage.read_bytes(storage.join(data.root, "null.safetensors")))
         data.findings.checks_run.add("constants")
         if not torch.allclose(null["text"], text.encode_text([""]).tokens[0].cpu(), atol=1e-4):
-            data.findings.add("constants", f"the null of {data.root} is not this CLIP's state of no words: {AGAIN}.")
+            data.findings.add(
+                "constants", f"the null of {data.root} is not this CLIP's state of the empty prompt: {AGAIN}."
+            )
 
 
 def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None:
@@ -175,7 +177,7 @@ def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None
         if has != mark:
             data.findings.add(
                 "fingerprints",
-                f"{data.root} was made with {name} {has}, not {mark}: give what made it by {options}, or {AGAIN}.",
+                f"{data.root} was made with {name} {has}, not {mark}: give what made it ({options}), or {AGAIN}.",
             )
 
 
@@ -203,7 +205,7 @@ def report(sets: list[DataSet], seen: Mapping[str, SampleInspection | None], cfg
     print(table(sets, seen))
     if wrong:
         raise DataError(f"{wrong} faults in {cfg.input}: the list above and {cfg.output}/report.json say what to do.")
-    print(f"verify_shards: all is well; report.json in {cfg.output}")
+    print(f"verify_shards: no faults; report.json in {cfg.output}")
 
 
 def described(data: DataSet, seen: SampleInspection | None) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-# Slurm takes the last task's own number for the whole array. Sourced, as all files here.
+# Sourced by launch.sh and task.sh.
+
+# This job's number for scontrol and scancel. For the last task of an array they take SLURM_JOB_ID to mean all of it.
 this_job() {
     local array=${SLURM_ARRAY_JOB_ID:-}
     echo "${array:-$SLURM_JOB_ID}${array:+_$SLURM_ARRAY_TASK_ID}"
@@ -10,7 +12,7 @@ this_job() {
 forwarding() {
     local pairs=$1 child code interrupted=1 pair
     shift
-    trap '' USR1 # the command inherits this: elsewhere Slurm signals every process, data loader workers too
+    trap '' USR1 # the command inherits this: without cgroups, Slurm signals every process, also data loader workers
     "$@" &
     child=$!
     for pair in $pairs; do

@@ -17,7 +17,7 @@ launch() {
     if [[ $1 == --alone ]]; then
         shift
         if ((nodes > 1)); then
-            complain "$1 is one process: ask for --nodes=1."
+            complain "$1 runs as one process: use --nodes=1."
             exit 2
         fi
         tasks=1
@@ -27,11 +27,11 @@ launch() {
     cpus=$(cpus_per_task "$tasks") || exit 2
     export PYTHON=${PYTHON:-$(default_python)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-    MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that systems hand out by themselves
+    MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ephemeral ports
     # Rank 0 runs on the first node of the list, like this shell: they share its local disk.
     NOTE=$(mktemp)
     trap 'rm -f "$NOTE"' EXIT
-    trap 'hopeless=yes interrupted=1' USR2 # by task.sh, from other nodes
+    trap 'hopeless=yes interrupted=1' USR2 # sent by task.sh on other nodes
     export MASTER_ADDR MASTER_PORT NOTE START_ME_AGAIN USER_ERROR DATA_ERROR
     echo "job $SLURM_JOB_ID: $nodes node(s) x $tasks task(s) x $cpus cpu(s), rendezvous $MASTER_ADDR:$MASTER_PORT," \
         "restart ${SLURM_RESTART_COUNT:-0}: $PYTHON $*"
@@ -53,9 +53,9 @@ finish() {
         rm -f "$(crash_note)"
     elif [[ $said == "$USER_ERROR" || $said == "$DATA_ERROR" || ${hopeless:-} ]]; then
         ((code == USER_ERROR)) || code=${said:-$DATA_ERROR}
-        complain "ended with code $code: the message is above, and starting it again would not mend it."
+        complain "ended with code $code: the message is above, and starting it again would not fix it."
     elif [[ ${USR1_came:-} ]]; then
-        requeue "warned while still starting" # they died of it: the last checkpoint is there to go on from
+        requeue "warned of the time limit while still starting" # the warning ended them: continue from the last checkpoint
     elif crashes_without_progress "$@"; then
         requeue "a rank failed"
     fi
@@ -81,7 +81,7 @@ tasks_per_node() {
 cpus_per_task() {
     local tasks=$1 cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / $1))}
     if ((cpus < 1 || cpus * tasks > SLURM_CPUS_ON_NODE)); then
-        complain "$tasks tasks a node (one per GPU) don't fit on the $SLURM_CPUS_ON_NODE CPUs that were asked for:" \
+        complain "$tasks tasks a node (one per GPU) don't fit on the $SLURM_CPUS_ON_NODE CPUs that were requested:" \
             "add --ntasks-per-node=$tasks --cpus-per-task=N, or --exclusive."
     else
         echo "$cpus"

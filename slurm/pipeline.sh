@@ -39,17 +39,17 @@ read_arguments() {
             local -n for_sbatch="for_sbatch_${stage:-all}"
             for_sbatch+=("$word")
         elif [[ $word == -* ]]; then
-            refuse "$word: write options of sbatch out, as --partition=gpu for -p gpu."
+            refuse "$word: use the long form of sbatch's options, such as --partition=gpu for -p gpu."
         elif [[ $stage ]]; then
             local -n for_script="for_script_$stage"
             for_script+=("$word")
         elif [[ $word =~ ^(output|shards|autoencoder|clip)=(.+)$ ]]; then
             place[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
         else
-            refuse "$word belongs to no stage: put it behind the name of one ($STAGES); --help shows an example."
+            refuse "$word belongs to no stage: put it after a stage's name ($STAGES); --help shows an example."
         fi
     done
-    [[ ${place[output]:-} ]] || refuse "output= must be given: the folder that everything is to lie below."
+    [[ ${place[output]:-} ]] || refuse "output= must be given: the folder for all results."
 }
 
 # submit <stage> <stages to wait for> <overrides...>: submit a job, unless its output already exists.
@@ -60,21 +60,21 @@ submit() {
     shift 2
     id=$(sbatch --parsable ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} "${for_sbatch_all[@]}" \
         "${for_sbatch[@]}" "slurm/$stage.sbatch" "$@" "${for_script[@]}") || give_up "$stage"
-    ids[$stage]=${id%%;*} # a federation adds its cluster
+    ids[$stage]=${id%%;*} # a federation appends the cluster's name
     echo "$stage ${ids[$stage]}${after:+ after ${after#:}}"
 }
 
 # give_up <stage>: an incomplete chain is useless.
 give_up() {
     ((${#ids[@]})) && scancel "${ids[@]}"
-    refuse "sbatch refused $1 (its message is above); the jobs before it are cancelled."
+    refuse "sbatch refused $1 (its message is above); the jobs submitted before it were cancelled."
 }
 
 if [[ " $* " == *" --help "* ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     exit
 fi
-[[ -f slurm/launch.sh ]] || refuse "start it from the root of the repository: bash slurm/pipeline.sh output=FOLDER ..."
+[[ -f slurm/launch.sh ]] || refuse "start this script from the root of the repository: bash slurm/pipeline.sh output=FOLDER ..."
 read_arguments "$@"
 output=${place[output]}
 shards=${place[shards]:-$output/shards}

@@ -5,12 +5,12 @@ requeue() {
     local restarts=${SLURM_RESTART_COUNT:-0} limit=${MAX_RESTARTS:-20}
     if ((restarts >= limit)); then
         complain "stopped after $restarts restarts (MAX_RESTARTS=$limit):" \
-            "submit the same line again to go on."
-    elif [[ $(scontrol show job --oneliner "$(this_job)") == *" JobState=RUNNING "* ]]; then # not cancelled meanwhile
+            "submit the same line again to continue."
+    elif [[ $(scontrol show job --oneliner "$(this_job)") == *" JobState=RUNNING "* ]]; then # not cancelled in the meantime
         # Print first: Slurm may end this shell before the next line.
         echo "job $SLURM_JOB_ID: $1; back into the queue (restart $((restarts + 1)) of at most $limit)"
         scontrol requeue "$(this_job)" && exit 0
-        complain "Slurm did not take the job back: submit the same line again to go on."
+        complain "Slurm could not requeue the job: submit the same line again to continue."
     fi
     exit "$START_ME_AGAIN"
 }
@@ -28,7 +28,7 @@ crashes_without_progress() {
     if ((count >= limit)); then
         rm -f "$note"
         complain "crashed $count times in a row without getting further than $now (MAX_CRASHES=$limit):" \
-            "see the messages above; submit the same line again to go on."
+            "see the messages above; submit the same line again to continue."
         return 1
     fi
     mkdir -p "${note%/*}" && printf '%s\n' "$count" "$now" >"$note"

@@ -3,7 +3,7 @@ source slurm/forward.sh
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 # A site may show each task only its own GPU, which then has number 0.
 [[ ${CUDA_VISIBLE_DEVICES:-,} == *,* ]] || LOCAL_RANK=0
-export PATH=${PYTHON%/*}:$PATH # tools beside the interpreter, ninja for one
+export PATH=${PYTHON%/*}:$PATH # for tools installed beside the interpreter, such as ninja
 
 # The warning reaches only the program, as TERM: USR1 itself is ignored by it and by its children.
 forwarding "USR1:TERM TERM:TERM" "$PYTHON" "$@"

@@ -60,6 +60,7 @@ FOR_TRAINING = (
     "images",
     "shards.manifest",
     "shards.samples",
+    "shards.json_fields",  # the sizes that a run is conditioned on, and their means
     "shards.provenance",
     "loading.batch",
     "encode.encoders",

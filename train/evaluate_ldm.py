@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.evaluate_ldm")  # imports the rest when the options are right, and ends
+    start_entry("train.evaluate_ldm")  # checks the options, runs main() and exits
 
 import json
 from pathlib import Path
@@ -20,7 +20,9 @@ from data_pipeline.common.progress import Progress
 from data_pipeline.common.storage import write_atomically
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
+from data_pipeline.shards.json_fields import GEOMETRY
 from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
+from train.sampling.requests import size_options
 from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
 
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
@@ -30,18 +32,26 @@ def main(cfg: DictConfig) -> None:
     train = instantiate(cfg.read, root=f"{cfg.shards}/train")
     heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
     if not train or any(sample["image"].shape[0] % RECALL_PIXELS for sample in train[:1] if "image" in sample):
-        raise UserError(f"shards={cfg.shards}: pictures must be a multiple of {RECALL_PIXELS} pixels a side.")
+        raise UserError(
+            f"shards={cfg.shards} must contain pictures whose sides are multiples of {RECALL_PIXELS} pixels."
+        )
+    given = OmegaConf.to_container(cfg, resolve=True)
+    size = {option: value for option, value in size_options(given["size"]).items() if value is not None}
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
+    if size and "size" not in run.conditions:
+        raise UserError("this run is not conditioned on sizes: leave size out.")
     listed = len(train) + len(heldout)
     train, heldout = usable(run, train), usable(run, heldout)
     if not train:
-        raise UserError(f"shards={cfg.shards}: no picture has what this run is conditioned on; give those it is of.")
+        raise UserError(
+            f"shards={cfg.shards}: no picture has the conditions of this run; use the shards that its latents were "
+            "made from."
+        )
     if left_out := listed - len(train) - len(heldout):
-        print(f"evaluate_ldm: {left_out} of {listed} pictures lack what this run is conditioned on, and are left out")
+        print(f"evaluate_ldm: {left_out} of {listed} pictures lack a condition of this run, and are left out")
     output = Path(cfg.output or f"{cfg.input}/evaluation")
     right = np.linspace(0, len(train), min(cfg.captions, len(train)), endpoint=False).astype(int)
-    chosen = [train[i] for i in right]
-    given = OmegaConf.to_container(cfg, resolve=True)
+    chosen, heldout = (at_size(run, samples, size) for samples in ([train[i] for i in right], heldout))
     sampler, guidance = (merged_with_run_config(run.config, group, given[group]) for group in ("sampler", "guidance"))
     with Progress("evaluate_ldm", len(chosen) + len(heldout), "pictures") as bar:
         how = {"seed": cfg.seed, "batch_size": cfg.batch_size, "on_batch": bar.advance}
@@ -60,6 +70,14 @@ def usable(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any
     """The samples that have a picture, a caption and all that this run is conditioned on."""
     whole = [sample for sample in samples if "image" in sample and sample["caption"]]
     return [s for s in whole if not any(condition.reason_against(s) for condition in run.conditions.values())]
+
+
+def at_size(run: TrainedRun, samples: list[dict[str, Any]], size: dict[str, Any]) -> list[dict[str, Any]]:
+    """The samples with the sizes to draw them at: those given, else the run's means, whatever their jsons say."""
+    if "size" not in run.conditions:
+        return samples
+    asked = run.conditions["size"].as_sample(**size)["meta"]
+    return [{**s, "meta": {k: v for k, v in s["meta"].items() if k not in GEOMETRY} | asked} for s in samples]
 
 
 def recall_figures(drawn: np.ndarray, real: np.ndarray, right: np.ndarray, seed: int) -> dict[str, Any]:
@@ -129,9 +147,9 @@ def say(figures: dict[str, Any], output: Path) -> None:
         f"top-5 {figures['shuffled_captions_top5']:.2f}"
     )
     likeness = {
-        "PSNR to the pictures asked for": figures["psnr_db"],
-        "of held-out ones": figures.get("heldout_psnr_db"),
-        "nearest picture is of the class": figures.get("nearest_is_of_class"),
+        "PSNR to the real pictures": figures["psnr_db"],
+        "PSNR to the held-out pictures": figures.get("heldout_psnr_db"),
+        "nearest picture in the right class": figures.get("nearest_is_of_class"),
     }
     print(", ".join(f"{what} {value:.2f}" for what, value in likeness.items() if value is not None))
     print(f"evaluate_ldm: grids and evaluation.json in {output}", flush=True)

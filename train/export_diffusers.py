@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.export_diffusers")  # imports the rest when the options are right, and ends
+    start_entry("train.export_diffusers")  # checks the options, runs main() and exits
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.storage import write_atomically
+from train.models.size_features import SizeFeatures
 from train.sampling.trained_run import TrainedRun, open_run
 from train.weights.open_clip import HEAD_WIDTH
 from train.weights.pipeline import Pipeline, reads_back, scheduler_config
@@ -23,9 +24,9 @@ from train.weights.pipeline import Pipeline, reads_back, scheduler_config
 def main(cfg: DictConfig) -> None:
     output, file = Path(cfg.output), None if cfg.single_file is None else Path(cfg.single_file)
     if file is not None and file.suffix != ".safetensors":
-        raise UserError(f"single_file={file}: only .safetensors is written; end the name with it.")
+        raise UserError(f"single_file={file} must end with .safetensors, the only format that is written.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output={output} is there already: choose a new or empty folder.")
+        raise UserError(f"output={output} already exists: choose a new or empty folder.")
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     pipeline = pipeline_of(run)
     pipeline.refuse_unfit(single_file=file is not None)
@@ -33,14 +34,17 @@ def main(cfg: DictConfig) -> None:
     about = {"mean": run.facts.mean, "std": run.facts.std, "fold": run.facts.fold}
     write_atomically(output / "x0.json", json.dumps(about, indent=1).encode())
     reads_back(pipeline, output, shape_of(run))
-    print(f"export_diffusers: {run.weights} -> {output}; read back, each part gives the same output")
+    print(f"export_diffusers: {run.weights} -> {output}; each part was read back and gives the same output")
     print(usage_hint(pipeline, run, output))
     if file is not None:
         pipeline.save_single_file(file)
         reads_back(pipeline, file, shape_of(run))
-        print(f"export_diffusers: {run.weights} -> {file}; read back, each part gives the same output")
+        print(f"export_diffusers: {run.weights} -> {file}; each part was read back and gives the same output")
         if pipeline.text is not None and not pipeline.text_in_single_file:
-            print(f"its text encoder is in {output} only: single files hold such with heads of {HEAD_WIDTH} alone")
+            print(
+                f"the text encoder is only in {output}: a single file can only store one with heads of width "
+                f"{HEAD_WIDTH}"
+            )
 
 
 def pipeline_of(run: TrainedRun) -> Pipeline:
@@ -50,7 +54,13 @@ def pipeline_of(run: TrainedRun) -> Pipeline:
     text = run.text if "text" in run.config["conditioning"] else None
     objective = run.config["objective"]
     scheduler = scheduler_config(objective["process"], objective["parameterization"])
-    return Pipeline.of(run.generator.network.unet.cpu(), autoencoder, text, run.facts.scaling, scheduler)
+    unet, conditioner = run.generator.network.unet.cpu(), run.generator.network.conditioner
+    return Pipeline.of(unet, autoencoder, text, run.facts.scaling, scheduler, is_sdxl_vector(conditioner))
+
+
+def is_sdxl_vector(conditioner: nn.Module) -> bool:
+    """Whether the vector condition is the pooled text state, if it is stored, and after it the sizes."""
+    return [name for name, part in conditioner.parts.items() if part.vector_dim] in (["text", "size"], ["size"])
 
 
 def refuse_trained_conditioners(conditioner: nn.Module) -> None:
@@ -58,8 +68,8 @@ def refuse_trained_conditioners(conditioner: nn.Module) -> None:
     trained = [name for name, part in conditioner.parts.items() if any(True for _ in part.parameters())]
     if trained:
         raise UserError(
-            f"conditioning={trained[0]} is trained with the U-Net, and diffusers' folders have no place for it: export "
-            "runs conditioned on stored text or images, or on nothing."
+            f"conditioning={trained[0]} has weights trained with the U-Net, which diffusers' folders can't store: "
+            "export a run conditioned on stored text or images, or on nothing."
         )
 
 
@@ -74,14 +84,20 @@ def usage_hint(pipeline: Pipeline, run: TrainedRun, output: Path) -> str:
         return f'to draw: diffusers.StableDiffusionPipeline.from_pretrained("{output}")("a red heart").images[0]'
     name = "UNet2DModel" if pipeline.unet.context_dim is None else "UNet2DConditionModel"
     lines = [f'to load: diffusers.{name}.from_pretrained("{output}", subfolder="unet")']
+    if pipeline.with_sizes:
+        lines.append(
+            "its added_cond_kwargs: text_embeds, the pooled text state that precompute stores, (B, "
+            f"{pipeline.unet.vector_dim - 6 * SizeFeatures.WIDTH}), and time_ids (B, 6), original height and width, "
+            "crop top and left, target height and width"
+        )
     if pipeline.vae_facts:
         lines.append(
-            "x0 = (z - latents_mean) / latents_std, as vae/config.json has them: diffusers does not apply them"
+            "x0 = (z - latents_mean) / latents_std, with the values in vae/config.json: diffusers does not apply them"
         )
     if pipeline.autoencoder is None:
         mean, std = ([round(value, 4) for value in values] for values in (run.facts.mean, run.facts.std))
         folded = f", then pixel_unshuffle by {run.facts.fold}" if run.facts.fold > 1 else ""
-        lines.append(f"x0 = (pixels - {mean}) / {std}{folded}: x0.json has the numbers in full")
+        lines.append(f"x0 = (pixels - {mean}) / {std}{folded}: x0.json has all digits")
     elif run.facts.fold > 1:
         lines.append(f"x0 is folded: pixel_unshuffle of the scaled latents by {run.facts.fold}, as in x0.json")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.quickstart")  # imports the rest when the options are right, and ends
+    start_entry("train.quickstart")  # checks the options, runs main() and exits
 
 import json
 import resource
@@ -26,10 +26,10 @@ REPO = Path(__file__).resolve().parents[1]
 WHAT = {
     "make_shards": "draw OpenMoji's pictures and write them with their names as image-text shards",
     "train_autoencoder": "train the first stage: pictures to latents and back",
-    "train_clip": "train the text encoder: names beside pictures",
+    "train_clip": "train the text encoder on pairs of pictures and names",
     "precompute_latents": "encode all pictures and names once",
     "train_ldm": "train the U-Net to draw latents from names",
-    "sample_images": "draw a few prompts",
+    "sample_images": "draw pictures for a few prompts",
     "evaluate_ldm": "draw training and held-out names, and compare with the real pictures",
 }
 
@@ -76,7 +76,7 @@ def main(cfg: DictConfig) -> None:
     chain = stages(cfg.output, cfg.demo)
     names = [stage.name for stage in chain]
     if cfg.only is not None and cfg.only not in names:
-        raise UserError(f"only={cfg.only} is no stage: take one of {', '.join(names)}.")
+        raise UserError(f"only={cfg.only} is not a stage: use one of {', '.join(names)}.")
     asked = chain if cfg.only is None else chain[: names.index(cfg.only) + 1]
     print_plan(asked, Path(cfg.output), cfg.demo.measured)
     notes = run_chain(chain, Path(cfg.output), cfg.only)
@@ -96,8 +96,8 @@ def print_plan(chain: Sequence[Stage], output: Path, measured: DictConfig) -> No
     slowness = calibration_seconds() / measured.calibration_s
     minutes = expected_minutes(ahead, measured.minutes, slowness)
     print(
-        f"quickstart: {len(ahead)} of {len(chain)} stages are to run, about {sum(minutes.values()):.1f} minutes on "
-        f"this machine (a calibration took {slowness:.1f} times as long as on the one that docs/demo.md names)"
+        f"quickstart: {len(ahead)} of {len(chain)} stages will run, for about {sum(minutes.values()):.1f} minutes on "
+        f"this machine (a calibration took {slowness:.1f} times as long as on the machine of docs/demo.md)"
     )
     for name, expected in minutes.items():
         print(f"  {name:<20} {expected:5.1f} min  {WHAT[name]}")
@@ -126,7 +126,7 @@ def run_chain(chain: Sequence[Stage], output: Path, only: str | None = None) -> 
                 later.note(output).unlink(missing_ok=True)
             note = run_stage(stage, output, place)
         else:
-            print(f"{place} {stage.name}: finished before", flush=True)
+            print(f"{place} {stage.name}: already finished", flush=True)
         notes[stage.name] = note
         if stage.name == only:
             break
@@ -148,7 +148,10 @@ def run_stage(stage: Stage, output: Path, place: str) -> dict[str, Any]:
     started = time.monotonic()
     code = subprocess.run([sys.executable, *command], cwd=REPO).returncode
     if code:
-        print(f"quickstart: {stage.name} ended with code {code}; mend it and start again to go on", file=sys.stderr)
+        print(
+            f"quickstart: {stage.name} failed with exit code {code}; fix the error and start again to continue",
+            file=sys.stderr,
+        )
         sys.exit(code)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of this or an earlier stage
     note = {"command": command, "seconds": time.monotonic() - started, "peak_memory_gb": peak}
@@ -177,7 +180,7 @@ def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:
         "peak_memory_gb": round(max(note["peak_memory_gb"] for note in notes.values()), 2),
     }
     write_atomically(output / "summary.json", json.dumps(summary, indent=1).encode())
-    print(f"\nquickstart: done, {summary['minutes_in_all']} minutes in all, peak memory {summary['peak_memory_gb']} GB")
+    print(f"\nquickstart: done in {summary['minutes_in_all']} minutes, peak memory {summary['peak_memory_gb']} GB")
     print(
         f"  recall of training captions  top-1 {summary['training_recall_top1']:.2f}, top-5 "
         f"{summary['training_recall_top5']:.2f} (shuffled: {summary['shuffled_captions_top1']:.2f}, "
@@ -189,7 +192,7 @@ def summarise(output: Path, notes: dict[str, dict[str, Any]]) -> None:
         ("drawn beside real", "ldm/evaluation/beside_real.png"),
         ("drawn, with captions", "ldm/evaluation/drawn.png"),
         ("held-out captions", "ldm/evaluation/heldout.png"),
-        ("grids while it trained", "ldm/samples/"),
+        ("grids during training", "ldm/samples/"),
         ("curves", "ldm/curves.png"),
         ("all figures", "summary.json"),
     ):

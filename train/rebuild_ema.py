@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.rebuild_ema")  # imports the rest when the options are right, and ends
+    start_entry("train.rebuild_ema")  # checks the options, runs main() and exits
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,10 @@ def main(cfg: DictConfig) -> None:
     used = [snapshot for snapshot in snapshots if snapshot.profile.updates <= updates]
     output = cfg.output or f"{cfg.input}/ema_{cfg.sigma_rel:g}.safetensors"
     write_atomically(output, save(rebuilt(used, Profile(updates, gamma))))
-    print(f"rebuild_ema: sigma_rel {cfg.sigma_rel:g} at {updates:.0f} updates, of {len(used)} snapshots; in {output}")
+    print(
+        f"rebuild_ema: sigma_rel {cfg.sigma_rel:g} at {updates:.0f} updates, from {len(used)} snapshots; saved to "
+        f"{output}"
+    )
     print(f"  python train/sample_images.py input={cfg.input} step={output} prompts=...")
 
 
@@ -39,7 +42,7 @@ def requested_updates(updates: Any, snapshots: Sequence[Snapshot]) -> float:
         return max(there)
     if not fits(updates, Annotated[float, Within(min(there), max(there))]):
         raise UserError(
-            f"updates={updates} can't be: take a number from the first snapshot's, {min(there):.0f}, to the newest "
-            f"one's, {max(there):.0f}."
+            f"updates={updates} is not valid: use a number from {min(there):.0f} (first snapshot) to {max(there):.0f} "
+            "(newest snapshot)."
         )
     return updates

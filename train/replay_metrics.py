@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.replay_metrics")  # imports the rest when the options are right, and ends
+    start_entry("train.replay_metrics")  # checks the options, runs main() and exits
 
 from pathlib import Path
 
@@ -22,7 +22,9 @@ def main(cfg: DictConfig) -> None:
     run = Path(cfg.input)
     for name in ("metrics.jsonl", "run_id", "config.yaml"):
         if not (run / name).exists():
-            raise UserError(f"input={run} is not a run's folder: {name} is missing; give the output= of a training.")
+            raise UserError(
+                f"input={run} is not a run's folder, as {name} is missing: use the output= of a training run."
+            )
     rows = list(rows_by_step(read_metrics(run / "metrics.jsonl"), run / "samples"))
     config = read_config(run / "config.yaml")
     project = cfg.project or config["training"].get("wandb_project")
@@ -38,5 +40,5 @@ def main(cfg: DictConfig) -> None:
             bar.advance(1)
         wandb.close()
     if wandb.error is not None:
-        raise UserError(f"W&B was not told all of it ({wandb.error}): mend that, and start again.")
-    print(f"replay: {len(rows)} steps told to W&B as run {run_id} of {project}; in {folder}/wandb", flush=True)
+        raise UserError(f"W&B did not receive all steps ({wandb.error}): fix the cause, and start again.")
+    print(f"replay: {len(rows)} steps sent to W&B as run {run_id} of {project}; files in {folder}/wandb", flush=True)

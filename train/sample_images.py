@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.sample_images")  # imports the rest when the options are right, and ends
+    start_entry("train.sample_images")  # checks the options, runs main() and exits
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,20 +30,26 @@ from train.sampling.requests import (
     refuse_non_numbers,
     refuse_unused_options,
     request_rows,
+    size_options,
     title,
+    with_negative_size,
 )
 from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
 
 
 def main(cfg: DictConfig) -> None:
     given = OmegaConf.to_container(cfg, resolve=True)
-    rows = request_rows({name: given[name] for name in REQUEST_OPTIONS}, cfg.samples_per_prompt)
+    options = {name: given[name] for name in REQUEST_OPTIONS} | size_options(given["size"])
+    rows, negative_size = (
+        request_rows(options, cfg.samples_per_prompt),
+        size_options(given["negative_size"], "negative_size"),
+    )
     refuse_non_numbers(cfg.guidance.scale, cfg.sampler.steps)
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
     sampler, guidance = (merged_with_run_config(run.config, group, given[group]) for group in ("sampler", "guidance"))
     classifier_guide = guided_by(cfg, run, rows)
     refuse_unused_options(run, rows[0], also=("labels",) if classifier_guide else ())
-    away = negative_rows(given["negative_prompt"], rows)
+    away = with_negative_size(negative_size, run, negative_rows(given["negative_prompt"], rows), rows)
     negative = run.encode_conditions([as_sample(run, row) for row in away]) if away else None
     conditions = replace(run.encode_conditions([as_sample(run, row) for row in rows]), negative=negative)
     output = Path(cfg.output or f"{cfg.input}/drawn")
@@ -65,7 +71,7 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> C
     if cfg.classifier.path is None:
         return None
     if "labels" not in rows[0]:
-        raise UserError("classifier.path guides towards labels: add labels=....")
+        raise UserError("classifier.path needs labels to guide towards: add labels=....")
     classifier, about = instantiate(cfg.classifier.load, path=cfg.classifier.path)
     for name, theirs in about["belongs_to"].items():
         ours = run.facts.fingerprints["autoencoder"] if name == "autoencoder" else getattr(run.facts, name, None)
@@ -73,12 +79,12 @@ def guided_by(cfg: DictConfig, run: TrainedRun, rows: list[dict[str, Any]]) -> C
         if ours != theirs:
             raise UserError(
                 f"classifier.path={cfg.classifier.path} was trained with {name} {theirs}, this run with {ours}: train "
-                "one on this run's latents and process."
+                "a classifier on this run's latents and process."
             )
     classes = about["class_names"]
     unknown = [row["labels"] for row in rows if str(row["labels"]) not in classes]
     if unknown:
-        raise UserError(f"class {unknown[0]} is unknown to the classifier: take one of {', '.join(classes[:12])}.")
+        raise UserError(f"class {unknown[0]} is unknown to the classifier: use one of {', '.join(classes[:12])}.")
     labels = torch.tensor([classes.index(str(row["labels"])) for row in rows])
     return ClassifierGuide(
         classifier.to(run.generator.device), labels, number("classifier.scale", cfg.classifier.scale)

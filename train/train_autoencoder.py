@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.train_autoencoder")  # imports the rest when the options are right, and ends
+    start_entry("train.train_autoencoder")  # checks the options, runs main() and exits
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,21 +74,25 @@ def refuse_untrainable(config: dict[str, Any]) -> None:
     target = config["autoencoder"]["_target_"]
     if target not in TRAINABLE:
         raise UserError(
-            f"autoencoder: {target} has nothing to train: choose a shape, as autoencoder=kl_f8 or autoencoder=vq_f4."
+            f"autoencoder: {target} has no weights to train: choose an architecture, such as autoencoder=kl_f8 or "
+            "autoencoder=vq_f4."
         )
     if config["objective"].get("adversary") and config["engine"]["zero_stage"] == 3:
         raise UserError(
-            "objective.adversary needs whole parameters, and ZeRO stage 3 partitions them: take engine=zero2."
+            "objective.adversary needs whole parameters, but ZeRO stage 3 partitions them: use engine=zero2."
         )
 
 
 def refuse_sizes(size: Sequence[int], crop: int, factor: int) -> None:
     """UserError for pictures, or crops of them, that the first stage can't shrink by its factor."""
     if any(side % factor for side in size):
-        raise UserError(f"pictures of {size[0]}x{size[1]} can't be shrunk {factor} times: make shards of another size.")
+        raise UserError(
+            f"pictures of {size[0]}x{size[1]} are not divisible by the autoencoder's factor {factor}: make shards of "
+            "another size."
+        )
     if crop % factor or crop > min(size):
         raise UserError(
-            f"objective.crop={crop} is no multiple of {factor} up to {min(size)}: change it, or set 0 for none."
+            f"objective.crop={crop} must be a multiple of {factor} and at most {min(size)}, or 0 for no crop."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.train_classifier")  # imports the rest when the options are right, and ends
+    start_entry("train.train_classifier")  # checks the options, runs main() and exits
 
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     recipe = Recipe.of(cfg, instantiate, ranks)
     facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold, cfg.scaling_factor)
     if "label" not in facts.shapes:
-        raise UserError(f"{cfg.input} holds no labels: run precompute_latents.py with conditions=[label].")
+        raise UserError(f"{cfg.input} has no labels: run precompute_latents.py with conditions=[label].")
     sizes = {"in_channels": facts.unet_shape[0], "classes": len(facts.classes("label"))}
     torch.manual_seed(cfg.seed)
     classifier = instantiate(cfg.classifier, **sizes, _convert_="all")
@@ -100,4 +100,4 @@ def report(
     mark = save_model(folder, "NoisyClassifier", arguments, classifier.state_dict(), {**figures, **belongs})
     print(curve_line("classifier loss", rows, "loss"))
     said = ", ".join(f"{value:.2f} at t = {name[-4:]}" for name, value in figures.items())
-    print(f"classifier: right on {heldout} held-out latents: {said}; fingerprint {mark}; in {folder}", flush=True)
+    print(f"classifier: accuracy on {heldout} held-out latents: {said}; fingerprint {mark}; in {folder}", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.train_clip")  # imports the rest when the options are right, and ends
+    start_entry("train.train_clip")  # checks the options, runs main() and exits
 
 from pathlib import Path
 from typing import Any

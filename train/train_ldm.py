@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.common.entry import start_entry
 
 if __name__ == "__main__":
-    start_entry("train.train_ldm")  # imports the rest when the options are right, and ends
+    start_entry("train.train_ldm")  # checks the options, runs main() and exits
 
 import copy
 from dataclasses import replace
@@ -21,6 +21,7 @@ from data_pipeline.shards.manifest import Manifest
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.data.ldm_inputs import latents_of, refuse_other_encoders, with_base_model_scaling
+from train.data.sizes import at_mean_size, mean_in_words
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES
 from train.evaluation.heldout_loss import HeldoutLoss
@@ -59,6 +60,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
         print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
+        if said := mean_in_words(facts):
+            print(said, flush=True)
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
     heldout = read_samples(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
 
@@ -70,6 +73,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         if cfg.preview_every:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
             samples = read_samples(root=f"{cfg.input}/train", limit=cfg.preview_samples * 8)[::8][: cfg.preview_samples]
+            samples = at_mean_size(samples, facts)
             preview = Preview(generator, sampler, guidance, samples, cfg.seed, run, context.reporter)
             found.append(Action(cfg.preview_every, with_averaged_weights(context, averaged, preview.draw)))
         return found

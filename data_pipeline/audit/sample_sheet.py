@@ -45,7 +45,7 @@ class Drawing(NamedTuple):
             return pixels.to_uint8(collated([{"pixels": sample["pixels"]}])["pixels"].numpy())[0]
         name = self.image.stored_as
         if name not in sample:
-            raise DataError(f"it has no {name}, which this autoencoder stores")
+            raise DataError(f"it has no {name}, which this autoencoder decodes")
         try:
             mean, _ = self.image.posterior_of(collated([{name: sample[name]}])[name].to(self.device))
             return pixels.to_uint8(self.image.decode(mean).float().cpu().numpy())[0]
@@ -151,11 +151,11 @@ class Originals:
         entries = {entry.key: entry for entry in read_index(self.root, source)} if source else {}
         found = entries.get(sample["key"])
         if found is None or (name := picture_in(found)) is None:
-            raise DataError(f"{sample['key']} is not in {self.root}: give the shards= that it was made of")
+            raise DataError(f"{sample['key']} is not in {self.root}: set shards= to the data set that it was made from")
         data = member(self.root, source, found, name)
         noted = sample["meta"].get("image_sha256")
         if noted and noted != hashlib.sha256(data).hexdigest()[:16]:
-            raise DataError(f"{sample['key']} was made of another picture than {self.root} has: encode it again")
+            raise DataError(f"{sample['key']} was made from another picture than that in {self.root}: encode it again")
         return fitted(codec.decode(name, data), tuple(sides)).pixels
 
 
@@ -164,8 +164,8 @@ def refuse_others(root: str, psnr: float, own: float, alike: float, findings: Fi
     if abs(psnr - own) > APART_DB or alike < ALIKE_DB:
         findings.add(
             "decoding",
-            f"latents of {root} decode to {psnr:.2f} dB, where the autoencoder's own reconstructions have {own:.2f} "
-            f"(between the two {alike:.2f}): encode them again.",
+            f"latents of {root} decode with a PSNR of {psnr:.2f} dB, but the autoencoder's own reconstructions have "
+            f"{own:.2f} dB ({alike:.2f} dB between the two): encode them again.",
         )
 
 

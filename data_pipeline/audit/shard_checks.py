@@ -29,12 +29,12 @@ CHECKS = (
     "accounting", "decoding",
 )  # fmt: skip
 KEPT = 20  # sentences kept of each check
-AGAIN = "make the data set again, in another output="
+AGAIN = "make the data set again with another output="
 COPY = "copy it again, or make the data set again"
 
 
 class Findings:
-    """The number of findings of each check, and their first KEPT sentences; `asked` are the checks that were made."""
+    """The number of findings of each check, and their first KEPT sentences; `checks_run`: the checks that were made."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -76,7 +76,7 @@ def check_claims(root: str, manifest: Manifest, findings: Findings) -> None:
             if f"shards/{name}" not in listed:
                 findings.add(
                     "manifest",
-                    f"{storage.join(root, 'shards', name)} is not in the manifest: delete it, as another run left it.",
+                    f"{storage.join(root, 'shards', name)} is not in the manifest: delete it; another run left it.",
                 )
 
 
@@ -117,19 +117,19 @@ def check_index(
             entries = parse_index(storage.read_bytes(path), path)
             wrong = [entry.key for entry in entries_not_in(entries, inside, foreign)]
         except (DataError, TypeError) as error:
-            damaged = f"index {path} is damaged: delete it, and it is read from the tar instead."
+            damaged = f"index {path} is damaged: delete it, and the tar will be scanned instead."
             findings.add("index", str(error) if isinstance(error, DataError) else damaged)
             return inside
         if wrong or (not foreign and len(entries) != len(inside)):
             first = f", first {wrong[0]}" if wrong else ""
             findings.add(
                 "index",
-                f"{path} does not say what its tar holds ({len(wrong)} of {len(entries)} entries differ{first}): "
-                + ("run index_shards.py again." if foreign else "delete it, and it is read from the tar instead."),
+                f"{path} does not match its tar ({len(wrong)} of {len(entries)} entries differ{first}): "
+                + ("run index_shards.py again." if foreign else "delete it, and the tar will be scanned instead."),
             )
             entries = [] if foreign else inside
     elif foreign:
-        findings.add("index", f"index {path} is missing, which says what was filtered: run index_shards.py again.")
+        findings.add("index", f"index {path}, which records what was filtered, is missing: run index_shards.py again.")
     if len(entries) != shard.samples:
         findings.add(
             "manifest",
@@ -179,15 +179,15 @@ def check_webdataset(
     if odd is not None:
         findings.add(
             "webdataset",
-            f"wds.WebDataset does not read {path} as its index does, from {odd} on: the members of a sample must be "
-            f"neighbours, each once; {AGAIN}.",
+            f"wds.WebDataset does not read {path} as its index does, starting at {odd}: the members of a sample must "
+            f"be adjacent and occur once; {AGAIN}.",
         )
 
 
 def wrong_in_sample(entry: IndexEntry, data: bytes, manifest: Manifest, codes: Codes) -> Iterator[tuple[str, str]]:
-    """no such upload: an earlier attempt may have completed it, and its answer was lost"""
+    """(check, reason) for everything wrong in one sample: its key, members, arrays and missing fields."""
     if entry.key.startswith("/") or ".." in entry.key.split("/"):
-        yield "keys", "its name leads out of the data set's folder"
+        yield "keys", "its key leads out of the data set's folder"
     values: dict[str, Any] = {}
     for name, (at, size) in entry.members.items():
         member = data[at : at + size]
@@ -249,7 +249,9 @@ def check_constants(root: str, manifest: Manifest, findings: Findings) -> Codes:
     for name, value in found.get("null", {}).items():
         field = manifest.fields.get(f"{name}.npy", {})
         if list(value.shape) != list(field.get("shape", value.shape)) or not np.isfinite(value).all():
-            findings.add("constants", f"the null of {name} in {root} does not fit its field: {COPY}.")
+            findings.add(
+                "constants", f"the null of {name} in {root} is not finite or not of its field's shape: {COPY}."
+            )
     return Codes(found.get("codebook", {}).get("codebook"))
 
 
@@ -262,5 +264,5 @@ def check_accounting(root: str, processed: int, source: Manifest, findings: Find
     if processed + aside != source.samples:
         findings.add(
             "accounting",
-            f"{root} has {processed} samples and {aside} were set aside, of {source.samples} listed: {AGAIN}.",
+            f"{root} has {processed} samples and {aside} set aside, but {source.samples} were listed: {AGAIN}.",
         )

@@ -20,7 +20,7 @@ from data_pipeline.shards.tar_index import END_OF_ARCHIVE
 KEY = "000000000"  # as long as keys usually are
 OFFSET = 10**8  # as long as an offset within a shard
 MEGA = 10**6
-HEADINGS = ("stored", "a sample", "in all", "shards", "samples a shard", "read by a node", "by all nodes")
+HEADINGS = ("stored", "per sample", "total", "shards", "samples per shard", "read per node", "read by all nodes")
 
 
 def tar_bytes(members: Mapping[str, int]) -> int:
@@ -41,7 +41,7 @@ def index_bytes(members: Mapping[str, int]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class StorageLayout:
     """A way to store a data set; members: extension -> bytes in each sample; shared: bytes stored once beside all
     shards, of which `looked_up` are read for each sample."""
 
@@ -143,13 +143,13 @@ def json_of(caption_bytes: int, more: int, sides: tuple[int, int], captions: int
 
 def deduplicated(
     name: str, members: Mapping[str, int], text: Sequence[str], images: int, unique: float, captions: int = 1
-) -> Layout:
+) -> StorageLayout:
     """A layout that stores text states once for each different caption, and in each sample the numbers of its rows."""
     rows = round(images * captions * unique)
     kept = {extension: size for extension, size in members.items() if extension not in text}
     number = {"row.npy": array_bytes((captions,) if captions > 1 else (), "float32", floating=False)}
     states = sum(members[extension] for extension in text)
-    return Layout(name, kept | number, rows * states, states)
+    return StorageLayout(name, kept | number, rows * states, states)
 
 
 def words(number: float, unit: str = "B") -> str:
@@ -173,7 +173,7 @@ def duration(seconds: float) -> str:
 class Row:
     """A line of the plan: `images` stored in a layout, in shards of `limit` bytes, and trained on."""
 
-    layout: Layout
+    layout: StorageLayout
     images: int
     limit: int
     rates: Rates

@@ -15,7 +15,7 @@ def chosen_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count) if count else torch.device("cpu")
     if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise UserError(f"device={name} is not to be had here: take device=auto or device=cpu.")
+        raise UserError(f"device={name} is not available here: use device=auto or device=cpu.")
     return torch.device(name)
 
 

@@ -46,6 +46,8 @@ def explained(said: str, conf: Path, root: str) -> str:
     """One sentence for Hydra's message on an entry of conf/<root>.yaml; other messages stay as they are."""
     if found := NOT_LOADED.search(said):
         group, name = found.groups()
+        if group == "conditions" and (conf / "conditioning" / f"{name}.yaml").exists():
+            return f"conditions={name}: conditioning=[{name}] needs nothing that is stored for it: leave {name} out."
         there = sorted(path.stem for path in (conf / group).glob("*.yaml"))
         if there:
             return f"{group}={name} is not to be had: take {any_of(there)}."

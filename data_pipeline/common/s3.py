@@ -56,10 +56,14 @@ class Settings(NamedTuple):
         except ValueError:
             deadline = attempts = 0
         if deadline <= 0 or attempts < 1:
-            raise UserError(f"{DEADLINE} must be seconds above 0, and {ATTEMPTS} a number from 1 on.")
+            raise UserError(
+                f"{DEADLINE} must be a number of seconds above 0, and {ATTEMPTS} a whole number, 1 or more."
+            )
         endpoint = value(ENDPOINT) or None
         if endpoint and (not endpoint.startswith(("http://", "https://")) or "@" in endpoint):
-            raise UserError(f"{ENDPOINT} must be http(s)://host:port; keys go into AWS_ACCESS_KEY_ID and its secret.")
+            raise UserError(
+                f"{ENDPOINT} must be http(s)://host:port; keys belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            )
         return cls(endpoint, value(REGION) or value("AWS_DEFAULT_REGION") or None, deadline, attempts)
 
 
@@ -292,16 +296,16 @@ REFUSALS = {
     "SignatureDoesNotMatch": "the secret does not belong to the key: check AWS_SECRET_ACCESS_KEY",
     "ExpiredToken": "the session token is no longer valid: get new keys",
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
-    "NoSuchBucket": "there is no such bucket: check its name and AWS_ENDPOINT_URL, or make it",
+    "NoSuchBucket": "there is no such bucket: check its name and AWS_ENDPOINT_URL, or create it",
     "NoSuchKey": "there is no such object: check the path",
     "InvalidRange": "it is shorter than it should be: copy or make it again",
     "NoCredentialsError": "no keys were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "PartialCredentialsError": "half of the keys is missing: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "ProfileNotFound": "no such profile is in the AWS configuration: unset AWS_PROFILE, or set it to one that is",
-    "InvalidRegionError": "that is no name of a region: set AWS_REGION",
-    "ParamValidationError": "that is no name for a bucket or an object: write s3://bucket/path",
-    "AccessDenied": "the store refuses these keys access: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what "
-    "they may do in this bucket",
+    "PartialCredentialsError": "one of the two keys is missing: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ProfileNotFound": "the AWS configuration has no such profile: unset AWS_PROFILE, or set it to an existing one",
+    "InvalidRegionError": "the region's name is not valid: correct AWS_REGION",
+    "ParamValidationError": "the name of the bucket or object is not valid: use s3://bucket/path",
+    "AccessDenied": "access with these keys is denied: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and their "
+    "permissions for this bucket",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION",
 }
 REFUSALS |= {"403": REFUSALS["AccessDenied"], "404": REFUSALS["NoSuchKey"], "301": REFUSALS["PermanentRedirect"]}
@@ -317,7 +321,7 @@ def sentence(path: str, error: Exception, settings: Settings) -> UserError:
         return kind(f"{path} at {where}: {REFUSALS[name]} ({name}).")
     if is_transient(error):
         return UserError(
-            f"{path}: {where} did not answer as it should in {settings.attempts} attempts of {settings.deadline_s:g} s "
+            f"{path}: {where} did not answer correctly in {settings.attempts} attempts of {settings.deadline_s:g} s "
             f"({name}): check AWS_ENDPOINT_URL and the network, or raise {ATTEMPTS} and {DEADLINE}."
         )
     return UserError(f"{path}: {where} refused the request ({name}): check the path, AWS_ENDPOINT_URL and AWS_REGION.")

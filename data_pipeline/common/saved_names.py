@@ -22,6 +22,7 @@ LIST: Mapping[str, Mapping[str, str]] = {
         "image_embedding": "data_pipeline.encode.conditions.ImageEmbedding",
         "low_resolution": "data_pipeline.encode.conditions.LowResolution",
         "hole": "data_pipeline.encode.conditions.Hole",
+        "size": "data_pipeline.encode.size_condition.Size",
     },
     "conditioning": {
         "text": f"{_CONDITIONERS}.StoredText",
@@ -31,6 +32,7 @@ LIST: Mapping[str, Mapping[str, str]] = {
         "image_embedding": f"{_CONDITIONERS}.ImageTokens",
         "low_resolution": f"{_CONDITIONERS}.LowResolutionImage",
         "hole": f"{_CONDITIONERS}.HoleAndRest",
+        "size": f"{_MODELS}.size_features.SizeFeatures",
     },
     "unet": {"unet": f"{_MODELS}.unet.UNet"},
     "autoencoder": {

@@ -74,7 +74,7 @@ class Checked:
                 raise type(error)(f"{file}: {error}") from error
             raise
         except Exception as error:  # a constructor may refuse values that are valid one by one
-            raise DataError(f"{self.where} can't be made of its arguments ({_brief(error)}).") from error
+            raise DataError(f"{self.where} can't be built from its arguments ({_brief(error)}).") from error
 
 
 def build(saved: Any, group: str, where: str, own: Collection[Target] = ()) -> Any:
@@ -87,7 +87,7 @@ def checked(saved: Any, group: str, where: str, own: Collection[Target] = ()) ->
     """An entry with its parts, looked up and its arguments checked; anything invalid is a DataError."""
     saved, about = named(saved), GROUPS[group]
     if not isinstance(saved, Mapping):
-        raise DataError(f"{where} must be a table with the name of what it is, and is {_brief(saved)}.")
+        raise DataError(f"{where} must be a table with a name, not {_brief(saved)}.")
     make, reference = _looked_up(saved, group, where, own)
     heads = {"_target_", "path"} if reference else {"_target_"} if "_target_" in saved else {"name"}
     if "_target_" in saved:  # the user's own class: in the notation of their conf/
@@ -111,7 +111,7 @@ def _with_arguments(
         if name not in free and not (is_open and isinstance(name, str) and not name.startswith("_")):
             raise DataError(f"{where} has no argument {_brief(name)}{_near(name, free)}.")
         if name not in parts and name in hints and not fits(value, hints[name]):
-            raise DataError(f"{where}.{name}={_brief(value)} can't be: it must be {described(hints[name])}.")
+            raise DataError(f"{where}.{name}={_brief(value)} is not valid: it must be {described(hints[name])}.")
     called = not reference and len(free) == len(parameters)
     lacking = [name for name, p in free.items() if p.default is p.empty and name not in given]
     if lacking and not reference:
@@ -132,16 +132,16 @@ def _looked_up(
         name = saved.get("name")
         if not isinstance(name, str) or name not in LIST[group]:
             raise DataError(
-                f"{where} names {_brief(name)}, which is none of {', '.join(LIST[group])}{_near(name, LIST[group])}."
+                f"{where} names {_brief(name)}, which is not one of {', '.join(LIST[group])}{_near(name, LIST[group])}."
             )
         return _imported(LIST[group][name], where), False
     target = target_of(saved)
     if target is None or (target not in own and target not in targets_in_conf(group)):
         path, folder = target[0] if target else saved["_target_"], GROUPS[group].conf or group
         raise DataError(
-            f"{where} names {_brief(path)}, and a file may name only what is on the list ({', '.join(LIST[group])}): "
-            f"take files of people whom you trust; a class of your own is taken once conf/{folder}/ names it, too "
-            "(docs/security.md)."
+            f"{where} names {_brief(path)}, but a file may name only what is on the list ({', '.join(LIST[group])}): "
+            f"use files only from people you trust; for a class of your own, add a file to conf/{folder}/ that names "
+            "it (docs/security.md)."
         )
     return _imported(target[0], where), not target[1]
 
@@ -151,7 +151,9 @@ def _imported(path: str, where: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{where} names {path}, which can't be imported ({error}): see that it can.") from error
+        raise UserError(
+            f"{where} names {path}, which can't be imported ({error}): install it, or add it to PYTHONPATH."
+        ) from error
 
 
 def _parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -217,9 +219,9 @@ def _read(path: Path, parse: Callable[[str], Any], wrong: type[Exception]) -> di
     try:
         content = parse(path.read_text())
     except (wrong, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise DataError(f"{path} can't be read ({_brief(error)}): make it, or copy it, again.") from error
+        raise DataError(f"{path} can't be read ({_brief(error)}): make or copy it again.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds no table of options: make it, or copy it, again.")
+        raise DataError(f"{path} does not contain a table of options: make or copy it again.")
     return content
 
 
@@ -227,9 +229,9 @@ def refuse_wrong_kinds(values: Mapping[str, Any], hints: Mapping[str, Any], wher
     """Check the facts of a file, by name, against annotations; refuse missing ones and those of another type."""
     for name, hint in hints.items():
         if name not in values:
-            raise DataError(f"{where} lacks {name}: make it, or copy it, again.")
+            raise DataError(f"{where} lacks {name}: make or copy it again.")
         if not fits(values[name], hint):
-            raise DataError(f"{where}: {name}={_brief(values[name])} can't be: it must be {described(hint)}.")
+            raise DataError(f"{where}: {name}={_brief(values[name])} is not valid: it must be {described(hint)}.")
 
 
 def _near(name: Any, names: Collection[str]) -> str:

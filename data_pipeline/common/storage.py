@@ -26,7 +26,7 @@ def configure(**settings: str | float | None) -> None:
             os.environ[s3.VARIABLES[name]] = str(value)
     s3.Settings.now()
     if (settings.get("cache") is None) != (settings.get("cache_gb") is None):
-        raise UserError("store.cache (a folder) and store.cache_gb (what it may hold) go together: give both.")
+        raise UserError("store.cache (a folder) and store.cache_gb (its capacity) must be set together: set both.")
 
 
 def is_s3(path: str | Path) -> bool:
@@ -35,7 +35,7 @@ def is_s3(path: str | Path) -> bool:
     if text.startswith("s3://"):
         return True
     if "://" in text or text.startswith("pipe:"):
-        raise UserError(f"{text}: only local paths and s3:// are read; copy the data to one of them.")
+        raise UserError(f"{text}: only local paths and s3:// can be read; copy the data to one of these.")
     return False
 
 
@@ -58,7 +58,7 @@ def read_bytes(path: str | Path, start: int = 0, length: int | None = None) -> b
         file.seek(start)
         data = file.read() if length is None else file.read(length)
     if length is not None and len(data) != length:
-        raise OSError(f"{path}: {len(data)} of {length} bytes from {start}")
+        raise OSError(f"{path}: only {len(data)} of {length} bytes could be read from byte {start}")
     return data
 
 

@@ -14,18 +14,15 @@ from data_pipeline.encode.conditions import Condition
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import DTYPES, narrowed
 from data_pipeline.shards.caption_members import line_of, member_of, others_of
+from data_pipeline.shards.json_fields import GEOMETRY
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.reader import read_whole
 from data_pipeline.shards.samples import as_sample, captions_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
-GEOMETRY = ("original_size", "crop_top_left", "target_size")
-FACTS = (
-    *GEOMETRY,
-    "image_sha256",
-    "caption",
-    "captions",
-)  # keys of a latent sample's json that precompute adds to the source's
+# Keys of a latent sample's json that precompute adds to the source's; and the captions, which have nothing to do with
+# what is made from the rest.
+FACTS = (*GEOMETRY, "image_sha256", "caption", "captions")
 
 
 class BaseSet:
@@ -157,11 +154,13 @@ def base_of(path: str, split: str, encoders: Encoders, sizes: str) -> Base:
     ]
     roots = [place for place in places if storage.exists(storage.join(place, "manifest.json"))]
     if not roots:
-        raise UserError(f"base={path} holds no finished latents of {split or 'these'}: give an output of precompute.")
+        raise UserError(
+            f"base={path} has no finished latents of {split or 'this data'}: use an output of precompute_latents.py."
+        )
     base = Base(roots, encoders, sizes)
     if not any(each.reusable for each in base.sets):
         raise UserError(
-            f"base={path} was made by other encoders, in another dtype and at other sizes: nothing of it can be used; "
-            "leave base= out."
+            f"base={path} was made with other encoders, another dtype or other sizes, so nothing of it can be reused: "
+            "remove base=."
         )
     return base

@@ -138,8 +138,8 @@ def encoded(
     for name, value in made.items():
         if value.is_complex() or value.ndim < 1 or len(value) != len(lacking):
             raise DataError(
-                f"{name} of {len(lacking)} samples came as {tuple(value.shape)} {value.dtype}: this encoder is not one "
-                "that can be stored."
+                f"{name} of {len(lacking)} samples has shape {tuple(value.shape)} and dtype {value.dtype}: an encoder "
+                "must return one row of real numbers per sample."
             )
     return {name: as_stored(value, encoders.dtype) for name, value in made.items()}
 

@@ -31,13 +31,14 @@ class Tools(Protocol):
 
 
 class Condition(Protocol):
-    """options: those of sample_images.py that give it; uses_clip, uses_first_stage: whether it needs these
-    encoders; uses_image_tower: whether it needs the CLIP's image tower, too.
+    """options: those of sample_images.py that give it; optional: those that may be left out; uses_clip,
+    uses_first_stage: whether it needs these encoders; uses_image_tower: whether it needs the CLIP's image tower, too.
 
     fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that it depends on.
     """
 
     options: tuple[str, ...]
+    optional: tuple[str, ...]
     uses_clip: bool
     uses_first_stage: bool
     uses_image_tower: bool
@@ -60,13 +61,14 @@ class Condition(Protocol):
         """The fields' values without a condition, unbatched; only where an encoder defines them."""
 
     def as_sample(self, **given: Any) -> dict[str, Any]:
-        """The user's `options` options as parts of a sample."""
+        """The user's options, `options` and what is given of `optional`, as parts of a sample."""
 
 
 class PlainCondition:
     """A condition that learns nothing, accepts every sample and has no encoder-defined null."""
 
     options: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     uses_clip = uses_first_stage = uses_image_tower = False
     fields: tuple[str, ...] = ()
     made_from: tuple[str, ...] = ("meta",)
@@ -116,7 +118,9 @@ class Text(PlainCondition):
 class Classes(PlainCondition):
     """A condition on named classes: those of the training split, in alphabetical order, unless given."""
 
-    none_named = "conditions=[label]: no sample names a class: check conditions.label.key, or give classes."
+    none_named = (
+        "conditions=[label]: no sample names a class: check conditions.label.key, or set conditions.label.classes."
+    )
 
     def __init__(self, classes: Sequence[str] | None = None) -> None:
         self.classes = None if classes is None else [str(name) for name in classes]
@@ -144,7 +148,7 @@ class Classes(PlainCondition):
             if len(self.classes) > 12:
                 near = difflib.get_close_matches(str(unknown), self.classes, 4, 0.3) or self.classes[:12]
                 known = f"{', '.join(near)}, or another of {len(self.classes)}"
-            raise UserError(f"class {unknown} is unknown here: take one of {known}.") from None
+            raise UserError(f"class {unknown} is unknown: use one of {known}.") from None
 
 
 class Label(Classes):
@@ -167,7 +171,7 @@ class Label(Classes):
         named = self.named_in(sample)
         if not named:
             return f"no {self.key} in its json"
-        return None if named[0] in self.classes else f"{self.key} is none of the classes"
+        return None if named[0] in self.classes else f"{self.key} is not one of the classes"
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
         return {"label": torch.tensor([self.numbers(self.named_in(sample))[0] for sample in samples])}
@@ -184,8 +188,8 @@ class Layout(Classes):
     """
 
     none_named = (
-        "conditions=[layout]: no sample has boxes in its json: make_shards.py source=openmoji_pairs makes such, or "
-        "give each sample's as boxes: [[class, x0, y0, x1, y1], ...]."
+        "conditions=[layout]: no sample has boxes in its json: add boxes: [[class, x0, y0, x1, y1], ...] to the "
+        "samples, or use make_shards.py source=openmoji_pairs."
     )
     options, fields = ("layouts",), ("boxes", "box_label")
 
@@ -208,7 +212,7 @@ class Layout(Classes):
             return f"more than max_boxes={self.max_boxes} boxes"
         if not all(well_formed(box) for box in boxes):
             return "a box is not [class, x0, y0, x1, y1] with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1"
-        return None if set(self.named_in(sample)) <= set(self.classes) else "a box's class is none of the classes"
+        return None if set(self.named_in(sample)) <= set(self.classes) else "a box's class is not one of the classes"
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
         boxes = torch.zeros(len(samples), self.max_boxes, 4)
@@ -221,7 +225,7 @@ class Layout(Classes):
 
     def as_sample(self, layouts: Sequence[Sequence[Any]]) -> dict[str, Any]:
         if not isinstance(layouts, list | tuple) or not all(isinstance(box, list | tuple) for box in layouts):
-            raise UserError(f"layouts: {layouts} is no list of boxes: give layouts='[[[class,x0,y0,x1,y1]]]'.")
+            raise UserError(f"layouts: {layouts} is not a list of boxes: use layouts='[[[class,x0,y0,x1,y1]]]'.")
         sample = {"meta": {"boxes": [list(box) for box in layouts]}}
         self.numbers(self.named_in(sample))
         if reason := self.reason_against(sample):
@@ -272,7 +276,7 @@ def refuse_text_alone(text: TextEncoder) -> None:
     """Refuse a text-only encoder where a CLIP with both towers is needed."""
     if not hasattr(text, "encode_image"):
         raise UserError(
-            "conditions=[image_embedding] needs a CLIP with its image tower: take clip=trained, of train_clip.py."
+            "conditions=[image_embedding] needs a CLIP with an image tower: use clip=trained, from train_clip.py."
         )
 
 
@@ -305,7 +309,7 @@ class Hole(PlainCondition):
     def __init__(self, smallest: float = 0.25, largest: float = 0.75) -> None:
         if not 0 < smallest <= largest <= 1:
             raise UserError(
-                f"conditions.hole: {smallest} to {largest} are no shares of a side: give 0 < smallest <= largest <= 1."
+                f"conditions.hole: smallest={smallest} largest={largest} must satisfy 0 < smallest <= largest <= 1."
             )
         self.smallest, self.largest = smallest, largest
 

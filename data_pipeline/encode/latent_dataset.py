@@ -18,6 +18,7 @@ from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.images.aspect_buckets import Sizes
 from data_pipeline.shards.caption_members import summed
+from data_pipeline.shards.json_fields import mean_in_manifest
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.rejects import Rejects, accounting, summary
 from data_pipeline.shards.truncation import joined, sentence
@@ -153,7 +154,8 @@ def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dic
         fields = common_fields(root, parts[bucket])
         if "captions" in info:
             fields = with_captions(fields, encoders)
-        Manifest("latents", shards, fields, info, made_of).save(root)
+        sizes = mean_in_manifest([part.get("size_sums") for part in parts[bucket]])
+        Manifest("latents", shards, fields, info | sizes, made_of).save(root)
     counts = {bucket: sum(part["shard"]["samples"] for part in parts[bucket]) for bucket in buckets}
     if paths.bucketed:
         storage.write_atomically(paths.final_file, json.dumps(counts, indent=1).encode())

@@ -23,6 +23,7 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.encode.batch_encoder import Encoders, Item, Others, batch_statistics, combined_statistics
 from data_pipeline.shards.arrays import described, unusable
 from data_pipeline.shards.caption_members import counted, names_in
+from data_pipeline.shards.json_fields import size_sums
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar_index import digest_of
 from data_pipeline.shards.truncation import CutCaptions
@@ -111,8 +112,8 @@ def verify_done_markers(
         for bucket, part in record["sets"].items():
             if not is_there(paths.root(bucket), Shard(**part["shard"])):
                 raise DataError(
-                    f"shard {storage.join(paths.root(bucket), shard.name)} was made by two workers that compute "
-                    f"differently, and has the bytes of one beside the note of the other: delete "
+                    f"shard {storage.join(paths.root(bucket), shard.name)} was made by two workers with different "
+                    f"results, and its tar and its done marker are not from the same worker: delete "
                     f"{paths.done_marker(shard)} and start precompute again."
                 )
     return now
@@ -125,6 +126,7 @@ class LatentShardBuilder:
         self.shard, self.image, self.dtype = shard, encoders.image, encoders.dtype
         self.writers: dict[str, ShardWriter] = {}
         self.statistics: dict[str, list[dict[str, Any]]] = {}
+        self.metas: dict[str, list[dict[str, Any]]] = {}
         self.fields: dict[str, dict[str, Any]] = {}
         self.captions: dict[str, Counter[str]] = {}
         self.cut = CutCaptions(encoders.text)
@@ -169,6 +171,7 @@ class LatentShardBuilder:
             writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
             self.captions.setdefault(bucket, Counter()).update(names_in(items[row].captions))
             self.cut.add(sample["key"], items[row].texts)
+            self.metas.setdefault(bucket, []).append(sample["meta"])
 
     def publish(self, paths: OutputPaths) -> DoneMarker:
         """Write each bucket's tar and then the note that the shard is finished, unless another worker came first.
@@ -206,6 +209,7 @@ class LatentShardBuilder:
                 "shard": asdict(line),
                 "latents": combined_statistics(self.statistics[bucket]),
                 "fields": self.fields[bucket],
+                "size_sums": size_sums(self.metas[bucket]),
                 **({"captions": several} if (several := counted(self.captions[bucket])) else {}),
             }
             for bucket, line in lines.items()

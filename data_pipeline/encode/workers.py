@@ -39,7 +39,7 @@ def worker_of(number: int | None, workers: int | None, environment: Mapping[str,
         return worker_by_environment(environment)
     workers = 1 if workers is None else workers
     if number is None or not 0 <= number < workers:
-        raise UserError(f"worker={number} workers={workers} can't be: worker counts from 0 to workers - 1; give both.")
+        raise UserError(f"worker={number} workers={workers} is not valid: set both, with worker from 0 to workers - 1.")
     return Worker(number, workers)
 
 

@@ -31,7 +31,7 @@ class Bytes(Protocol):
     def __getitem__(self, place: slice) -> bytes | np.ndarray: ...
 
 
-class Layout(NamedTuple):
+class ArrayLayout(NamedTuple):
     """What all arrays of a field have in common: the bytes before their values, dtype and shape."""
 
     header: bytes
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, data: bytes) -> Layout | None:
+    def of(cls, data: bytes) -> ArrayLayout | None:
         """The layout of a .npy that can be decoded; None for values that a tensor can't hold as they are stored."""
         shape, fortran_order, dtype, offset = array_header(data)
         plain = dtype in COPIED and dtype.isnative and (not fortran_order or len(shape) < 2)
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 
 def stacked(
-    members: Sequence[str], layout: Layout, found: Sequence[tuple[Bytes, IndexEntry]], pinned: bool
+    members: Sequence[str], layout: ArrayLayout, found: Sequence[tuple[Bytes, IndexEntry]], pinned: bool
 ) -> Tensor | None:
     """(B, *shape) of one member of each of B samples, given as its shard's bytes and its entry; None if one of them
     does not match `layout`."""

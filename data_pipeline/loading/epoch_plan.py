@@ -60,7 +60,7 @@ class EpochPlan:
         if streams < 1 or window_shards < 1 or global_batch_size < 1:
             raise UserError("batch_size, data.streams and data.window_shards must be at least 1.")
         if not self.samples:
-            raise DataError("the data set holds no samples: make it again from pictures that are not set aside.")
+            raise DataError("the data set has no samples: make it again from usable pictures.")
         if self.samples < streams:
             raise UserError(f"{self.samples} samples can't fill {streams} streams: set data.streams={self.samples}.")
         if global_batch_size % streams:

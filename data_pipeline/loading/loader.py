@@ -58,6 +58,7 @@ class Loader:
         world_size: int = 1,
         accumulation: int = 1,
         start: DataCursor = DataCursor(),  # noqa: B008  (frozen)
+        json_fields: Sequence[str] = (),  # what to read from each sample's json besides its caption, by FROM_JSON
     ) -> None:
         if config.streams % (world_size * accumulation):
             raise UserError(
@@ -83,6 +84,7 @@ class Loader:
         if config.num_workers < 0 or config.prefetch < 0:
             raise UserError("data.num_workers and data.prefetch must be at least 0.")
         self.root, self.config, self.accumulation, self.start, self.seed = root, config, accumulation, start, seed
+        self.json_fields = tuple(json_fields)
 
     def __iter__(self) -> Iterator[Batch]:
         for parts in self._steps():
@@ -152,7 +154,7 @@ class _StreamParts:
     def __init__(self, loader: Loader) -> None:
         self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan
         self.streams, self.config, self.first_step = loader.streams, loader.config, loader.start.step
-        self.seed = loader.seed
+        self.seed, self.json_fields = loader.seed, loader.json_fields
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": self.plan.arguments}
@@ -163,8 +165,9 @@ class _StreamParts:
     def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[StepPart]:
         streams = np.array_split(self.streams, of)[worker or 0].tolist()
         # Values that are not finite cost training a step, which it logs (stability_monitor.py), not the run.
-        config, captions = self.config, self.config.captions
-        reader = SampleReader(self.root, self.manifest, config.cache_mb / of, config.verify, False, captions)
+        how = {"verify": self.config.verify, "finite": False, "json_fields": self.json_fields}
+        how |= {"captions": self.config.captions}
+        reader = SampleReader(self.root, self.manifest, self.config.cache_mb / of, **how)
         reader.pieces = self.plan.pieces
         pinned = worker is None and torch.cuda.is_available()
         windows = -1
@@ -188,11 +191,12 @@ class _StreamParts:
 def read_dataset(
     root: str,
     limit: int | None = None,
+    json_fields: Sequence[str] = (),
     captions: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
 ) -> list[dict[str, Any]]:
     """The samples of a data set in order, decoded, each with its first caption; at most `limit`."""
     manifest = Manifest.load(root)
-    reader = SampleReader(root, manifest, cache_mb=0, captions=captions)
+    reader = SampleReader(root, manifest, cache_mb=0, json_fields=json_fields, captions=captions)
     places = (Place(number, i) for number, shard in enumerate(manifest.shards) for i in range(shard.samples))
     samples: list[dict[str, Any]] = []
     try:

@@ -15,13 +15,14 @@ from torch import Tensor
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.images.decode import IMAGES
-from data_pipeline.loading.array_batch import Layout, not_finite, stacked
-from data_pipeline.loading.caption_draw import CaptionOptions, Chosen
+from data_pipeline.loading.array_batch import ArrayLayout, not_finite, stacked
+from data_pipeline.loading.caption_draw import CaptionOptions
 from data_pipeline.loading.epoch_plan import Place
 from data_pipeline.loading.shard_cache import RemoteShard, open_shard
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing
 from data_pipeline.shards.caption_members import line_of, member_of
+from data_pipeline.shards.json_fields import FROM_JSON
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import as_sample, captions_of, collated, fields_of, size_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
@@ -40,7 +41,7 @@ class SampleReader:
     """Reads samples of a data set by place. Background threads open shards; decoded pictures are kept up to `cache_mb`,
     enough for small sets. verify: each shard's digest is checked once, before any of its samples is handed out. The
     dtype and shape of each array are checked on every read. finite: whether values that are not finite are refused.
-    captions: which one a batch takes of several."""
+    json_fields: names of FROM_JSON that become arrays, too. captions: which one a batch takes of several."""
 
     def __init__(
         self,
@@ -49,14 +50,16 @@ class SampleReader:
         cache_mb: float,
         verify: bool = True,
         finite: bool = True,
+        json_fields: Sequence[str] = (),
         captions: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
     ) -> None:
         _allow_many_open_files()
         self.root, self.manifest, self.verify, self.finite, self.captions = root, manifest, verify, finite, captions
+        self.json_fields = {name: FROM_JSON[name] for name in json_fields}
         self.fields = fields_of(manifest)
         self.arrays = [name for name in self.fields if name.endswith(".npy")]
         self.only_arrays = all(name in ("json", "txt") or name in self.arrays for name in self.fields)
-        self.layouts: dict[str, Layout | None] = {}
+        self.layouts: dict[str, ArrayLayout | None] = {}
         self.openers = ThreadPoolExecutor(min(OPENERS, os.cpu_count() or 1), "open shard")
         self.opening: dict[int, Future[OpenShard]] = {}
         self.shards: dict[int, OpenShard] = {}
@@ -74,13 +77,17 @@ class SampleReader:
         tensors, draws = None, draws or [None] * len(places)
         if self.only_arrays:
             found = [(shard := self.shard(number), shard.entries[sample]) for number, sample in places]
-            chosen = [self._chosen(*each) for each in zip(places, found, draws, strict=True)]
+            texts = [self._texts(place, *each) for place, each in zip(places, found, strict=True)]
+            chosen = [self.captions.chosen(captions_of(text), draw) for text, draw in zip(texts, draws, strict=True)]
             names = [caption.name for caption in chosen]
             tensors = self._stacked([(shard.data, entry) for shard, entry in found], places, names, pinned)
         if tensors is None:
             samples = [self.read(*each) for each in zip(places, draws, strict=True)]
             tensors = {name: pin(value, pinned) for name, value in collated(samples).items()}
             return [sample["key"] for sample in samples], [sample["caption"] for sample in samples], tensors
+        if self.json_fields:
+            rows = [self._in_json(place, each["meta"]) for place, each in zip(places, texts, strict=True)]
+            tensors |= {name: pin(value, pinned) for name, value in collated(rows).items()}
         return [entry.key for _, entry in found], [caption.text for caption in chosen], tensors
 
     def _stacked(
@@ -96,7 +103,7 @@ class SampleReader:
                     return None
                 self.read(places[0])  # names the array that can't be decoded
                 offset, size = entry.members[member]
-                self.layouts[member] = Layout.of(bytes(data[offset : offset + size]))
+                self.layouts[member] = ArrayLayout.of(bytes(data[offset : offset + size]))
             layout = self.layouts[member]
             values = None if layout is None else stacked(members, layout, found, pinned)
             if values is None:
@@ -110,15 +117,22 @@ class SampleReader:
         """The fields of a place's data set, as its manifest has them."""
         return self.manifest.fields
 
+    def _texts(self, place: Place, shard: OpenShard, entry: IndexEntry) -> dict[str, Any]:
+        """A sample without its arrays."""
+        text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
+        return as_sample(entry.key, self._decoded(place, shard, entry, text))
+
+    def _in_json(self, place: Place, meta: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The fields that a sample's json holds; the json is decoded anyway, for its caption."""
+        try:
+            return {name: taken(meta) for name, taken in self.json_fields.items()}
+        except DataError as error:
+            raise self._naming(place, str(error)) from error
+
     def _of_caption(self, place: Place, member: str, caption: str) -> str:
         """The member that has a field of a caption; caption: its name, "" for the first."""
         own = caption and self._fields(place)[member].get("captions")
         return f"{member_of(member.removesuffix('.npy'), caption)}.npy" if own else member
-
-    def _chosen(self, place: Place, found: tuple[OpenShard, IndexEntry], draw: int | None) -> Chosen:
-        shard, entry = found
-        text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
-        return self.captions.chosen(captions_of(as_sample(entry.key, self._decoded(place, shard, entry, text))), draw)
 
     def read(self, place: Place, draw: int | None = None) -> dict[str, Any]:
         """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}. draw: as in
@@ -146,6 +160,7 @@ class SampleReader:
             raise self._naming(place, f"it lacks {lacking}")
         members = self._decoded(place, shard, entry, wanted)
         sample = as_sample(entry.key, members, size_of(self.manifest))
+        sample |= self._in_json(place, sample["meta"])
         cost = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
         if cost <= self.room and not self.only_arrays:
             self.cache[place] = sample

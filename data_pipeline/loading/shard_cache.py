@@ -99,11 +99,11 @@ class ShardCache(NamedTuple):
                     data = self._opened(path, shard)
         except OSError as error:
             raise UserError(
-                f"the shard cache {self.folder} can't be used ({error.strerror}): give another store.cache, or lower "
+                f"the shard cache {self.folder} can't be used ({error.strerror}): use another store.cache, or lower "
                 "store.cache_gb."
             ) from error
         if data is None:  # evicted at once by other processes, or the disk returns other bytes than were written
-            raise UserError(f"the shard cache {self.folder} does not keep what is put there: raise store.cache_gb.")
+            raise UserError(f"the shard cache {self.folder} lost a shard just written to it: raise store.cache_gb.")
         return data
 
     def _opened(self, path: Path, shard: Shard) -> mmap.mmap | None:

@@ -76,12 +76,12 @@ class Workers:
         process = self.processes[worker]
         process.join(5)
         code = process.exitcode
-        how = "closed its pipe" if code is None else f"left with code {code}: its error stands above"
+        how = "closed its pipe" if code is None else f"exited with code {code}: its error is above"
         if code is not None and code < 0:
             how = (
-                f"was ended by {signal.Signals(-code).name}: memory may have run out (data.num_workers, data.cache_mb)"
+                f"was killed by {signal.Signals(-code).name}: memory may have run out (data.num_workers, data.cache_mb)"
             )
-        return f"loader worker {worker} of {self.count} (process {process.pid}) {how}; start the run again to go on."
+        return f"loader worker {worker} of {self.count} (process {process.pid}) {how}; start the run again to continue."
 
     def close(self) -> None:
         """End them all."""

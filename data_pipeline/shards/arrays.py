@@ -52,13 +52,16 @@ def unusable(stored: Mapping[str, np.ndarray], codes: int | None, dtype: str) ->
         if values.dtype.kind == "i":
             is_codes = codes is not None and name.startswith("indices")
             bad = ((values < 0) | (values >= codes)).any(axes) if is_codes else np.zeros(len(values), bool)
-            reasons = [(bad, f"{name} are no codes of the codebook")]
+            reasons = [(bad, f"{name} has codes that are not in the codebook")]
         else:
             numbers = readable(values)
             finite = np.isfinite(numbers).all(axes)
             remedy = "" if dtype == "float32" else ": use dtype=float32"
             large = (np.abs(numbers) > LARGEST).any(axes) if numbers.dtype == np.float32 else ~finite
-            reasons = [(~finite, f"{name} is not finite in {dtype}{remedy}"), (large, f"{name} is beyond {LARGEST:g}")]
+            reasons = [
+                (~finite, f"{name} is not finite in {dtype}{remedy}"),
+                (large, f"{name} has values beyond {LARGEST:g}"),
+            ]
         for bad, reason in reasons:
             for row in np.flatnonzero(bad):
                 named.setdefault(int(row), reason)
@@ -70,7 +73,7 @@ def dtype_named(name: str) -> np.dtype:
     try:
         return BFLOAT16 if name == "bfloat16" else np.dtype(name)
     except TypeError as error:
-        raise DataError(f"the manifest names a dtype {name}, which there is not: make the data set again") from error
+        raise DataError(f"the manifest names a dtype {name}, which does not exist: make the data set again") from error
 
 
 def differing(name: str, header: ArrayHeader, field: Mapping[str, Any]) -> Iterator[str]:
@@ -80,6 +83,6 @@ def differing(name: str, header: ArrayHeader, field: Mapping[str, Any]) -> Itera
     if claimed and actual != dtype_named(claimed):
         yield f"{name} is {actual.str}, not {dtype_named(claimed).str} as the manifest says"
     elif actual.kind not in "fiub" and actual != BFLOAT16:
-        yield f"{name} is {actual.str}: these are no numbers"
+        yield f"{name} is {actual.str}, which is not numeric"
     if list(header.shape) != list(field.get("shape", header.shape)):
-        yield f"{name} is of shape {list(header.shape)}, not {field['shape']} as the manifest says"
+        yield f"{name} has shape {list(header.shape)}, not {field['shape']} as the manifest says"

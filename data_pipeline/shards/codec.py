@@ -82,7 +82,7 @@ def decode_object(data: bytes, encoding: str | None = None) -> dict[str, Any]:
     except UnicodeDecodeError:
         value = json.loads(decode_text(data, encoding), parse_constant=lambda _: None)
     if not isinstance(value, dict):
-        raise NoObject(f"no object, but {type(value).__name__}")
+        raise NoObject(f"not an object but {type(value).__name__}")
     return value
 
 
@@ -102,12 +102,12 @@ def array_header(data: bytes) -> ArrayHeader:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     header = ArrayHeader(*read_header(file), file.tell())
     if header.dtype.hasobject:
-        raise ValueError("objects are not read")
+        raise ValueError("arrays of objects are refused")
     if any(isinstance(side, bool) or side < 0 for side in header.shape):
-        raise ValueError(f"{header.shape} is no shape")
+        raise ValueError(f"{header.shape} is not a valid shape")
     length = len(data) - header.offset
     if math.prod(header.shape) * header.dtype.itemsize != length:
-        raise ValueError(f"{length} bytes can't be {header.dtype} of shape {header.shape}")
+        raise ValueError(f"{length} bytes don't match {header.dtype} of shape {header.shape}")
     return header
 
 

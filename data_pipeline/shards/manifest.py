@@ -105,16 +105,16 @@ def tables(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """The tables that are saved beside the shards; TypeError if one of them is not a table."""
     for name in ("fields", "info", "fingerprints"):
         if not isinstance(saved.get(name, {}), dict):
-            raise TypeError(f"{name} is no table")
+            raise TypeError(f"{name} is not a table")
     if not all(isinstance(field, dict) for field in saved.get("fields", {}).values()):
-        raise TypeError("a field is no table")
+        raise TypeError("a field is not a table")
     return saved
 
 
 def refuse_outside(path: str, shard: Shard) -> None:
     """Refuse a shard whose name leads out of its data set: files with shards' names are written elsewhere."""
     if shard.name.startswith("/") or ".." in shard.name.split("/"):
-        raise DataError(f"{path} names the shard {shard.name}, which lies outside: make or copy the data set again.")
+        raise DataError(f"{path} names the shard {shard.name}, which is outside the data set: make or copy it again.")
 
 
 def refuse_other_claims(root: str | Path, manifest: Manifest) -> None:
@@ -138,7 +138,7 @@ def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> Non
     if actual != shard.bytes:
         raise DataError(
             f"shard {path} has {actual} bytes, but its manifest says {shard.bytes}: it was cut or changed; "
-            "copy it again, or delete it together with the data set's manifest.json and run what made it."
+            "copy it again, or delete it together with the data set's manifest.json and run the script that made it."
         )
 
 
@@ -149,5 +149,5 @@ def find_splits(root: str | Path) -> dict[str, str]:
     below = {name: storage.join(root, name) for name in storage.subfolders(root)}
     found = {name: path for name, path in below.items() if storage.exists(storage.join(path, "manifest.json"))}
     if not found:
-        raise UserError(f"{root} holds no data set: give a folder that make_shards.py has finished.")
+        raise UserError(f"{root} contains no data set: give a folder that make_shards.py has finished.")
     return found

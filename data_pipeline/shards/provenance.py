@@ -25,7 +25,7 @@ def made_otherwise(before: Mapping[str, Any] | None, now: Mapping[str, Any], mos
         return ""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not names:
-        return " (by the same options: what input= holds has changed)"
+        return " (the options are the same, but the contents of input= have changed)"
     shown = [f"{name}: {brief(before.get(name))} -> {brief(now.get(name))}" for name in names[:most]]
     return f" ({', '.join(shown)}{f', and {len(names) - most} more' if len(names) > most else ''})"
 
@@ -48,4 +48,4 @@ def refuse_made_otherwise(roots: Iterable[str], holder: str, mark: str, settings
         info = Manifest.load(root).info
         if info.get("made_from") != mark:
             what = made_otherwise(info.get("made_with"), settings)
-            raise UserError(f"{holder} made otherwise{what}: remove it, or choose another output=.")
+            raise UserError(f"{holder} made from other data or settings{what}: remove it, or choose another output=.")

@@ -26,7 +26,7 @@ class Rejects:
         if len(self.rows) > self.max_fraction * self.listed:
             raise DataError(
                 f"{len(self.rows)} of {self.listed} samples can't be used ({format_counts(summary(self.rows), 3)}; "
-                f"{examples(self.rows)}): mend the source, or raise max_aside_fraction={self.max_fraction}."
+                f"{examples(self.rows)}): fix the source, or raise max_aside_fraction={self.max_fraction}."
             )
 
     def save(self, root: str | Path, name: str) -> None:

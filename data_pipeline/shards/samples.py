@@ -90,6 +90,6 @@ def _naming_what_differs(samples: Sequence[dict[str, Any]], name: str) -> Iterat
         shapes = {sample["key"]: getattr(sample.get(name), "shape", None) for sample in samples}
         odd = next(key for key, shape in shapes.items() if shape != shapes[samples[0]["key"]])
         raise DataError(
-            f"sample {odd} has {name} of shape {shapes[odd]} beside {shapes[samples[0]['key']]}: one data set holds "
-            "one shape; make it again."
+            f"sample {odd} has {name} of shape {shapes[odd]}, but others have {shapes[samples[0]['key']]}: all samples "
+            "of a data set must have the same shape; make it again."
         ) from error

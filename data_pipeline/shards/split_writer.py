@@ -39,7 +39,7 @@ class SplitWriter:
         if not self.shards:
             why = "; ".join(part for part in (left_out, format_counts(summary(aside), 3), examples(aside)) if part)
             raise UserError(
-                f"not one picture of a split can be used: that of {self.root} is empty ({why}): check the source and "
+                f"no picture of a split can be used: that of {self.root} is empty ({why}): check the source and "
                 "filters=, or set heldout_every=null."
             )
 

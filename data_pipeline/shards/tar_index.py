@@ -93,7 +93,7 @@ def members_of(data: bytes | mmap.mmap, name: str, unended: bool = False) -> Ite
     if not len(data):
         raise DataError(f"shard {name} is damaged (it is empty): make or copy it again.")
     if data[:2] == b"\x1f\x8b":
-        raise DataError(f"shard {name} is compressed: unpack it by gunzip, as samples are read by their place.")
+        raise DataError(f"shard {name} is compressed, but samples are read by their offset: unpack it with gunzip.")
     file, start, end = io.BytesIO(data) if isinstance(data, bytes) else data, 0, 0
     try:
         while start < len(data):
@@ -176,8 +176,8 @@ def refuse_other_index(index: bytes, path: str, shard: Shard) -> None:
     """Refuse an .idx that changed since it was written: it could give one sample another's arrays."""
     if shard.index and index_digest(index) != shard.index:
         raise DataError(
-            f"index {path} is damaged (its digest is not its manifest's): delete it, and it is read from the tar "
-            "instead; of shards that others wrote, run index_shards.py again."
+            f"index {path} is damaged (its digest is not that of the manifest): delete it, and the tar will be scanned "
+            "instead; for shards that others wrote, run index_shards.py again."
         )
 
 
@@ -187,7 +187,7 @@ def parse_index(data: bytes, path: str) -> list[IndexEntry]:
         rows = [json.loads(line) for line in data.splitlines()]
         return [IndexEntry(key, {name: Member(*m) for name, m in members.items()}) for key, members in rows]
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"index {path} is damaged: delete it, and it is read from the tar instead.") from error
+        raise DataError(f"index {path} is damaged: delete it, and the tar will be scanned instead.") from error
 
 
 def digest_of(data: bytes | mmap.mmap) -> str:
@@ -199,6 +199,6 @@ def refuse_other_bytes(data: bytes | mmap.mmap, path: str, shard: Shard) -> None
     """DataError for bytes that changed since they were written, even if each sample can still be decoded."""
     if digest_of(data) != shard.sha256:
         raise DataError(
-            f"shard {path} is damaged (its sha256 is not its manifest's): copy it again, or delete it together with "
-            "the data set's manifest.json and run what made it."
+            f"shard {path} is damaged (its sha256 is not that of the manifest): copy it again, or delete it together "
+            "with the data set's manifest.json and run the script that made it."
         )

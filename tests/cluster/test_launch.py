@@ -192,7 +192,7 @@ def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, jobs: dict[str
 def test_one_process_on_two_nodes_is_refused(cluster: Cluster, checkout: Path) -> None:
     job = cluster.submit(checkout, "--nodes=2", "slurm/evaluate_ldm.sbatch", "output=alone", PYTHON=sys.executable)
     assert job.wait()["JobState"] == "FAILED"
-    assert "train/evaluate_ldm.py is one process: ask for --nodes=1." in job.output()
+    assert "train/evaluate_ldm.py runs as one process: use --nodes=1." in job.output()
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
@@ -205,7 +205,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
 def test_from_elsewhere_gets_a_sentence(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(tmp_path, str(ROOT / "slurm" / "train_ldm.sbatch"))
     assert job.wait()["JobState"] == "FAILED"
-    assert "submit it from the root of the repository" in job.output()
+    assert "submit this script from the root of the repository" in job.output()
 
 
 def test_a_job_of_higher_priority_sends_it_back_into_the_queue(cluster: Cluster, jobs: dict[str, Job], checkout: Path):

@@ -96,7 +96,7 @@ def test_what_waits_for_a_failed_stage_is_cancelled(cluster: Cluster, tmp_path: 
     [
         ([], "output= must be given"),
         (["output=run", "size=64"], "size=64 belongs to no stage"),
-        (["output=run", "train_ldm", "-p", "gpu"], "write options of sbatch out"),
+        (["output=run", "train_ldm", "-p", "gpu"], "use the long form of sbatch's options"),
     ],
 )
 def test_mistakes_get_a_sentence(words: list[str], sentence: str) -> None:

@@ -119,7 +119,7 @@ def test_a_rank_that_stands_still(runs: dict[str, Started]) -> None:
     assert ended_within_a_minute(started), started.said()
     blame = re.search(
         r"no progress on rank 0 for \d+ s .*; all wait for rank 1 on \S+, in phase (\w+) after step (\d+).*, "
-        r"not heard of for \d+ s\.", started.said(),
+        r"silent for \d+ s\.", started.said(),
     )  # fmt: skip
     assert blame, started.said()
     assert int(blame[2]) >= stopped["step"] > 0

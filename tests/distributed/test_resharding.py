@@ -84,7 +84,9 @@ def test_ranks_and_stages_may_change_on_the_way(
         if i:
             before = chain[i - 1]
             assert f"resumed from step {ends[i - 1]} of {end}" in said
-            assert f"was saved with {before[0]} rank(s) and ZeRO stage {before[1]}: its parts are dealt anew" in said
+            assert (
+                f"was saved with {before[0]} rank(s) and ZeRO stage {before[1]}: it is resharded for this run" in said
+            )
     records, expected = (read_records(Path(f"{folder}-records")) for folder in (output, undisturbed))
     assert len(expected) == STEPS * STREAMS
     assert records == expected

@@ -144,7 +144,7 @@ def test_begun_where_there_is_bf16_a_run_goes_on_in_it_elsewhere_bit_for_bit(
     done = run("train/train_ldm.py", *settings, f"output={stopped}", variables=lacks)
     assert "resumed from step 6 of 12" in done.stdout
     assert done.stdout.count("dtype: ") == 1
-    assert f"dtype: bf16 (auto: as in {stopped}/checkpoints/step-00000006; a new run would take fp32" in done.stdout
+    assert f"dtype: bf16 (auto: as in {stopped}/checkpoints/step-00000006; a new run would use fp32" in done.stdout
     assert f"ZeRO stage {stage}, bf16, 1 rank" in done.stdout
     for folder, why in ((straight, "LDT_CPU_BF16=1"), (stopped, "step-00000006; a new run")):
         engine = yaml.safe_load((folder / "config.yaml").read_text())["engine"]
@@ -199,7 +199,9 @@ def test_a_disk_that_is_full_ends_it_with_a_sentence_and_room_mends_it(
     output = small_disk / "run"
     arguments = [f"input={latents}", f"output={output}", *SETTINGS]
     done = run("train/train_ldm.py", *arguments, ranks=2, check=False)
-    assert re.search(r"error: .*No space left on device.*: make (room|some), and start again to go on", done.stderr)
+    assert re.search(
+        r"error: .*No space left on device.*: make (room|some), and start again to (go on|continue)", done.stderr
+    )
     assert re.search(r"exitcode +: 2 ", done.stderr)
     assert complete_checkpoints(output / "checkpoints") == ["step-00000030"]
     subprocess.run(["mount", "-o", "remount,size=99m", small_disk], check=True)
@@ -212,9 +214,9 @@ def test_resume_refuses_what_differs_and_says_what(latents: Path, undisturbed: P
     arguments = [f"input={latents}", *SETTINGS]
     kept = (undisturbed / "config.yaml").read_bytes()
     others = {
-        "seed=1": "seed was 0 and is 1",
-        "engine.dtype=bf16": "dtype was fp32 and is bf16",
-        "unet.norm_groups=2": "unet.norm_groups was 4 and is 2",
+        "seed=1": "seed was 0 and is now 1",
+        "engine.dtype=bf16": "dtype was fp32 and is now bf16",
+        "unet.norm_groups=2": "unet.norm_groups was 4 and is now 2",
     }
     done = run("train/train_ldm.py", *arguments, f"output={undisturbed}", *others, check=False)
     assert done.returncode == 2, done.stderr
@@ -245,5 +247,5 @@ def test_lost_checkpoints_are_not_begun_anew_in_silence(latents: Path, undisturb
     line = [f"input={latents}", f"output={tmp_path / 'run'}", *SETTINGS, "training.save_every=10"]
     done = run("train/train_ldm.py", *line, check=False)
     assert done.returncode == 2
-    assert "has logged 60 steps, and has no checkpoint: bring its checkpoints back" in done.stderr
+    assert "has logged 60 steps but has no checkpoint: restore its checkpoints" in done.stderr
     assert len(losses(tmp_path / "run")) == 60

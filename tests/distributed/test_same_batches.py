@@ -113,7 +113,7 @@ def test_one_shard_for_eight_ranks(tmp_path: Path) -> None:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0]])
 def test_a_set_without_samples_is_refused(tmp_path: Path, sizes: list[int]) -> None:
-    with pytest.raises(DataError, match="holds no samples"):
+    with pytest.raises(DataError, match="has no samples"):
         loader_of(write_latents(tmp_path, sizes), 8, 8, world_size=8)
 
 

@@ -63,7 +63,7 @@ def exported(folder: Path) -> Path:
     """exported/, exported.safetensors, and what was said."""
     done = run("train/export_diffusers.py", f"input={folder}/ldm", f"output={folder}/exported",
                f"single_file={folder}/exported.safetensors", fresh=True)  # fmt: skip
-    assert done.stdout.count("read back, each part gives the same output") == 2
+    assert done.stdout.count("each part was read back and gives the same output") == 2
     assert "StableDiffusionPipeline.from_pretrained" in done.stdout
     return folder / "exported"
 
@@ -141,8 +141,8 @@ def test_a_training_starts_from_a_run(folder: Path, trained: TrainedRun) -> None
 
 
 MISTAKES = {
-    "a full folder": (["ldm", "output={folder}/latents"], "is there already: choose a new or empty folder"),
-    "a pickle": (["ldm", "single_file={folder}/x.ckpt"], "only .safetensors is written"),
+    "a full folder": (["ldm", "output={folder}/latents"], "already exists: choose a new or empty folder"),
+    "a pickle": (["ldm", "single_file={folder}/x.ckpt"], "must end with .safetensors"),
     "no run": (["latents"], "is not a run"),
 }
 

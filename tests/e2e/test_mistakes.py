@@ -46,7 +46,7 @@ MISTAKES = {
     ),
     "no such dtype": ([*LDM, "input={folder}/latents", "engine.dtype=fp8"], 2, "take one of auto, fp32, bf16, fp16"),
     "bf16 without masters": ([*LDM, "input={folder}/latents", "engine=zero0", "engine.dtype=bf16"], 2, "engine=zero1"),
-    "flow on a curved process": ([*LDM, "input={folder}/latents", "process=scaled_linear"], 2, "Flow does not belong"),
+    "flow on a curved process": ([*LDM, "input={folder}/latents", "process=scaled_linear"], 2, "Flow can't be used"),
     "a run of another kind": ([*LDM, "input={folder}/latents", "output={folder}/other"], 2, "is a run of train_clip"),
     "no such schedule": ([*LDM, "input={folder}/latents", "optimizer.schedule.kind=step"], 2, "constant, cosine"),
     "guidance.scale=abc": (
@@ -54,7 +54,7 @@ MISTAKES = {
         2,
         "guidance.scale=abc is not a number",
     ),
-    "no run to sample": (["train/sample_images.py", "input={folder}/run", "prompts=[a]"], 2, "give the output= of"),
+    "no run to sample": (["train/sample_images.py", "input={folder}/run", "prompts=[a]"], 2, "use the output= of"),
     "no run to evaluate": (
         ["train/evaluate_ldm.py", "input={folder}/run", "shards={folder}/nowhere"],
         2,
@@ -85,18 +85,18 @@ MISTAKES = {
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/latents/",
          "autoencoder.path=a", "clip.path=b"],
         2,
-        "is input=: choose another folder for the latents",
+        "is the same folder as input=: choose another one for the latents",
     ),
     "shards into their pictures": (
         ["data_pipeline/make_shards.py", "source=folder", "input={folder}", "output={folder}"],
         2,
-        "is input=: choose a folder of its own",
+        "is the same folder as input=: choose another one for the shards",
     ),
     "no such encoder": (
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run",
          "autoencoder.path={folder}/nowhere", "clip.path={folder}/nowhere"],
         2,
-        "give the output= of a finished train_autoencoder.py run",
+        "use the output= of a finished train_autoencoder.py run",
     ),
 }  # fmt: skip
 

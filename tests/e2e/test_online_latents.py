@@ -101,7 +101,10 @@ def test_a_run_on_pictures_is_drawn_from_as_any_other(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"conditioning": {"text": {}, "label": {}}}, r"conditioning=\[label\] can't be made of image-text shards"),
+        (
+            {"conditioning": {"text": {}, "label": {}}},
+            r"conditioning=\[label\] can't be computed from image-text shards",
+        ),
         ({"clip": {"path": "/somewhere/none"}}, r"add clip\.path="),
         ({"clip": {"path": None}}, r"add clip\.path="),
         ({"autoencoder": {"path": "none"}}, r"add autoencoder\.path="),

@@ -108,7 +108,7 @@ def test_a_second_run_does_nothing(name: str, demo: tuple[Path, str], home: Path
     output, _ = demo
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != "summary.json"}
     again = make_demo(name, output, home)
-    assert again.stdout.count("finished before") == 7
+    assert again.stdout.count("already finished") == 7
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != "summary.json"}
     assert {p: t for p, t in after.items() if p.is_file()} == {p: t for p, t in before.items() if p.is_file()}
 

@@ -92,11 +92,14 @@ def test_resumed_bit_for_bit(shards: Path, tmp_path: Path, dtype: str) -> None:
 
 
 MISTAKES = {
-    "no first stage": (["autoencoder=identity"], "Identity has nothing to train"),
-    "a trained first stage": (["autoencoder=trained", "autoencoder.path=x"], "load_autoencoder has nothing to train"),
+    "no first stage": (["autoencoder=identity"], "Identity has no weights to train"),
+    "a trained first stage": (
+        ["autoencoder=trained", "autoencoder.path=x"],
+        "load_autoencoder has no weights to train",
+    ),
     "VQ with a KL weight": (["autoencoder=vq_f4_demo", "objective.kl_weight=1e-4"], "set objective.kl_weight=null"),
-    "partitions": (["objective/adversary=patchgan", "engine=zero3"], "needs whole parameters.* take engine=zero2"),
-    "crops": (["objective/adversary=patchgan", "objective.crop=16"], "crop=16 leaves the discriminator no patch"),
+    "partitions": (["objective/adversary=patchgan", "engine=zero3"], "needs whole parameters.* use engine=zero2"),
+    "crops": (["objective/adversary=patchgan", "objective.crop=16"], "crop=16 is too small for the discriminator"),
 }
 
 

@@ -303,7 +303,7 @@ def test_who_was_taken_over_publishes_nothing_more(start, place):
     assert new.resume() == 10
     assert storage.read_bytes(f"{place}/owner").split()[0] == b"two"
     assert new.each[0].state.run_id == "two"
-    with pytest.raises(UserError, match="was taken over by another process"):
+    with pytest.raises(UserError, match="now belongs to another process"):
         old.save(20)
     new.save(20)
     assert steps(place) == [10, 20]
@@ -402,7 +402,7 @@ def test_a_run_on_two_ranks_is_killed_and_goes_on_on_one(place, tmp_path, monkey
     before = steps(place)[-1]
     done = run("train/train_ldm.py", *arguments, "training.resume=must")
     assert f"resumed from step {before} of 24" in done.stdout
-    assert "was saved with 2 rank(s) and ZeRO stage 2: its parts are dealt anew" in done.stderr
+    assert "was saved with 2 rank(s) and ZeRO stage 2: it is resharded for this run" in done.stderr
     assert sorted(losses(output)) == list(range(1, 25))
     assert steps(place) == [20, 24]
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["latest"]

@@ -73,9 +73,9 @@ MISTAKES = {
     "wrong secret": ({"AWS_SECRET_ACCESS_KEY": "wrongsecret"}, "AWS_SECRET_ACCESS_KEY"),
     "wrong key": ({"AWS_ACCESS_KEY_ID": "AKIAWRONGKEY"}, "AWS_ACCESS_KEY_ID"),
     "no keys": ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no keys were found"),
-    "half of the keys": ({"AWS_SECRET_ACCESS_KEY": ""}, "half of the keys is missing"),
+    "half of the keys": ({"AWS_SECRET_ACCESS_KEY": ""}, "one of the two keys is missing"),
     "unknown profile": ({"AWS_PROFILE": "nobody"}, "unset AWS_PROFILE"),
-    "no region": ({"AWS_REGION": "no region"}, "no name of a region: set AWS_REGION"),
+    "no region": ({"AWS_REGION": "no region"}, "name is not valid: correct AWS_REGION"),
     "nobody listens": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "STORE_ATTEMPTS": "2"}, "2 attempts"),
     "unknown host": ({"AWS_ENDPOINT_URL": "http://nowhere.invalid", "STORE_ATTEMPTS": "2"}, "2 attempts"),
     "no URL": ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "must be http"),
@@ -108,9 +108,9 @@ def test_a_missing_bucket_is_told_from_a_missing_object(bucket, use):
 def test_a_missing_object_and_a_bad_name_are_sentences(bucket):
     with pytest.raises(UserError, match=r"there is no such object"):
         storage.read_bytes(f"s3://{bucket}/none")
-    with pytest.raises(UserError, match=r"no name for a bucket"):
+    with pytest.raises(UserError, match=r"name of the bucket or object is not valid"):
         storage.read_bytes("s3://Not A Bucket/none")
-    with pytest.raises(UserError, match=r"no name for a bucket"):
+    with pytest.raises(UserError, match=r"name of the bucket or object is not valid"):
         storage.read_bytes(f"s3://{bucket}")
 
 
@@ -128,8 +128,8 @@ def test_settings_reach_this_process_and_those_it_starts(bucket, monkeypatch, tm
     assert s3.Settings.now() == s3.Settings("http://host:1", "here", 7.0, 2)
     storage.configure(attempts=None)
     assert os.environ["STORE_ATTEMPTS"] == "2"
-    with pytest.raises(UserError, match="STORE_ATTEMPTS a number"):
+    with pytest.raises(UserError, match="STORE_ATTEMPTS a whole number"):
         storage.configure(attempts=0)
     storage.configure(attempts=2)
-    with pytest.raises(UserError, match="go together"):
+    with pytest.raises(UserError, match="must be set together"):
         storage.configure(cache=str(tmp_path))

@@ -60,8 +60,8 @@ def set_up(root: Path, capsys: pytest.CaptureFixture[str], **asked: str) -> str:
 
 def test_a_whole_one_is_left_alone_in_silence(checkout, capsys):
     said = set_up(checkout, capsys)
-    assert said.startswith("Setting up .venv, this once.\n")
-    assert "GB to fetch" in said
+    assert said.startswith("Setting up .venv, once.\n")
+    assert "GB to download" in said
     assert "minutes" in said
     assert (checkout / ".venv" / "bin" / "python").exists()
     (checkout / ".venv" / "packages").unlink()
@@ -152,7 +152,7 @@ def test_a_link_to_an_empty_folder_is_used(checkout, tmp_path, capsys):
 
 def test_a_full_disk_is_said_before_anything_is_fetched(checkout, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Room(9e9, 8e9, 1e9))
-    with pytest.raises(Refused, match=r"has 1\.0 GB of room, and set-up needs about [\d.]+ GB there: make room"):
+    with pytest.raises(Refused, match=r"has 1\.0 GB free, but set-up needs about [\d.]+ GB there: free some"):
         environment.set_up(checkout, {})
 
 
@@ -165,7 +165,7 @@ def test_two_at_once_come_one_after_the_other(checkout, capsys):
         other.join(0.5)
         assert not (checkout / ".venv" / "bin").exists()
     other.join()
-    assert capsys.readouterr().out.startswith("Another make sets up .venv here: waiting for it.\nSetting up .venv")
+    assert capsys.readouterr().out.startswith("Another make is setting up .venv: waiting for it.\nSetting up .venv")
 
 
 def test_the_systems_torch_is_taken_and_remembered(checkout, capsys):
@@ -184,7 +184,7 @@ def test_the_systems_torch_is_taken_and_remembered(checkout, capsys):
 
 def test_without_a_torch_of_the_systems_it_is_refused(checkout, monkeypatch):
     monkeypatch.setattr(environment, "TORCH_FAMILY", ("no-such-torch", "torch-not-there"))
-    with pytest.raises(Refused, match="has no torch: name the Python that has one"):
+    with pytest.raises(Refused, match="has no torch: name a Python that has one"):
         environment.set_up(checkout, {"SYSTEM_TORCH": "1"})
 
 
@@ -262,9 +262,9 @@ def write_wheel(folder: Path, version: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--index-url=http://127.0.0.1:9/simple", "no-such-package-1"], "index could not be reached: look at the net"),
+        (["--index-url=http://127.0.0.1:9/simple", "no-such-package-1"], "index could not be reached: check the net"),
         (["--no-index", "no-such-package-1"], "index does not have what this Python needs: .*no-such-package-1"),
-        (["--no-index", "--find-links=.", "small==1", "small<1"], "no versions go together: Cannot install small"),
+        (["--no-index", "--find-links=.", "small==1", "small<1"], "required versions conflict: Cannot install small"),
     ],
 )  # fmt: skip
 def test_pips_failures_are_a_sentence(with_pip, monkeypatch, capfd, arguments, sentence):
@@ -305,8 +305,8 @@ print("Installing collected packages: a, b, c")
 print(f"terminal: {sys.stdout.isatty()}")
 """
 KEPT = [
-    "fetching torch-2.13.0-cp311-cp311-linux.whl (526.6 MB)",
-    "this torch is a build for CUDA: about 3 GB to fetch in all, 6 GB on disk",
+    "downloading torch-2.13.0-cp311-cp311-linux.whl (526.6 MB)",
+    "this torch is a CUDA build: about 3 GB to download, 6 GB on disk",
     "installing 3 packages",
 ]
 

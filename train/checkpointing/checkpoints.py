@@ -134,7 +134,8 @@ class Checkpoints:
         for found in self._whole_by_size(any_there):
             if how == "never":
                 raise UserError(
-                    f"{self.store.at(found.name)} exists and resume=never: choose another output=, or resume=auto."
+                    f"{self.store.at(found.name)} exists and training.resume=never: choose another output=, or "
+                    "training.resume=auto."
                 )
             self._compare(found.saved["identity"])
             if self.load(found, engine, ema, state):
@@ -142,10 +143,14 @@ class Checkpoints:
                 break
         if any_there and not resumed:
             raise UserError(
-                f"every checkpoint in {where} is damaged: remove that folder to start afresh, or copy them again."
+                f"every checkpoint in {where} is damaged: copy them there again, or remove that folder to start "
+                "from the beginning."
             )
         if how == "must" and not resumed:
-            raise UserError(f"resume=must, but {where} has no intact checkpoint: check output=, or use resume=auto.")
+            raise UserError(
+                f"training.resume=must, but {where} has no intact checkpoint: check output=, or use "
+                "training.resume=auto."
+            )
         if not resumed:
             before_anew()
         state.run_id = run_id  # the checkpoint may be another run's; from now on it is this run's
@@ -233,7 +238,7 @@ class Checkpoints:
             return False
         if found.saved["layout"] != self._layout(engine) and self.ranks.is_main:
             layout = describe_layout(found.saved["layout"])
-            log.warning("%s was saved with %s: its parts are dealt anew", self.store.at(found.name), layout)
+            log.warning("%s was saved with %s: it is resharded for this run", self.store.at(found.name), layout)
         fill(engine.fragments(), tensors, [self.store.local(found.name, part) for part in parts])
         engine.after_loading(found.saved["engine"])
         ema.load_scalars(found.saved["ema"])
@@ -261,7 +266,7 @@ class Checkpoints:
         published = self.store.published()
         for step in self.store.steps():
             if step > than or step not in published:
-                log.warning("removing %s: the run goes on from %s", self.store.at(step), than or "the start")
+                log.warning("removing %s: the run continues from %s", self.store.at(step), than or "the beginning")
                 self.store.remove(step)
         for file in storage.sizes(self.paths.snapshots):
             if STEP.fullmatch(file.partition(".")[0]) and file.partition(".")[0] > than:
@@ -270,7 +275,7 @@ class Checkpoints:
     def _compare(self, identity: dict[str, Any]) -> None:
         changed = refuse_what_differs(self.identity, identity, self.config.allow_mismatch, self.store.root)
         if changed and self.ranks.is_main:
-            log.warning("going on although %s (training.allow_mismatch)", "; ".join(changed))
+            log.warning("resuming although %s (training.allow_mismatch permits it)", "; ".join(changed))
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
         return {"ranks": self.ranks.world_size, "zero_stage": engine.config.zero_stage}

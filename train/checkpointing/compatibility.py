@@ -17,19 +17,19 @@ def refuse_what_differs(
     now, before = flat(identity), flat(named(saved))
     if unknown := set(allow_mismatch) - (now | before).keys() - {"run_id"}:
         raise UserError(
-            f"training.allow_mismatch: {', '.join(sorted(unknown))} is no name of what is compared. That is "
+            f"training.allow_mismatch contains unknown names: {', '.join(sorted(unknown))}. Use any of "
             f"{', '.join(sorted(now | before))}."
         )
     differing = {
-        name: f"{name} was {before.get(name)} and is {now.get(name)}"
+        name: f"{name} was {before.get(name)} and is now {now.get(name)}"
         for name in sorted(now | before)
         if now.get(name) != before.get(name)
     }
     refused = [what for name, what in differing.items() if name not in allow_mismatch]
     if refused:
         raise UserError(
-            f"can't resume from {where}: {'; '.join(refused)}. Restore that, start in another output=, "
-            f"or name what may change: training.allow_mismatch=[{','.join(n for n in differing)}]."
+            f"can't resume from {where}: {'; '.join(refused)}. Restore these settings, use another output=, or permit "
+            f"the change with training.allow_mismatch=[{','.join(n for n in differing)}]."
         )
     return list(differing.values())
 
@@ -40,9 +40,9 @@ def refuse_other_shapes(saved: Mapping[str, list[int]], own: Mapping[str, list[i
     if differing:
         name = differing[0]
         raise UserError(
-            f"can't resume from {where}: {len(differing)} parameter(s) have another shape or are new, as "
-            f"{name}, which was {saved.get(name)} and is {own.get(name)}. Restore unet, conditioning and data, or "
-            "begin another output= with start_from=."
+            f"can't resume from {where}: {len(differing)} parameter(s) are new, missing or of another shape, such as "
+            f"{name}, whose shape was {saved.get(name)} and is now {own.get(name)}. Restore unet, conditioning and "
+            "data, or start a new run in another output= with start_from=."
         )
 
 

@@ -112,7 +112,7 @@ def newest_whole(root: str) -> Found | None:
     return next((found for found in looks if found), None)
 
 
-def digest_of(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """sha256 of a local file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -120,7 +120,7 @@ def digest_of(path: Path) -> str:
 
 def is_as_written(path: Path, facts: FileInfo) -> bool:
     """Whether a local file has the size and digest of its facts."""
-    return path.exists() and path.stat().st_size == facts["bytes"] and digest_of(path) == facts["sha256"]
+    return path.exists() and path.stat().st_size == facts["bytes"] and file_digest(path) == facts["sha256"]
 
 
 def chunks(path: str, start: int, length: int) -> Iterator[bytes]:

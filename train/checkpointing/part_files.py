@@ -118,7 +118,10 @@ class PartFiles:
                 if start <= at < start + length:
                     return start, length, piece
             if not self.unopened:
-                raise DataError(f"the checkpoint lacks {key} at {at}: it is of another model; choose another output=.")
+                raise DataError(
+                    f"the checkpoint has no values of {key} at {at}, as it belongs to another model: choose another "
+                    "output=."
+                )
             self._open(self.unopened.pop(0))
 
     def _open(self, path: Path) -> None:

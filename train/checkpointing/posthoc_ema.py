@@ -66,8 +66,8 @@ def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
     distance = (shares @ gram @ shares - 2 * shares @ toward + whole) / whole
     if distance > FARTHEST**2:
         raise UserError(
-            f"the snapshots can't make this average (the nearest is {100 * distance**0.5:.0f} % away): take a "
-            "sigma_rel nearer to those of training.power_ema, or updates= of a snapshot."
+            f"this average can't be built from the snapshots (the nearest is {100 * distance**0.5:.0f} % away): use a "
+            "sigma_rel nearer to those of training.power_ema, or the updates= of a snapshot."
         )
     return shares
 
@@ -83,7 +83,7 @@ def find_snapshots(run: Path) -> list[Snapshot]:
             updates = float(facts["updates"])
             widths = {kind: float(kind.removeprefix("ema_")) for kind in facts["kinds"].split(",")}
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is no snapshot of averages: copy it again, or move it away.") from error
+            raise DataError(f"{path} is not a snapshot of EMA weights: copy it again, or move it away.") from error
         found += [Snapshot(path, kind, Profile(updates, gamma_of(width))) for kind, width in widths.items()]
     if not found:
         raise UserError(f"{run} has no snapshots of power-function averages: train with training.power_ema=[0.05,0.1].")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from train.checkpointing.files import FileInfo, chunks, digest_of
+from train.checkpointing.files import FileInfo, chunks, file_digest
 
 LONGEST_HEADER = 10**8  # bytes, the library's limit
 
@@ -41,11 +41,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 def verified_file_info(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
     """Facts of a file just written, by reading it back; OSError if it is not bit for bit what was written."""
-    facts = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
+    facts = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     with safe_open(path, "pt") as file:
         for name, tensor in tensors.items():
             if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
-                raise OSError(f"{path} gives back another {name} than was written")
+                raise OSError(f"{path}: tensor {name} differs after reading it back")
     return facts
 
 
@@ -73,11 +73,11 @@ class Header(NamedTuple):
                 for name, facts in about.items()
             }
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is no safetensors file, or a damaged one: copy it again.") from error
+            raise DataError(f"{path} is not a safetensors file, or is damaged: copy it again.") from error
         except OSError as error:
             if error.errno:
                 raise
-            raise DataError(f"{path} is cut short: copy it again.") from error
+            raise DataError(f"{path} is truncated: copy it again.") from error
         return cls(8 + size, places, metadata)
 
 

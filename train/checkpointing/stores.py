@@ -116,7 +116,7 @@ class FolderStore(Store):
     """A folder on a file system that all nodes share."""
 
     fetches, pause = False, 0.01
-    lacks_part = "output= must be on a file system that all nodes share, and that rank alive"
+    lacks_part = "check that this rank is still running and that output= is on a file system that all nodes share"
 
     def published(self) -> list[str]:
         return [name for name in self.steps() if not name.endswith(".tmp")]
@@ -164,13 +164,13 @@ class FolderStore(Store):
         try:
             shutil.rmtree(self.at(doomed))
         except OSError as error:  # e.g. another node on a network file system reads it; the next start tries
-            log.warning("%s can't be removed yet (%s)", self.at(doomed), error)
+            log.warning("%s can't be removed now (%s); the next start of the run tries again", self.at(doomed), error)
 
     def set_aside(self, step: str) -> str:
         aside = f"damaged-{step}"
         shutil.rmtree(self.at(aside), ignore_errors=True)
         os.rename(self.at(step), self.at(aside))
-        return f"is now {aside}, to look into or to remove"
+        return f"is damaged and was renamed to {aside}: inspect or remove it"
 
     def local(self, step: str, name: str) -> Path:
         return Path(self.at(step, name))
@@ -184,7 +184,7 @@ class BucketStore(Store):
     part per rank, or the files that the node's ranks resume from."""
 
     fetches, pause = True, 0.2
-    lacks_part = "that rank is gone, or its upload takes too long"
+    lacks_part = "this rank has ended, or its upload takes too long; start the run again to continue"
 
     def __init__(self, root: str, scratch: Path, rank: int) -> None:
         super().__init__(root)
@@ -230,7 +230,7 @@ class BucketStore(Store):
 
     def set_aside(self, step: str) -> str:
         self.remove(step)
-        return "is removed"
+        return "is damaged and was removed"
 
     def local(self, step: str, name: str) -> Path:
         return self.scratch / "fetched" / step / name
@@ -251,8 +251,8 @@ class BucketStore(Store):
                 return True
         except OSError as error:
             raise UserError(
-                f"{path.parent} can't take {name} of {self.at(step)} ({error.strerror}): make room there, or give "
-                "another training.scratch."
+                f"{path.parent} can't store {name} of {self.at(step)} ({error.strerror}): free disk space there, or "
+                "use another training.scratch."
             ) from error
 
     def forget(self, step: str) -> None:
@@ -273,8 +273,8 @@ def refuse_other_owner(root: str, run_id: str | None, allow_mismatch: Sequence[s
     owner = (storage.read_if_there(storage.join(root, OWNER)) or b"").decode().partition(" ")[0]
     if owner and owner != run_id and "run_id" not in allow_mismatch:
         raise UserError(
-            f"training.checkpoints={root} belongs to run {owner}, and this is {run_id or 'a new one'}: give another "
-            "place or that run's output=; or, if that run is over, go on from its checkpoints by "
+            f"training.checkpoints={root} belongs to run {owner}, but this is {run_id or 'a new run'}: use another "
+            "place or that run's output=; or, if that run has ended, continue from its checkpoints with "
             "training.allow_mismatch=[run_id]."
         )
 

@@ -85,7 +85,7 @@ class Writer:
     def _add_text(self, name: str, file: str, data: bytes) -> FileInfo:
         self.store.write(data, self.store.unpublished(name), file)
         if self.store.read(self.store.unpublished(name), file) != data:
-            raise OSError(f"{self.store.at(name, file)} is not read back as it was written")
+            raise OSError(f"{self.store.at(name, file)} differs after reading it back")
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def _keep_snapshot(
@@ -117,7 +117,7 @@ class Writer:
             while (facts := self._noted(name, mark, part)) is None:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{self.store.at(self.store.unpublished(name))} lacks the part of rank {rank}: "
+                        f"{self.store.at(self.store.unpublished(name))} has no part from rank {rank}: "
                         f"{self.store.lacks_part}."
                     )
                 time.sleep(pause)
@@ -153,7 +153,10 @@ class Writer:
     def refuse_if_claimed(self) -> None:
         """UserError if another process has become the owner of these checkpoints."""
         if self.elsewhere and (self.store.read(OWNER) or b"").split()[-1:] != [self.attempt.encode()]:
-            raise UserError(f"{self.store.root} was taken over by another process: see that only one trains into it.")
+            raise UserError(
+                f"{self.store.root} now belongs to another process: make sure that only one process saves checkpoints "
+                "there."
+            )
 
 
 class SaveThread(threading.Thread):
@@ -175,7 +178,10 @@ class SaveThread(threading.Thread):
     def raise_if_failed(self) -> None:
         """UserError for what only the user can fix; other errors are raised unchanged, as a new start may succeed."""
         if isinstance(self.error, OSError) and self.error.errno in UNWRITABLE:
-            raise UserError(f"the checkpoint can't be written ({self.error}): make room, and start again to go on.")
+            raise UserError(
+                f"the checkpoint can't be written ({self.error}): free disk space or fix the permissions, and start "
+                "again to continue."
+            )
         if self.error is not None:
             raise self.error
 

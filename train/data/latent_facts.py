@@ -89,7 +89,7 @@ class LatentFacts:
     def classes(self, condition: str) -> Sequence[str]:
         """The class names of a condition; conditioners look them up by number."""
         names = self.conditions.get(condition, {}).get("classes")
-        refuse_wrong_kinds({"classes": names}, {"classes": Sequence[str]}, f"what the latents hold of {condition}")
+        refuse_wrong_kinds({"classes": names}, {"classes": Sequence[str]}, f"condition {condition} of the latents")
         return names
 
     def refuse_other_encoders(self, autoencoder: str | None, clip: str | None) -> None:
@@ -97,19 +97,20 @@ class LatentFacts:
         for option, field, mark in (("autoencoder", "autoencoder", autoencoder), ("clip", "text_encoder", clip)):
             if mark is not None and mark != self.fingerprints.get(field, mark):
                 raise UserError(
-                    f"the latents were made by {field} {self.fingerprints[field]}, but {option}.path holds "
-                    f"{mark}: give the one that made them, or run precompute_latents.py with this one."
+                    f"the latents were made with {field} {self.fingerprints[field]}, but {option}.path contains "
+                    f"{mark}: use the one that made them, or run precompute_latents.py with this one."
                 )
 
     def refuse_other_shapes(self, unet: Mapping[str, Any], conditioner: Conditioners) -> None:
         """UserError if the U-Net of this configuration does not fit the latents and conditioners."""
         channels, planes = self.unet_shape[0], conditioner.concat_channels
+        uses_vector = unet["vector_dim"] or conditioner.needs_vector
         needed = [
             ("unet.in_channels", unet["in_channels"], channels + planes),
             ("unet.out_channels", unet["out_channels"], channels),
             *(("unet.context_dim", unet["context_dim"], width) for width in conditioner.context_dims.values()),
             ("unet.context_dim", unet["context_dim"], conditioner.context_dim),
-            *([("unet.vector_dim", unet["vector_dim"], conditioner.vector_dim)] if unet["vector_dim"] else []),
+            *([("unet.vector_dim", unet["vector_dim"], conditioner.vector_dim)] if uses_vector else []),
         ]
         misfits = {name: (has, needs) for name, has, needs in needed if has != needs}
         if misfits:
@@ -117,13 +118,13 @@ class LatentFacts:
             set_these = " ".join(f"{name}={'null' if value is None else value}" for name, (_, value) in misfits.items())
             raise UserError(
                 f"{has} does not fit these latents ({self.latent_shape[0]} channels, fold={self.fold}) and their "
-                f"conditioning: set {set_these}, or give latents, a fold and encoders that fit the U-Net."
+                f"conditioning: set {set_these}, or use latents, a fold and encoders that fit the U-Net."
             )
         halvings, (h, w) = len(unet["channels"]) - 1, self.unet_shape[1:]
         if h % 2**halvings or w % 2**halvings:
             raise UserError(
-                f"latents of {h}x{w} (fold={self.fold}) can't be halved {halvings} times: give unet.channels of fewer "
-                "levels, or another fold or size."
+                f"latents of {h}x{w} (fold={self.fold}) can't be halved {halvings} times: use fewer levels in "
+                "unet.channels, or another fold or picture size."
             )
 
     def save(self, run: Path) -> None:
@@ -151,7 +152,7 @@ KINDS = {name: hint for name, hint in get_type_hints(LatentFacts).items() if nam
 def refuse_no_latents(shapes: Mapping[str, Sequence[int]], where: str) -> None:
     """DataError if no field holds latents of (C, h, w) or codes of (h, w)."""
     if not any(len(shapes.get(name, ())) in (2, 3) for name in STORED_AS):
-        raise DataError(f"{where} has no field of latents ({', '.join(STORED_AS)}): make it, or copy it, again.")
+        raise DataError(f"{where} has no field with latents ({', '.join(STORED_AS)}): make or copy the data set again.")
 
 
 def codebook_of(root: str | Path) -> Tensor | None:
@@ -165,4 +166,4 @@ def tensors_in(path: str) -> dict[str, Tensor]:
     try:
         return load(storage.read_bytes(path))
     except SafetensorError as error:
-        raise DataError(f"{path} is damaged ({error}): make it, or copy it, again.") from error
+        raise DataError(f"{path} is damaged ({error}): make or copy it again.") from error

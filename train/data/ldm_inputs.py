@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from data_pipeline.shards.manifest import Manifest
 from train.data.build import Instantiate, used_conditions, uses_clip
 from train.data.latent_facts import LatentFacts
 from train.data.online_encoding import OnlineLatents, first_batches
+from train.data.sizes import fields_in_json, with_mean_size
 from train.weights.saved import saved_fingerprint
 
 
@@ -40,7 +42,11 @@ def latents_of(
     """Latents as stored, or encoded from image-text shards during training. make_loader, read: for the stored data."""
     if data.kind == "latents":
         autoencoder = instantiate(config["autoencoder"]) if config["preview_every"] else None
-        facts = LatentFacts.of(f"{config['input']}/train", data, config["fold"], config["scaling_factor"])
+        root = f"{config['input']}/train"
+        facts = LatentFacts.of(root, data, config["fold"], config["scaling_factor"])
+        if fields := fields_in_json(config, facts):
+            facts = with_mean_size(facts, root, data)
+            make_loader, read_samples = (partial(read, json_fields=fields) for read in (make_loader, read_samples))
         return Latents(make_loader, read_samples, autoencoder, facts)
     online = OnlineLatents.of(config, instantiate, device)
     pictures = first_batches(make_loader, config["training"]["batch_size"], config["measured_on"], data.samples)
@@ -56,7 +62,9 @@ def refuse_other_encoders(
     needed, path = uses_clip(used_conditions(config, facts, where)), config["clip"].get("path")
     if needed and path is None:
         encoder = facts.fingerprints["text_encoder"]
-        raise UserError(f"clip.path must be given: {encoder} made what is conditioned on; add clip.path=....")
+        raise UserError(
+            f"clip.path must be given, as text encoder {encoder} encoded the conditions: add clip.path=...."
+        )
     mark = autoencoder.fingerprint if autoencoder else saved_fingerprint(config["autoencoder"].get("path"))
     facts.refuse_other_encoders(mark, text_fingerprint(config["clip"], instantiate) if needed else None)
 
@@ -67,7 +75,9 @@ def text_fingerprint(clip: Mapping[str, Any], instantiate: Instantiate) -> str |
     if Path(path).name == "none":
         return None
     if not Path(path).exists():
-        raise UserError(f"clip.path={path} is not there: give the text encoder, or clip.path=none to train without it.")
+        raise UserError(
+            f"clip.path={path} does not exist: use the path of the text encoder, or clip.path=none to train without it."
+        )
     return saved_fingerprint(path) or instantiate(clip).fingerprint
 
 
@@ -77,11 +87,13 @@ def with_base_model_scaling(config: Mapping[str, Any], facts: LatentFacts) -> La
     if start_from is None:
         return facts
     if not Path(start_from).exists():
-        raise UserError(f"start_from={start_from} is not there: give a run, a diffusers folder, or a single file.")
+        raise UserError(
+            f"start_from={start_from} does not exist: use the path of a run, a diffusers folder, or a single file."
+        )
     if not storage.exists(storage.join(start_from, "latents.json")):
         if scaling_factor is None:
             raise UserError(
-                f"start_from={start_from} is a published model, which knows latents scaled by one factor: add "
+                f"start_from={start_from} is a published model, which expects latents scaled by one factor: add "
                 "scaling_factor=0.18215 (Stable Diffusion 1.x and 2.x)."
             )
         return facts
@@ -91,11 +103,14 @@ def with_base_model_scaling(config: Mapping[str, Any], facts: LatentFacts) -> La
         ("fold", known.fold, facts.fold),
     ):
         if was != now:
-            raise UserError(f"start_from={start_from} was trained with {name} {was}, these latents with {now}.")
+            raise UserError(
+                f"start_from={start_from} was trained with {name} {was}, but these latents use {now}: use the same "
+                "for both."
+            )
     if scaling_factor is not None and (facts.mean, facts.std) != (known.mean, known.std):
         raise UserError(
-            f"start_from={start_from} knows latents scaled otherwise than by scaling_factor={scaling_factor}: "
-            "set scaling_factor=null."
+            f"start_from={start_from} was trained with another scaling of the latents than "
+            f"scaling_factor={scaling_factor}: set scaling_factor=null."
         )
     refuse_other_classes(config, known, facts)
     return dataclasses.replace(facts, mean=known.mean, std=known.std)
@@ -109,6 +124,6 @@ def refuse_other_classes(config: Mapping[str, Any], known: LatentFacts, facts: L
         was, now = (of.conditions.get(name, {}).get("classes") for of in (known, facts))
         if was != now:
             raise UserError(
-                f"start_from={start_from} knows other classes of {name} than these latents: run "
-                f"precompute_latents.py with conditions.{name}.classes= as in its latents.json."
+                f"start_from={start_from} was trained with other classes of {name} than these latents have: run "
+                f"precompute_latents.py with conditions.{name}.classes= from its latents.json."
             )

@@ -43,14 +43,14 @@ class OnlineLatents:
         unknown = [name for name in config["conditioning"] if name not in CONDITIONS]
         if unknown:
             raise UserError(
-                f"conditioning=[{','.join(unknown)}] can't be made of image-text shards while training: make latents "
-                "with precompute_latents.py, and give them as input=."
+                f"conditioning=[{','.join(unknown)}] can't be computed from image-text shards during training: make "
+                "latents with precompute_latents.py, and use them as input=."
             )
         wanted = {k: v for name in config["conditioning"] for k, v in CONDITIONS[name].items()}
         needed = ["autoencoder", *(["clip"] if wanted else [])]
         for name in needed:
             if "path" in config[name] and Path(config[name]["path"] or "none").name == "none":
-                raise UserError(f"input= holds pictures, which must be encoded: add {name}.path=....")
+                raise UserError(f"input= contains pictures, which must be encoded: add {name}.path=....")
         image, text = (
             frozen(instantiate(config[name]), device) if name in needed else None for name in ("autoencoder", "clip")
         )

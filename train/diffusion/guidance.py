@@ -29,7 +29,7 @@ class ClassifierFreeGuidance:
         interval: tuple[float, float] = (0.0, 1.0),
         process: DiffusionProcess | None = None,  # needed for an interval
     ) -> None:
-        assert process is not None or tuple(interval) == (0.0, 1.0), "an interval is one of a process"
+        assert process is not None or tuple(interval) == (0.0, 1.0), "an interval needs a process"
         self.denoise, self.scale, self.rescale = denoise, scale, rescale
         self.interval, self.process = tuple(interval), process
 

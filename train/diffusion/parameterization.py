@@ -122,8 +122,8 @@ def converted(
     if not source.fits(alpha, sigma) or (isinstance(source, Sample) and bool((sigma == 0).any())):
         names = f"{type(source).__name__} into {type(to).__name__}"
         raise UserError(
-            f"A prediction can't be converted from {names} at these times: leave out the data itself (sigma 0) for "
-            "sample, the pure noise (alpha 0) for epsilon, and keep velocity and flow to their own processes."
+            f"a prediction can't be converted from {names} at these times: exclude pure data (sigma 0) for sample and "
+            "pure noise (alpha 0) for epsilon, and use velocity and flow only with their own processes."
         )
     noise = source.epsilon(x_t, prediction, alpha, sigma)
     return to.target(source.x0(x_t, prediction, alpha, sigma), noise, alpha, sigma)

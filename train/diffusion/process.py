@@ -61,7 +61,7 @@ class RectifiedFlow(Continuous):
 
     def __init__(self, shift: float = 1.0) -> None:
         if shift <= 0:
-            raise UserError(f"process.shift={shift} leads nowhere: take 1 for none, 3 for large pictures.")
+            raise UserError(f"process.shift={shift} must be above 0: use 1 for no shift, or 3 for large pictures.")
         self.shift = shift
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def betas_of(schedule: str, beta_start: float, beta_end: float, steps: int) -> T
     Dhariwal 2021, eq. 17), which uses neither beta_start nor beta_end.
     """
     if schedule not in SCHEDULES:
-        raise UserError(f"process.schedule={schedule} is unknown: take one of {', '.join(SCHEDULES)}.")
+        raise UserError(f"process.schedule={schedule} is unknown: use one of {', '.join(SCHEDULES)}.")
     if schedule == "cosine":
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         signal = torch.cos((t + 0.008) / 1.008 * pi / 2).square()

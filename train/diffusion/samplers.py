@@ -81,10 +81,10 @@ def karras_times(process: DiffusionProcess, steps: int, rho: float = 7.0, smalle
 def _refuse_steps(process: DiffusionProcess, steps: int, whole: bool = True) -> None:
     """UserError for fewer than one step, or more steps than whole timesteps: some would not change the time."""
     if steps < 1:
-        raise UserError(f"sampler.steps={steps} draws nothing: take at least 1.")
+        raise UserError(f"sampler.steps={steps} must be at least 1.")
     most = int(process.end - process.start)
     if whole and process.first != process.start and steps > most:
-        raise UserError(f"sampler.steps={steps} is more than the {most} timesteps of the process: take at most {most}.")
+        raise UserError(f"sampler.steps={steps} is more than the {most} timesteps of the process: use at most {most}.")
 
 
 def sample_ddim(

@@ -47,7 +47,10 @@ def find_ranks() -> Ranks:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
     meeting_place = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not meeting_place:  # each would wait at its own address
-        raise UserError("several ranks have no MASTER_ADDR and MASTER_PORT: start with torchrun, or slurm/*.sbatch.")
+        raise UserError(
+            "there are several ranks, but MASTER_ADDR and MASTER_PORT are not set: start them with torchrun or "
+            "slurm/*.sbatch."
+        )
     for name, alone in ALONE.items():
         os.environ.setdefault(name, alone)
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -81,7 +84,7 @@ def _meet(rank: int, world_size: int) -> dist.Store:
     while missing := [rank for rank in missing if not store.check([f"arrived/{rank}"])]:
         if time.monotonic() > deadline:
             names = ", ".join(map(str, missing))
-            raise TimeoutError(f"rank(s) {names} did not come to {address}:{store.port}: see what they say.")
+            raise TimeoutError(f"rank(s) {names} did not connect to {address}:{store.port}: see their logs.")
         time.sleep(0.05)
     return store
 

@@ -37,27 +37,31 @@ class EngineConfig:
         refuse_wrong(self, "engine")
         if self.zero_stage == 0 and self.dtype != "fp32":
             raise UserError(
-                f"engine: DeepSpeed keeps no fp32 master weights for {self.dtype} at ZeRO stage 0; take engine=zero1."
+                f"engine.dtype={self.dtype} is not available at ZeRO stage 0, where DeepSpeed keeps no fp32 "
+                "master weights: use engine=zero1."
             )
         if self.dtype == "fp16" and not torch.cuda.is_available():
-            raise UserError("engine.dtype=fp16 needs a GPU: take engine.dtype=auto.")
+            raise UserError("engine.dtype=fp16 needs a GPU: use engine.dtype=auto.")
         self._check_offload()
         if self.compile and self.zero_stage == 3:
-            raise UserError("engine.compile=true does not go with ZeRO stage 3: take engine=zero2.")
+            raise UserError("engine.compile=true is not available at ZeRO stage 3: use engine=zero2.")
         compiler = os.environ.get("CXX", "g++")  # the compiler that torch uses
         if self.compile and shutil.which(compiler) is None:
-            raise UserError(f"engine.compile=true needs {compiler}, which is not there: install it, or leave it out.")
+            raise UserError(
+                f"engine.compile=true needs the compiler {compiler}, which is not installed: install it, or leave out "
+                "engine.compile."
+            )
 
     def _check_offload(self) -> None:
         if self.offload == "optimizer" and self.zero_stage == 0:
-            raise UserError("engine.offload=optimizer needs ZeRO: take engine=zero1, zero2 or zero3.")
+            raise UserError("engine.offload=optimizer needs ZeRO: use engine=zero1, zero2 or zero3.")
         if self.offload == "optimizer" and self.zero_stage in (1, 2) and self.dtype != "fp32":
             raise UserError(
-                "engine.offload=optimizer at ZeRO stage 1 or 2 never recovers from one gradient that is not finite in "
-                f"{self.dtype}: take engine=zero3."
+                "engine.offload=optimizer at ZeRO stage 1 or 2 does not recover from a non-finite gradient in "
+                f"{self.dtype}: use engine=zero3."
             )
         if self.offload == "all" and self.zero_stage != 3:
-            raise UserError("engine.offload=all, the weights too, needs ZeRO stage 3: take engine=zero3.")
+            raise UserError("engine.offload=all, which offloads the weights too, needs ZeRO stage 3: use engine=zero3.")
 
     def _accumulates_in_fp32(self, accumulation: int) -> bool:
         """False at stage 1 in bf16 without accumulation, where it would cost a second, slower optimizer."""

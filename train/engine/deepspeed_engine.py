@@ -153,7 +153,9 @@ def _tune(module: nn.Module, config: EngineConfig) -> None:
     for network in networks:
         network.tune(config.compile, config.checkpoint_activations)
     if not networks and (config.compile or config.checkpoint_activations):
-        raise UserError("engine.compile and engine.checkpoint_activations are for the U-Net: leave them out here.")
+        raise UserError(
+            "engine.compile and engine.checkpoint_activations are only available for the U-Net: leave them out here."
+        )
 
 
 def quiet_deepspeed() -> ModuleType:

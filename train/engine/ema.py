@@ -57,6 +57,6 @@ def power_kind(sigma_rel: float) -> str:
 def gamma_of(sigma_rel: float) -> float:
     """The exponent whose average has a relative standard deviation of sigma_rel (Karras et al. 2024, eq. 126)."""
     if not 0 < sigma_rel < 1 / sqrt(12):
-        raise UserError(f"sigma_rel={sigma_rel} is no width of an average: take one above 0 and below 0.288.")
+        raise UserError(f"sigma_rel={sigma_rel} is not a valid width of an average: use one above 0 and below 0.288.")
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())

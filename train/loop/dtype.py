@@ -54,7 +54,7 @@ def resolve_dtype(engine: Mapping[str, Any], paths: CheckpointPaths, ranks: Rank
         return chosen
     if ranks.is_main and engine["dtype"] == "bf16" and best.dtype != "bf16":
         log.warning("engine.dtype=bf16: %s", cost_of_bf16(best))
-    return DtypeChoice(engine["dtype"], "given by name")
+    return DtypeChoice(engine["dtype"], "set by engine.dtype")
 
 
 def dtype_for_machine(engine: Mapping[str, Any], best: DtypeChoice) -> DtypeChoice:
@@ -70,20 +70,20 @@ def common_dtype(of_ranks: Sequence[DtypeChoice]) -> DtypeChoice:
     if len(those) == len(of_ranks):
         return least
     most = max((of_rank.dtype for of_rank in of_ranks), key=LEAST_FIRST.index)
-    return DtypeChoice(least.dtype, f"{least.because}, at rank(s) {', '.join(those)}; the others could take {most}")
+    return DtypeChoice(least.dtype, f"{least.because}, at rank(s) {', '.join(those)}; the others could use {most}")
 
 
 def keep_saved_dtype(saved: SavedDtype, fresh: DtypeChoice, device: torch.device) -> DtypeChoice:
     """The dtype of a resumed run, independent of its machine now. fresh: what a new run would use there."""
     if saved.dtype == "fp16" and device.type != "cuda":
         raise UserError(
-            f"{saved.path} was trained in fp16, which needs a GPU: go on where there is one, or in {fresh.dtype} by "
-            f"engine.dtype={fresh.dtype} training.allow_mismatch=[dtype]."
+            f"{saved.path} was trained in fp16, which needs a GPU: continue on a machine with a GPU, or in "
+            f"{fresh.dtype} with engine.dtype={fresh.dtype} training.allow_mismatch=[dtype]."
         )
     here = ""
     if saved.dtype != fresh.dtype:
         why = cost_of_bf16(fresh) if saved.dtype == "bf16" else fresh.because
-        here = f"; a new run would take {fresh.dtype} here, as {why}"
+        here = f"; a new run would use {fresh.dtype} here, as {why}"
     return DtypeChoice(saved.dtype, f"auto: as in {saved.path}{here}")
 
 
@@ -98,9 +98,9 @@ def saved_dtype(paths: CheckpointPaths) -> SavedDtype | None:
 def only_fp32(engine: Mapping[str, Any]) -> str | None:
     """Why these options need fp32, or None if they do not: EngineConfig refuses them with another dtype."""
     if engine["zero_stage"] == 0:
-        return "DeepSpeed keeps no fp32 master weights beside others at ZeRO stage 0"
+        return "DeepSpeed keeps no separate fp32 master weights at ZeRO stage 0"
     if engine["offload"] == "optimizer" and engine["zero_stage"] in (1, 2):
-        return "engine.offload=optimizer at ZeRO stage 1 or 2 goes with fp32 alone, engine=zero3 with others too"
+        return "engine.offload=optimizer at ZeRO stage 1 or 2 needs fp32; engine=zero3 allows other dtypes"
     return None
 
 
@@ -108,7 +108,7 @@ def cost_of_bf16(best: DtypeChoice) -> str:
     """What bf16 costs on machines whose best dtype is another. Measured on CPUs, for a step of a small U-Net: 2 times
     as long with AVX-512 alone, 9 times with AVX2."""
     times = "two to nine" if best.dtype == "fp32" else "several"
-    return f"{best.because}, and bf16 takes {times} times as long there as {best.dtype}"
+    return f"{best.because}, and bf16 takes {times} times as long as {best.dtype} there"
 
 
 def best_dtype(device: torch.device) -> DtypeChoice:
@@ -129,12 +129,12 @@ def dtype_of_cpu(capabilities: Mapping[str, Any], kernels: bool, environment: Ma
 
 def _cpu_has_bf16(capabilities: Mapping[str, Any], kernels: bool, environment: Mapping[str, str]) -> tuple[bool, str]:
     if (said := environment.get(STAND_IN)) in ("0", "1"):
-        return said == "1", f"{STAND_IN}={said} takes this CPU for one with{'' if said == '1' else 'out'} bf16"
+        return said == "1", f"{STAND_IN}={said} treats this CPU as one with{'' if said == '1' else 'out'} bf16"
     if not any(capabilities.get(name) for name in BF16_INSTRUCTIONS):
         return False, "this CPU has no bf16 instructions"
     limit = next((name for name in ISA_LIMITS if environment.get(name)), None)
     if limit and environment[limit].upper() in ISAS_WITHOUT_BF16:
-        return False, f"{limit}={environment[limit]} leaves this CPU's bf16 instructions out"
+        return False, f"{limit}={environment[limit]} disables this CPU's bf16 instructions"
     if not kernels:
-        return False, "this torch makes no use of the CPU's bf16 instructions"
+        return False, "this build of torch does not use the CPU's bf16 instructions"
     return True, "this CPU has bf16 instructions"

@@ -79,11 +79,11 @@ def refuse_silent_restart(run: RunFolder, training: Training) -> None:
     last = broadcast_object(run.last_step_logged() if run.ranks.is_main else None)
     if training.resume == "auto" and training.save_every and last > 2 * training.save_every:
         raise UserError(
-            f"output={run.path} has logged {last} steps, and has no checkpoint: bring its checkpoints back, or take "
-            "another output=; training.resume=never begins anew in this one."
+            f"output={run.path} has logged {last} steps but has no checkpoint: restore its checkpoints, use another "
+            "output=, or start it from the beginning with training.resume=never."
         )
     if last and run.ranks.is_main:
-        log.warning("no checkpoint is there: the run begins anew (it had logged %d steps)", last)
+        log.warning("there is no checkpoint: the run starts from the beginning (it had logged %d steps)", last)
 
 
 def size_of(engine: Engine) -> str:
@@ -110,10 +110,10 @@ def roll_back(context: TrainingContext, monitor: StabilityMonitor, bad: Training
     if rollbacks >= monitor.limits.max_rollbacks:
         raise UserError(f"{bad.why}, after {rollbacks} rollbacks: {remedy}")
     if not context.roll_back(bad.good_step):
-        raise UserError(f"{bad.why}, and no checkpoint lies before it: {remedy}")
+        raise UserError(f"{bad.why}, and there is no earlier checkpoint: {remedy}")
     monitor.after_rollback(gone_bad, state.step, bad.why)
     context.reporter.rewind(state.step)
-    context.say(f"{bad.why}: back to step {state.step}, past the data up to there")
+    context.say(f"{bad.why}: rolled back to step {state.step}; the data in between are skipped")
 
 
 def report_skipped_steps(context: TrainingContext, monitor: StabilityMonitor) -> None:

@@ -118,7 +118,7 @@ class HangWatchdog(NoWatchdog):
             try:
                 self._look()
             except Exception as error:  # if this thread ended, the timer would kill a healthy rank
-                _say(f"{self._status()}: the watch failed with {type(error).__name__}: {error}")
+                _say(f"{self._status()}: the watchdog failed with {type(error).__name__}: {error}")
 
     def _look(self) -> None:
         if self.phase == "data" and time.monotonic() - self.began > self.interval:
@@ -154,11 +154,11 @@ class HangWatchdog(NoWatchdog):
         silent = blamed.silent_for(now) > self.timeout / 2
         if blamed.rank != self.ranks.rank and not silent and now - blamed.since < self._allowed(blamed.phase):
             return
-        heard = f"not heard of for {blamed.silent_for(now):.0f} s" if silent else f"for {now - blamed.since:.0f} s"
+        heard = f"silent for {blamed.silent_for(now):.0f} s" if silent else f"for {now - blamed.since:.0f} s"
         _say(
             f"error: no progress on rank {self.ranks.rank} for {time.monotonic() - self.began:.0f} s in phase "
             f"{self.phase} after step {self.step} (training.hang_timeout_s={self.timeout:g}); all wait for {blamed}, "
-            f"{heard}. Every rank is ended; started again, the run goes on from its last checkpoint."
+            f"{heard}. Every rank is stopped; start the run again to continue from its last checkpoint."
         )
         faulthandler.dump_traceback(file=sys.__stderr__)
         os._exit(HUNG)

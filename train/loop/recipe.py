@@ -79,14 +79,15 @@ class Training:
             gamma_of(width)  # refuses invalid widths
         if self.micro_batch is not None and self.accumulation != 1:
             raise UserError(
-                f"training.accumulation={self.accumulation} and training.micro_batch={self.micro_batch} both say how a "
-                "batch is cut: give one of them."
+                f"training.accumulation={self.accumulation} and training.micro_batch={self.micro_batch} both set how "
+                "a batch is split: set only one of them."
             )
         kept = (self.keep_checkpoints - 1) * (self.save_every or self.steps)
         if self.stability.spike_factor is not None and kept < self.log_every:
             raise UserError(
-                f"training.stability.spike_factor: a spike is seen every log_every={self.log_every} steps, and the "
-                f"checkpoints kept go back {kept} for sure: raise training.keep_checkpoints or training.save_every."
+                f"training.stability.spike_factor is checked every log_every={self.log_every} steps, but the kept "
+                f"checkpoints only go back {kept} steps for certain: raise training.keep_checkpoints or "
+                "training.save_every."
             )
 
     @property
@@ -104,8 +105,8 @@ class Training:
         at_once = world_size * self.micro_batch
         if self.batch_size % at_once:
             raise UserError(
-                f"batch_size={self.batch_size} is no multiple of {world_size} ranks x training.micro_batch="
-                f"{self.micro_batch}: change one of them."
+                f"batch_size={self.batch_size} is not a multiple of {world_size} ranks x "
+                f"training.micro_batch={self.micro_batch}: change one of them."
             )
         return replace(self, accumulation=self.batch_size // at_once, micro_batch=None)
 
@@ -145,7 +146,7 @@ class Recipe:
     engine: EngineConfig
     make_loader: Callable[..., Iterable[Batch]]
     data_order: dict[str, Any]  # what sample order depends on, besides seed and data
-    dtype_because: str = "given by name"  # why the engine has its dtype
+    dtype_because: str = "set by engine.dtype"  # why the engine has its dtype
 
     @classmethod
     def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:

@@ -41,7 +41,10 @@ class StabilityConfig:
 
     def __post_init__(self) -> None:
         if self.max_skipped < 1 or self.spike_window < 2 or self.max_rollbacks < 0:
-            raise UserError("training.stability: take max_skipped of 1 or more, spike_window of 2, max_rollbacks of 0.")
+            raise UserError(
+                "training.stability: max_skipped must be at least 1, spike_window at least 2, and max_rollbacks at "
+                "least 0."
+            )
         if self.spike_factor is not None and self.spike_factor <= 1:
             raise UserError(f"training.stability.spike_factor={self.spike_factor} must be above 1, or null.")
 
@@ -65,7 +68,7 @@ class StabilityMonitor:
         self.skipped += 1
         if self.skipped == 1 and self.ranks.is_main:
             log.warning(
-                "step %d: gradients not finite; such steps are skipped, %s has them", state.step, self.skipped_log
+                "step %d is skipped, as its gradients are not finite; %s lists such steps", state.step, self.skipped_log
             )
         keys = [key for part in gathered_objects(result.keys) for key in part]
         self.write_row({"step": state.step, "skipped": "gradients not finite", "keys": keys})
@@ -79,7 +82,7 @@ class StabilityMonitor:
         factor = self.limits.spike_factor
         # The loss is NaN if all steps were skipped; those are counted separately.
         if factor is not None and usual is not None and loss >= factor * usual:
-            why = f"the loss of step {step} is {loss:.4g}, {loss / usual:.1f} times what it was"
+            why = f"the loss of step {step} is {loss:.4g}, {loss / usual:.1f} times its recent median"
             raise TrainingDiverged(why, self.good_step)
         if math.isfinite(loss):
             self.losses.append(loss)

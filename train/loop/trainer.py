@@ -106,7 +106,7 @@ class Trainer:
         context, state = self.context, self.context.state
         if not state.finished and context.preemption.agreed(state.step, context.ranks.device):
             self._save_and_wait()
-            bar.note(f"stopped by a signal after step {state.step}; the checkpoint is saved, start again to go on")
+            bar.note(f"stopped by a signal after step {state.step}; the checkpoint is saved, start again to continue")
             context.reporter.close()
             raise Preempted
 

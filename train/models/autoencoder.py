@@ -170,7 +170,7 @@ class Autoencoder(nn.Module):
         attention = [False] * len(channels) if attention_levels is None else list(attention_levels)
         if len(attention) != len(channels):
             raise UserError(
-                f"autoencoder.attention_levels={attention} does not fit {len(channels)} levels: give one for each."
+                f"autoencoder.attention_levels={attention} must have {len(channels)} entries, one per level."
             )
         trunk = Trunk(list(channels), attention, layers_per_block, norm_groups, mid_attention)
         self.encoder = Encoder(pixels, encoded, trunk)

@@ -72,10 +72,10 @@ class DataFacts(Protocol):
 class Conditioner(nn.Module):
     """needs: the stored fields that it reads; context_dim, vector_dim, concat_channels: sizes of its outputs, if any.
 
-    of_text: whether a negative prompt replaces its null.
+    of_text: whether a negative prompt replaces its null; needs_vector: whether a U-Net without vector_dim is refused.
     """
 
-    of_text = False
+    of_text = needs_vector = False
     needs: tuple[str, ...] = ()
     context_dim: int | None = None
     vector_dim: int | None = None
@@ -225,11 +225,13 @@ class Conditioners(Conditioner):
 
     def __init__(self, facts: DataFacts, parts: Mapping[str, Callable[[DataFacts], Conditioner]]) -> None:
         super().__init__()
+        # Sizes come last, as in SDXL, whichever the user named first: the U-Net's weights depend on it.
+        parts = dict(sorted(parts.items(), key=lambda part: getattr(part[1], "func", part[1]).needs_vector))
         for name, make in parts.items():
             needs = getattr(make, "func", make).needs
             if not set(needs) <= set(facts.shapes):
                 raise UserError(
-                    f"conditioning={name} reads {' and '.join(needs)}, which these latents don't hold: run "
+                    f"conditioning={name} needs {' and '.join(needs)}, which these latents don't contain: run "
                     f"precompute_latents.py with conditions=[{name}], or choose another conditioning."
                 )
         self.parts = nn.ModuleDict({name: make(facts) for name, make in parts.items()})
@@ -237,6 +239,7 @@ class Conditioners(Conditioner):
         self.context_dims = {name: p.context_dim for name, p in self.parts.items() if p.context_dim is not None}
         self.context_dim = next(iter(self.context_dims.values()), None)
         self.vector_dim = sum(part.vector_dim or 0 for part in self.parts.values()) or None
+        self.needs_vector = any(part.needs_vector for part in self.parts.values())
         self.concat_channels = sum(part.concat_channels for part in self.parts.values())
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:

@@ -255,18 +255,20 @@ def _check_levels(
     if not len(channels) == len(attention) == len(self_attention) == len(heads):
         raise UserError(
             f"unet: {len(channels)} channels, {len(attention)} attention_levels, {len(self_attention)} "
-            f"self_attention_levels and {len(heads)} heads: give one of each a level."
+            f"self_attention_levels and {len(heads)} heads: each must have one entry per level."
         )
     for width, count in zip(channels, heads, strict=True):
         if width % count or width % groups:
-            raise UserError(f"unet: {width} channels can't be shared by {count} heads and {groups} norm groups.")
+            raise UserError(f"unet: {width} channels must be a multiple of {count} heads and of {groups} norm groups.")
 
 
 def _check_pixel_attention(depth: int, context_dim: int | None, self_attention: Sequence[bool]) -> None:
     if depth == 0 and context_dim is not None:
-        raise UserError("unet: transformer_depth=0 takes no context: set unet.context_dim=null, or a depth from 1.")
+        raise UserError(
+            "unet.transformer_depth=0 uses no context: set unet.context_dim=null, or a depth of at least 1."
+        )
     if depth == 0 and not all(self_attention):
         raise UserError(
-            "unet: transformer_depth=0 is self-attention: say where in unet.attention_levels, and leave "
-            "unet.self_attention_levels=null."
+            "unet.transformer_depth=0 means self-attention only: choose its levels in unet.attention_levels, and "
+            "leave unet.self_attention_levels=null."
         )

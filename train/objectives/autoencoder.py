@@ -124,11 +124,13 @@ def _refuse_weights_of_others(autoencoder: nn.Module, weights: dict[str, float |
     for name, value in weights.items():
         if value is not None:
             raise UserError(
-                f"objective.{name}={value} weighs nothing of a {type(autoencoder).__name__}: set objective.{name}=null."
+                f"objective.{name}={value} has no effect on a {type(autoencoder).__name__}: set objective.{name}=null."
             )
 
 
 def _refuse_crops_without_patches(adversary: Adversary | None, crop: int) -> None:
     least = adversary.discriminator.smallest_picture if adversary is not None else 0
     if crop and crop < least:
-        raise UserError(f"objective.crop={crop} leaves the discriminator no patch: take at least {least}, or 0.")
+        raise UserError(
+            f"objective.crop={crop} is too small for the discriminator: use at least {least}, or 0 for no crop."
+        )

@@ -109,7 +109,7 @@ def refuse_unfit(process: DiffusionProcess, parameterization: Parameterization) 
     if not parameterization.fits(process.alpha(t), process.sigma(t)):
         name, where = type(parameterization).__name__, type(process).__name__
         raise UserError(
-            f"{name} does not belong to {where}: use parameterization=flow with process=rectified_flow, "
+            f"{name} can't be used with {where}: use parameterization=flow with process=rectified_flow, "
             "parameterization=velocity or sample with a variance-preserving process, and epsilon only where the "
             "process keeps some signal to its end (not zero_terminal_snr)."
         )

@@ -107,6 +107,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise DataError(f'{path}, line {number} is no row of metrics ({{"step": ...}}): remove it, or mend it.')
+            raise DataError(f'{path}, line {number} is not a row of metrics ({{"step": ...}}): fix or remove it.')
         rows.append(row)
     return rows

@@ -46,8 +46,8 @@ class RunFolder:
             raise UserError(f"output={path}: a run's folder must be on a file system; choose a local path.")
         if secrets_in_it := secret_names(config):
             raise UserError(
-                f"{', '.join(secrets_in_it)} holds a secret, and a run's configuration is kept and shown: give it by "
-                "the environment (WANDB_API_KEY, AWS_SECRET_ACCESS_KEY), not by the configuration."
+                f"{', '.join(secrets_in_it)} contains a secret, but a run's configuration is saved and may be shared: "
+                "set it in the environment (WANDB_API_KEY, AWS_SECRET_ACCESS_KEY) instead."
             )
         # Saved with short names, not Python paths: otherwise the code could not be moved (saved_names.py).
         self.path, self.what, self.config, self.ranks = Path(path), what, named(config), ranks
@@ -77,7 +77,7 @@ class RunFolder:
                 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
                     raise
                 if time.monotonic() > deadline:
-                    log.error("%s A node that died may have left its lock: Slurm is asked to try again later.", error)
+                    log.error("%s The lock may be from a node that died: Slurm is asked to try again later.", error)
                     return ""
                 time.sleep(1.0)
 
@@ -91,7 +91,7 @@ class RunFolder:
             self._refuse_anothers_checkpoints(run_id)
             return run_id
         if self.path.exists() and any(not _left_by_a_kill(path) for path in self.path.iterdir()):
-            raise UserError(f"output={self.path} holds something that is not a run: choose a new or empty folder.")
+            raise UserError(f"output={self.path} contains something other than a run: choose a new or empty folder.")
         self._refuse_anothers_checkpoints(None)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -114,7 +114,7 @@ class RunFolder:
                 self.lock.seek(0)
                 holder = self.lock.read().strip() or "another process"
                 raise InUse(f"output={self.path} is in use by {holder}: stop it first.") from error
-            log.warning("%s can't be locked (%s): see that no other process writes to it", self.path, error)
+            log.warning("%s can't be locked (%s): make sure that no other process writes to it", self.path, error)
         else:
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

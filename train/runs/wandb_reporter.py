@@ -60,7 +60,8 @@ class WeightsAndBiases:
             self.dropped += 1
             if self.dropped == 1:
                 log.warning(
-                    "W&B does not keep up: values are dropped (metrics.jsonl has them; train/replay_metrics.py)"
+                    "W&B can't keep up, and values are dropped: train/replay_metrics.py can send them later from "
+                    "metrics.jsonl"
                 )
 
     def image(self, step: int, name: str, path: Path) -> None:
@@ -80,8 +81,8 @@ class WeightsAndBiases:
             _teardown()  # now, as otherwise Python's exit does it, and prints its errors
         if self.dropped or self.thread.is_alive():
             log.warning(
-                "W&B lacks some of the run (%d entries were dropped%s): train/replay_metrics.py tells it all of "
-                "metrics.jsonl", self.dropped, ", and it did not end in time" * self.thread.is_alive(),
+                "W&B lacks part of the run (%d entries were dropped%s): train/replay_metrics.py can send all of "
+                "metrics.jsonl", self.dropped, ", and it did not finish in time" * self.thread.is_alive(),
             )  # fmt: skip
 
     def _ended(self, patience_s: float | None) -> bool:
@@ -107,7 +108,11 @@ class WeightsAndBiases:
             run.finish()
         except Exception as error:
             self.error = error
-            log.warning("W&B is not told any more (%s: %s)", type(error).__name__, error)
+            log.warning(
+                "logging to W&B has stopped (%s: %s): train/replay_metrics.py can send the rest later",
+                type(error).__name__,
+                error,
+            )
 
 
 def _kill_service() -> None:
@@ -139,7 +144,7 @@ def _begin_run(about: dict[str, Any], patience_s: float | None) -> Any:
         if about["mode"] == "offline":
             raise
         about["mode"] = "offline"
-        log.warning("%s: the run is kept offline; `wandb sync` uploads it later", _why_not_online(error))
+        log.warning("%s: the run is logged offline; `wandb sync` uploads it later", _why_not_online(error))
         _kill_service()  # it holds the run's id, and would keep requesting it
         _teardown()
         return _init(about, patience_s)
@@ -149,9 +154,9 @@ def _why_not_online(error: Exception) -> str:
     """The reason for a message: a wrong key, or W&B's own error, which may be empty."""
     import wandb
 
-    said = str(error) or "no answer up to the run's end: is WANDB_API_KEY right, and WANDB_BASE_URL?"
+    said = str(error) or "no answer until the end of the run: check WANDB_API_KEY and WANDB_BASE_URL"
     if _KEY_REFUSED.search(said):
-        return f"W&B does not take the key ({said}): give the right one by WANDB_API_KEY or `wandb login`"
+        return f"W&B refuses the key ({said}): set the right one with WANDB_API_KEY or `wandb login`"
     unknown = " with this key" if isinstance(error, wandb.errors.AuthenticationError) else ""
     return f"W&B can't be reached{unknown} ({said})"
 

@@ -46,11 +46,11 @@ class Guidance:
     def __post_init__(self) -> None:
         if not rises_within_1(self.interval):
             raise UserError(
-                f"guidance.interval={self.interval} is no part of the process: give two fractions of it, from data to "
-                "noise, as guidance.interval=[0.1,0.8]."
+                f"guidance.interval={self.interval} is not valid: use two increasing fractions of the process, from 0 "
+                "(data) to 1 (noise), such as guidance.interval=[0.1,0.8]."
             )
         if not isinstance(self.rescale, int | float) or not 0 <= self.rescale <= 1:
-            raise UserError(f"guidance.rescale={self.rescale} is no share: give one from 0 to 1.")
+            raise UserError(f"guidance.rescale={self.rescale} must be a number from 0 to 1.")
 
     def of(self, denoise: Denoiser, process: DiffusionProcess) -> Denoiser:
         """The guided denoiser."""

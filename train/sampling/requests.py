@@ -11,9 +11,20 @@ from PIL import Image, ImageOps
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import UNDECODABLE, open_image, to_rgb
+from data_pipeline.shards.json_fields import is_pair
 from train.sampling.trained_run import TrainedRun
 
 REQUEST_OPTIONS = ("prompts", "labels", "layouts", "images", "holes")
+SIZE_PARTS = ("original", "crop", "target")
+
+
+def size_options(given: Any, name: str = "size") -> dict[str, Any]:
+    """The option `size` (or negative_size) by its parts: size.original, size.crop, size.target."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or not set(given) <= set(SIZE_PARTS):
+        parts = ", ".join(f"{name}.{part}=" for part in SIZE_PARTS)
+        raise UserError(f"{name}={given} is no size: give {parts}, each two numbers, as {name}.original=[512,512].")
+    return {f"size.{part}": given.get(part) for part in SIZE_PARTS}
 
 
 def request_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
@@ -21,18 +32,21 @@ def request_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any
     lists = {name: as_list(name, value) for name, value in options.items() if value is not None}
     if any(not values for values in lists.values()):
         empty = next(name for name, values in lists.items() if not values)
-        raise UserError(f"{empty} is empty: give some, as prompts='[red heart,grinning face]'.")
+        raise UserError(f"{empty} is empty: add values, such as prompts='[red heart,grinning face]'.")
     count = max((len(values) for values in lists.values()), default=1)
     for name, values in lists.items():
         if len(values) not in (1, count):
-            raise UserError(f"{name} has {len(values)} entries beside {count}: give one, or as many as there are.")
+            raise UserError(
+                f"{name} has {len(values)} entries, but another option has {count}: use one entry, or the same number."
+            )
     rows = [{name: values[i % len(values)] for name, values in lists.items()} for i in range(count)]
     return [row for row in rows for _ in range(repeats)]
 
 
 def as_list(name: str, value: Any) -> list[Any]:
-    """`value` as a list of values: one layout is itself a list of boxes, one hole a list of four numbers."""
-    nested = {"layouts": 2, "holes": 1}.get(name, 0)
+    """`value` as a list of values: one layout is itself a list of boxes, one hole a list of four numbers, one size of
+    two."""
+    nested = 2 if name == "layouts" else int(name == "holes" or name.startswith("size."))
     probe = value
     for _ in range(nested):
         probe = probe[0] if isinstance(probe, list) and probe else None
@@ -46,8 +60,27 @@ def negative_rows(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dict
     if "prompts" not in rows[0]:
         raise UserError("this run is not conditioned on prompts: leave negative_prompt= out.")
     if isinstance(negative_prompt, list | dict):
-        raise UserError("negative_prompt is one for all pictures: give one text.")
+        raise UserError("negative_prompt must be a single text, which applies to all pictures.")
     return [row | {"prompts": str(negative_prompt)} for row in rows]
+
+
+def with_negative_size(
+    size: Mapping[str, Any], run: TrainedRun, away: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows to steer away from, with what is given of the negative size; without a negative prompt, those of the
+    empty prompt."""
+    given = {name: value for name, value in size.items() if value is not None}
+    if not given:
+        return away
+    for name, value in given.items():
+        if not is_pair(value):
+            raise UserError(f"negative_{name}={value} is not two numbers of pixels: give one size for all pictures.")
+    if "size" not in run.conditions:
+        raise UserError("this run is not conditioned on sizes: leave negative_size out.")
+    if run.config["conditioning"]["size"].get("drop", False):
+        raise UserError("this run was trained with conditioning.size.drop=true: leave negative_size out.")
+    empty = [{**row, "prompts": ""} if "prompts" in row else row for row in rows]
+    return [{**row, **given} for row in away or empty]
 
 
 def refuse_unused_options(run: TrainedRun, row: Mapping[str, Any], also: Sequence[str] = ()) -> None:
@@ -56,9 +89,11 @@ def refuse_unused_options(run: TrainedRun, row: Mapping[str, Any], also: Sequenc
     for name in wanted:
         if name not in row:
             raise UserError(f"this run is conditioned on {', '.join(wanted)}: add {name}=....")
+    optional = [option for condition in run.conditions.values() for option in condition.optional]
     for name in row:
-        if name not in (*wanted, *also):
-            known = f"only on {', '.join(wanted)}" if wanted else "on nothing"
+        if name not in (*wanted, *optional, *also):
+            known = ", ".join([*wanted, *optional])
+            known = f"only on {known}" if known else "on nothing"
             raise UserError(f"this run is conditioned {known}: leave {name}= out.")
 
 
@@ -75,7 +110,8 @@ def as_sample(run: TrainedRun, row: Mapping[str, Any]) -> dict[str, Any]:
     sample: dict[str, Any] = {"caption": str(values.get("prompts", "")), "meta": {}}
     for name, condition in run.conditions.items():
         if name in run.config["conditioning"]:
-            parts = condition.as_sample(**{option: values[option] for option in condition.options})
+            options = [*condition.options, *(option for option in condition.optional if option in values)]
+            parts = condition.as_sample(**{option: values[option] for option in options})
             sample["meta"] |= parts.pop("meta", {})
             sample |= parts
     return {**sample, "key": title(row)}  # last, because the conditions refuse what is not a layout
@@ -90,7 +126,7 @@ def load_picture(path: str, size: tuple[int, int]) -> np.ndarray:
         image = Image.fromarray(to_rgb(open_image(path)))
     except UNDECODABLE as error:
         why = type(error).__name__ if isinstance(error, OSError | MemoryError) else error
-        raise UserError(f"images: {path} can't be read ({why}): give PNG, JPEG or WebP files.") from None
+        raise UserError(f"images: {path} can't be read ({why}): use PNG, JPEG or WebP files.") from None
     smaller = image.height <= size[0] and image.width <= size[1]
     method = Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS
     return np.array(ImageOps.fit(image, size[::-1], method))
@@ -101,6 +137,8 @@ def title(row: Mapping[str, Any]) -> str:
     words = [str(row[name]) for name in ("prompts", "labels") if name in row]
     words += [" and ".join(str(box[0]) for box in row["layouts"])] if "layouts" in row else []
     words += [Path(str(row["images"])).stem] if "images" in row and not words else []
+    sizes = {part: row[f"size.{part}"] for part in SIZE_PARTS if f"size.{part}" in row}
+    words += [f"{part} {'x'.join(map(str, size))}" for part, size in sizes.items() if isinstance(size, list)]
     return ", ".join(words)
 
 
@@ -110,7 +148,7 @@ def refuse_non_numbers(guidance_scale: Any, steps: Any) -> None:
         number("guidance.scale", guidance_scale)
     count = 1 if steps is None else number("sampler.steps", steps)
     if count < 1 or count != int(count):
-        raise UserError(f"sampler.steps={steps}: give a whole number from 1, as sampler.steps=30.")
+        raise UserError(f"sampler.steps={steps} must be a whole number of at least 1, such as sampler.steps=30.")
 
 
 def number(name: str, value: Any) -> float:
@@ -118,7 +156,7 @@ def number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name}={value} is not a number: give one, as {name}=3.") from None
+        raise UserError(f"{name}={value} must be a number, such as {name}=3.") from None
 
 
 def file_stem(prompt: str) -> str:

@@ -66,7 +66,7 @@ def open_run(
     """
     folder = Path(run)
     if not (folder / "config.yaml").exists():
-        raise UserError(f"input={run} is not a run (no config.yaml there): give the output= of train_ldm.py.")
+        raise UserError(f"input={run} is not a run (no config.yaml there): use the output= of train_ldm.py.")
     config, where = sections_of(folder / "config.yaml"), f"{folder / 'config.yaml'}: "
     unet = checked(config["unet"], "unet", f"{where}unet")  # before loading weights, which is slow
     make_objective = build(config["objective"], "objective", f"{where}objective")
@@ -95,7 +95,7 @@ def sections_of(path: Path) -> dict[str, Any]:
     """A run's configuration; DataError if it lacks a section that is needed to open the run."""
     config = read_config(path)
     if lacking := [name for name in SECTIONS if not isinstance(config.get(name), Mapping)]:
-        raise DataError(f"{path} has no {' and no '.join(lacking)}: give the output= of train_ldm.py.")
+        raise DataError(f"{path} has no {' and no '.join(lacking)}: use the output= of train_ldm.py.")
     return config
 
 
@@ -105,7 +105,9 @@ def load(network: nn.Module, weights: EmaWeights, where: str) -> None:
         network.load_state_dict(weights.tensors)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise DataError(f"{weights.path} does not fit {where}unet and conditioning ({reason}).") from error
+        raise DataError(
+            f"{weights.path} does not fit {where}unet and conditioning ({reason}): copy the run again."
+        ) from error
 
 
 def merged_with_run_config(config: Mapping[str, Any], group: str, given: Mapping[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.storage import write_atomically
 from train.models.latents import LatentScaling
+from train.models.size_features import SizeFeatures
 from train.models.unet import UNet
 from train.weights.foreign import load_exactly, read_folder, read_json, write_tensors
 from train.weights.saved import fingerprint
@@ -47,10 +48,16 @@ _IGNORED = {
 }  # fmt: skip
 
 
-def unet_config(options: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' config.json for a U-Net with our keyword arguments (as from shapes.unet_options)."""
-    if options["vector_dim"] is not None:
-        raise UserError("diffusers' U-Nets have no vector condition: train with unet.vector_dim=null to export.")
+def unet_config(options: Mapping[str, Any], with_sizes: bool = False) -> dict[str, Any]:
+    """diffusers' config.json for a U-Net with our keyword arguments (as from shapes.unet_options). with_sizes: whether
+    its vector condition is SDXL's, a pooled text state and then the six sizes."""
+    if options["vector_dim"] is not None and not with_sizes:
+        raise UserError(
+            "diffusers' U-Nets have no vector condition, except text and sizes: train with unet.vector_dim=null, or "
+            "with conditioning=[text,size], to export."
+        )
+    if options["vector_dim"] is not None and options["transformer_depth"] == 0:
+        raise UserError("diffusers' UNet2DModel has no sizes: train with unet.transformer_depth=1 to export.")
     if not all(options["self_attention_levels"]):
         raise UserError("diffusers' U-Nets can't leave self-attention out: unet.self_attention_levels must be null.")
     config = {
@@ -69,7 +76,7 @@ def unet_config(options: Mapping[str, Any]) -> dict[str, Any]:
 def _transformer_config(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["context_dim"] is None:
         raise UserError(
-            "diffusers has no U-Net of transformers without a context: train with unet.transformer_depth=0 to export."
+            "diffusers has no U-Net with transformers but no context: train with unet.transformer_depth=0 to export."
         )
     heads = list(options["heads"])
     return {
@@ -80,6 +87,16 @@ def _transformer_config(options: Mapping[str, Any]) -> dict[str, Any]:
         "cross_attention_dim": options["context_dim"],
         "transformer_layers_per_block": options["transformer_depth"],
         "use_linear_projection": options["linear_projection"],
+        **(_text_time(options["vector_dim"]) if options["vector_dim"] is not None else {}),
+    }
+
+
+def _text_time(vector_dim: int) -> dict[str, Any]:
+    """SDXL's vector condition: the pooled text, then the sinusoids of six sizes (time_ids)."""
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": SizeFeatures.WIDTH,
+        "projection_class_embeddings_input_dim": vector_dim,
     }
 
 
@@ -92,7 +109,9 @@ def _pixel_config(options: Mapping[str, Any]) -> dict[str, Any]:
     head_dims = {width // heads for width, heads, attends in sized if attends}
     single = all(heads == 1 for heads, attends in zip(options["heads"], attending, strict=True) if attends)
     if len(head_dims) > 1 and not single:
-        raise UserError(f"diffusers' UNet2DModel has one head width, not {sorted(head_dims)}: choose unet.heads so.")
+        raise UserError(
+            f"diffusers' UNet2DModel has one head width, not {sorted(head_dims)}: change unet.heads accordingly."
+        )
     return {
         "_class_name": "UNet2DModel",
         "mid_block_type": "UNetMidBlock2D",
@@ -114,8 +133,9 @@ def unet_arguments(config: Mapping[str, Any], where: str | Path = "config.json")
     config = {name: _one_for_all(value) if name in _ONE_FOR_ALL else value for name, value in config.items()}
     odd = [f"{name}={config[name]}" for name in _ONE_FOR_ALL if isinstance(config.get(name), list)]
     if odd:
-        raise UserError(f"{where}: {', '.join(odd)} has no counterpart here: choose a model without.")
+        raise UserError(f"{where}: {', '.join(odd)} is not supported here: choose a model without it.")
     plain = config.get("_class_name") == "UNet2DModel"
+    with_sizes = config.get("addition_embed_type") == "text_time"
     channels = list(config["block_out_channels"])
     attention = ["Attn" in kind for kind in config["down_block_types"]]
     options = {
@@ -124,7 +144,7 @@ def unet_arguments(config: Mapping[str, Any], where: str | Path = "config.json")
         "channels": channels,
         "layers_per_block": config.get("layers_per_block", 2),
         "context_dim": None if plain else config.get("cross_attention_dim", 1280),
-        "vector_dim": None,
+        "vector_dim": config.get("projection_class_embeddings_input_dim") if with_sizes else None,
         "attention_levels": attention,
         "self_attention_levels": [True] * len(channels),
         "heads": _heads(config.get("attention_head_dim", 8), channels, plain),
@@ -132,7 +152,7 @@ def unet_arguments(config: Mapping[str, Any], where: str | Path = "config.json")
         "linear_projection": bool(config.get("use_linear_projection", False)),
         "norm_groups": config.get("norm_num_groups", 32),
     }
-    _refuse_unmapped(config, unet_config(options), _UNET_FIXED, where)
+    _refuse_unmapped(config, unet_config(options, with_sizes), _UNET_FIXED, where)
     return options
 
 
@@ -210,7 +230,7 @@ def _refuse_unmapped(
     odd = [name for name, value in config.items() if not name.startswith("_") and name not in _IGNORED]
     odd = [f"{name}={config[name]}" for name in odd if not same(name, config[name])]
     if odd:
-        raise UserError(f"{where}: {', '.join(odd)} has no counterpart here: choose a model without.")
+        raise UserError(f"{where}: {', '.join(odd)} is not supported here: choose a model without it.")
 
 
 def component(path: str | Path, names: Sequence[str], classes: Sequence[str]) -> tuple[Path, dict[str, Any]]:
@@ -221,9 +241,13 @@ def component(path: str | Path, names: Sequence[str], classes: Sequence[str]) ->
             if config.get("_class_name") in classes:
                 return folder, config
             if "fingerprint" in config:
-                raise UserError(f"{folder} was trained here, it is no diffusers folder: add autoencoder=trained.")
-            raise UserError(f"{folder} holds {config.get('_class_name')}, not one of {', '.join(classes)}.")
-    raise UserError(f"{path} holds no {names[0]}/config.json: give a folder that diffusers saved.")
+                raise UserError(
+                    f"{folder} was trained by this project and is not a diffusers folder: add autoencoder=trained."
+                )
+            raise UserError(
+                f"{folder} contains {config.get('_class_name')}, but must contain one of {', '.join(classes)}."
+            )
+    raise UserError(f"{path} has no {names[0]}/config.json: use a folder that diffusers saved.")
 
 
 def read_unet_state(path: str | Path) -> dict[str, Tensor]:
@@ -236,7 +260,8 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
 
 
 def _present_name(name: str) -> str:
-    """Today's name of a parameter: pixel attention had other names when most published first stages were saved."""
+    """Our name of a parameter: pixel attention had other names when most published first stages were saved."""
+    name = re.sub(r"^add_embedding\.", "vector_embedding.", name)
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{older[m[2]]}.", name)
 
@@ -272,9 +297,11 @@ def load_scaling(path: str | Path) -> LatentScaling:
     return LatentScaling([0.0] * channels, [1 / config.get("scaling_factor", SCALING_FACTOR)] * channels)
 
 
-def save_unet(folder: Path, unet: UNet) -> None:
-    """Writes <folder>/config.json and weights, for UNet2DConditionModel or UNet2DModel."""
-    _save(folder, unet_config(unet_options(unet)), unet.state_dict())
+def save_unet(folder: Path, unet: UNet, with_sizes: bool = False) -> None:
+    """Writes <folder>/config.json and weights, for UNet2DConditionModel or UNet2DModel; with_sizes: as unet_config."""
+    config = unet_config(unet_options(unet), with_sizes)
+    state = {re.sub(r"^vector_embedding\.", "add_embedding.", name): v for name, v in unet.state_dict().items()}
+    _save(folder, config, state)
 
 
 def save_autoencoder(folder: Path, autoencoder: nn.Module, scaling_factor: float = SCALING_FACTOR, **more: Any) -> None:

@@ -65,7 +65,7 @@ def from_foreign(
 def refuse_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str | Path) -> None:
     """One UserError for all keys that are missing, unknown or of another shape: nothing is loaded partially."""
     faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    faults += [f"{name} is not known" for name in sorted(found.keys() - expected.keys())]
+    faults += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
     for name in sorted(expected.keys() & found.keys()):
         has, needs = tuple(found[name].shape), tuple(expected[name].shape)
         if has != needs:
@@ -73,7 +73,7 @@ def refuse_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
     if faults:
         more = len(faults) - NAMED_AT_MOST
         listed = "; ".join(faults[:NAMED_AT_MOST]) + (f"; and {more} more" if more > 0 else "")
-        raise UserError(f"{where} does not fit this model: {listed}: give the configuration that it was made with.")
+        raise UserError(f"{where} does not fit this model ({listed}): use the configuration that it was made with.")
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
@@ -87,7 +87,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str | Pat
 def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a pickled one (.ckpt, .bin, .pt, .pth) read with weights_only=True."""
     if not path.is_file():
-        raise UserError(f"{path} is not a file: give the path of the weights.")
+        raise UserError(f"{path} is not a file: use the path of the weights.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, wanted)
     state = _read_pickled(path)
@@ -101,7 +101,7 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Te
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} can't be read as safetensors ({error}): fetch or save it again.") from error
+        raise DataError(f"{path} can't be read as safetensors ({error}): download or save it again.") from error
 
 
 class _Ignored:
@@ -134,15 +134,15 @@ def _read_pickled(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None:
-            raise DataError(f"{path} can't be read as tensors: fetch or save it again, as .safetensors.") from error
+            raise DataError(f"{path} can't be read as tensors: download or save it again, as .safetensors.") from error
         raise UserError(
-            f"{path} holds {named[1]} beside its tensors, and nothing in it is run: convert it to .safetensors where "
+            f"{path} contains {named[1]} besides tensors, and no code in it is run: convert it to .safetensors where "
             "you trust it."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, AssertionError) as error:
-        raise DataError(f"{path} can't be read ({type(error).__name__}): fetch or save it again.") from error
+        raise DataError(f"{path} can't be read ({type(error).__name__}): download or save it again.") from error
     if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds a {type(state).__name__}, not named tensors: give a state dict.")
+        raise UserError(f"{path} contains a {type(state).__name__}, not named tensors: use a state dict.")
     return state
 
 
@@ -154,7 +154,7 @@ def read_folder(folder: Path, stems: Sequence[str]) -> dict[str, Tensor]:
                 return read_tensors(folder / f"{stem}.{ending}")
             if (folder / f"{stem}.{ending}.index.json").exists():
                 return _read_shards(folder, folder / f"{stem}.{ending}.index.json")
-    raise UserError(f"{folder} holds no {stems[0]}.safetensors: give a folder that was saved whole.")
+    raise UserError(f"{folder} has no {stems[0]}.safetensors: use a complete folder.")
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     state = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file:
-            raise UserError(f"{index} names {file}, which does not lie beside it: fetch the folder again.")
+            raise UserError(f"{index} names {file}, which is not in the same folder: download the folder again.")
         state |= read_tensors(folder / file)
     refuse_mismatch({name: state.get(name, torch.empty(0)) for name in places}, state, index)
     return state
@@ -174,7 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
         about = json.loads(path.read_text())
         if isinstance(about, dict):
             return about
-    raise DataError(f"{path} can't be read as JSON: fetch or save it again.")
+    raise DataError(f"{path} can't be read as JSON: download or save it again.")
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:

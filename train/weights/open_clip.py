@@ -125,7 +125,7 @@ def load_text_encoder(path: str | Path) -> TextEncoder:
 def _of_folder(path: Path) -> TextEncoder:
     folder = next((f for f in (path / "text_encoder", path) if (f / "config.json").is_file()), None)
     if folder is None:
-        raise UserError(f"{path} holds no text_encoder/config.json: give a folder that diffusers saved.")
+        raise UserError(f"{path} has no text_encoder/config.json: use a folder that diffusers saved.")
     config = read_json(folder / "config.json")
     _refuse_other_text_models(config, folder)
     state = {}
@@ -154,9 +154,12 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_other_text_models(config: Mapping[str, Any], folder: Path) -> None:
     kind, activation = config.get("model_type", "clip_text_model"), config.get("hidden_act", "quick_gelu")
     if kind not in ("clip_text_model", "clip") or activation not in ("gelu", "quick_gelu"):
-        raise UserError(f"{folder} holds a {kind} with {activation}, not CLIP's text model: give Stable Diffusion's.")
+        raise UserError(f"{folder} contains a {kind} with {activation}, not CLIP's text model: use Stable Diffusion's.")
     if config.get("layer_norm_eps", 1e-5) != 1e-5:
-        raise UserError(f"{folder}: layer_norm_eps={config['layer_norm_eps']} has no counterpart here.")
+        raise UserError(
+            f"{folder}: layer_norm_eps={config['layer_norm_eps']} is not supported here: use Stable Diffusion's text "
+            "encoder."
+        )
 
 
 def _pad_of(tokenizer: Path, quick_gelu: bool) -> int:
@@ -179,7 +182,9 @@ def _of_file(path: Path) -> TextEncoder:
         return _of_sd1(state, path)
     if f"{IN_SD2}positional_embedding" in state:
         return _of_sd2({name.removeprefix(IN_SD2): value for name, value in state.items()}, path)
-    raise UserError(f"{path} holds no text encoder of Stable Diffusion (cond_stage_model.*): give its folder or file.")
+    raise UserError(
+        f"{path} contains no text encoder of Stable Diffusion (cond_stage_model.*): use its folder or file."
+    )
 
 
 def _of_sd1(state: Mapping[str, Tensor], path: Path) -> TextEncoder:

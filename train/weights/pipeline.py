@@ -36,6 +36,7 @@ class Pipeline:
     scaling_factor: float
     vae_facts: Mapping[str, Any]
     drawn_by_theirs: bool  # whether diffusers' StableDiffusionPipeline can sample with it
+    with_sizes: bool = False  # whether the U-Net's vector condition is the pooled text and then the six sizes
 
     @classmethod
     def of(
@@ -45,6 +46,7 @@ class Pipeline:
         text: nn.Module | None,
         scaling: LatentScaling,
         scheduler: Mapping[str, Any],
+        with_sizes: bool = False,
     ) -> Pipeline:
         """Scaled as in diffusers by one factor; the rest of our scaling goes into the first stage's weights."""
         text = None if text is None else open_clip.tower_of(text)
@@ -55,12 +57,12 @@ class Pipeline:
         fits = (
             unet.context_dim == (text.context_dim if text else None) and unet.in_channels == unet.conv_out.out_channels
         )
-        drawn = whole and fits and scheduler["_class_name"] == "DDIMScheduler"
-        return cls(unet, autoencoder, text, scheduler, factor, facts, drawn)
+        drawn = whole and fits and scheduler["_class_name"] == "DDIMScheduler" and unet.vector_dim is None
+        return cls(unet, autoencoder, text, scheduler, factor, facts, drawn, with_sizes)
 
     def refuse_unfit(self, single_file: bool) -> None:
         """One UserError, before anything is written, for all that diffusers or a single file can't represent."""
-        checks = [lambda: diffusers.unet_config(unet_options(self.unet))]
+        checks = [lambda: diffusers.unet_config(unet_options(self.unet), self.with_sizes)]
         if single_file:
             checks.append(lambda: stable_diffusion.unet_map(self.unet))
         if self.autoencoder is not None:
@@ -77,7 +79,7 @@ class Pipeline:
 
     def save_folder(self, folder: Path) -> None:
         """Writes unet, vae, scheduler, text_encoder, tokenizer; model_index.json if diffusers' pipeline can sample."""
-        diffusers.save_unet(folder / "unet", self.unet)
+        diffusers.save_unet(folder / "unet", self.unet, self.with_sizes)
         diffusers.write_config(folder / "scheduler" / "scheduler_config.json", self.scheduler)
         if self.autoencoder is not None:
             diffusers.save_autoencoder(folder / "vae", self.autoencoder, self.scaling_factor, **self.vae_facts)
@@ -123,7 +125,9 @@ def scheduler_config(process: Mapping[str, Any], parameterization: Mapping[str, 
         shift = {"shift": process.get("shift", 1.0)}
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **shift}
     if kind != "discrete_vp" or predicts not in _PREDICTION_TYPES:
-        raise UserError(f"diffusers has no scheduler for {predicts} on {kind}: export a model of one of its processes.")
+        raise UserError(
+            f"diffusers has no scheduler for {predicts} on {kind}: export a model with a process that diffusers has."
+        )
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": process.get("steps", 1000),
@@ -177,13 +181,14 @@ def reads_back(pipeline: Pipeline, path: Path, shape: tuple[int, int, int], capt
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     context_dim = pipeline.unet.context_dim
     context = None if context_dim is None else torch.ones(2, 3, context_dim).cumsum(1) / 3
-    t = torch.tensor([1.0, 700.0])
+    t, width = torch.tensor([1.0, 700.0]), pipeline.unet.vector_dim
+    given = [context] if width is None else [context, torch.ones(2, width).cumsum(1) / width]
     if path.is_file():  # it does not store the number of heads
         unet = UNet(**unet_options(pipeline.unet))
         unet.load_state_dict(stable_diffusion.unet_state(unet, stable_diffusion.read_unet(path), path))
     else:
         unet = diffusers.load_unet(path)
-    _refuse_difference("the U-Net", path, *(_run(net, noise, t, context) for net in (unet, pipeline.unet)))
+    _refuse_difference("the U-Net", path, *(_run(net, noise, t, *given) for net in (unet, pipeline.unet)))
     if pipeline.autoencoder is not None:
         z = noise[:, :1].expand(-1, pipeline.autoencoder.latent_channels, -1, -1)[..., :8, :8]
         stages = read.load_autoencoder(path), pipeline.autoencoder
@@ -201,4 +206,4 @@ def _run(module: Any, *inputs: Tensor | None) -> Tensor:
 def _refuse_difference(what: str, path: Path, got: Tensor, expected: Tensor) -> None:
     error = float((got - expected).norm() / expected.norm())
     if not error < 1e-5:
-        raise RuntimeError(f"{path}: {what} that was read back differs by {error:.1e} from the one that was saved")
+        raise RuntimeError(f"{path}: {what} read back differs by {error:.1e} from the one that was saved")

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import read_config, refuse_wrong_kinds
 from train.checkpointing.ema_weights import ema_weights
 from train.models.conditioning import ConditionedUNet
+from train.models.size_features import SizeFeatures
 from train.models.unet import UNet
 from train.weights import diffusers, open_clip, stable_diffusion
 from train.weights.foreign import load_exactly
@@ -23,18 +25,24 @@ _UNSEEN = ("heads", "norm_groups")  # options that change a U-Net's function but
 def load_weights(network: ConditionedUNet, path: str) -> None:
     """Starts a U-Net from a diffusers folder, a CompVis single file, or the EMA weights of a run of train_ldm.py; from
     a run, also its trained conditioners, if any. One UserError names all that does not fit."""
+    learns_sizes = network.conditioner.needs_vector
     if (Path(path) / "config.yaml").exists():
         weights = _of_run(network.unet, Path(path))
         if any(name.startswith("conditioner.") for name in weights):
+            if learns_sizes:
+                grown = _with_sizes(network.unet, _below("unet.", weights))
+                weights = {**weights, **{f"unet.{name}": value for name, value in grown.items()}}
             load_exactly(network, weights, path)
             return
-    load_unet_weights(network.unet, path)
+    load_unet_weights(network.unet, path, learns_sizes)
 
 
-def load_unet_weights(unet: UNet, path: str) -> None:
-    """Loads the U-Net only."""
+def load_unet_weights(unet: UNet, path: str, learns_sizes: bool = False) -> None:
+    """Loads the U-Net only. learns_sizes: whether it is conditioned on sizes, which the one at `path` may not be."""
     if Path(path).is_file():
-        state = stable_diffusion.unet_state(unet, stable_diffusion.read_unet(path), path)
+        with torch.device("meta"):  # these files hold no vector condition
+            known = UNet(**{**unet_options(unet), "vector_dim": None}) if learns_sizes else unet
+        state = stable_diffusion.unet_state(known, stable_diffusion.read_unet(path), path)
     elif (Path(path) / "config.yaml").exists():
         weights = _of_run(unet, Path(path))
         state = _below("unet.", weights) or weights  # older runs stored only the U-Net
@@ -42,7 +50,21 @@ def load_unet_weights(unet: UNet, path: str) -> None:
         folder, config = diffusers.component(path, ("unet",), diffusers.UNET_CLASSES)
         _refuse_other_function(unet, diffusers.unet_arguments(config, folder), path)
         state = diffusers.read_unet_state(path)
-    load_exactly(unet, state, path)
+    load_exactly(unet, _with_sizes(unet, state) if learns_sizes else state, path)
+
+
+def _with_sizes(unet: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a U-Net that knows no sizes, for one that does: with zeros, so that it gives the same at first."""
+    into, ours = "vector_embedding.linear_1.weight", unet.state_dict()
+    if into not in state:
+        new = {name: value for name, value in ours.items() if name.startswith("vector_embedding.")}
+        last = {name: torch.zeros_like(value) for name, value in new.items() if ".linear_2." in name}
+        return {**state, **new, **last}
+    lacking = ours[into].shape[1] - state[into].shape[1]
+    if lacking != 6 * SizeFeatures.WIDTH:
+        return dict(state)
+    zeros = state[into].new_zeros(len(state[into]), lacking)
+    return {**state, into: torch.cat([state[into], zeros], 1)}  # sizes come after the pooled text
 
 
 def _of_run(unet: UNet, run: Path) -> dict[str, Tensor]:

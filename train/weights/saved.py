@@ -71,11 +71,11 @@ def _load(path: str, group: str, option: str, made_by: str) -> nn.Module:
     """group: name of the list in saved_names.py of classes that the folder may hold."""
     folder, kinds = Path(path), " or ".join(LIST[group])
     if not (folder / "config.json").exists():
-        raise UserError(f"{option}={path} holds no {kinds}: give the output= of a finished {made_by} run.")
+        raise UserError(f"{option}={path} contains no {kinds}: use the output= of a finished {made_by} run.")
     about = read_json(folder / "config.json")
     kind = str(about.get("class"))
     if kind not in LIST[group]:
-        raise UserError(f"{option}={path} holds a {kind}, not a {kinds}: give the output= of a {made_by} run.")
+        raise UserError(f"{option}={path} contains a {kind}, not a {kinds}: use the output= of a {made_by} run.")
     refuse_wrong_kinds(about, {"config": Mapping[str, Any], "fingerprint": str}, str(folder / "config.json"))
     entry = checked({**about["config"], "name": kind}, group, f"{folder / 'config.json'}: {kind}")
     try:
@@ -83,12 +83,14 @@ def _load(path: str, group: str, option: str, made_by: str) -> nn.Module:
     except (SafetensorError, OSError):
         state = {}
     if fingerprint(about["config"], state) != about["fingerprint"]:
-        raise DataError(f"{folder / 'weights.safetensors'} is not what was saved there: train or copy it again.")
+        raise DataError(f"{folder / 'weights.safetensors'} differs from what was saved: copy it again, or train again.")
     model = entry.build()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise DataError(f"{folder / 'weights.safetensors'} is not of what config.json describes ({reason}).") from error
+        raise DataError(
+            f"{folder / 'weights.safetensors'} does not fit config.json ({reason}): copy it again, or train again."
+        ) from error
     model.fingerprint = about["fingerprint"]
     return model.eval().requires_grad_(False)

@@ -44,6 +44,8 @@ _PIXEL_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
 
 def unet_map(unet: UNet) -> list[TensorMapping]:
     """Every parameter of our U-Net and CompVis' name for it, without prefix. Works on the meta device."""
+    if unet.vector_dim is not None:
+        raise UserError("CompVis' files of Stable Diffusion hold no text and size vector: leave single_file= out.")
     _refuse_no_counterpart(unet_config(unet_options(unet)))
     per_level = len(unet.down_blocks[0].resnets) + 1
     carried = []
@@ -143,12 +145,12 @@ def read_unet(path: str | Path, averaged: bool = False) -> dict[str, Tensor]:
     state = read_tensors(Path(path), lambda name: name.startswith((UNET, AVERAGED)))
     names = [name for name in state if name.startswith(UNET)]
     if not names:
-        raise UserError(f"{path} holds no {UNET}*: give a file of Stable Diffusion or latent diffusion.")
+        raise UserError(f"{path} has no {UNET}*: use a file of Stable Diffusion or latent diffusion.")
     if not averaged:
         return {name.removeprefix(UNET): state[name] for name in names}
     places = {name: AVERAGED + name.removeprefix(UNET).replace(".", "") for name in names}
     if not all(place in state for place in places.values()):
-        raise UserError(f"{path} holds no averaged weights of the whole U-Net: load it without them.")
+        raise UserError(f"{path} has no EMA weights of the whole U-Net: load it with averaged=False.")
     return {name.removeprefix(UNET): state[place] for name, place in places.items()}
 
 
@@ -171,7 +173,7 @@ def unet_arguments(
 ) -> dict[str, Any]:
     """Our keyword arguments, inferred from a U-Net's names and shapes."""
     if not {"input_blocks.0.0.weight", "input_blocks.1.0.out_layers.3.weight", "out.2.weight"} <= state.keys():
-        raise UserError(f"{where} holds no whole U-Net of CompVis' shape: give another file.")
+        raise UserError(f"{where} has no complete U-Net in CompVis' format: use another file.")
     channels, attention, layers, count = [], [], 0, 0
     for i in range(1, 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))):
         if f"input_blocks.{i}.0.out_layers.3.weight" not in state:  # a resampling layer
@@ -207,8 +209,9 @@ def _published_heads(channels: Sequence[int], context_dim: int | None, where: st
         return [width // head_width for width in channels]
     if heads is None:
         raise UserError(
-            f"{where} is no published U-Net (channels {list(channels)}, context {context_dim}), and its heads can't be "
-            "read off its weights: make the U-Net by its configuration and give the file as start_from."
+            f"{where} is not a published U-Net (channels {list(channels)}, context {context_dim}), and its number of "
+            "heads can't be inferred from its weights: build the U-Net from its configuration, and use the file as "
+            "start_from."
         )
     return heads
 
@@ -222,7 +225,7 @@ def load_autoencoder(path: str | Path) -> nn.Module:
     within = {name.removeprefix(FIRST_STAGE): value for name, value in state.items() if name.startswith(FIRST_STAGE)}
     state = within or {n: v for n, v in state.items() if n.startswith(("encoder.", "decoder.", "quant", "post_quant"))}
     if "encoder.conv_in.weight" not in state:
-        raise UserError(f"{path} holds no {FIRST_STAGE}*: give a file of Stable Diffusion or latent diffusion.")
+        raise UserError(f"{path} has no {FIRST_STAGE}*: use a file of Stable Diffusion or latent diffusion.")
     options = autoencoder_arguments(state)
     with torch.device("meta"):
         shape = make_autoencoder(options)
@@ -264,5 +267,5 @@ def save_single_file(
 ) -> None:
     """Writes one .safetensors file like CompVis'."""
     if Path(path).suffix != ".safetensors":
-        raise UserError(f"single_file={path}: only .safetensors is written; end the name with it.")
+        raise UserError(f"single_file={path} must end with .safetensors, the only format that is written.")
     write_tensors(Path(path), single_file_state(unet, autoencoder, more))

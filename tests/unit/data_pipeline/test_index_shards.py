@@ -85,7 +85,7 @@ def test_foreign_tars_become_a_data_set_untouched(tars):
     assert done.returncode == 0, done.stderr
     assert "36 processed, 2 filtered, 3 set aside, of 41 listed" in done.stdout
     assert "filtered 2 x not fetched: failed_to_download" in done.stdout
-    assert "img2dataset fetched 12 of 15" in done.stdout
+    assert "img2dataset reports 12 of 15" in done.stdout
     assert digests(tars) == before
     manifest = Manifest.load(tars)
     assert manifest.info["accounting"] == {
@@ -109,7 +109,9 @@ def test_foreign_tars_become_a_data_set_untouched(tars):
     assert sorted(seen) == sorted(s["key"] for s in samples)
 
     assert "finished already" in start(f"input={tars}", "size=16", "max_aside_fraction=0.1").stdout
-    assert "was made otherwise (size: 16 -> 32): remove it" in sentence(start(f"input={tars}", "size=32"), 2)
+    assert "was made from other data or settings (size: 16 -> 32): remove it" in sentence(
+        start(f"input={tars}", "size=32"), 2
+    )
 
 
 @pytest.mark.processes
@@ -251,7 +253,7 @@ def test_what_img2dataset_wrote_goes_in_untouched(fetched):
     assert done.returncode == 0, done.stderr
     assert digests(fetched) == before
     total = sum(img2dataset_run.TALLY.values())
-    assert f"img2dataset fetched 14 of {total}" in done.stdout
+    assert f"img2dataset reports 14 of {total}" in done.stdout
     assert "11 processed, 3 filtered, 0 set aside, of 14 listed" in done.stdout
     manifest = Manifest.load(fetched)
     assert manifest.info["img2dataset"] == {"count": total, "successes": 14}

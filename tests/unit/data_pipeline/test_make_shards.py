@@ -71,9 +71,11 @@ def test_folder_end_to_end(pictures, tmp_path):
     stamp = (output / "train" / "manifest.json").stat().st_mtime_ns
     assert "finished already" in start(*arguments).stdout
     assert (output / "train" / "manifest.json").stat().st_mtime_ns == stamp
-    assert "made otherwise (size: 8 -> 16, shard_size: 16 -> 64)" in sentence(start(*arguments[:-2], "size=16"), 2)
+    assert "made from other data or settings (size: 8 -> 16, shard_size: 16 -> 64)" in sentence(
+        start(*arguments[:-2], "size=16"), 2
+    )
     (pictures / "p05.txt").write_text("a caption at last")
-    assert "made otherwise (by the same options: what input= holds" in sentence(
+    assert "made from other data or settings (the options are the same, but" in sentence(
         start(*arguments), 2
     )  # another source, though the same command
 
@@ -110,7 +112,7 @@ def test_a_wrong_path_and_a_missing_output_get_a_sentence(tmp_path):
     assert not (tmp_path / "out").exists()
     assert "output must be given: add output=..." in sentence(start(), 2)
     arguments = [f"output={tmp_path / 'out'}", "autoencoder.path=a", "clip.path=b", f"input={tmp_path / 'nowhere'}"]
-    assert "holds no data set" in sentence(start(*arguments, script="precompute_latents"), 2)
+    assert "contains no data set" in sentence(start(*arguments, script="precompute_latents"), 2)
 
 
 @pytest.mark.processes

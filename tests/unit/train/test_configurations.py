@@ -87,6 +87,7 @@ FIELDS = {
     "low_resolution": lambda dim: {"low_resolution": [3, 8, 8]},
     "hole": lambda dim: {},
     "joint_text": lambda dim: {},
+    "size": lambda dim: {"size": [6]},
 }
 
 
@@ -97,7 +98,7 @@ def small(config: OmegaConf, facts: LatentFacts) -> None:
     if config.unet.context_dim is not None:
         config.unet.context_dim = 32
     if config.unet.vector_dim is not None:
-        config.unet.vector_dim = 12
+        config.unet.vector_dim = 12 + 6 * 256 * ("size" in config.conditioning)
 
 
 def facts_for(config: OmegaConf) -> LatentFacts:

@@ -165,7 +165,7 @@ NAMED = {
     "is ours, not listed": {"_target_": "data_pipeline.common.storage.write_atomically", "path": PROOF, "content": "x"},
     "asks Hydra": {"_target_": "hydra.utils.get_method", "path": "os.system"},
     "asks Hydra to call": {"_target_": "hydra.utils.instantiate", "config": {"_target_": "os.getcwd"}},
-    "is no name": {"_target_": ["os.system"]},
+    "contains unknown names": {"_target_": ["os.system"]},
     "is a path as a name": {"name": "os.system", "command": f"touch {PROOF}"},
     "is both": {"name": "unet", "_target_": "os.system", "command": f"touch {PROOF}"},
     "is nothing": {},
@@ -282,7 +282,7 @@ def test_a_models_folder(model: str, kind: str, encoders: Any, hostile: Any, tmp
 @pytest.mark.parametrize("cls", ["os.system", "FileHandler", "AutoencoderKL2", None, ["CLIP"]])
 def test_a_model_of_another_class(model: str, cls: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"class": cls, "config": {}, "fingerprint": ""}))
-    with pytest.raises(UserError, match=r"holds a .*, not a "):
+    with pytest.raises(UserError, match=r"contains a .*, not a "):
         MODELS[model](str(tmp_path))
 
 
@@ -320,27 +320,27 @@ def test_a_run_to_start_from_is_only_read(old_run: Any, hostile: Any, tmp_path: 
 @pytest.mark.parametrize(
     ("place", "entry", "words"),
     [
-        ("unet", {"name": "unett"}, r"unet names unett, which is none of unet: did it mean unet\?"),
+        ("unet", {"name": "unett"}, r"unet names unett, which is not one of unet: did it mean unet\?"),
         ("objective.process", {"name": "discrete_pv"}, r"did it mean discrete_vp\?"),
         ("objective.process", {"name": "discrete_vp", "step": 10}, r"has no argument step: did it mean steps\?"),
-        ("objective.process", {"name": "discrete_vp", "steps": "10"}, r"process\.steps=10 can't be: .* a whole number"),
-        ("objective.process", {"name": "discrete_vp", "steps": 10.5}, r"steps=10\.5 can't be"),
+        ("objective.process", {"name": "discrete_vp", "steps": "10"}, r"steps=10 is not valid: .* a whole number"),
+        ("objective.process", {"name": "discrete_vp", "steps": 10.5}, r"steps=10\.5 is not valid"),
         ("objective.process", {"name": "discrete_vp", "schedule": "x"}, r"process\.schedule=x is unknown"),
-        ("objective.process", {"_target_": "train.models.unet.UNet"}, r"names unet, which is none of rectified_flow"),
-        ("objective.loss", {"name": "huber", "delta": None}, r"loss\.delta=None can't be"),
+        ("objective.process", {"_target_": "train.models.unet.UNet"}, r"names unet, which is not one of rectified"),
+        ("objective.loss", {"name": "huber", "delta": None}, r"loss\.delta=None is not valid"),
         ("conditioning.label", {"name": "label"}, r"conditioning\.label lacks dim"),
         ("conditioning.label", {"name": "label", "dim": 8, "facts": {}}, r"has no argument facts"),
-        ("conditioning.label", {"name": "label", "dim": True}, r"label\.dim=True can't be"),
+        ("conditioning.label", {"name": "label", "dim": True}, r"label\.dim=True is not valid"),
         ("objective", {"name": "latent_diffusion"}, r"objective lacks process, parameterization, time_sampling"),
-        ("sampler.function", {"name": "ddim", "eta": [0]}, r"sampler\.function\.eta=\[0\] can't be: .* a number"),
+        ("sampler.function", {"name": "ddim", "eta": [0]}, r"sampler\.function\.eta=\[0\] is not valid: .* a number"),
         ("sampler.times", {"name": "karras", "process": 1}, r"sampler\.times has no argument process"),
-        ("guidance", {"name": "classifier_free", "interval": [0, "1"]}, r"interval=\[0, '1'\] can't be"),
-        ("guidance", {"name": "classifier_free", "interval": [1, 0]}, r"guidance\.interval=\[1, 0\] is no part"),
-        ("unet", {"name": "unet", "channels": "[8,16]"}, r"unet\.channels=\[8,16\] can't be: .* a list"),
-        ("unet", {"name": "unet", "channels": [8, "${oc.env:HOME}"]}, r"unet\.channels=.*oc.env:HOME.* can't be"),
-        ("unet", {"name": "unet", "channels": [0], "attention_levels": [True]}, r"unet can't be made|unet\."),
-        ("autoencoder", {"name": "trained", "path": ["a"]}, r"autoencoder\.path=\['a'\] can't be"),
-        ("autoencoder", {"name": "trained", "path": "${oc.env:HOME}"}, r"path=\$\{oc\.env:HOME\} holds no"),
+        ("guidance", {"name": "classifier_free", "interval": [0, "1"]}, r"interval=\[0, '1'\] is not valid"),
+        ("guidance", {"name": "classifier_free", "interval": [1, 0]}, r"guidance\.interval=\[1, 0\] is not valid"),
+        ("unet", {"name": "unet", "channels": "[8,16]"}, r"unet\.channels=\[8,16\] is not valid: .* a list"),
+        ("unet", {"name": "unet", "channels": [8, "${oc.env:HOME}"]}, r"unet\.channels=.*oc.env:HOME.* is not valid"),
+        ("unet", {"name": "unet", "channels": [0], "attention_levels": [True]}, r"unet can't be built|unet\."),
+        ("autoencoder", {"name": "trained", "path": ["a"]}, r"autoencoder\.path=\['a'\] is not valid"),
+        ("autoencoder", {"name": "trained", "path": "${oc.env:HOME}"}, r"path=\$\{oc\.env:HOME\} contains no"),
         ("conditioning", [1], r"config\.yaml has no conditioning"),
     ],
 )  # fmt: skip
@@ -375,7 +375,7 @@ def test_facts_of_another_kind(name: str, value: Any, old_run: Any, tmp_path: Pa
 
 def test_facts_without_latents(old_run: Any, tmp_path: Path) -> None:
     (tmp_path / "latents.json").write_text(json.dumps({**old_run[2], "shapes": {"moments": []}}))
-    with pytest.raises(DataError, match=r"latents\.json has no field of latents \(moments"):
+    with pytest.raises(DataError, match=r"latents\.json has no field with latents \(moments"):
         LatentFacts.of_run(tmp_path)
 
 
@@ -411,7 +411,7 @@ def test_tensors_that_are_none(old_run: Any, tmp_path: Path) -> None:
 def test_weights_of_another_model_than_described(tmp_path: Path) -> None:
     state = AutoencoderKL(**AUTOENCODER).state_dict()
     save_model(tmp_path, "AutoencoderKL", {**AUTOENCODER, "channels": [8, 8]}, state, {})
-    with pytest.raises(DataError, match=r"weights\.safetensors is not of what config\.json describes \(size mismatch"):
+    with pytest.raises(DataError, match=r"weights\.safetensors does not fit config\.json \(size mismatch"):
         load_autoencoder(str(tmp_path))
 
 
@@ -493,12 +493,12 @@ ENTRY = {"_target_": "own_module.Mine", "width": 3, "depth": 2}
 
 @pytest.mark.parametrize("file", ["unet/mine.yaml", "experiment/mine.yaml"])
 def test_a_class_that_conf_names_is_the_users_own(file: str, own: Callable[[str, str], None]) -> None:
-    with pytest.raises(DataError, match=r"names own_module\.Mine.*once conf/unet/ names it.*docs/security\.md"):
+    with pytest.raises(DataError, match=r"names own_module\.Mine.*add a file to conf/unet/.*docs/security\.md"):
         build(ENTRY, "unet", "config.yaml: unet")
     own(file, ("unet:\n  " if "experiment" in file else "") + "_target_: own_module.Mine\n")
     made = build(ENTRY, "unet", "config.yaml: unet")
     assert (made.width, made.more) == (3, {"depth": 2})
-    with pytest.raises(DataError, match=r"unet\.width=x can't be"):
+    with pytest.raises(DataError, match=r"unet\.width=x is not valid"):
         build({**ENTRY, "width": "x"}, "unet", "config.yaml: unet")
     with pytest.raises(DataError, match=r"loss names own_module\.Mine"):  # named as a U-Net, not as a loss
         build(ENTRY, "loss", "config.yaml: loss")
@@ -518,7 +518,7 @@ def test_the_command_line_is_the_users_own_and_the_file_is_not(own: Callable[[st
     mine = {"_target_": "own_module.Mine", "_partial_": True, "width": 3}
     made = merged_with_run_config({"sampler": saved}, "sampler", {"function": mine, "steps": None})
     assert (made.function().width, made.steps) == (3, 5)
-    with pytest.raises(UserError, match=r"sampler\.steps=2\.5 can't be") as caught:
+    with pytest.raises(UserError, match=r"sampler\.steps=2\.5 is not valid") as caught:
         merged_with_run_config({"sampler": saved}, "sampler", {"steps": 2.5})
     assert caught.value.exit_code == 2
 

@@ -47,7 +47,7 @@ def test_a_failure_ends_the_chain_with_its_code(chain, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_chain(stages, tmp_path)
     assert stopped.value.code == 1
-    assert "two ended with code 1" in capsys.readouterr().err
+    assert "two failed with exit code 1" in capsys.readouterr().err
     assert ran.read_text().split() == ["one", "two"]
 
 
@@ -56,7 +56,7 @@ def test_the_demo_says_beforehand_what_is_to_run_and_about_how_long(tmp_path, ca
     stages = quickstart.stages(str(tmp_path), demo)
     quickstart.print_plan(stages, tmp_path, demo.measured)
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("quickstart: 7 of 7 stages are to run, about ")
+    assert said[0].startswith("quickstart: 7 of 7 stages will run, for about ")
     assert [line.split()[0] for line in said[1:]] == [stage.name for stage in stages]
     expected = quickstart.expected_minutes(["train_ldm"], {"train_ldm": 4.0}, slowness=1.5)
     assert expected == {"train_ldm": 6.0}

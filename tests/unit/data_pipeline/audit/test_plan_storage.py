@@ -11,9 +11,9 @@ from synthetic import run
 
 from data_pipeline.audit.storage_cost import (
     HEADINGS,
-    Layout,
     Rates,
     Row,
+    StorageLayout,
     array_bytes,
     deduplicated,
     duration,
@@ -115,7 +115,7 @@ def test_several_captions_are_planned_as_they_are_written(tmp_path):
     assert planned[1].looked_up == sum(planned[0].members[name] for name in ("text.npy", "pooled.npy"))
     assert planned[1].shared == 5 * 3 * planned[1].looked_up
     cfg.captions = 2
-    with pytest.raises(UserError, match="has 3 captions a picture: give captions=3"):
+    with pytest.raises(UserError, match="has 3 captions per picture: set captions=3"):
         compare_with_measured(cfg, planned[0])
 
 
@@ -149,7 +149,7 @@ def test_stable_diffusions_layout():
 
 
 def test_shards_and_bytes_of_a_layout():
-    layout = Layout("a", {"npy": 1000, "json": 40})  # 512 + 1024 and 512 + 512 in the tar
+    layout = StorageLayout("a", {"npy": 1000, "json": 40})  # 512 + 1024 and 512 + 512 in the tar
     assert layout.sample == 2560
     assert layout.per_shard(256_000) == (256_000 - 1024) // 2560 == 99
     full, last = -(-(99 * 2560 + 1024) // 10240) * 10240, 10240
@@ -173,15 +173,15 @@ def test_numbers_to_be_read():
         "999 B", "1 kB", "66.6 kB", "132 kB", "6.66 TB", "2.5e+03 PB"]  # fmt: skip
     assert [duration(s) for s in (3, 119, 120, 7199, 7200, 172_800)] == [
         "3.0 s", "119.0 s", "2.0 min", "120.0 min", "2.0 h", "2.0 days"]  # fmt: skip
-    lines = table([Row(Layout("a", {"txt": 1}), 10, 1000, Rates(1.0, 1, 1))]).splitlines()
+    lines = table([Row(StorageLayout("a", {"txt": 1}), 10, 1000, Rates(1.0, 1, 1))]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.count("|") for line in lines] == [len(HEADINGS) + 1] * 3
 
 
 @pytest.mark.parametrize(
     ("option", "said"),
-    [("images=0", "images=0"), ("images=many", "images=many"), ("dtype=int8", "take one of"), ("size=-1", "size=-1"),
-     ("unique_captions=0", "no share"), ("training.nodes=0", r"training\.nodes"), ("shard_mb=0", "shard_mb=0")],
+    [("images=0", "images=0"), ("images=many", "images=many"), ("dtype=int8", "use one of"), ("size=-1", "size=-1"),
+     ("unique_captions=0", "at most 1"), ("training.nodes=0", r"training\.nodes"), ("shard_mb=0", "shard_mb=0")],
 )  # fmt: skip
 def test_what_can_not_be_planned(option, said):
     with pytest.raises(UserError, match=said):
@@ -202,16 +202,16 @@ def test_the_entry_point_beside_a_data_set_that_was_written(images, tmp_path):
     assert first["bytes"] == pytest.approx(1e6 * first["bytes_per_sample"], rel=0.03)  # indices, and ends of tars
     assert first["bytes_per_s_of_a_node"] == 60 * 8 * first["bytes_per_sample"]
     assert {layout["layout"].partition(":")[0] for layout in others} >= {"vq_f4_demo"}
-    assert "an epoch in 8.7 min" in done.stdout  # 10^6 / (60 x 8 x 4)
+    assert "an epoch takes 8.7 min" in done.stdout  # 10^6 / (60 x 8 x 4)
     assert (tmp_path / "plan/plan.md").read_text() in done.stdout
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["beside=[nosuch]"], "beside=nosuch is no first stage"),
+        (["beside=[nosuch]"], "beside=nosuch is not a first stage"),
         (["beside=[trained]"], "beside=trained is loaded from a path"),
-        (["size=100"], "size=100 is no multiple of 8, the f of kl_f8"),
+        (["size=100"], "size=100 must be a multiple of 8, the downsampling factor of kl_f8"),
         (["clip=trained"], r"clip\.path must be given"),
     ],
 )
@@ -222,8 +222,8 @@ def test_encoders_that_can_not_be_had(options, said):
 
 def test_a_plan_is_held_against_latents_of_the_same_fields(images, tmp_path):
     manifest = written(images, tmp_path, encoders(composed("autoencoder=kl_f4_demo", "clip=demo"), "cpu"))
-    with pytest.raises(UserError, match=r"differ in pooled\.npy, text\.npy: give the autoencoder, clip and conditions"):
-        compare_with_measured(composed(f"input={tmp_path}"), Layout("a", {"moments.npy": 1, "json": 1}))
+    with pytest.raises(UserError, match=r"differ in pooled\.npy, text\.npy: use the autoencoder, clip and conditions"):
+        compare_with_measured(composed(f"input={tmp_path}"), StorageLayout("a", {"moments.npy": 1, "json": 1}))
     assert manifest.samples == 10
     with pytest.raises(UserError, match="image-text shards, but latents"):
-        compare_with_measured(composed(f"input={images}"), Layout("a", {}))
+        compare_with_measured(composed(f"input={images}"), StorageLayout("a", {}))

@@ -136,7 +136,7 @@ def test_every_check_was_made(made):
 def test_a_report_with_pictures_and_psnr(made, drawing, tmp_path):
     done = run("data_pipeline/verify_shards.py", f"input={made}/latents", f"output={tmp_path}", "samples=5",
                f"shards={made}/images", f"autoencoder.path={made}/autoencoder")  # fmt: skip
-    assert "all is well" in done.stdout
+    assert "verify_shards: no faults" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["wrong"], list(report["sets"])) == (0, ["train", "heldout"])
     assert {check: state for check, state in report["sets"]["train"]["checks"].items() if state != "ok"} == {}
@@ -167,7 +167,7 @@ def test_buckets_of_several_shapes_through_the_entry_point(made, tmp_path):
     precompute(tmp_path / "images", tmp_path / "buckets", image, sizes_of(32, ["32x32", "16x64"], 16, 2))
     arguments = [f"input={tmp_path}/buckets", f"output={tmp_path}/r", f"shards={tmp_path}/images"]
     done = run("data_pipeline/verify_shards.py", *arguments, f"autoencoder.path={made}/autoencoder")
-    assert "all is well" in done.stdout
+    assert "verify_shards: no faults" in done.stdout
     about = json.loads((tmp_path / "r/report.json").read_text())["sets"]
     assert {name: each["samples"] for name, each in about.items()} == {
         "32x32/train": 3, "32x32/heldout": 1, "16x64/train": 4, "16x64/heldout": 2,
@@ -180,14 +180,14 @@ def test_buckets_of_several_shapes_through_the_entry_point(made, tmp_path):
     shutil.rmtree(tmp_path / "buckets/16x64")
     done = run("data_pipeline/verify_shards.py", *arguments, check=False)
     assert done.returncode == 3
-    assert "has 3 samples and 0 were set aside, of 7 listed" in done.stdout
+    assert "has 3 samples and 0 set aside, but 7 were listed" in done.stdout
 
 
 @pytest.mark.processes
 def test_the_input_is_no_place_for_the_report(made):
     done = run("data_pipeline/verify_shards.py", f"input={made}/latents", f"output={made}/latents/", check=False)
     assert done.returncode == 2
-    assert "is input=: choose another folder for the report" in done.stderr
+    assert "is the same folder as input=: choose another one for the report" in done.stderr
 
 
 @pytest.mark.parametrize(("shape", "size"), [((5, 3), (75, 125)), ((2000, 1500), (240, 320)), ((8, 800), (320, 3))])
@@ -212,7 +212,7 @@ def test_damage_ends_with_3_and_is_said(copy, tmp_path):
     report = json.loads((tmp_path / "r/report.json").read_text())
     assert report["sets"]["train"]["checks"]["sizes"] != "ok"
     assert report["sets"]["heldout"]["checks"]["sizes"] == "ok"
-    with pytest.raises(UserError, match="holds no data set"):
+    with pytest.raises(UserError, match="contains no data set"):
         opened(str(tmp_path / "r"), None)
 
 
@@ -240,7 +240,7 @@ def test_other_encoders(made, drawing):
             return dataclasses.replace(states, tokens=states.tokens + 0.01)
 
     sentence = found(made / "latents", text=Other())["train"]["constants"][0]
-    assert "is not this CLIP's state of no words" in sentence
+    assert "is not this CLIP's state of the empty prompt" in sentence
 
 
 def test_splits_of_different_encoders(copy):
@@ -253,7 +253,7 @@ def test_other_pictures(copy, drawing):
     edit(copy / "images/train", shards=Manifest.load(copy / "images/train").shards[:1])
     findings = found(copy / "latents", copy / "images", drawing=drawing)["train"]
     assert "images" in findings["fingerprints"][0]
-    assert "7 samples and 0 were set aside, of 3 listed" in findings["accounting"][0]
+    assert "7 samples and 0 set aside, but 3 were listed" in findings["accounting"][0]
     assert "key3 is not in" in findings["decoding"][0]
 
 
@@ -266,7 +266,7 @@ def test_a_picture_that_changed_since_it_was_encoded(copy, drawing):
     data[at : at + size] = buffer.getvalue()[:size].ljust(size, b"\0")
     path.write_bytes(data)
     sentences = found(copy / "latents", copy / "images", drawing=drawing)["train"]["decoding"]
-    assert "key0 was made of another picture" in sentences[0]
+    assert "key0 was made from another picture" in sentences[0]
 
 
 def rewrite(root, change):
@@ -293,7 +293,7 @@ def test_latents_that_the_autoencoder_did_not_make(copy, drawing):
 
     rewrite(copy / "latents/train", scaled)
     sentence = only(found(copy / "latents", copy / "images", drawing=drawing), "train", "decoding")
-    assert "where the autoencoder's own reconstructions have" in sentence
+    assert "but the autoencoder's own reconstructions have" in sentence
 
 
 def test_an_autoencoder_of_other_channels(made):
@@ -372,7 +372,7 @@ def test_index_of_shards_that_others_wrote(tmp_path):
     sentences = found(tmp_path)[""]
     assert "run index_shards.py again" in sentences["index"][0]
     path.unlink()
-    assert "is missing, which says what was filtered" in found(tmp_path)[""]["index"][0]
+    assert "which records what was filtered, is missing" in found(tmp_path)[""]["index"][0]
 
 
 def test_many_findings_are_counted_and_the_first_kept():

@@ -25,8 +25,8 @@ WRONG = {
     "source.limt=3": "there is no option source.limt: is it source.limit",
     "+sorce=folder": "there is no option sorce: is it source",
     "+foo.bar=1": "there is no option foo (see --help).",
-    "source.limit=-1": "source.limit=-1 can't be: take a whole number",
-    "size=large": "size=large can't be",
+    "source.limit=-1": "source.limit=-1 must be a whole number",
+    "size=large": "size=large must be a whole number",
     "--hepl": "unrecognized arguments: --hepl",
 }
 
@@ -64,6 +64,11 @@ def test_what_is_not_known_stays_as_hydra_says_it():
     assert f"take {offered('conditions')} or " in explained(
         "In 'x': Could not load 'conditions/txt'.", Path(CONF), "precompute_latents"
     )
+
+
+def test_a_condition_that_is_not_stored_is_said_to_be_none():
+    said = explained("In 'x': Could not load 'conditions/size'.", Path(CONF), "precompute_latents")
+    assert said == "conditions=size: conditioning=[size] needs nothing that is stored for it: leave size out."
 
 
 def test_without_a_terminal_a_line_comes_though_nothing_is_done(monkeypatch, capsys):

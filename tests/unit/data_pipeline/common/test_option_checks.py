@@ -31,7 +31,7 @@ TRAINING = [
     ("log_every", 0, "a whole number of 1 or more."), ("keep_every", 0, "a whole number of 1 or more, or null"),
     ("steps", 2.5, "a whole number of 1 or more."), ("batch_size", True, "a whole number of 1 or more."),
     ("allow_mismatch", "seed", "a list, as [a,b], each a text"), ("resume", "on", "one of auto, must, never"),
-    ("accumulation", 2, "give one of them"),
+    ("accumulation", 2, "set only one of them"),
 ]  # fmt: skip
 OPTIMIZER = [
     ("lr", -1, "a number of 0 or more"), ("betas", [0.9], "a list of 2, each a number from 0 below 1"),
@@ -108,5 +108,5 @@ def test_kinds(hint: object, right: list[object], wrong: list[object], words: st
 def test_an_average_that_the_snapshots_do_not_reach_is_refused(updates: object) -> None:
     snapshots = [Snapshot("", "ema_0.1", Profile(float(n), 3.0)) for n in (50, 100)]
     assert [requested_updates(asked, snapshots) for asked in (None, 50, 99.5, 100)] == [100, 50, 99.5, 100]
-    with pytest.raises(UserError, match=rf"updates={updates} can't be: .* first snapshot's, 50, to the .* one's, 100"):
+    with pytest.raises(UserError, match=rf"updates={updates} is not valid: use a number from 50 .* to 100"):
         requested_updates(updates, snapshots)

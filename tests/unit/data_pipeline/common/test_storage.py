@@ -30,5 +30,5 @@ def test_what_is_not_there_is_none(tmp_path):
 def test_nothing_is_read_short(tmp_path):
     (tmp_path / "file").write_bytes(b"0123")
     assert storage.read_bytes(tmp_path / "file", 1, 3) == b"123"
-    with pytest.raises(OSError, match="3 of 4 bytes from 1"):
+    with pytest.raises(OSError, match="only 3 of 4 bytes could be read from byte 1"):
         storage.read_bytes(tmp_path / "file", 1, 4)

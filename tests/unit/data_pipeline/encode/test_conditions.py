@@ -70,10 +70,10 @@ def test_labels_are_learnt_in_order_and_kept():
     assert label.classes == ["animals", "flags"]
     assert label.encode([sample(group="flags"), sample(group="animals")], None, Tools)["label"].tolist() == [1, 0]
     assert label.reason_against(sample()) == "no group in its json"
-    assert label.reason_against(sample(group="food")) == "group is none of the classes"
+    assert label.reason_against(sample(group="food")) == "group is not one of the classes"
     assert label.reason_against(sample(group="flags")) is None
     assert label.as_sample(labels="flags") == {"meta": {"group": "flags"}}
-    with pytest.raises(UserError, match="class food is unknown here: take one of animals, flags"):
+    with pytest.raises(UserError, match="class food is unknown: use one of animals, flags"):
         label.encode([sample(group="food")], None, Tools)
     with pytest.raises(UserError, match="no sample names a class"):
         Label("group").learn([sample()])
@@ -94,7 +94,7 @@ def test_a_layout_is_boxes_and_numbers_padded():
     assert layout.as_sample(layouts=boxes) == {"meta": {"boxes": boxes}}
     assert layout.reason_against(sample()) == "no boxes in its json"
     assert "more than max_boxes=3" in layout.reason_against(sample(boxes=boxes * 2))
-    assert "is none of the classes" in layout.reason_against(sample(boxes=[["cow", 0, 0, 1, 1]]))
+    assert "is not one of the classes" in layout.reason_against(sample(boxes=[["cow", 0, 0, 1, 1]]))
     with pytest.raises(UserError, match="a box is not"):
         layout.as_sample(layouts=[["dog", 0.5, 0, 0.5, 1]])
 
@@ -156,7 +156,7 @@ def test_boxes_that_are_none_are_set_aside(boxes):
 
 @pytest.mark.parametrize("asked", [["fox", 0, 0, 1, 1], "fox", 3])
 def test_what_is_no_layout_or_hole_is_said(asked):
-    with pytest.raises(UserError, match="is no list of boxes"):
+    with pytest.raises(UserError, match="is not a list of boxes"):
         Layout(classes=["fox"]).as_sample(layouts=asked)
     with pytest.raises(UserError, match=r"holes: .* is not"):
         Hole().as_sample(images=np.zeros((8, 8, 3), np.uint8), holes=asked if asked == 3 else [asked])
@@ -164,13 +164,13 @@ def test_what_is_no_layout_or_hole_is_said(asked):
 
 def test_an_unknown_class_gets_the_nearest_names():
     label = Label(classes=[f"thing {i}" for i in range(30)] + ["grinning face"])
-    with pytest.raises(UserError, match=r"class grining face is unknown here: take one of grinning.*another of 31"):
+    with pytest.raises(UserError, match=r"class grining face is unknown: use one of grinning.*another of 31"):
         label.numbers(["grining face"])
 
 
 @pytest.mark.parametrize("asked", ["", None, "cars"])
 def test_an_asked_label_that_is_none_is_said(asked):
-    with pytest.raises(UserError, match="is unknown here: take one of 1, fox"):
+    with pytest.raises(UserError, match="is unknown: use one of 1, fox"):
         Label(classes=["1", "fox"]).as_sample(labels=asked)
     assert Label(classes=["1", "fox"]).as_sample(labels=1)["meta"]
 
@@ -179,5 +179,5 @@ def test_a_text_encoder_alone_has_no_image_embedding():
     class WithoutPictures:
         image, text = Tools.image, object()
 
-    with pytest.raises(UserError, match="take clip=trained"):
+    with pytest.raises(UserError, match="use clip=trained"):
         ImageEmbedding().encode([], torch.zeros(1, 3, 8, 8), WithoutPictures)

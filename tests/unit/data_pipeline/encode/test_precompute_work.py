@@ -172,6 +172,11 @@ def test_a_data_set_for_each_bucket(tmp_path, picture):
         height, width = map(int, name.split("x"))
         assert manifest.fields["moments.npy"]["shape"] == [6, height // 2, width // 2]
         assert manifest.info["latents"] == manifests["16x16"].info["latents"]  # one scale for the model of all
+        sizes = [
+            sample["size"].astype(np.float64) for sample in read_dataset(f"{tmp_path}/out/{name}", None, ("size",))
+        ]
+        means = {"count": len(sizes), "mean": np.mean(sizes, 0).tolist()}
+        assert manifest.info["size_conditioning"] == means  # of its own: a run on one bucket draws at its size
         for sample in read_dataset(str(tmp_path / "out" / name)):
             original = pictures[sample["meta"]["n"]]
             assert sample["meta"]["original_size"] == list(original.shape[:2])
@@ -252,7 +257,7 @@ def test_changed_pictures_and_other_encoders_are_encoded(tmp_path, picture):
     image, text = Counted("another"), Counted()
     precompute(changed, tmp_path / "other", using(image, text), base=tmp_path / "base")
     assert (image.pictures, text.captions) == (12, [""])
-    with pytest.raises(UserError, match="nothing of it can be used"):
+    with pytest.raises(UserError, match="nothing of it can be reused"):
         precompute(changed, tmp_path / "none", using(dtype="float32"), base=tmp_path / "base")
 
 
@@ -291,12 +296,12 @@ def test_states_do_not_depend_on_what_was_encoded_before():
 def test_a_text_encoder_without_an_image_tower_is_not_taken_for_a_clip(picture):
     items = [Item(0, {"key": "a", "image": picture(0), "caption": "a", "meta": {}})]
     encoders = using(text=Table(), conditions={"image_embedding": ImageEmbedding()})
-    with pytest.raises(UserError, match="needs a CLIP with its image tower"):
+    with pytest.raises(UserError, match="needs a CLIP with an image tower"):
         encode_batch(items, torch.zeros(1, 3, 8, 8), encoders)
     # And before the output is claimed:
     cfg = OmegaConf.create({"clip": {"_target_": "precompute_process.table_at", "path": "somewhere"}})
     assert clip_for(cfg, {"text": Text()}).fingerprint == "table"
-    with pytest.raises(UserError, match="needs a CLIP with its image tower"):
+    with pytest.raises(UserError, match="needs a CLIP with an image tower"):
         clip_for(cfg, {"text": Text(), "image_embedding": ImageEmbedding()})
 
 
@@ -431,7 +436,7 @@ def test_bfloat16_is_read_back_as_what_was_rounded(tmp_path, picture):
         (float("nan"), "float32", "moments is not finite in float32"),
         (float("inf"), "bfloat16", "moments is not finite in bfloat16: use dtype=float32"),
         (7e4, "float16", "moments is not finite in float16: use dtype=float32"),
-        (1e7, "float32", "moments is beyond 1e\\+06"),
+        (1e7, "float32", "moments has values beyond 1e\\+06"),
     ],
 )
 def test_values_that_cannot_be_trained_on_are_named_and_counted(tmp_path, picture, value, dtype, reason):
@@ -458,14 +463,17 @@ def test_values_that_cannot_be_trained_on_are_named_and_counted(tmp_path, pictur
 def test_codes_beyond_the_codebook_and_shapes_of_no_batch_are_named(picture):
     codes = np.array([[[0, 15]], [[3, 16]], [[-1, 2]]], np.int32)
     named = list(unusable({"indices": codes}, 16, "float32"))
-    assert named == [(1, "indices are no codes of the codebook"), (2, "indices are no codes of the codebook")]
+    assert named == [
+        (1, "indices has codes that are not in the codebook"),
+        (2, "indices has codes that are not in the codebook"),
+    ]
 
     class Short(Counted):
         def encode_stored(self, images):
             return super().encode_stored(images)[:-1]
 
     items = [Item(i, {"key": str(i), "image": picture(i), "caption": "a", "meta": {}}) for i in range(3)]
-    with pytest.raises(DataError, match="moments of 3 samples came as \\(2, 6, 4, 4\\)"):
+    with pytest.raises(DataError, match="moments of 3 samples has shape \\(2, 6, 4, 4\\)"):
         encode_batch(items, collated([item.sample for item in items])["image"], using(Short(), conditions={}))
 
     class Codes(Counted):
@@ -599,7 +607,7 @@ def test_who_a_process_is(environment, expected):
 
 @pytest.mark.parametrize(("number", "workers"), [(3, 3), (-1, 2), (None, 2), (1, None)])
 def test_workers_that_cannot_be_get_a_sentence(number, workers):
-    with pytest.raises(UserError, match="counts from 0"):
+    with pytest.raises(UserError, match="with worker from 0"):
         worker_of(number, workers, {})
 
 

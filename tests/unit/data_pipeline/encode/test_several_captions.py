@@ -23,7 +23,7 @@ from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.images.aspect_buckets import sizes_of
-from data_pipeline.loading.array_batch import Layout
+from data_pipeline.loading.array_batch import ArrayLayout
 from data_pipeline.loading.batch import DataCursor
 from data_pipeline.loading.caption_draw import CaptionOptions, draws_of
 from data_pipeline.loading.loader import read_dataset
@@ -237,7 +237,7 @@ def test_it_goes_on_with_the_same_draws(latents):
 
 def test_arrays_decoded_one_by_one_are_those_of_the_drawn_caption(latents, monkeypatch):
     copied = taken(latents, 6)
-    monkeypatch.setattr(Layout, "of", classmethod(lambda cls, data: None))
+    monkeypatch.setattr(ArrayLayout, "of", classmethod(lambda cls, data: None))
     same(copied, taken(latents, 6))
 
 

@@ -337,7 +337,7 @@ def test_compressed_tars_are_refused_before_they_are_unpacked(tmp_path):
     with pytest.raises(UserError, match=r"compressed tars \(a\.tar\.gz\): unpack them"):
         tars_in(str(tmp_path))
     (tmp_path / "a.tar.gz").rename(tmp_path / "a.tar")
-    with pytest.raises(DataError, match=r"a\.tar is compressed: unpack it"):
+    with pytest.raises(DataError, match=r"a\.tar is compressed, .*unpack it"):
         scan(contents(str(tmp_path / "a.tar")), "a.tar")
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.tar is empty"):

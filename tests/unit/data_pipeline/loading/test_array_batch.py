@@ -10,7 +10,7 @@ from loaders import loader_of
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.loading import loader
-from data_pipeline.loading.array_batch import Layout, empty, not_finite
+from data_pipeline.loading.array_batch import ArrayLayout, empty, not_finite
 from data_pipeline.loading.batch import Batch, DataCursor
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Manifest
@@ -113,10 +113,10 @@ def test_wide_floats_that_are_not_finite(dtype):
 
 def test_layouts_of_what_can_not_be_copied():
     plain = codec.encode("x.npy", np.zeros((2, 3), np.float16))
-    assert Layout.of(plain)[1:] == (np.dtype("f2"), (2, 3))
-    assert plain.startswith(Layout.of(plain).header)
+    assert ArrayLayout.of(plain)[1:] == (np.dtype("f2"), (2, 3))
+    assert plain.startswith(ArrayLayout.of(plain).header)
     for other in (np.zeros(2, bool), np.zeros(2, complex), np.zeros(2, "U3"), np.zeros(2, ">i4")):
-        assert Layout.of(codec.encode("x.npy", other)) is None
+        assert ArrayLayout.of(codec.encode("x.npy", other)) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -158,7 +158,7 @@ def test_empty_shards_and_an_empty_set():
             (1, 0), (1, 1), (1, 2), (4, 0), (4, 1), (4, 2), (4, 3),
         ]  # fmt: skip
     for sizes in ([], [0], [0, 0]):
-        with pytest.raises(DataError, match="holds no samples"):
+        with pytest.raises(DataError, match="has no samples"):
             plan(1, 4, sizes=sizes)
 
 

@@ -91,7 +91,7 @@ def test_a_killed_worker_is_named(tmp_path, make_images):
     next(batches)
     victim = next(p for p in multiprocessing.active_children() if p.name == "loader worker 1")
     victim.kill()
-    with pytest.raises(WorkerDied, match=rf"loader worker 1 of 2 \(process {victim.pid}\) was ended by SIGKILL"):
+    with pytest.raises(WorkerDied, match=rf"loader worker 1 of 2 \(process {victim.pid}\) was killed by SIGKILL"):
         list(itertools.islice(batches, 50))
     assert not [p for p in multiprocessing.active_children() if p.name.startswith("loader worker")]
 

@@ -139,7 +139,7 @@ def test_interleaved_members_come_together_and_webdataset_is_said_to_split_them(
     put(latents, tar_of(mixed))
     assert same_samples(epoch(latents), good)
     (sentence,) = findings_in(latents)["webdataset"]
-    assert "must be neighbours" in sentence
+    assert "must be adjacent" in sentence
 
 
 def test_a_sample_that_comes_twice_is_named(latents):
@@ -205,10 +205,10 @@ def test_what_is_no_array_is_named(latents, name):
 
 
 WRONG = {
-    "shape": (VALUES[:, :1], "fields", r"of shape \[4, 1, 2\], not \[4, 2, 2\]"),
+    "shape": (VALUES[:, :1], "fields", r"has shape \[4, 1, 2\], not \[4, 2, 2\]"),
     "unsigned": (VALUES.astype(np.uint32), "fields", "is <u4, not <f4"),
-    "turned": (VALUES.T.copy(), "fields", r"of shape \[2, 2, 4\], not \[4, 2, 2\]"),
-    "one number": (VALUES[0, 0, 0], "fields", r"of shape \[\], not \[4, 2, 2\]"),
+    "turned": (VALUES.T.copy(), "fields", r"has shape \[2, 2, 4\], not \[4, 2, 2\]"),
+    "one number": (VALUES[0, 0, 0], "fields", r"has shape \[\], not \[4, 2, 2\]"),
     "float64": (VALUES.astype(np.float64), "fields", "is <f8, not <f4"),
     "whole numbers": (VALUES.astype(np.int64), "fields", "is <i8, not <f4"),
     "complex": (VALUES.astype(np.complex64), "fields", "is <c8, not <f4"),
@@ -219,7 +219,7 @@ WRONG = {
     "Fortran order": (np.asfortranarray(VALUES), "fields", "is in Fortran order"),
     "NaN": (np.where(VALUES == 3, np.nan, VALUES), "values", "moments is not finite"),
     "infinity": (np.where(VALUES == 3, -np.inf, VALUES), "values", "moments is not finite"),
-    "too large": (VALUES * 1e6, "values", r"moments is beyond 1e\+06"),
+    "too large": (VALUES * 1e6, "values", r"moments has values beyond 1e\+06"),
 }
 
 
@@ -266,7 +266,7 @@ def test_a_manifest_without_claims_leaves_numbers_and_one_with_odd_claims_nothin
     if dtype == "float32":
         np.testing.assert_array_equal(epoch(latents)["000001"]["moments"], VALUES)
     else:
-        with pytest.raises(DataError, match="not <c8 as" if dtype == "complex64" else "which there is not"):
+        with pytest.raises(DataError, match="not <c8 as" if dtype == "complex64" else "does not exist"):
             epoch(latents)
 
 
@@ -287,7 +287,7 @@ def test_codes_that_the_codebook_has_not(latents):
         manifest = Manifest("latents", (shard,), fields)
         check_shard(str(latents), shard, manifest, Codes(np.zeros((size, 4), np.float32)), findings)
         assert ("values" in findings.sentences) == wrong
-    assert "no codes of the codebook" in findings.sentences["values"][0]
+    assert "codes that are not in the codebook" in findings.sentences["values"][0]
 
 
 # Names.
@@ -326,7 +326,7 @@ def test_a_manifest_that_names_shards_outside_is_refused(latents, name):
     about = json.loads((latents / "manifest.json").read_text())
     about["shards"][0]["name"] = name
     (latents / "manifest.json").write_text(json.dumps(about))
-    with pytest.raises(DataError, match="lies outside"):
+    with pytest.raises(DataError, match="is outside the data set"):
         Manifest.load(latents)
 
 

@@ -86,7 +86,7 @@ def test_a_damaged_picture_and_a_damaged_index_are_named(tmp_path, make_images):
 def test_manifest_says_what_is_wrong(tmp_path, make_images):
     with pytest.raises(UserError, match=r"nowhere is not a data set .*make_shards\.py"):
         Manifest.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no data set"):
+    with pytest.raises(UserError, match="contains no data set"):
         find_splits(tmp_path)
     root = make_images(tmp_path / "sets" / "train", [2])
     assert find_splits(root) == {"": root}

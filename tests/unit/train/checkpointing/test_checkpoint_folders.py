@@ -64,16 +64,16 @@ def test_weights_to_sample_from(run, ema_file):
 def test_weights_of_a_file_of_their_own(run, tmp_path):
     (tmp_path / "rebuilt.safetensors").write_bytes(save({"w": torch.ones(2)}))
     assert ema_weights(run, f"{tmp_path}/rebuilt.safetensors").tensors["w"].tolist() == [1, 1]
-    with pytest.raises(UserError, match=r"make it with train/rebuild_ema\.py"):
+    with pytest.raises(UserError, match=r"make this file with train/rebuild_ema\.py"):
         ema_weights(run, f"{tmp_path}/another.safetensors")
 
 
 def test_weights_that_are_not_there(run, tmp_path):
-    with pytest.raises(UserError, match="has no checkpoint of step 7: there are 5, 10, 100"):
+    with pytest.raises(UserError, match="has no checkpoint of step 7: use one of 5, 10, 100"):
         ema_weights(run, 7)
     with pytest.raises(UserError, match="has no checkpoint of step 300"):
         ema_weights(run, 300)
-    with pytest.raises(UserError, match=r"holds no checkpoint: give the output= of a train_ldm\.py run"):
+    with pytest.raises(UserError, match=r"has no checkpoint: use the output= of a train_ldm\.py run"):
         ema_weights(tmp_path / "nowhere")
 
 
@@ -89,7 +89,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_weights_that_are_damaged(run, ema_file, tmp_path, damage):
     damage(type(tmp_path)(ema_file(100)))
-    with pytest.raises(DataError, match=r"step-00000100/ema\.safetensors is damaged: take another step="):
+    with pytest.raises(DataError, match=r"step-00000100/ema\.safetensors is damaged: use another step="):
         ema_weights(run)
     assert ema_weights(run, 10).tensors.keys() == load_file(ema_file(10)).keys()
 

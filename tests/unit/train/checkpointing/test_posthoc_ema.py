@@ -64,7 +64,7 @@ def test_inner_products_are_the_integrals():
 
 @pytest.mark.parametrize("wanted", [Profile(STEPS, gamma_of(0.01)), Profile(30 * STEPS, gamma_of(0.1))])
 def test_what_the_snapshots_can_not_make_is_refused(run, wanted):
-    with pytest.raises(UserError, match=r"can't make this average \(the nearest is \d+ % away\)"):
+    with pytest.raises(UserError, match=r"can't be built from the snapshots \(the nearest is \d+ % away\)"):
         rebuilt(find_snapshots(run[0]), wanted)
 
 
@@ -79,5 +79,5 @@ def test_a_run_without_snapshots_is_told_how_to_keep_them(tmp_path):
 def test_a_file_that_is_no_snapshot_is_named(tmp_path, about):
     (tmp_path / "ema_snapshots").mkdir()
     save_file({"w": torch.zeros(1)}, tmp_path / "ema_snapshots/other.safetensors", about)
-    with pytest.raises(DataError, match=r"other\.safetensors is no snapshot"):
+    with pytest.raises(DataError, match=r"other\.safetensors is not a snapshot"):
         find_snapshots(tmp_path)

@@ -165,7 +165,7 @@ def test_classifier_guidance_is_the_posterior_given_the_class(process, data):
 
 
 def test_an_interval_needs_its_process(network):
-    with pytest.raises(AssertionError, match="an interval is one of a process"):
+    with pytest.raises(AssertionError, match="an interval needs a process"):
         ClassifierFreeGuidance(network, 4.0, interval=(0.2, 0.7))
 
 

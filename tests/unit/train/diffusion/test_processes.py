@@ -120,7 +120,7 @@ def test_discrete_times_are_whole_and_equally_likely():
     ],
 )  # fmt: skip
 def test_a_pair_that_does_not_fit_is_refused(process, parameterization):
-    with pytest.raises(UserError, match=r"does not belong to .*: use parameterization="):
+    with pytest.raises(UserError, match=r"can't be used with .*: use parameterization="):
         refuse_unfit(process(), parameterization())
 
 
@@ -162,12 +162,12 @@ def test_the_continuous_process_is_the_limit_of_ddpms():
 
 
 def test_a_shift_to_nowhere_gets_a_sentence():
-    with pytest.raises(UserError, match="take 1 for none"):
+    with pytest.raises(UserError, match="use 1 for no shift"):
         RectifiedFlow(0.0)
 
 
 def test_an_unknown_schedule_gets_a_sentence():
-    with pytest.raises(UserError, match="take one of linear, scaled_linear, cosine"):
+    with pytest.raises(UserError, match="use one of linear, scaled_linear, cosine"):
         DiscreteVP(schedule="sigmoid")
 
 

@@ -254,10 +254,10 @@ def test_spacings_are_diffusers(steps):
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("process", [DiscreteVP(steps=50), RectifiedFlow()])
 def test_steps_that_lead_nowhere_are_refused(spacing, process):
-    with pytest.raises(UserError, match="take at least 1"):
+    with pytest.raises(UserError, match="must be at least 1"):
         SPACINGS[spacing](process, 0)
     if spacing != "karras" and isinstance(process, DiscreteVP):
-        with pytest.raises(UserError, match="take at most 50"):
+        with pytest.raises(UserError, match="use at most 50"):
             SPACINGS[spacing](process, 51)
     else:
         assert (SPACINGS[spacing](process, 51).diff() < 0).all()

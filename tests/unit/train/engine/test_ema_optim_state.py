@@ -81,7 +81,7 @@ def test_power_function_average_is_its_definition():
         mean = float((times * times**gamma).sum() / (times**gamma).sum())
         assert float(ema.powers[f"ema_{sigma_rel:g}"][0]) == pytest.approx(mean, rel=2e-3)
     for wrong in (0.0, 0.3, -1.0):
-        with pytest.raises(UserError, match="is no width of an average"):
+        with pytest.raises(UserError, match="is not a valid width of an average"):
             gamma_of(wrong)
 
 

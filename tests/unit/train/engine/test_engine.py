@@ -183,9 +183,9 @@ def test_activation_checkpointing_keeps_less(alone):
         ({"offload": "disk"}, "take one of none, optimizer, all"),
         ({"zero_stage": 0, "offload": "optimizer"}, "offload=optimizer needs ZeRO"),
         ({"zero_stage": 2, "offload": "all"}, "needs ZeRO stage 3"),
-        ({"zero_stage": 2, "offload": "optimizer", "dtype": "bf16"}, "take engine=zero3"),
-        ({"zero_stage": 3, "compile": True}, "take engine=zero2"),
-        ({"zero_stage": 0, "dtype": "bf16"}, "take engine=zero1"),
+        ({"zero_stage": 2, "offload": "optimizer", "dtype": "bf16"}, "use engine=zero3"),
+        ({"zero_stage": 3, "compile": True}, "use engine=zero2"),
+        ({"zero_stage": 0, "dtype": "bf16"}, "use engine=zero1"),
     ],
 )
 def test_what_an_engine_can_not_be(options, sentence):
@@ -195,18 +195,20 @@ def test_what_an_engine_can_not_be(options, sentence):
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-c++")
-    with pytest.raises(UserError, match=r"compile=true needs no-such-c\+\+, which is not there: install it"):
+    with pytest.raises(
+        UserError, match=r"compile=true needs the compiler no-such-c\+\+, which is not installed: install it"
+    ):
         EngineConfig(compile=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for GPUs")
 def test_fp16_is_refused_without_a_gpu():
-    with pytest.raises(UserError, match=r"fp16 needs a GPU: take engine\.dtype=auto"):
+    with pytest.raises(UserError, match=r"fp16 needs a GPU: use engine\.dtype=auto"):
         EngineConfig(dtype="fp16")
 
 
 def test_a_network_that_can_not_be_compiled_is_said(alone):
-    with pytest.raises(UserError, match="are for the U-Net"):
+    with pytest.raises(UserError, match="are only available for the U-Net"):
         Engine(Regression(), AdamW(0.1, Schedule()), EngineConfig(compile=True), alone, BATCH, 1)
 
 

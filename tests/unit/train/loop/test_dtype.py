@@ -41,13 +41,13 @@ OLD_GPU = DtypeChoice("fp16", "this GPU has no bf16 instructions")
         (ICE_LAKE, True, {}, "fp32", "this CPU has no bf16 instructions"),  # torch emulates them there
         (ZEN_3, False, {}, "fp32", "this CPU has no bf16 instructions"),
         (GRAVITON_2, False, {}, "fp32", "this CPU has no bf16 instructions"),
-        (GRAVITON_3, False, {}, "fp32", "this torch makes no use of"),
-        (SAPPHIRE_RAPIDS, True, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "fp32", "ONEDNN_MAX_CPU_ISA=AVX2 leaves"),
-        (SAPPHIRE_RAPIDS, True, {"DNNL_MAX_CPU_ISA": "avx512_core"}, "fp32", "DNNL_MAX_CPU_ISA=avx512_core leaves"),
+        (GRAVITON_3, False, {}, "fp32", "this build of torch does not use"),
+        (SAPPHIRE_RAPIDS, True, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "fp32", "ONEDNN_MAX_CPU_ISA=AVX2 disables"),
+        (SAPPHIRE_RAPIDS, True, {"DNNL_MAX_CPU_ISA": "avx512_core"}, "fp32", "DNNL_MAX_CPU_ISA=avx512_core disables"),
         (SAPPHIRE_RAPIDS, True, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "bf16", "has bf16"),
         (SAPPHIRE_RAPIDS, True, {"ONEDNN_MAX_CPU_ISA": "ALL", "DNNL_MAX_CPU_ISA": "AVX2"}, "bf16", "has bf16"),
-        (SAPPHIRE_RAPIDS, True, {"LDT_CPU_BF16": "0"}, "fp32", "LDT_CPU_BF16=0 takes this CPU for one without bf16"),
-        (ZEN_3, False, {"LDT_CPU_BF16": "1"}, "bf16", "LDT_CPU_BF16=1 takes this CPU for one with bf16"),
+        (SAPPHIRE_RAPIDS, True, {"LDT_CPU_BF16": "0"}, "fp32", "LDT_CPU_BF16=0 treats this CPU as one without bf16"),
+        (ZEN_3, False, {"LDT_CPU_BF16": "1"}, "bf16", "LDT_CPU_BF16=1 treats this CPU as one with bf16"),
         (ZEN_3, False, {"LDT_CPU_BF16": ""}, "fp32", "no bf16 instructions"),
     ],
 )
@@ -71,8 +71,8 @@ def test_this_cpu_is_what_linux_says_of_it(monkeypatch):
     ("zero_stage", "offload", "dtype", "because"),
     [
         (1, "none", "bf16", "this CPU has bf16 instructions"),
-        (0, "none", "fp32", "DeepSpeed keeps no fp32 master weights beside others at ZeRO stage 0"),
-        (2, "optimizer", "fp32", "engine.offload=optimizer at ZeRO stage 1 or 2 goes with fp32 alone"),
+        (0, "none", "fp32", "DeepSpeed keeps no separate fp32 master weights at ZeRO stage 0"),
+        (2, "optimizer", "fp32", "engine.offload=optimizer at ZeRO stage 1 or 2 needs fp32"),
         (3, "optimizer", "bf16", "this CPU has bf16 instructions"),
         (3, "all", "bf16", "this CPU has bf16 instructions"),
     ],
@@ -88,8 +88,8 @@ def test_where_other_options_go_with_fp32_alone_it_is_that(zero_stage, offload, 
     [
         ([HAS, HAS], HAS),
         ([OLD_GPU], OLD_GPU),
-        ([HAS, LACKS, HAS, LACKS], ("fp32", f"{LACKS.because}, at rank(s) 1, 3; the others could take bf16")),
-        ([OLD_GPU, HAS], ("fp16", f"{OLD_GPU.because}, at rank(s) 0; the others could take bf16")),
+        ([HAS, LACKS, HAS, LACKS], ("fp32", f"{LACKS.because}, at rank(s) 1, 3; the others could use bf16")),
+        ([OLD_GPU, HAS], ("fp16", f"{OLD_GPU.because}, at rank(s) 0; the others could use bf16")),
     ],
 )
 def test_ranks_that_differ_take_what_all_can(of_ranks, found):
@@ -101,9 +101,9 @@ def test_ranks_that_differ_take_what_all_can(of_ranks, found):
     [
         ("bf16", HAS, CPU, "auto: as in runs/a/step-00000002"),
         ("fp16", OLD_GPU, GPU, "auto: as in runs/a/step-00000002"),
-        ("fp32", HAS, CPU, "auto: as in runs/a/step-00000002; a new run would take bf16 here, as this CPU has bf16"),
-        ("bf16", LACKS, CPU, "would take fp32 here, as this CPU has no bf16 instructions, and bf16 takes two to nine"),
-        ("bf16", OLD_GPU, GPU, "would take fp16 here, as this GPU has no bf16 instructions, and bf16 takes several"),
+        ("fp32", HAS, CPU, "auto: as in runs/a/step-00000002; a new run would use bf16 here, as this CPU has bf16"),
+        ("bf16", LACKS, CPU, "would use fp32 here, as this CPU has no bf16 instructions, and bf16 takes two to nine"),
+        ("bf16", OLD_GPU, GPU, "would use fp16 here, as this GPU has no bf16 instructions, and bf16 takes several"),
     ],
 )
 def test_a_resumed_run_keeps_its_checkpoints_on_any_machine(saved, best, device, because):
@@ -121,14 +121,14 @@ def test_a_resumed_run_at_stage_0_is_not_said_to_be_in_bf16_if_it_were_new(tmp_p
 
 
 def test_a_checkpoint_in_fp16_needs_a_gpu():
-    with pytest.raises(UserError, match=r"needs a GPU.*by engine\.dtype=fp32 training\.allow_mismatch=\[dtype\]"):
+    with pytest.raises(UserError, match=r"needs a GPU.*with engine\.dtype=fp32 training\.allow_mismatch=\[dtype\]"):
         keep_saved_dtype(SavedDtype("runs/a/step-00000002", "fp16"), LACKS, CPU)
 
 
 def test_bf16_by_name_is_taken_and_its_cost_said(tmp_path, caplog, capsys, monkeypatch):
     paths, alone, engine = CheckpointPaths.of(tmp_path, None), Ranks(0, 1, 0, CPU), {"zero_stage": 1, "offload": "none"}
     monkeypatch.setenv("LDT_CPU_BF16", "0")
-    assert resolve_dtype({**engine, "dtype": "bf16"}, paths, alone) == ("bf16", "given by name")
+    assert resolve_dtype({**engine, "dtype": "bf16"}, paths, alone) == ("bf16", "set by engine.dtype")
     assert "engine.dtype=bf16: LDT_CPU_BF16=0" in caplog.text
     assert "two to nine times as long" in caplog.text
     caplog.clear()
@@ -137,7 +137,7 @@ def test_bf16_by_name_is_taken_and_its_cost_said(tmp_path, caplog, capsys, monke
     assert resolve_dtype({**engine, "dtype": "fp32"}, paths, alone).dtype == "fp32"
     assert caplog.text == capsys.readouterr().out == ""
     assert resolve_dtype({**engine, "dtype": "auto"}, paths, alone).dtype == "bf16"
-    assert capsys.readouterr().out == "dtype: bf16 (auto: LDT_CPU_BF16=1 takes this CPU for one with bf16)\n"
+    assert capsys.readouterr().out == "dtype: bf16 (auto: LDT_CPU_BF16=1 treats this CPU as one with bf16)\n"
 
 
 RANK = """
@@ -167,4 +167,4 @@ def test_two_machines_of_one_run_agree(tmp_path):
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1]
     assert found[0][0] == "fp32"
-    assert "at rank(s) 1; the others could take bf16" in found[0][1]
+    assert "at rank(s) 1; the others could use bf16" in found[0][1]

@@ -157,7 +157,7 @@ def test_demo_options(cls, options, relative_error):
 
 
 def test_levels_without_a_word_on_attention_are_refused():
-    with pytest.raises(UserError, match=r"attention_levels=\[True\] does not fit 3 levels"):
+    with pytest.raises(UserError, match=r"attention_levels=\[True\] must have 3 entries"):
         AutoencoderKL(**SMALL, attention_levels=[True])
 
 

@@ -147,7 +147,7 @@ def test_fourier_features():
 
 
 def test_what_the_data_lacks_is_named(make_facts):
-    with pytest.raises(UserError, match=r"conditioning=label reads label.*conditions=\[label\]"):
+    with pytest.raises(UserError, match=r"conditioning=label needs label.*conditions=\[label\]"):
         made(make_facts(), "label")
 
 
@@ -158,7 +158,7 @@ def test_what_the_data_lacks_is_named(make_facts):
         ({"out_channels": 4}, "set unet.out_channels=16"),
         ({"context_dim": 768}, "set unet.context_dim=24"),
         ({"vector_dim": 7}, "set unet.vector_dim=12"),
-        ({"in_channels": 4, "out_channels": 4}, "set unet.in_channels=28 unet.out_channels=16, or give latents"),
+        ({"in_channels": 4, "out_channels": 4}, "set unet.in_channels=28 unet.out_channels=16, or use latents"),
         ({"channels": [8] * 4}, "latents of 4x4 .fold=2. can't be halved 3 times"),
     ],
 )

@@ -235,12 +235,12 @@ def test_computes_in_the_weights_dtype(demo_unet):
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"attention_levels": (True,)}, "2 channels, 1 attention_levels, .* give one of each a level"),
-        ({"self_attention_levels": (True,) * 3}, "3 self_attention_levels .* give one of each a level"),
-        ({"heads": (1, 2, 3)}, "3 heads: give one of each a level"),
-        ({"heads": 5}, "16 channels can't be shared by 5 heads"),
-        ({"norm_groups": 32}, "16 channels can't be shared by .* 32 norm groups"),
-        ({"transformer_depth": 0}, "takes no context: set unet.context_dim=null"),
+        ({"attention_levels": (True,)}, "2 channels, 1 attention_levels, .* each must have one entry per level"),
+        ({"self_attention_levels": (True,) * 3}, "3 self_attention_levels .* each must have one entry per level"),
+        ({"heads": (1, 2, 3)}, "3 heads: each must have one entry per level"),
+        ({"heads": 5}, "16 channels must be a multiple of 5 heads"),
+        ({"norm_groups": 32}, "16 channels must be a multiple of .* 32 norm groups"),
+        ({"transformer_depth": 0}, "uses no context: set unet.context_dim=null"),
         ({"transformer_depth": 0, "context_dim": None}, "leave unet.self_attention_levels=null"),
     ],
 )

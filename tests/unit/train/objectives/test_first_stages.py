@@ -278,10 +278,10 @@ def test_shifted_pictures_keep_their_pixels_over_white(clip):
 @pytest.mark.parametrize(
     ("size", "crop", "sentence"),
     [
-        ((30, 30), 0, "pictures of 30x30 can't be shrunk 4 times"),
+        ((30, 30), 0, "pictures of 30x30 are not divisible by the autoencoder's factor 4"),
         ((64, 30), 0, "pictures of 64x30"),
-        ((64, 64), 30, r"objective\.crop=30 is no multiple of 4 up to 64"),
-        ((32, 64), 64, r"objective\.crop=64 is no multiple of 4 up to 32"),
+        ((64, 64), 30, r"objective\.crop=30 must be a multiple of 4 and at most 64"),
+        ((32, 64), 64, r"objective\.crop=64 must be a multiple of 4 and at most 32"),
     ],
 )
 def test_sizes_that_a_first_stage_can_not_shrink(size, crop, sentence):

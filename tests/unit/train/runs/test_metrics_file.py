@@ -61,6 +61,6 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 3, "loss": 1.0}}\n')
     for do in (read_metrics, JsonLines):
-        with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is no row of metrics .*: remove it"):
+        with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is not a row of metrics .*: fix or remove it"):
             do(path)
     assert line in path.read_text()

@@ -126,7 +126,7 @@ HARMLESS = {"key": "group", "tokens": 4, "api_key": None, "token": "", "input": 
 
 @pytest.mark.parametrize("config", SECRETS, ids=lambda config: next(iter(config)))
 def test_a_secret_in_the_configuration_is_refused(tmp_path, config):
-    with pytest.raises(UserError, match=r"holds a secret, .*: give it by the environment"):
+    with pytest.raises(UserError, match=r"contains a secret, .*: set it in the environment"):
         RunFolder(tmp_path / "run", "train_ldm", config, ALONE)
     assert not list(tmp_path.iterdir())
 
@@ -154,7 +154,7 @@ def test_several_ranks_need_a_place_to_meet(no_launcher, monkeypatch, environmen
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("it would wait for ever"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"start with torchrun, or slurm/\*\.sbatch"):
+    with pytest.raises(UserError, match=r"start them with torchrun or slurm/\*\.sbatch"):
         find_ranks()
 
 
@@ -165,7 +165,7 @@ def test_a_kill_while_the_folder_is_made_is_gone_on_from(tmp_path):
     assert RunFolder(tmp_path / "run", "train_ldm", {}, ALONE).run_id
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").touch()
-    with pytest.raises(UserError, match="holds something that is not a run"):
+    with pytest.raises(UserError, match="contains something other than a run"):
         RunFolder(tmp_path / "other", "train_ldm", {}, ALONE)
 
 
@@ -174,7 +174,7 @@ def test_who_does_not_come_to_the_meeting_is_named(no_launcher, monkeypatch):
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "MEETING_TIMEOUT", timedelta(seconds=0.5))
-    with pytest.raises(TimeoutError, match=r"rank\(s\) 1, 2 did not come to 127.0.0.1"):
+    with pytest.raises(TimeoutError, match=r"rank\(s\) 1, 2 did not connect to 127.0.0.1"):
         find_ranks()
 
 
@@ -220,5 +220,5 @@ def test_wandb_out_of_reach_is_kept_offline(tmp_path, monkeypatch, caplog, fails
         WeightsAndBiases(tmp_path, "abc", {}, "project").close()
     # A service that still tries to reach W&B has the id in use, and would refuse it.
     assert tried[-2:] == ["the service's end", ("offline", None, "abc")]
-    assert "kept offline" in caplog.text
+    assert "logged offline" in caplog.text
     assert os.environ.get("WANDB_MODE") is None

@@ -66,7 +66,7 @@ def test_a_full_queue_drops_counts_and_says_so_once(told, tmp_path, caplog):
         told.go.set()
         reporter.close()
     assert [record.message for record in caplog.records].count(
-        "W&B does not keep up: values are dropped (metrics.jsonl has them; train/replay_metrics.py)"
+        "W&B can't keep up, and values are dropped: train/replay_metrics.py can send them later from metrics.jsonl"
     ) == 1
     assert f"{reporter.dropped} entries were dropped" in caplog.text
     assert len(told.rows) == 100 - reporter.dropped
@@ -80,7 +80,7 @@ def test_its_end_is_waited_for_no_longer_than_said(told, tmp_path, caplog, monke
     reporter.log(1, {"loss": 1.0})
     with caplog.at_level(logging.WARNING):
         reporter.close()
-    assert "it did not end in time" in caplog.text
+    assert "it did not finish in time" in caplog.text
     assert killed == [True, True]  # the second time, what it kept offline then
     told.go.set()
 
@@ -94,7 +94,7 @@ def test_trouble_with_wandb_is_not_trainings(tmp_path, monkeypatch, caplog):
         reporter = WeightsAndBiases(tmp_path, "abc", {}, "project")
         reporter.log(1, {"loss": 1.0})
         reporter.close()
-    assert "W&B is not told any more (UsageError: no such thing)" in caplog.text
+    assert "logging to W&B has stopped (UsageError: no such thing)" in caplog.text
     assert isinstance(reporter.error, wandb.errors.UsageError)
 
 

@@ -10,12 +10,22 @@ from PIL import Image
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.encode.conditions import Label, Layout, Text
+from data_pipeline.encode.size_condition import Size
 from data_pipeline.images import decode
 from data_pipeline.images.resize import centre_square
-from train.evaluate_ldm import usable
+from train.evaluate_ldm import at_size, usable
 from train.models.classifier import NoisyClassifier
 from train.sample_images import guided_by
-from train.sampling.requests import as_sample, load_picture, negative_rows, request_rows
+from train.sampling.requests import (
+    as_sample,
+    load_picture,
+    negative_rows,
+    refuse_unused_options,
+    request_rows,
+    size_options,
+    title,
+    with_negative_size,
+)
 from train.weights.saved import save_model
 
 
@@ -59,7 +69,7 @@ def test_what_is_no_picture_is_said(tmp_path, monkeypatch):
     drawn(16, 16).save(tmp_path / "large.png")
     monkeypatch.setattr(decode, "MAX_PIXELS", 200)
     for name, why in (("text.png", "Unidentified"), ("script.png", "Unidentified"), ("large.png", "16x16 pixels")):
-        with pytest.raises(UserError, match=f"images: .*{name} can't be read .{why}.*: give PNG"):
+        with pytest.raises(UserError, match=f"images: .*{name} can't be read .{why}.*: use PNG"):
             load_picture(str(tmp_path / name), (16, 16))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # twice as many are a bomb to Pillow itself
     with pytest.raises(UserError, match="decompression bomb"):
@@ -92,7 +102,7 @@ def test_a_negative_prompt_is_one_text_for_a_run_of_prompts():
     assert negative_rows(None, rows) == []
     with pytest.raises(UserError, match=r"not conditioned on prompts: leave negative_prompt= out"):
         negative_rows("bad", [{"labels": "fox"}])
-    with pytest.raises(UserError, match="one for all pictures"):
+    with pytest.raises(UserError, match="a single text"):
         negative_rows(["a", "b"], rows)
 
 
@@ -108,7 +118,7 @@ def test_a_class_whose_name_is_a_number_guides(tmp_path):
     )
     run.facts.fingerprints["autoencoder"] = "a"
     assert guided_by(cfg, run, [{"labels": 4}, {"labels": "3"}]).labels.tolist() == [1, 0]
-    with pytest.raises(UserError, match="class 5 is unknown to the classifier: take one of 3, 4"):
+    with pytest.raises(UserError, match="class 5 is unknown to the classifier: use one of 3, 4"):
         guided_by(cfg, run, [{"labels": 5}])
     run.facts.mean = [0.1]
     with pytest.raises(UserError, match=r"was trained with mean \[0.0\], this run with \[0.1\]"):
@@ -129,3 +139,69 @@ def test_what_precompute_sets_aside_is_not_judged():
         {name: value for name, value in good.items() if name != "image"},
     ]  # fmt: skip
     assert usable(SimpleNamespace(conditions=conditions), [bad[0], good, *bad[1:], good]) == [good, good]
+
+
+# Sizes.
+
+MEAN = [500.5, 600.0, 1.25, 2.0, 64.0, 48.0]
+
+
+def sized(drop=False, mean=MEAN):
+    conditions = {"text": Text(), "size": Size(mean)}
+    return SimpleNamespace(conditions=conditions, config={"conditioning": {"text": {}, "size": {"drop": drop}}})
+
+
+def asked_of(run, rows):
+    return run.conditions["size"].encode([as_sample(run, row) for row in rows], None, None)["size"].tolist()
+
+
+def test_a_size_is_what_is_given_and_else_the_mean():
+    options = {"prompts": "fox", **size_options({"original": [[512, 512], [64, 32]], "crop": [0, 0], "target": None})}
+    rows = request_rows(options, 1)
+    for row in (*rows, {"prompts": "fox"}):
+        refuse_unused_options(sized(), row)
+    assert asked_of(sized(), [*rows, {"prompts": "fox"}]) == [[512, 512, 0, 0, 64, 48], [64, 32, 0, 0, 64, 48], MEAN]
+    assert [title(row) for row in rows] == ["fox, original 512x512, crop 0x0", "fox, original 64x32, crop 0x0"]
+
+
+@pytest.mark.parametrize("wrong", [7, [1], [1, 2, 3], ["a", 2], [-1, 2], [True, 1]])
+def test_what_is_no_size_is_said(wrong):
+    (row, *_) = request_rows({"prompts": "fox", **size_options({"crop": wrong})}, 1)
+    with pytest.raises(UserError, match=r"size\.crop=.* not two numbers of pixels: give them as size\.crop="):
+        as_sample(sized(), row)
+    with pytest.raises(UserError, match=r"negative_size\.crop=.* not two numbers"):
+        with_negative_size(size_options({"crop": wrong}, "negative_size"), sized(), [], [{"prompts": "fox"}])
+
+
+def test_a_size_that_can_not_be_asked_for_is_refused():
+    by_text = SimpleNamespace(conditions={"text": Text()}, config={"conditioning": {"text": {}}})
+    with pytest.raises(UserError, match=r"only on prompts: leave size\.crop= out"):
+        refuse_unused_options(by_text, {"prompts": "a", "size.crop": [0, 0]})
+    with pytest.raises(UserError, match="not conditioned on sizes: leave negative_size out"):
+        with_negative_size({"size.crop": [0, 0]}, by_text, [], [{"prompts": "a"}])
+    with pytest.raises(UserError, match=r"size\.drop=true: leave negative_size out"):
+        with_negative_size({"size.crop": [0, 0]}, sized(drop=True), [], [{"prompts": "a"}])
+    for given in (512, [512, 512], {"width": 3}):
+        with pytest.raises(UserError, match=r"is no size: give size\.original=, size\.crop=, size\.target="):
+            size_options(given)
+    for mean in (MEAN[:4], [*MEAN[:5], "a"], [*MEAN, 3.0]):
+        with pytest.raises(UserError, match="not six numbers of pixels"):
+            Size(mean)
+
+
+def test_a_negative_size_goes_with_the_negative_prompt_or_the_empty_one():
+    rows = [{"prompts": "a", "size.crop": [3, 4], "size.original": [9, 9]}]
+    given = {"size.crop": [0, 0], "size.original": None}
+    assert with_negative_size(given, sized(), [], rows) == [{**rows[0], "prompts": "", "size.crop": [0, 0]}]
+    away = negative_rows("bad", rows)
+    assert with_negative_size(given, sized(), away, rows) == [{**rows[0], "prompts": "bad", "size.crop": [0, 0]}]
+    assert with_negative_size(size_options(None), sized(), away, rows) == away
+
+
+def test_evaluation_draws_at_the_mean_whatever_the_jsons_say():
+    told = [{**sample(group="fox"), "meta": {"original_size": [1, 1], "group": "fox"}}]
+    for size, expected in (({}, MEAN), ({"size.original": [7, 8]}, [7, 8, *MEAN[2:]])):
+        (seen,) = at_size(sized(), told, size)
+        assert sized().conditions["size"].encode([seen], None, None)["size"].tolist() == [expected]
+        assert seen["meta"]["group"] == "fox"
+    assert at_size(SimpleNamespace(conditions={}), told, {}) is told

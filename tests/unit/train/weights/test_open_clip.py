@@ -143,10 +143,10 @@ def test_the_map_is_a_bijection():
 
 
 def test_what_is_no_text_encoder(theirs, tmp_path):
-    with pytest.raises(UserError, match=r"holds no text_encoder/config\.json"):
+    with pytest.raises(UserError, match=r"has no text_encoder/config\.json"):
         load_text_encoder(tmp_path)
     save_file({"cond_stage_model.transformer.bert": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="holds no text encoder of Stable Diffusion"):
+    with pytest.raises(UserError, match="contains no text encoder of Stable Diffusion"):
         load_text_encoder(tmp_path / "x.safetensors")
     theirs.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()

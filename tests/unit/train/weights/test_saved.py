@@ -86,7 +86,7 @@ def test_a_changed_byte_is_found(saved):
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"weights\.safetensors is not what was saved there"):
+    with pytest.raises(DataError, match=r"weights\.safetensors differs from what was saved"):
         load_autoencoder(str(folder))
 
 
@@ -94,15 +94,16 @@ def test_a_cut_file_is_a_sentence(saved):
     folder, _, _ = saved
     path = folder / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"weights\.safetensors is not what was saved there"):
+    with pytest.raises(DataError, match=r"weights\.safetensors differs from what was saved"):
         load_autoencoder(str(folder))
 
 
 def test_wrong_class_and_nothing_there(saved, tmp_path):
-    with pytest.raises(UserError, match=r"clip\.path=.*ae holds a AutoencoderKL, not a CLIP: .* train_clip\.py"):
+    with pytest.raises(UserError, match=r"clip\.path=.*ae contains a AutoencoderKL, not a CLIP: .* train_clip\.py"):
         load_clip(str(saved[0]))
     with pytest.raises(
-        UserError, match=r"autoencoder\.path=.*nowhere holds no AutoencoderKL or VQModel: .* train_autoencoder\.py run"
+        UserError,
+        match=r"autoencoder\.path=.*nowhere contains no AutoencoderKL or VQModel: .* train_autoencoder\.py run",
     ):
         load_autoencoder(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"clip\.path=.* finished train_clip\.py run"):

@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from data_pipeline.common.errors import UserError
 from train.data.ldm_inputs import with_base_model_scaling
 from train.models.conditioning import ClassLabel, ConditionedUNet, Conditioners, StoredText
+from train.models.size_features import SizeFeatures
 from train.models.unet import UNet
+from train.weights import diffusers, stable_diffusion
 from train.weights.published import load_weights
 
 UNET = {"in_channels": 4, "out_channels": 4, "channels": [8, 8], "layers_per_block": 1, "context_dim": 24,
         "vector_dim": None, "attention_levels": [False, True], "heads": 2, "norm_groups": 4}  # fmt: skip
-PARTS = {"label": partial(ClassLabel, dim=24), "text": StoredText}
+PARTS = {"label": partial(ClassLabel, dim=24), "text": StoredText, "size": SizeFeatures}
 
 
 @pytest.fixture
@@ -29,16 +31,16 @@ def labelled(make_facts):
     )
 
 
-def network(facts, *parts):
-    return ConditionedUNet(UNet(**UNET), Conditioners(facts, {name: PARTS[name] for name in parts}))
+def network(facts, *parts, **changed):
+    return ConditionedUNet(UNet(**{**UNET, **changed}), Conditioners(facts, {name: PARTS[name] for name in parts}))
 
 
 @pytest.fixture
 def a_run(tmp_path):
     """a_run(facts, *conditioning): a run's folder with random weights, and the network that they are of."""
 
-    def make(facts, *conditioning):
-        trained = network(facts, *conditioning)
+    def make(facts, *conditioning, **changed):
+        trained = network(facts, *conditioning, **changed)
         step = tmp_path / "checkpoints/step-00000001"
         step.mkdir(parents=True)
         save_file(trained.state_dict(), step / "ema.safetensors")
@@ -88,7 +90,7 @@ def test_other_classes_of_the_same_numbers_are_refused(a_run, labelled, classes)
     run, _ = a_run(labelled("ab"), "label")
     with_base_model_scaling(options(run, "label"), labelled("ab"))
     with_base_model_scaling(options(run, "text"), labelled(classes))  # not conditioned on here
-    with pytest.raises(UserError, match=r"knows other classes of label .* conditions\.label\.classes="):
+    with pytest.raises(UserError, match=r"was trained with other classes of label .* conditions\.label\.classes="):
         with_base_model_scaling(options(run, "label"), labelled(classes))
 
 
@@ -98,11 +100,55 @@ def test_the_scale_is_the_runs_own(a_run, labelled):
     assert (now.mean, now.std) == ([0.0] * 4, [4.0] * 4)
     same = labelled(mean=[0.0] * 4, std=[1 / 0.25] * 4)  # as scaling_factor=0.25 makes them
     assert with_base_model_scaling(options(run, "label", factor=0.25), same).std == [4.0] * 4
-    with pytest.raises(UserError, match=r"otherwise than by scaling_factor=0\.5: set scaling_factor=null"):
+    with pytest.raises(
+        UserError, match=r"another scaling of the latents than scaling_factor=0\.5: set scaling_factor=null"
+    ):
         with_base_model_scaling(options(run, "label", factor=0.5), labelled(mean=[0.0] * 4, std=[2.0] * 4))
 
 
 def test_another_fold_is_refused(a_run, labelled):
     run, _ = a_run(labelled(), "label")
-    with pytest.raises(UserError, match="fold 1, these latents with 2"):
+    with pytest.raises(UserError, match="fold 1, but these latents use 2"):
         with_base_model_scaling(options(run, "label"), labelled(fold=2))
+
+
+# A model that knows no sizes, for a training with them: it gives the same until it is trained, and can learn.
+
+WITH_POOLED = {"vector_dim": 12}
+WIDE = {"norm_groups": 32, "channels": [64, 64]}  # what single files hold
+
+
+@pytest.mark.parametrize("published", ["run", "run with labels", "run with pooled text", "diffusers", "single file"])
+def test_sizes_are_added_to_a_model_without(a_run, make_facts, tmp_path, published):
+    facts = make_facts(shapes={"label": [], "size": [6]}, conditions={"label": {"classes": ["a", "b"]}})
+    labelled, pooled = published == "run with labels", published == "run with pooled text"
+    parts = ["text", *(["label"] if labelled else [])]
+    if published.startswith("run"):
+        path, trained = a_run(facts, *parts, **(WITH_POOLED if pooled else {}))
+    else:
+        path, trained = tmp_path / "published", network(facts, *parts, **WIDE)
+        if published == "diffusers":
+            diffusers.save_unet(path / "unet", trained.unet)
+        else:
+            path = path.with_suffix(".safetensors")
+            stable_diffusion.save_single_file(path, trained.unet, None)
+    wide = {} if published.startswith("run") else WIDE
+    other = network(facts, *parts, "size", vector_dim=12 + 6 * 256, **wide)
+    load_weights(other, str(path))
+    text = {"text": torch.randn(2, 5, 24), "pooled": torch.randn(2, 12), "label": torch.tensor([0, 1])}
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 800.0])
+
+    def out(network, **more):
+        return network(x, t, network.condition({**text, **more}, ("a", "b")))
+
+    torch.testing.assert_close(out(other, size=torch.rand(2, 6) * 900), out(trained), rtol=1e-5, atol=1e-5)
+    out(other, size=torch.rand(2, 6) * 900).square().mean().backward()
+    assert float(other.unet.vector_embedding.linear_1.weight.grad[:, 12:].abs().sum()) > 0 or not pooled
+    assert float(other.unet.vector_embedding.linear_2.weight.grad.abs().sum()) > 0
+
+
+def test_another_width_of_the_text_is_still_refused(a_run, make_facts):
+    facts = make_facts(shapes={"size": [6]})
+    run, _ = a_run(facts, "text", vector_dim=9)
+    with pytest.raises(UserError, match=r"vector_embedding\.linear_1\.weight"):
+        load_weights(network(facts, "text", "size", vector_dim=12 + 6 * 256), str(run))

@@ -54,7 +54,7 @@ def test_after_several_in_a_row_it_goes_back_and_past_them(latents: Path, tmp_pa
     more = ["training.steps=30", "training.stability.max_skipped=3", "training.save_every=1"]
     more += ["training.keep_checkpoints=2"]  # nothing is saved while steps are skipped, so step 20 is kept
     done = run("train/train_ldm.py", f"input={latents}", f"output={output}", *SETTINGS, *more, ranks=2)
-    assert "back to step 20, past the data up to there" in done.stdout
+    assert "rolled back to step 20; the data in between are skipped" in done.stdout
     assert notes(output)[-1]["rolled_back_to"] == 20
     skipped = {key for row in notes(output) for key in row.get("keys", [])}
     assert skipped == {f"{number:06d}" for number in bad_numbers()}  # of both ranks
@@ -80,7 +80,7 @@ def test_no_way_back_is_said(latents: Path, tmp_path: Path) -> None:
     none = [*more[:2], "training.save_every=null"]
     done = run("train/train_ldm.py", f"input={latents}", f"output={tmp_path / 'b'}", *SETTINGS, *none, check=False)
     assert done.returncode == 2
-    assert "no checkpoint lies before it" in done.stderr
+    assert "there is no earlier checkpoint" in done.stderr
 
 
 def test_a_loss_that_shoots_up_is_gone_back_behind(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Fields that a latent sample's json holds as numbers: read along with its caption, so that nothing is stored twice.
+
+size (6,): original height and width, top and left of the crop, target height and width, in pixels: the
+micro-conditioning of SDXL (Podell et al. 2023, sec. 2.2), in the order of diffusers' time_ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, UserError
+from data_pipeline.common.saved_objects import refuse_wrong_kinds
+from data_pipeline.shards import codec
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.tar_index import IndexEntry, read_index
+
+GEOMETRY = ("original_size", "crop_top_left", "target_size")  # keys of the json, each with two numbers
+LARGEST = 2**31  # pixels a side
+IN_MANIFEST = "size_conditioning"  # entry of a manifest's info: number of samples, and the means of their sizes
+MEASURED_ON = 1024  # samples that the means are taken of, where the manifest has none
+READERS = 8  # threads: a bucket takes tens of milliseconds for each sample
+
+
+def size_in(meta: Mapping[str, Any]) -> np.ndarray:
+    """size (6,) float32, which holds such whole numbers exactly; DataError if the json does not give it."""
+    pairs = [meta.get(name) for name in GEOMETRY]
+    if wrong := [name for name, pair in zip(GEOMETRY, pairs, strict=True) if not is_pair(pair)]:
+        raise DataError(f"its json has no {', '.join(wrong)} of two numbers in pixels")
+    return np.asarray(pairs, np.float32).reshape(-1)
+
+
+def is_pair(value: Any) -> bool:
+    """Whether `value` is a list of two numbers of pixels."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= LARGEST for v in value)
+
+
+FROM_JSON: Mapping[str, Callable[[Mapping[str, Any]], np.ndarray]] = {"size": size_in}
+
+
+def size_sums(metas: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The number of samples and the sums of their sizes: exact, so that they add up in any order. None if a json does
+    not give its size."""
+    try:
+        sizes = np.stack([size_in(meta) for meta in metas]).astype(np.float64)
+    except DataError:
+        return None
+    return {"count": len(sizes), "sum": sizes.sum(0).tolist()}
+
+
+def mean_in_manifest(sums: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """The entry of a manifest's info for the sums of its shards; none if a shard of an earlier version has no sums."""
+    if not sums or not all(sums):
+        return {}
+    count = sum(each["count"] for each in sums)
+    total = np.sum([each["sum"] for each in sums], axis=0)
+    return {IN_MANIFEST: {"count": count, "mean": (total / count).tolist()}}
+
+
+def mean_size(root: str, manifest: Manifest) -> tuple[list[float], int]:
+    """The means of a latent data set's sizes, and the number of samples that they are of: all samples, as precompute
+    measured; in data sets of earlier versions, at most MEASURED_ON evenly spaced ones. UserError if they have none."""
+    if known := manifest.info.get(IN_MANIFEST):
+        where = f"{storage.join(root, 'manifest.json')}: {IN_MANIFEST}"
+        refuse_wrong_kinds({"it": known}, {"it": Mapping[str, Any]}, where)
+        refuse_wrong_kinds(known, {"mean": Sequence[float], "count": int}, where)
+        return list(known["mean"]), known["count"]
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = pool.map(lambda part: _metas(root, *part), _evenly_spaced(manifest))
+        sums = [size_sums(metas) for metas in parts]
+    (found,) = mean_in_manifest(sums).values()
+    return found["mean"], found["count"]
+
+
+def _evenly_spaced(manifest: Manifest) -> list[tuple[Shard, list[int]]]:
+    """Shards, and positions in them, of at most MEASURED_ON samples; a function of the manifest."""
+    count = min(manifest.samples, MEASURED_ON)
+    chosen = np.arange(count) * manifest.samples // max(count, 1)
+    ends = np.cumsum([shard.samples for shard in manifest.shards])
+    of_shard = np.searchsorted(ends, chosen, "right")
+    firsts = ends - [shard.samples for shard in manifest.shards]
+    return [
+        (manifest.shards[number], (chosen[of_shard == number] - firsts[number]).tolist())
+        for number in np.unique(of_shard).tolist()
+    ]
+
+
+def _metas(root: str, shard: Shard, positions: Sequence[int]) -> list[dict[str, Any]]:
+    """The jsons of some samples of a shard, read by themselves."""
+    entries = read_index(root, shard)
+    return [_meta(root, shard, entries[position]) for position in positions]
+
+
+def _meta(root: str, shard: Shard, entry: IndexEntry) -> dict[str, Any]:
+    path = storage.join(root, shard.name)
+    try:
+        if "json" not in entry.members:
+            raise DataError("it has no json")
+        meta = codec.decode("json", storage.read_bytes(path, *entry.members["json"]))
+        size_in(meta)
+    except DataError as error:
+        raise UserError(
+            f"conditioning=size: sample {entry.key} of shard {path}: {error}: make the latents with "
+            "precompute_latents.py, which writes them, or leave size out."
+        ) from error
+    return meta

@@ -1,0 +1,39 @@
+"""Sizes to condition on (conditioning=[size]): each sample's own in training; their means, by default, in drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.shards.json_fields import FROM_JSON, GEOMETRY, mean_size
+from data_pipeline.shards.manifest import Manifest
+from train.data.latent_facts import LatentFacts
+
+
+def fields_in_json(config: Mapping[str, Any], facts: LatentFacts) -> tuple[str, ...]:
+    """What a run is conditioned on and its latents have in their jsons only; the loader is then asked for it."""
+    return tuple(name for name in config["conditioning"] if name in FROM_JSON and name not in facts.shapes)
+
+
+def with_mean_size(facts: LatentFacts, root: str, data: Manifest) -> LatentFacts:
+    """Facts that say that samples have sizes, and which to draw at. UserError if the samples have none."""
+    conditions = {**facts.conditions, "size": {"name": "size", "mean": mean_size(root, data)[0]}}
+    return replace(facts, shapes={**facts.shapes, "size": [2 * len(GEOMETRY)]}, conditions=conditions)
+
+
+def at_mean_size(samples: Sequence[dict[str, Any]], facts: LatentFacts) -> list[dict[str, Any]]:
+    """The samples, with the mean size in place of their own, if they have one."""
+    mean = facts.conditions.get("size", {}).get("mean")
+    return list(samples) if mean is None else [{**s, "size": np.asarray(mean, np.float32)} for s in samples]
+
+
+def mean_in_words(facts: LatentFacts) -> str:
+    """The mean size as text; "" if there is none."""
+    mean = facts.conditions.get("size", {}).get("mean")
+    if mean is None:
+        return ""
+    pairs = [f"{a:.6g}x{b:.6g}" for a, b in zip(mean[::2], mean[1::2], strict=True)]
+    return f"sizes conditioned on, mean over the training data: original {pairs[0]}, crop {pairs[1]}, target {pairs[2]}"
