@@ -29,6 +29,7 @@ from data_pipeline.shards.rejects import (
     summary,
 )
 from data_pipeline.shards.split_writer import SplitWriter
+from data_pipeline.sources.caption_counts import CaptionCounts
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_source
 
@@ -53,7 +54,9 @@ def refuse_wrong_options(cfg: DictConfig) -> None:
 def main(cfg: DictConfig) -> None:
     refuse_wrong_options(cfg)
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
-    options = without_later(OmegaConf.to_container(cfg, resolve=True))
+    captions = CaptionCounts(instantiate(cfg.tokenizer) if cfg.get("tokenizer") else None)
+    options = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "tokenizer"}  # it only counts
+    options = without_later(options)
     mark, listed, heldout = scan_source(options, source, filters)
     filters.refuse_unknown_columns()
     if finished(cfg.output, mark, settings_of(options)):
@@ -68,9 +71,10 @@ def main(cfg: DictConfig) -> None:
         for number, item in enumerate(source.items()):
             sample = prepared_sample(item, cfg.size, filters, rejects)
             if sample is not None:
-                split = splits["heldout" if is_heldout(item, number, cfg.heldout_every) else "train"]
-                split.add(item.key, sample.members)
+                name = "heldout" if is_heldout(item, number, cfg.heldout_every) else "train"
+                splits[name].add(item.key, sample.members)
                 converted.add(sample.converted, item.where or item.key)
+                captions.add(name, item.key, sample.members["txt"], sample.members["json"])
             bar.advance()
     for split in splits.values():
         filtered = f" ({format_counts(filters.counts, 3)})" if filters.counts else ""
@@ -84,10 +88,10 @@ def main(cfg: DictConfig) -> None:
     passed_over = getattr(source, "passed_over", Counter())
     info |= converted.as_info() | ({"passed_over": dict(passed_over)} if passed_over else {})
     fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
-    for split in reversed(splits.values()):  # train's comes last: it completes the whole
-        Manifest("image-text", tuple(split.shards), fields, info).save(split.root)
+    for name, split in reversed(splits.items()):  # train's comes last: it completes the whole
+        Manifest("image-text", tuple(split.shards), fields, info | captions.info(name)).save(split.root)
     report(cfg.output, splits, filters.counts, rejects)
-    for line in [*converted.lines(), *passed_over_lines(passed_over)]:
+    for line in [*converted.lines(), *passed_over_lines(passed_over), *captions.sentences()]:
         print(f"make_shards: {line}")
 
 

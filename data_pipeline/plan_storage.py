@@ -25,6 +25,7 @@ from data_pipeline.audit.storage_cost import (
     deduplicated,
     duration,
     field_bytes,
+    for_captions,
     json_of,
     shard_bytes,
     words,
@@ -35,6 +36,7 @@ from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Condition, use_clip
 from data_pipeline.shards.arrays import DTYPES
+from data_pipeline.shards.caption_members import line_of
 from data_pipeline.shards.manifest import Manifest
 
 
@@ -64,6 +66,8 @@ def refuse_impossible(cfg: DictConfig) -> None:
         raise UserError(f"dtype={cfg.dtype} is unknown: use one of {', '.join(DTYPES)}.")
     if not 0 < cfg.unique_captions <= 1:
         raise UserError(f"unique_captions={cfg.unique_captions} must be above 0 and at most 1.")
+    if not isinstance(cfg.captions, int) or cfg.captions < 1:
+        raise UserError(f"captions={cfg.captions} must be the number of captions per picture, 1 or more.")
     for name in ("images", "size", "shard_mb", "training.images_per_s", "training.gpus_per_node", "training.nodes",
                  "encoding.images_per_s", "encoding.gpus"):  # fmt: skip
         value = OmegaConf.select(cfg, name)
@@ -113,24 +117,32 @@ def weightless(config: DictConfig) -> Any:
 def members_of(cfg: DictConfig, encoders: Encoders) -> dict[str, int]:
     """Extension -> bytes of a latent sample."""
     sides = (cfg.size, cfg.size)
-    return field_bytes(encoders, sides) | {"json": json_of(cfg.caption_bytes, cfg.json_bytes, sides)}
+    members = field_bytes(encoders, sides)
+    return members | {"json": json_of(cfg.caption_bytes, cfg.json_bytes, sides, cfg.captions)}
+
+
+def of_caption(encoders: Encoders) -> list[str]:
+    """The members that each caption of a sample has for itself."""
+    made = [condition for condition in encoders.conditions.values() if "caption" in condition.made_from]
+    return [f"{field}.npy" for condition in made for field in condition.fields]
 
 
 def layouts_of(cfg: DictConfig, stages: Mapping[str, Encoders], images: int) -> list[StorageLayout]:
     """Whole data sets; the first is what precompute_latents.py writes with the same options."""
     layouts = []
     for name, encoders in stages.items():
-        members = members_of(cfg, encoders)
-        layouts.append(StorageLayout(f"{name}: latents and conditions", members))
-        made = [condition for condition in encoders.conditions.values() if condition.made_from == ("caption",)]
-        of_caption = [f"{field}.npy" for condition in made for field in condition.fields]
-        if of_caption:
+        members, text = members_of(cfg, encoders), of_caption(encoders)
+        each = for_captions(members, text, cfg.captions)
+        layouts.append(StorageLayout(f"{name}: latents and conditions", each))
+        if text:
             title = f"{name}: latents, text once per caption"
-            layouts.append(deduplicated(title, members, of_caption, images, cfg.unique_captions))
-            kept = {extension: size for extension, size in members.items() if extension not in of_caption}
+            layouts.append(deduplicated(title, members, text, images, cfg.unique_captions, cfg.captions))
+            kept = {extension: size for extension, size in members.items() if extension not in text}
             layouts.append(StorageLayout(f"{name}: latents, text encoded during training", kept))
     for kind, per_pixel in cfg.bytes_per_pixel.items():
-        members = {kind: round(per_pixel * cfg.size**2), "txt": cfg.caption_bytes, "json": max(2, cfg.json_bytes)}
+        several = cfg.captions * (cfg.caption_bytes + len('"0": "", ')) + len('"captions": {}, ')
+        beside = max(2, cfg.json_bytes) + (several if cfg.captions > 1 else 0)
+        members = {kind: round(per_pixel * cfg.size**2), "txt": cfg.caption_bytes, "json": beside}
         layouts.append(StorageLayout(f"pictures ({kind}), all encoded during training", members))
     return layouts
 
@@ -156,7 +168,8 @@ def sentences(cfg: DictConfig, images: int, rates: Rates) -> list[str]:
     """The assumptions behind the tables, and the times."""
     encoding = images / (cfg.encoding.images_per_s * cfg.encoding.gpus)
     return [
-        f"{images:,} images of {cfg.size} x {cfg.size}, stored in {cfg.dtype}; captions of {cfg.caption_bytes} bytes, "
+        f"{images:,} images of {cfg.size} x {cfg.size}, stored in {cfg.dtype}; "
+        f"{f'{cfg.captions} ' if cfg.captions > 1 else ''}captions of {cfg.caption_bytes} bytes, "
         f"{cfg.unique_captions:.0%} of them distinct; shards of {cfg.shard_mb} MB; units are powers of 1000.",
         f"Training at {rates.images_per_s:g} images/s per GPU, with {rates.gpus_per_node} GPUs per node and "
         f"{rates.nodes} nodes: {rates.cluster:,.0f} images/s, so an epoch takes {duration(images / rates.cluster)}. "
@@ -180,7 +193,11 @@ def table(rows: Sequence[Row]) -> str:
 def compare_with_measured(cfg: DictConfig, layout: StorageLayout) -> dict[str, Any]:
     """Compare the plan for the latents at input= with the actual size of their tars."""
     manifest = Manifest.load(cfg.input, "latents")
-    differing = sorted(set(layout.members) ^ set(manifest.fields))
+    several = manifest.info.get("captions") or {}
+    stored = sum(several.values()) / manifest.samples if several else 1
+    if round(stored) != cfg.captions:
+        raise UserError(f"{cfg.input} has {stored:.3g} captions per picture: set captions={round(stored)}.")
+    differing = sorted({line_of(name, manifest.fields) for name in layout.members} ^ set(manifest.fields))
     if differing:
         raise UserError(
             f"{cfg.input} and the plan differ in {', '.join(differing)}: use the autoencoder, clip and conditions "

@@ -41,12 +41,13 @@ def main(cfg: DictConfig) -> None:
     worker = worker_of(cfg.worker, cfg.workers, os.environ)
     if storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the latents.")
+    edits = instantiate(cfg.captions)
     splits = find_splits(cfg.input)
     device = chosen_device(cfg.device)
     conditions = instantiate(cfg.conditions, _convert_="all")
     image, text = instantiate(cfg.autoencoder).to(device), clip_for(cfg, conditions)
     text = CaptionCache(text.to(device), cfg.batch_size, cfg.caption_cache_size) if text is not None else None
-    encoders = Encoders(image, text, conditions, device, cfg.batch_size, cfg.dtype, cfg.flips)
+    encoders = Encoders(image, text, conditions, device, cfg.batch_size, cfg.dtype, cfg.flips, edits)
     stop = StopRequest()
     for number, (name, path) in enumerate(sorted(splits.items(), reverse=True)):  # train before heldout
         source = Manifest.load(path, "image-text")

@@ -20,7 +20,15 @@ from data_pipeline.images.grid import grid
 from data_pipeline.images.resize import fitted
 from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Manifest, Shard
-from data_pipeline.shards.samples import as_sample, collated, fields_of, picture_in, size_of, without_other_pictures
+from data_pipeline.shards.samples import (
+    as_sample,
+    captions_of,
+    collated,
+    fields_of,
+    picture_in,
+    size_of,
+    without_other_pictures,
+)
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 APART_DB = 0.1  # how far the PSNR of stored latents may differ from that of the autoencoder's own reconstruction
@@ -83,7 +91,7 @@ def inspect_samples(
             if manifest.kind == "image-text":
                 side = size_of(manifest) or SIDE
                 pictures.append(fitted(sample["image"], (side, side)).pixels)
-                labels.append(sample["caption"])
+                labels.append(label_of(sample))
                 continue
             picture = drawing.decoded(sample)
             if originals:
@@ -93,10 +101,10 @@ def inspect_samples(
                 own.append(float(pixels.psnr(reconstructed[None], original[None])[0]))
                 alike.append(float(pixels.psnr(picture[None], reconstructed[None])[0]))
                 pictures += [picture, original]
-                labels += [f"{sample['caption']} ({psnr[-1]:.1f} dB)", "(original)"]
+                labels += [f"{label_of(sample)} ({psnr[-1]:.1f} dB)", "(original)"]
             else:
                 pictures.append(picture)
-                labels.append(sample["caption"])
+                labels.append(label_of(sample))
         except (DataError, OSError) as error:
             findings.add("decoding", f"sample {number} of {storage.join(root, shard.name)}: {str(error).rstrip('.')}.")
     if not pictures:
@@ -105,6 +113,12 @@ def inspect_samples(
         refuse_others(root, *(float(np.minimum(each, BEST_DB).mean()) for each in (psnr, own, alike)), findings)
     means = (float(np.mean(psnr)), float(np.mean(own))) if psnr else (None, None)
     return SampleInspection(sheet_of(pictures, labels), *means)
+
+
+def label_of(sample: dict[str, Any]) -> str:
+    """The first caption, and how many more there are."""
+    more = len(captions_of(sample)) - 1
+    return f"{sample['caption']} (+{more} more)" if more > 0 else sample["caption"]
 
 
 def evenly(manifest: Manifest, count: int) -> list[tuple[Shard, int]]:

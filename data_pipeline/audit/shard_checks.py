@@ -18,8 +18,10 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.images.formats import IMAGES
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing, unusable
+from data_pipeline.shards.caption_members import line_of, member_of, others_of
 from data_pipeline.shards.captions import caption_in
 from data_pipeline.shards.manifest import Manifest, Shard, check_size, refuse_other_claims
+from data_pipeline.shards.samples import as_sample, captions_of
 from data_pipeline.shards.tar_index import IndexEntry, TarRules, parse_index, refuse_other_bytes, scan
 
 CHECKS = (
@@ -195,13 +197,27 @@ def wrong_in_sample(entry: IndexEntry, data: bytes, manifest: Manifest, codes: C
             yield "fields", str(error)
             continue
         if name.endswith(".npy"):
-            yield from wrong_in_array(name, member, values[name], manifest.fields.get(name, {}), codes)
+            line = manifest.fields.get(line_of(name, manifest.fields), {})
+            yield from wrong_in_array(name, member, values[name], line, codes)
     if manifest.kind == "latents":
-        missing = sorted(set(manifest.fields) - set(entry.members))
-        if missing:
-            yield "fields", f"it lacks {', '.join(missing)}"
+        yield from wrong_members(entry, as_sample(entry.key, values), manifest)
     elif not any(name in IMAGES for name in entry.members) or not caption_in(values):
         yield "fields", "missing picture or caption"
+
+
+def wrong_members(entry: IndexEntry, sample: dict[str, Any], manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(check, reason) where the members of a latent sample are not those of the manifest and of its captions."""
+    several = [name for name, line in manifest.fields.items() if line.get("captions")]
+    others = {
+        f"{member_of(name.removesuffix('.npy'), caption)}.npy"
+        for caption in others_of(captions_of(sample))
+        for name in several
+    }
+    if missing := sorted((set(manifest.fields) | others) - set(entry.members)):
+        yield "fields", f"it lacks {', '.join(missing)}"
+    of_captions = {name for name in entry.members if line_of(name, manifest.fields) != name}
+    if surplus := sorted(of_captions - others):
+        yield "fields", f"its json has no caption for {', '.join(surplus)}"
 
 
 def wrong_in_array(

@@ -14,6 +14,7 @@ import torch
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import DTYPES
+from data_pipeline.shards.caption_members import member_of
 from data_pipeline.shards.tar_index import END_OF_ARCHIVE
 
 KEY = "000000000"  # as long as keys usually are
@@ -117,8 +118,18 @@ def array_bytes(shape: tuple[int, ...], dtype: str, floating: bool) -> int:
     return len(codec.encode("npy", np.zeros(shape, numbers)))
 
 
-def json_of(caption_bytes: int, more: int, sides: tuple[int, int]) -> int:
-    """Bytes of the json beside a latent: precompute's own entries, the caption, and `more` from the source."""
+def for_captions(members: Mapping[str, int], of_caption: Sequence[str], captions: int) -> dict[str, int]:
+    """The members of a sample with several captions: those `of_caption` come once for each."""
+    others = {
+        f"{member_of(extension.removesuffix('.npy'), str(number))}.npy": members[extension]
+        for number in range(1, captions)
+        for extension in of_caption
+    }
+    return {**members, **others}
+
+
+def json_of(caption_bytes: int, more: int, sides: tuple[int, int], captions: int = 1) -> int:
+    """Bytes of the json beside a latent: precompute's own entries, the captions, and `more` from the source."""
     content = {
         "caption": "a" * caption_bytes,
         "crop_top_left": [0, 0],
@@ -126,16 +137,17 @@ def json_of(caption_bytes: int, more: int, sides: tuple[int, int]) -> int:
         "original_size": list(sides),
         "target_size": list(sides),
     }
-    return len(codec.encode("json", content)) + more
+    several = {"captions": {str(number): "a" * caption_bytes for number in range(captions)}} if captions > 1 else {}
+    return len(codec.encode("json", content | several)) + more
 
 
 def deduplicated(
-    name: str, members: Mapping[str, int], text: Sequence[str], images: int, unique: float
+    name: str, members: Mapping[str, int], text: Sequence[str], images: int, unique: float, captions: int = 1
 ) -> StorageLayout:
-    """A layout that stores text states once for each different caption, and in each sample the number of its row."""
-    rows = round(images * unique)
+    """A layout that stores text states once for each different caption, and in each sample the numbers of its rows."""
+    rows = round(images * captions * unique)
     kept = {extension: size for extension, size in members.items() if extension not in text}
-    number = {"row.npy": array_bytes((), "float32", floating=False)}
+    number = {"row.npy": array_bytes((captions,) if captions > 1 else (), "float32", floating=False)}
     states = sum(members[extension] for extension in text)
     return StorageLayout(name, kept | number, rows * states, states)
 

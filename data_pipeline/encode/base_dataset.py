@@ -13,13 +13,16 @@ from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item
 from data_pipeline.encode.conditions import Condition
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import DTYPES, narrowed
+from data_pipeline.shards.caption_members import line_of, member_of, others_of
 from data_pipeline.shards.json_fields import GEOMETRY
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.reader import read_whole
-from data_pipeline.shards.samples import as_sample
+from data_pipeline.shards.samples import as_sample, captions_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
-FACTS = (*GEOMETRY, "image_sha256", "caption")  # keys of a latent sample's json that precompute adds to the source's
+# Keys of a latent sample's json that precompute adds to the source's; and the captions, which have nothing to do with
+# what is made from the rest.
+FACTS = (*GEOMETRY, "image_sha256", "caption", "captions")
 
 
 class BaseSet:
@@ -61,6 +64,11 @@ class BaseShard:
     def add(self, origin: BaseSet, sample: dict[str, Any]) -> None:
         self.samples.setdefault(sample["key"], (origin, sample))
         self.captions.setdefault(sample["caption"], (origin, sample))
+        fields = [name for encoder in origin.reusable if encoder.made_from == ("caption",) for name in encoder.fields]
+        for caption, text in others_of(captions_of(sample)).items():
+            arrays = {name: sample.get(member_of(name, caption)) for name in fields}
+            if text not in self.captions and all(value is not None for value in arrays.values()):
+                self.captions[text] = (origin, arrays)
 
     def copy_fields(self, item: Item, encoders: Encoders) -> None:
         """Give an item the fields that would come out the same: those of the same picture, and of an equal caption."""
@@ -71,15 +79,17 @@ class BaseShard:
                 for encoder in origin.reusable:
                     if "picture" in encoder.made_from and same_meta(encoder, old, item.sample):
                         reuse(item, encoder, old, encoders.dtype)
-        if item.sample["caption"] in self.captions:
-            origin, old = self.captions[item.sample["caption"]]
-            for encoder in origin.reusable:
+        for caption, text in {None: item.sample["caption"], **others_of(item.captions)}.items():
+            origin, old = self.captions.get(text, (None, {}))
+            for encoder in origin.reusable if origin else ():
                 if encoder.made_from == ("caption",):
-                    reuse(item, encoder, old, encoders.dtype)
+                    reuse(item, encoder, old, encoders.dtype, caption)
 
 
-def reuse(item: Item, encoder: Condition, old: Mapping[str, Any], dtype: str) -> None:
-    item.reused |= {name: narrowed(old[name], dtype) for name in encoder.fields}
+def reuse(item: Item, encoder: Condition, old: Mapping[str, Any], dtype: str, caption: str | None = None) -> None:
+    """Take over a maker's fields; for `caption`, if it is not the first."""
+    names = {name: name if caption is None else member_of(name, caption) for name in encoder.fields}
+    item.reused |= {ours: narrowed(old[name], dtype) for name, ours in names.items()}
 
 
 def same_picture(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
@@ -129,7 +139,8 @@ class Base:
         data = read_whole(origin.root, shard)
         fields = {f"{name}.npy" for encoder in origin.reusable for name in encoder.fields} | {"json"}
         for entry in entries:
-            places = {name: place for name, place in entry.members.items() if name in fields}
+            lines = origin.manifest.fields
+            places = {name: place for name, place in entry.members.items() if line_of(name, lines) in fields}
             members = {name: codec.decode(name, data[at : at + size]) for name, (at, size) in places.items()}
             found.add(origin, as_sample(entry.key, members))
 

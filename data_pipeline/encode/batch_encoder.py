@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Condition, PlainCondition, Sample, Tools
 from data_pipeline.encode.encoders import ImageEncoder
 from data_pipeline.shards.arrays import as_stored, readable
+from data_pipeline.shards.caption_edits import StoredEdits
+from data_pipeline.shards.caption_members import member_of, others_of
 
 
 class Encoders(NamedTuple):
@@ -27,6 +29,7 @@ class Encoders(NamedTuple):
     batch_size: int
     dtype: str = "float16"  # one of DTYPES
     flips: bool = False  # also encode each picture mirrored: moments_flip.npy
+    edits: StoredEdits = StoredEdits()  # what is done to captions before they are encoded
 
     @property
     def field_encoders(self) -> list[Condition]:
@@ -50,22 +53,35 @@ class FirstStage(PlainCondition):
 
 @dataclass(slots=True)
 class Item:
-    """A sample on its way: its position in its shard, its bucket, and fields that need not be made again."""
+    """A sample on its way: its position in its shard, its bucket, and fields that need not be made again, of captions
+    other than the first by the names that they are stored under. captions: all of them, if they are several."""
 
     position: int
     sample: dict[str, Any]
     bucket: str = ""
     reused: dict[str, np.ndarray] = field(default_factory=dict)
+    captions: Mapping[str, str] = field(default_factory=dict)
 
     def lacks(self, encoder: Condition) -> bool:
         return not all(name in self.reused for name in encoder.fields)
+
+    def lacking(self, encoder: Condition) -> Iterator[tuple[str, str]]:
+        """(name, text) of the captions but the first that must still be encoded."""
+        for name, text in others_of(self.captions).items() if "caption" in encoder.made_from else ():
+            if not all(member_of(each, name) in self.reused for each in encoder.fields):
+                yield name, text
+
+    @property
+    def texts(self) -> list[str]:
+        """All of its captions, the first one first."""
+        return list(self.captions.values()) or [self.sample["caption"]]
 
 
 @torch.no_grad()
 def encode_batch(items: Sequence[Item], images: Tensor | None, encoders: Encoders) -> dict[str, np.ndarray]:
     """Fields by name, each (B, ...) as stored. images (N, 3, H, W): of the items that have a picture, in order."""
     images = None if images is None else images.to(encoders.device)
-    with_picture = [i for i, item in enumerate(items) if "image" in item.sample]
+    with_picture = pictured(items)
     stored: dict[str, np.ndarray] = {}
     for encoder in encoders.field_encoders:
         lacking = [i for i, item in enumerate(items) if item.lacks(encoder)]
@@ -73,6 +89,38 @@ def encode_batch(items: Sequence[Item], images: Tensor | None, encoders: Encoder
         for name in encoder.fields:
             stored[name] = merged(fresh.get(name), lacking, [item.reused.get(name) for item in items])
     return stored
+
+
+Others = dict[str, dict[int, np.ndarray]]  # of captions but the first: name, as text.long -> row of the batch -> value
+
+
+@torch.no_grad()
+def encode_others(items: Sequence[Item], images: Tensor | None, encoders: Encoders) -> Others:
+    """What the captions but the first make, beside what `encode_batch` returns; pictures are not encoded again."""
+    found: Others = {}
+    if not any(item.captions for item in items):
+        return found
+    for row, item in enumerate(items):
+        for name in item.reused.keys() - {each for encoder in encoders.field_encoders for each in encoder.fields}:
+            found.setdefault(name, {})[row] = item.reused[name]
+    for encoder in encoders.field_encoders:
+        jobs = [(row, name, text) for row, item in enumerate(items) for name, text in item.lacking(encoder)]
+        for first in range(0, len(jobs), encoders.batch_size):
+            part = jobs[first : first + encoders.batch_size]
+            copies = [Item(0, {**items[row].sample, "caption": text}) for row, _, text in part]
+            pictures = None
+            if "picture" in encoder.made_from:
+                pictures = images[[pictured(items).index(row) for row, _, _ in part]].to(encoders.device)
+            made = encoded(encoder, range(len(part)), range(len(part)), copies, pictures, encoders)
+            for name, values in made.items():
+                for (row, caption, _), value in zip(part, values, strict=True):
+                    found.setdefault(member_of(name, caption), {})[row] = value
+    return found
+
+
+def pictured(items: Sequence[Item]) -> list[int]:
+    """The rows of items that have a picture, whose images a batch has, in order."""
+    return [row for row, item in enumerate(items) if "image" in item.sample]
 
 
 def encoded(

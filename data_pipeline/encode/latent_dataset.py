@@ -17,9 +17,11 @@ from data_pipeline.encode.batch_encoder import Encoders, combined_statistics
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.images.aspect_buckets import Sizes
+from data_pipeline.shards.caption_members import summed
 from data_pipeline.shards.json_fields import mean_in_manifest
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.rejects import Rejects, accounting, summary
+from data_pipeline.shards.truncation import joined, sentence
 
 
 class SplitToEncode(NamedTuple):
@@ -56,6 +58,8 @@ def recipe_of(
         made_of["sizes"] = sizes.described
     if encoders.text is not None and encoders.text.size:
         made_of["captions"] = "encoded one by one"
+    if edits := encoders.edits.changed():
+        made_of["caption_edits"] = json.dumps(edits, sort_keys=True)
     if base is not None:
         made_of["base"] = base.fingerprint
     return made_of | ({"flips": "encoded"} if encoders.flips else {})
@@ -132,7 +136,7 @@ def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dic
         raise DataError(f"not one sample of {split.reader.path} can be encoded: see {paths.markers_root}/shards.")
     processed = sum(part["shard"]["samples"] for each in parts.values() for part in each)
     info = {
-        **{name: fact for name, fact in source.info.items() if name != "made_with"},
+        **{name: fact for name, fact in source.info.items() if name not in ("made_with", "captions")},
         "accounting": accounting(
             processed, {}, summary(rejects.rows), source.samples
         ),  # of this stage, over all buckets
@@ -142,17 +146,37 @@ def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dic
         "conditions": conditions_config(encoders),
         "latents": combined_statistics([part["latents"] for each in parts.values() for part in each]),
     }
+    info |= caption_facts(records)
     rejects.save(paths.markers_root, "precompute")
     for bucket in buckets:
         root, shards = paths.root(bucket), tuple(Shard(**part["shard"]) for part in parts[bucket])
         write_constants(root, encoders)
+        fields = common_fields(root, parts[bucket])
+        if "captions" in info:
+            fields = with_captions(fields, encoders)
         sizes = mean_in_manifest([part.get("size_sums") for part in parts[bucket]])
-        Manifest("latents", shards, common_fields(root, parts[bucket]), info | sizes, made_of).save(root)
+        Manifest("latents", shards, fields, info | sizes, made_of).save(root)
     counts = {bucket: sum(part["shard"]["samples"] for part in parts[bucket]) for bucket in buckets}
     if paths.bucketed:
         storage.write_atomically(paths.final_file, json.dumps(counts, indent=1).encode())
         print(f"{split.title}: " + ", ".join(f"{count} of {bucket}" for bucket, count in counts.items()))
+    if "cut_captions" in info:
+        print(f"{split.title}: {sentence(info['cut_captions'])}")
     return Finished(processed, len(rejects.rows))
+
+
+def caption_facts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many samples of a split have which caption, if some have several; which captions its encoder cuts, if any."""
+    parts = [part for record in records for part in record["sets"].values()]
+    captions = summed([(part.get("captions"), part["shard"]["samples"]) for part in parts])
+    cut = joined(record.get("cut_captions", {}) for record in records)
+    return ({"captions": captions} if captions else {}) | ({"cut_captions": cut} if cut else {})
+
+
+def with_captions(fields: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
+    """The lines of a manifest, with a mark at those of which each caption has its own."""
+    made = {f"{name}.npy" for each in encoders.field_encoders if "caption" in each.made_from for name in each.fields}
+    return {name: {**line, "captions": True} if name in made else line for name, line in fields.items()}
 
 
 def common_fields(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

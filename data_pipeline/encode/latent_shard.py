@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -19,11 +20,13 @@ import numpy as np
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.encode.batch_encoder import Encoders, Item, batch_statistics, combined_statistics
+from data_pipeline.encode.batch_encoder import Encoders, Item, Others, batch_statistics, combined_statistics
 from data_pipeline.shards.arrays import described, unusable
+from data_pipeline.shards.caption_members import counted, names_in
 from data_pipeline.shards.json_fields import size_sums
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar_index import digest_of
+from data_pipeline.shards.truncation import CutCaptions
 from data_pipeline.shards.writer import ShardWriter
 
 MARKER_WAIT_S = 10.0  # seconds that another worker, if alive, has to write its note after its tar
@@ -125,29 +128,37 @@ class LatentShardBuilder:
         self.statistics: dict[str, list[dict[str, Any]]] = {}
         self.metas: dict[str, list[dict[str, Any]]] = {}
         self.fields: dict[str, dict[str, Any]] = {}
+        self.captions: dict[str, Counter[str]] = {}
+        self.cut = CutCaptions(encoders.text)
         self.rejected: list[Rejected] = []
         self.copied = 0  # samples whose picture was not encoded, because the base has the result
         self.done_marker: DoneMarker | None = None
 
     def add(
-        self, items: Sequence[Item], stored: dict[str, np.ndarray], rejected: Sequence[Rejected] = ()
+        self,
+        items: Sequence[Item],
+        stored: dict[str, np.ndarray],
+        rejected: Sequence[Rejected] = (),
+        others: Others | None = None,
     ) -> list[Rejected]:
         """Put encoded samples of one bucket into its tar, in memory, beside those that could not be encoded; returns
-        the encoded ones with unusable values."""
+        the encoded ones with unusable values. others: fields of further captions."""
         self.rejected += rejected
         if not items:
             return []
         self.copied += sum("image" not in item.sample for item in items)
+        others = others or {}
         codes = len(self.image.codebook) if self.image.stored_as == "indices" else None
-        bad = [(items[row].position, items[row].sample["key"], why) for row, why in unusable(stored, codes, self.dtype)]
+        reasons = dict(unusable(stored, codes, self.dtype)) | unusable_others(others, self.dtype)
+        bad = [(items[row].position, items[row].sample["key"], why) for row, why in sorted(reasons.items())]
         self.rejected += bad
         dropped = {position for position, _, _ in bad}
         rows = [row for row, item in enumerate(items) if item.position not in dropped]
         if rows:
-            self._write(items, stored, rows)
+            self._write(items, stored, others, rows)
         return bad
 
-    def _write(self, items: Sequence[Item], stored: dict[str, np.ndarray], rows: list[int]) -> None:
+    def _write(self, items: Sequence[Item], stored: dict[str, np.ndarray], others: Others, rows: list[int]) -> None:
         bucket, latents = items[0].bucket, stored[self.image.stored_as]
         writer = self.writers.setdefault(bucket, ShardWriter())
         kept = latents if len(rows) == len(items) else latents[rows]
@@ -156,7 +167,10 @@ class LatentShardBuilder:
         for row in rows:  # after what may fail: publish counts them
             sample = items[row].sample
             members = {f"{name}.npy": values[row] for name, values in stored.items()}
+            members |= {f"{name}.npy": values[row] for name, values in others.items() if row in values}
             writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
+            self.captions.setdefault(bucket, Counter()).update(names_in(items[row].captions))
+            self.cut.add(sample["key"], items[row].texts)
             self.metas.setdefault(bucket, []).append(sample["meta"])
 
     def publish(self, paths: OutputPaths) -> DoneMarker:
@@ -196,8 +210,20 @@ class LatentShardBuilder:
                 "latents": combined_statistics(self.statistics[bucket]),
                 "fields": self.fields[bucket],
                 "size_sums": size_sums(self.metas[bucket]),
+                **({"captions": several} if (several := counted(self.captions[bucket])) else {}),
             }
             for bucket, line in lines.items()
         }
         aside = [{"key": key, "reason": reason} for _, key, reason in sorted(self.rejected)]
-        return {"listed": self.shard.samples, "aside": aside, "sets": sets}
+        cut = {"cut_captions": self.cut.found} if self.cut.found else {}
+        return {"listed": self.shard.samples, "aside": aside, "sets": sets, **cut}
+
+
+def unusable_others(others: Others, dtype: str) -> dict[int, str]:
+    """Row -> reason of samples with a further caption whose values can't be trained on."""
+    found: dict[int, str] = {}
+    for name, by_row in others.items():
+        rows = list(by_row)
+        reasons = unusable({name: np.stack([by_row[row] for row in rows])}, None, dtype)
+        found |= {rows[i]: reason for i, reason in reasons}
+    return found

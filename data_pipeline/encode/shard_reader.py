@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -13,14 +13,16 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.threads import Prefetcher, ordered_map
 from data_pipeline.encode.base_dataset import Base, BaseShard
 from data_pipeline.encode.batch_encoder import Encoders, Item
+from data_pipeline.encode.conditions import Condition
 from data_pipeline.encode.latent_shard import DoneMarker, OutputPaths, Rejected, read_done_marker
 from data_pipeline.images.aspect_buckets import Sizes, geometry
 from data_pipeline.images.formats import IMAGES
 from data_pipeline.images.resize import Sides, fitted
 from data_pipeline.shards import codec
+from data_pipeline.shards.caption_edits import StoredEdits
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.reader import read_whole
-from data_pipeline.shards.samples import as_sample, collated, picture_in
+from data_pipeline.shards.samples import as_sample, captions_of, collated, picture_in
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 
@@ -94,9 +96,8 @@ class ShardReader:
             except DataError as error:
                 rejected.append((position, entry.key, str(error)))
         uses_text = [encoder for encoder in self.field_encoders if "caption" in encoder.made_from]
-        lacking = [item for item in items if any(item.lacks(encoder) for encoder in uses_text)]
         decoded = ordered_map(pool, lambda each: self._with_picture(each, entries, data), items, 2 * self.threads)
-        return ShardStart(shard, [item.sample["caption"] for item in lacking]), self._batches(decoded, rejected)
+        return ShardStart(shard, captions_to_encode(items, uses_text)), self._batches(decoded, rejected)
 
     def _batches(self, decoded: Iterable[tuple[Item, Sides | str]], rejected: list[Rejected]) -> Iterator[EncodeBatch]:
         """Batches of pictures of one size, in order; rejected samples, given or found here, go with the next batch."""
@@ -130,7 +131,8 @@ class ShardReader:
             raise DataError("missing picture or caption")
         digest = hashlib.sha256(bytes_of[picture]).hexdigest()[:16]
         sample["meta"] = {**sample["meta"], "image_sha256": digest}
-        item = Item(position, sample)
+        sample, captions = edited(sample, self.encoders.edits)
+        item = Item(position, sample, captions=captions)
         if base is not None:
             base.copy_fields(item, self.encoders)
         return item
@@ -138,7 +140,8 @@ class ShardReader:
     def _with_picture(self, item: Item, entries: list[IndexEntry], data: bytes) -> tuple[Item, Sides | str]:
         """The item with its picture (if it must be encoded) and bucket; the size, or why it can't be used."""
         try:
-            if any("picture" in encoder.made_from and item.lacks(encoder) for encoder in self.field_encoders):
+            made_of_picture = (encoder for encoder in self.field_encoders if "picture" in encoder.made_from)
+            if any(item.lacks(encoder) or any(item.lacking(encoder)) for encoder in made_of_picture):
                 self._decode(item, entries[item.position], data)
             sides = tuple(item.sample["meta"]["target_size"])
             for condition in self.encoders.conditions.values():
@@ -159,6 +162,27 @@ class ShardReader:
             raise DataError(f"{words(before)} is no multiple of f={factor}: give size=")
         item.sample["image"] = fit.pixels
         item.sample["meta"] |= geometry(item.sample["meta"], before, fit)
+
+
+def edited(sample: dict[str, Any], edits: StoredEdits) -> tuple[dict[str, Any], dict[str, str]]:
+    """The sample with its captions as they are encoded, the first as its caption; and all of them, if they are
+    several."""
+    captions = edits.applied(captions_of(sample))
+    sample = {**sample, "caption": next(iter(captions.values()))}
+    if len(captions) < 2:
+        return sample, {}
+    return {**sample, "meta": {**sample["meta"], "captions": captions}}, captions
+
+
+def captions_to_encode(items: Iterable[Item], encoders: Sequence[Condition]) -> list[str]:
+    """The captions that must be encoded of a shard, in order."""
+    found = []
+    for item in items:
+        others = {text for encoder in encoders for _, text in item.lacking(encoder)}
+        if any(item.lacks(encoder) for encoder in encoders):
+            found.append(item.sample["caption"])
+        found += [text for text in item.texts[1:] if text in others]
+    return found
 
 
 def words(sides: Sides) -> str:

@@ -19,7 +19,7 @@ from data_pipeline.common.progress import Progress
 from data_pipeline.common.stop_request import Stopped, StopRequest, speaks
 from data_pipeline.common.temp_files import sweep
 from data_pipeline.common.threads import Prefetcher, ordered_map
-from data_pipeline.encode.batch_encoder import Encoders, encode_batch
+from data_pipeline.encode.batch_encoder import Encoders, Others, encode_batch, encode_others
 from data_pipeline.encode.latent_dataset import (
     SplitToEncode,
     claim,
@@ -108,13 +108,14 @@ def encode_missing(
 
 
 class EncodedStep(NamedTuple):
-    """A step of the reader, and its shard; of a batch the fields by name, each (B, ...) as stored. counted: how many of
-    the shard's samples were handed on before."""
+    """A step of the reader, and its shard; of a batch the fields by name, each (B, ...) as stored, and those of further
+    captions. counted: how many of the shard's samples were handed on before."""
 
     step: EncodeBatch | ShardEnd | AlreadyDone
     build: LatentShardBuilder | None
     counted: int
     fields: dict[str, np.ndarray]
+    others: Others | None = None
 
 
 def encode_steps(
@@ -132,7 +133,7 @@ def encode_steps(
         elif isinstance(step, EncodeBatch):
             if build is not None:  # else it was read ahead, of a dropped shard
                 fields = encode_batch(step.items, step.images, encoders) if step.items else {}
-                yield EncodedStep(step, build, counted, fields)
+                yield EncodedStep(step, build, counted, fields, encode_others(step.items, step.images, encoders))
                 counted += len(step.items) + len(step.rejected)
         elif isinstance(step, AlreadyDone) or build is not None:
             yield EncodedStep(step, build, counted, {})
@@ -158,13 +159,13 @@ class ShardDone(NamedTuple):
 
 def write_step(paths: OutputPaths, encoded: EncodedStep) -> BatchDone | ShardDone:
     """Put a batch into its shard; at a shard's end, publish it."""
-    step, build, counted, fields = encoded
+    step, build, counted, fields, others = encoded
     if isinstance(step, AlreadyDone):
         return ShardDone(step.shard, step.record, by_others=step.record["listed"] - counted)
     if isinstance(step, ShardEnd):
         record = build.publish(paths)
         return ShardDone(build.shard, record, build if record is build.done_marker else None)
-    bad = build.add(step.items, fields, step.rejected)
+    bad = build.add(step.items, fields, step.rejected, others)
     return BatchDone(build.shard, len(step.items) + len(step.rejected), [*step.rejected, *bad])
 
 

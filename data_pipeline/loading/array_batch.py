@@ -46,14 +46,16 @@ class ArrayLayout(NamedTuple):
         return cls(data[:offset], dtype, shape) if plain else None
 
 
-def stacked(member: str, layout: ArrayLayout, found: Sequence[tuple[Bytes, IndexEntry]], pinned: bool) -> Tensor | None:
-    """(B, *shape) of one member of B samples, each given as its shard's bytes and its entry; None if one of them does
-    not match `layout`."""
+def stacked(
+    members: Sequence[str], layout: ArrayLayout, found: Sequence[tuple[Bytes, IndexEntry]], pinned: bool
+) -> Tensor | None:
+    """(B, *shape) of one member of each of B samples, given as its shard's bytes and its entry; None if one of them
+    does not match `layout`."""
     values, tensor = empty((len(found), *layout.shape), layout.dtype, pinned)
     begin = len(layout.header)
     row_bytes = math.prod(layout.shape) * layout.dtype.itemsize
     rows = values.reshape(-1).view(np.uint8).reshape(len(found), row_bytes)
-    for row, (data, entry) in zip(rows, found, strict=True):
+    for row, member, (data, entry) in zip(rows, members, found, strict=True):
         offset, size = entry.members.get(member, (0, 0))
         if size != begin + row_bytes or bytes(data[offset : offset + begin]) != layout.header:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.threads import Prefetcher
 from data_pipeline.loading.batch import Batch, DataCursor, widened
+from data_pipeline.loading.caption_draw import CaptionOptions, draws_of
 from data_pipeline.loading.epoch_plan import EpochPlan, Place
 from data_pipeline.loading.sample_reader import SampleReader, pin
 from data_pipeline.loading.shard_cache import refuse_little_room
@@ -36,6 +37,7 @@ class LoaderConfig:
     cache_mb: float = 512.0
     verify: bool = True
     shuffle: bool = True
+    captions: CaptionOptions = field(default_factory=CaptionOptions)  # which one of several a step takes
 
     def loader(self, root: str, batch_size: int, **position: Any) -> Loader:
         """The loader of a data set. A subclass may return another one (`data._target_=my_package.MyLoaderConfig`)."""
@@ -67,6 +69,7 @@ class Loader:
         self.manifest = Manifest.load(root)
         self.manifest.check_shards(root)
         refuse_little_room(self.manifest.shards)
+        config.captions.refuse_unfit(root, [self.manifest])
         sizes = [shard.samples for shard in self.manifest.shards]
         self.plan = EpochPlan(
             sizes, seed, batch_size, config.streams, config.window_shards, config.shuffle, config.overlap
@@ -82,7 +85,7 @@ class Loader:
             raise UserError(f"data.num_workers={config.num_workers} is more than a rank's {own} streams: lower it.")
         if config.num_workers < 0 or config.prefetch < 0:
             raise UserError("data.num_workers and data.prefetch must be at least 0.")
-        self.root, self.config, self.accumulation, self.start = root, config, accumulation, start
+        self.root, self.config, self.accumulation, self.start, self.seed = root, config, accumulation, start, seed
         self.json_fields = tuple(json_fields)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -153,7 +156,7 @@ class _StreamParts:
     def __init__(self, loader: Loader) -> None:
         self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan
         self.streams, self.config, self.first_step = loader.streams, loader.config, loader.start.step
-        self.json_fields = loader.json_fields
+        self.seed, self.json_fields = loader.seed, loader.json_fields
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": self.plan.arguments}
@@ -165,6 +168,7 @@ class _StreamParts:
         streams = np.array_split(self.streams, of)[worker or 0].tolist()
         # Values that are not finite cost training a step, which it logs (stability_monitor.py), not the run.
         how = {"verify": self.config.verify, "finite": False, "json_fields": self.json_fields}
+        how |= {"captions": self.config.captions}
         reader = SampleReader(self.root, self.manifest, self.config.cache_mb / of, **how)
         reader.pieces = self.plan.pieces
         pinned = worker is None and torch.cuda.is_available()
@@ -177,7 +181,8 @@ class _StreamParts:
                     windows, needed = self.plan.windows_made, self.plan.shards_in_use() | self.plan.shards_next()
                     reader.prefetch(self.plan.shards_in_use())
                     reader.prefetch(needed)
-                yield StepPart(step, *reader.batch(places, pinned))
+                draws = draws_of(self.seed, step, streams, self.plan.per_step)
+                yield StepPart(step, *reader.batch(places, pinned, draws))
                 most = WINDOWS_HELD * self.plan.window_shards * len(streams)
                 if moved and len(reader.shards) + len(reader.opening) > most:
                     reader.keep_only(needed)
@@ -185,10 +190,15 @@ class _StreamParts:
             reader.close()
 
 
-def read_dataset(root: str, limit: int | None = None, json_fields: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The samples of a data set in order, decoded; at most `limit`."""
+def read_dataset(
+    root: str,
+    limit: int | None = None,
+    json_fields: Sequence[str] = (),
+    captions: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
+) -> list[dict[str, Any]]:
+    """The samples of a data set in order, decoded, each with its first caption; at most `limit`."""
     manifest = Manifest.load(root)
-    reader = SampleReader(root, manifest, cache_mb=0, json_fields=json_fields)
+    reader = SampleReader(root, manifest, cache_mb=0, json_fields=json_fields, captions=captions)
     places = (Place(number, i) for number, shard in enumerate(manifest.shards) for i in range(shard.samples))
     samples: list[dict[str, Any]] = []
     try:

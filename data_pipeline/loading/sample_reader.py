@@ -16,14 +16,15 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.images.formats import IMAGES
 from data_pipeline.loading.array_batch import ArrayLayout, not_finite, stacked
+from data_pipeline.loading.caption_draw import CaptionOptions
 from data_pipeline.loading.epoch_plan import Place
 from data_pipeline.loading.shard_cache import RemoteShard, fits_cache, open_shard
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing
-from data_pipeline.shards.captions import caption_in
+from data_pipeline.shards.caption_members import line_of, member_of
 from data_pipeline.shards.json_fields import FROM_JSON
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.samples import as_sample, collated, fields_of, size_of, without_other_pictures
+from data_pipeline.shards.samples import as_sample, captions_of, collated, fields_of, size_of, without_other_pictures
 from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
 
 OPENERS = 4  # threads that open shards: one thread takes 0.5 s a GB for a digest
@@ -40,7 +41,7 @@ class SampleReader:
     """Reads samples of a data set by place. Background threads open shards; decoded pictures are kept up to `cache_mb`,
     enough for small sets. verify: each shard's digest is checked once, before any of its samples is handed out. The
     dtype and shape of each array are checked on every read. finite: whether values that are not finite are refused.
-    json_fields: names of FROM_JSON that become arrays, too."""
+    json_fields: names of FROM_JSON that become arrays, too. captions: which one a batch takes of several."""
 
     def __init__(
         self,
@@ -50,9 +51,10 @@ class SampleReader:
         verify: bool = True,
         finite: bool = True,
         json_fields: Sequence[str] = (),
+        captions: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
     ) -> None:
         _allow_many_open_files()
-        self.root, self.manifest, self.verify, self.finite = root, manifest, verify, finite
+        self.root, self.manifest, self.verify, self.finite, self.captions = root, manifest, verify, finite, captions
         self.json_fields = {name: FROM_JSON[name] for name in json_fields}
         self.fields = fields_of(manifest)
         self.arrays = [name for name in self.fields if name.endswith(".npy")]
@@ -66,28 +68,35 @@ class SampleReader:
         self.room = cache_mb * 2**20
         self.pieces: Callable[[int], list[tuple[int, int]]] = lambda shard: []  # a shard's samples that will be needed
 
-    def batch(self, places: Sequence[Place], pinned: bool = False) -> tuple[list[str], list[str], dict[str, Tensor]]:
+    def batch(
+        self, places: Sequence[Place], pinned: bool = False, draws: Sequence[int] | None = None
+    ) -> tuple[list[str], list[str], dict[str, Tensor]]:
         """Keys, captions and tensors by name. Arrays keep their stored dtype and are copied once, if all of a field
-        share one layout; otherwise they are decoded one by one, like pictures, to float32 or int64."""
-        tensors = None
+        share one layout; otherwise they are decoded one by one, like pictures, to float32 or int64. draws: which of its
+        captions each sample takes (draws_of); None: the first."""
+        tensors, draws = None, draws or [None] * len(places)
         if self.only_arrays:
             found = [(shard := self.shard(number), shard.entries[sample]) for number, sample in places]
-            tensors = self._stacked([(shard.data, entry) for shard, entry in found], places, pinned)
+            texts = [self._texts(place, *each) for place, each in zip(places, found, strict=True)]
+            chosen = [self.captions.chosen(captions_of(text), draw) for text, draw in zip(texts, draws, strict=True)]
+            names = [caption.name for caption in chosen]
+            tensors = self._stacked([(shard.data, entry) for shard, entry in found], places, names, pinned)
         if tensors is None:
-            samples = [self.read(place) for place in places]
+            samples = [self.read(*each) for each in zip(places, draws, strict=True)]
             tensors = {name: pin(value, pinned) for name, value in collated(samples).items()}
             return [sample["key"] for sample in samples], [sample["caption"] for sample in samples], tensors
-        texts = [self._texts(place, shard, entry) for place, (shard, entry) in zip(places, found, strict=True)]
         if self.json_fields:
-            rows = [self._in_json(place, text.get("json")) for place, text in zip(places, texts, strict=True)]
+            rows = [self._in_json(place, each["meta"]) for place, each in zip(places, texts, strict=True)]
             tensors |= {name: pin(value, pinned) for name, value in collated(rows).items()}
-        return [entry.key for _, entry in found], [caption_in(text) for text in texts], tensors
+        return [entry.key for _, entry in found], [caption.text for caption in chosen], tensors
 
     def _stacked(
-        self, found: Sequence[tuple[Any, IndexEntry]], places: Sequence[Place], pinned: bool
+        self, found: Sequence[tuple[Any, IndexEntry]], places: Sequence[Place], captions: Sequence[str], pinned: bool
     ) -> dict[str, Tensor] | None:
+        """captions: for each sample the name of its caption; "" for the first."""
         tensors = {}
         for member in self.arrays:
+            members = [self._of_caption(place, member, name) for place, name in zip(places, captions, strict=True)]
             if member not in self.layouts:
                 data, entry = found[0]
                 if member not in entry.members:
@@ -96,27 +105,52 @@ class SampleReader:
                 offset, size = entry.members[member]
                 self.layouts[member] = ArrayLayout.of(bytes(data[offset : offset + size]))
             layout = self.layouts[member]
-            values = None if layout is None else stacked(member, layout, found, pinned)
+            values = None if layout is None else stacked(members, layout, found, pinned)
             if values is None:
                 return None
             if self.finite and (row := not_finite(values)) is not None:
-                raise self._naming(places[row], f"{member} is not finite")
+                raise self._naming(places[row], f"{members[row]} is not finite")
             tensors[member.removesuffix(".npy")] = values
         return tensors
 
-    def _texts(self, place: Place, shard: OpenShard, entry: IndexEntry) -> dict[str, Any]:
-        text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
-        return self._decoded(place, shard, entry, text)
+    def _fields(self, place: Place) -> Mapping[str, Any]:
+        """The fields of a place's data set, as its manifest has them."""
+        return self.manifest.fields
 
-    def _in_json(self, place: Place, meta: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    def _texts(self, place: Place, shard: OpenShard, entry: IndexEntry) -> dict[str, Any]:
+        """A sample without its arrays."""
+        text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
+        return as_sample(entry.key, self._decoded(place, shard, entry, text))
+
+    def _in_json(self, place: Place, meta: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The fields that a sample's json holds; the json is decoded anyway, for its caption."""
         try:
-            return {name: taken(meta or {}) for name, taken in self.json_fields.items()}
+            return {name: taken(meta) for name, taken in self.json_fields.items()}
         except DataError as error:
             raise self._naming(place, str(error)) from error
 
-    def read(self, place: Place) -> dict[str, Any]:
-        """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}."""
+    def _of_caption(self, place: Place, member: str, caption: str) -> str:
+        """The member that has a field of a caption; caption: its name, "" for the first."""
+        own = caption and self._fields(place)[member].get("captions")
+        return f"{member_of(member.removesuffix('.npy'), caption)}.npy" if own else member
+
+    def read(self, place: Place, draw: int | None = None) -> dict[str, Any]:
+        """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}. draw: as in
+        `batch`."""
+        sample = self._whole(place)
+        caption = self.captions.chosen(captions_of(sample), draw)
+        others = {own: name for name in self.arrays if (own := self._of_caption(place, name, caption.name)) != name}
+        if others:
+            shard = self.shard(place.shard)
+            entry = shard.entries[place.sample]
+            if lacking := others.keys() - entry.members.keys():
+                raise self._naming(place, f"it lacks {', '.join(sorted(lacking))}")
+            found = self._decoded(place, shard, entry, {own: entry.members[own] for own in others})
+            sample = sample | {others[own].removesuffix(".npy"): value for own, value in found.items()}
+        return sample if sample["caption"] == caption.text else {**sample, "caption": caption.text}
+
+    def _whole(self, place: Place) -> dict[str, Any]:
+        """A sample with its first caption, decoded or from the cache."""
         if place in self.cache:
             return self.cache[place]
         shard = self.shard(place.shard)
@@ -134,10 +168,11 @@ class SampleReader:
         return sample
 
     def _decoded(self, place: Place, shard: OpenShard, entry: IndexEntry, members: Mapping[str, Any]) -> dict[str, Any]:
+        fields = self._fields(place)
         try:
             return {
                 name: decoded(
-                    name, bytes(shard.data[offset : offset + size]), self.manifest.fields.get(name, {}), self.finite
+                    name, bytes(shard.data[offset : offset + size]), fields.get(line_of(name, fields), {}), self.finite
                 )
                 for name, (offset, size) in members.items()
             }

@@ -30,6 +30,7 @@ from data_pipeline.shards.rejects import (
     summary,
 )
 from data_pipeline.shards.tar_index import IndexEntry, digest_of, index_digest
+from data_pipeline.sources.caption_counts import CaptionCounts
 from data_pipeline.sources.filters import Filters
 from data_pipeline.sources.tars import Inspected, inspected, told_apart
 
@@ -78,6 +79,7 @@ class Index:
         self.passed_over: Counter[str] = Counter()  # files that are part of no sample
         self.rejects = Rejects(sys.maxsize, 1.0)  # only counts: the number listed is known at the end
         self.listed, self.seen, self.digest = 0, KnownKeys(), hashlib.sha256()
+        self.captions = CaptionCounts()
 
     def add(self, name: str, data: bytes | mmap.mmap, entries: list[IndexEntry]) -> Shard:
         """Check a shard's samples, write its .idx and the rejects; returns its line of the manifest."""
@@ -99,6 +101,7 @@ class Index:
                 self.filters.add(key, reason)
             else:
                 self.converted.add(sample.converted, f"{key} in {name}")
+                self.captions.add("", key, sample.candidate.caption, sample.candidate.meta)
                 lines.append(json.dumps([key, {extension: list(place) for extension, place in members.items()}]) + "\n")
         index = "".join(lines).encode()
         shard = Shard(name, len(lines), len(data), digest_of(data), index_digest(index))
@@ -138,6 +141,7 @@ class Index:
         info |= {"index": self.digest.hexdigest()[:16]}  # the same tars, filtered differently, are another data set
         info |= self.converted.as_info() | ({"passed_over": dict(self.passed_over)} if self.passed_over else {})
         info |= {"accounting": accounting(processed, self.filters.counts, aside, self.listed)}
+        info |= self.captions.info("")
         Manifest("image-text", tuple(shards), {"txt": {}, "json": {}}, info).save(self.root)
         print(
             f"index_shards: {processed} processed, {self.filters.counts.total()} filtered, {aside.total()} set aside, "
@@ -147,7 +151,7 @@ class Index:
             print(f"index_shards: filtered {count} x {reason}")
         for reason, count in aside.most_common():
             print(f"index_shards: set aside {count} x {reason}, {examples(self.rejects.rows, reason)}")
-        for line in [*self.converted.lines(), *passed_over_lines(self.passed_over)]:
+        for line in [*self.converted.lines(), *passed_over_lines(self.passed_over), *self.captions.sentences()]:
             print(f"index_shards: {line}")
 
 

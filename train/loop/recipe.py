@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -126,6 +126,15 @@ class Training:
             )
 
 
+def captions_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which captions a step takes, and what is done to them: only what differs from the defaults."""
+    options = {name: value for name, value in (data.get("captions") or {}).items() if name != "_target_"}
+    given = {name: value for name, value in options.items() if value not in (None, "", 0, False)}
+    if "weights" in given:
+        given["weights"] = {str(name): float(weight) for name, weight in given["weights"].items()}
+    return {"captions": given} if given else {}
+
+
 def refuse_wrong_entry(cfg: Any) -> None:
     """UserError for invalid values of an entry script's own options."""
     groups = {"": cfg, "objective.": cfg.get("objective") or {}}
@@ -152,6 +161,7 @@ class Recipe:
         order = {
             name: cfg.data[name] for name in ("streams", "window_shards", "shuffle", "overlap") if name in cfg.data
         }
+        order |= captions_of(cfg.data)
         training, optimizer = build(cfg.training).over(ranks.world_size), build(cfg.optimizer)
         chosen = resolve_dtype(cfg.engine, CheckpointPaths.of(Path(cfg.output), training.checkpoints), ranks)
         engine = build(cfg.engine, dtype=chosen.dtype)

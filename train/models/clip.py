@@ -21,6 +21,21 @@ def tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
     return open_clip().SimpleTokenizer(context_length=context_length)
 
 
+def token_counts(captions: Sequence[str]) -> list[int]:
+    """How many of CLIP's tokens captions have, with those of start and end."""
+    return [len(tokenizer(77).encode(caption)) + 2 for caption in captions]
+
+
+class CaptionTokens:
+    """CLIP's tokenizer without the model: counts tokens, for a text encoder that reads `context_length` of them."""
+
+    def __init__(self, context_length: int = 77) -> None:
+        self.context_length = context_length
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        return token_counts(captions)
+
+
 class Transformer(TypedDict, total=False):
     """Options of either tower, by open_clip's names. A saved CLIP may set no others: some load other models."""
 
@@ -87,6 +102,10 @@ class CLIP(nn.Module):
         tokens = self.tokenizer(list(captions)).to(images.device)
         out = self.towers(self._resized(images).to(self.dtype), tokens)
         return out if isinstance(out, tuple) else (out["image_features"], out["text_features"], out["logit_scale"])
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens captions have, with those of start and end, before they are cut to context_length."""
+        return token_counts(captions)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,7 @@ concatenated to x_t. `Conditioners` combines several. Letters: B batch, T tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +86,15 @@ class Conditioner(nn.Module):
 
 
 class StoredText(Conditioner):
-    """Text states stored by precompute: tokens (B, T, D), and the pooled vector (B, P) if stored; with their null."""
+    """Text states stored by precompute: tokens (B, T, D), and the pooled vector (B, P) if stored; with their null.
+
+    captions: weights of a sample's captions, if it has several; the loader draws by them (conf/data/shards.yaml).
+    """
 
     of_text = True
     needs = ("text",)
 
-    def __init__(self, facts: DataFacts) -> None:
+    def __init__(self, facts: DataFacts, captions: Mapping[Any, float] | None = None) -> None:
         super().__init__()
         self.context_dim = facts.shapes["text"][-1]
         self.vector_dim = facts.shapes["pooled"][-1] if "pooled" in facts.shapes else None

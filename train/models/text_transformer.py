@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,19 @@ class JointText(Conditioner):
     """Captions -> (B, T, D): byte-pair tokens with learnt positions, transformer blocks without a mask, final norm.
 
     LDM's 1.45 B model has dim 1280, 32 layers and 77 tokens. The null is the empty caption through the same weights.
+    captions: as in StoredText.
     """
 
     of_text = True
 
     def __init__(
-        self, facts: DataFacts, dim: int = 1280, layers: int = 32, heads: int = 8, context_length: int = 77
+        self,
+        facts: DataFacts,
+        dim: int = 1280,
+        layers: int = 32,
+        heads: int = 8,
+        context_length: int = 77,
+        captions: Mapping[Any, float] | None = None,
     ) -> None:
         super().__init__()
         self.context_dim = dim

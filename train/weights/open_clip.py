@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.storage import write_atomically
 from data_pipeline.encode.encoders import TextStates
-from train.models.clip import tokenizer
+from train.models.clip import token_counts, tokenizer
 from train.models.open_clip_alone import open_clip
 from train.weights.diffusers import write_config
 from train.weights.foreign import (
@@ -64,13 +64,17 @@ class TextEncoder(nn.Module):
         activation = open_clip().transformer.QuickGELU if quick_gelu else nn.GELU
         self.tower = open_clip().transformer.TextTransformer(**options, act_layer=activation, proj_type="none")
         self.tokenizer = tokenizer(options["context_length"])
-        self.context_dim = options["width"]
+        self.context_dim, self.context_length = options["width"], options["context_length"]
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """(B, T) ids: start, byte pairs, end, and padding."""
         ids = self.tokenizer(list(captions))
         behind_the_end = torch.arange(ids.shape[1]) > ids.argmax(1, keepdim=True)  # the end token has the highest id
         return ids.masked_fill(behind_the_end, self.pad_id).to(self.tower.ln_final.weight.device)
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens captions have, with those of start and end, before they are cut to context_length."""
+        return token_counts(captions)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextStates:

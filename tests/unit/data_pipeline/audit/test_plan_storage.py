@@ -33,7 +33,7 @@ from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.images.aspect_buckets import sizes_of
-from data_pipeline.plan_storage import compare_with_measured, encoders_of, refuse_impossible, table
+from data_pipeline.plan_storage import compare_with_measured, encoders_of, layouts_of, refuse_impossible, table
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 
@@ -96,6 +96,27 @@ def test_planned_is_what_precompute_writes(images, tmp_path, autoencoder, condit
     indices = sum((tmp_path / shard.index_name).stat().st_size for shard in manifest.shards)
     on_disk = sum(shard.bytes for shard in manifest.shards) + indices
     assert sum(planned) + manifest.samples * index_bytes(members) == pytest.approx(on_disk, rel=0.02)
+
+
+def test_several_captions_are_planned_as_they_are_written(tmp_path):
+    captions, writer = {str(i): f"thing {i}" for i in range(3)}, ShardWriter()
+    for i in range(5):
+        picture = np.random.default_rng(i).integers(0, 256, (*SIDES, 3), dtype=np.uint8)
+        writer.add(f"{i:09d}", {"png": picture, "txt": "thing 0", "json": {"captions": captions}})
+    shard = writer.publish(tmp_path / "images", "shards/000000.tar")
+    Manifest("image-text", (shard,), {}, {"size": SIDES[0]}).save(tmp_path / "images")
+    options = ["autoencoder=kl_f4_demo", "clip=demo", "captions=3", "caption_bytes=7", "beside=[]", "size=64"]
+    cfg = composed(*options, f"input={tmp_path}/latents")
+    manifest = written(tmp_path / "images", tmp_path / "latents", encoders(cfg, "cpu"))
+    planned = layouts_of(cfg, encoders_of(cfg, "kl_f4_demo"), 5)
+    assert [shard_bytes(planned[0].sample, 5)] == [each.bytes for each in manifest.shards]
+    assert {name for name in planned[0].members if name.startswith("text")} == {"text.npy", "text.1.npy", "text.2.npy"}
+    assert compare_with_measured(cfg, planned[0])["planned_bytes"] == manifest.shards[0].bytes
+    assert planned[1].looked_up == sum(planned[0].members[name] for name in ("text.npy", "pooled.npy"))
+    assert planned[1].shared == 5 * 3 * planned[1].looked_up
+    cfg.captions = 2
+    with pytest.raises(UserError, match="has 3 captions per picture: set captions=3"):
+        compare_with_measured(cfg, planned[0])
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,0 +1,50 @@
+"""Counts the captions that are longer than a text encoder reads: it cuts them without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+
+class TokenCounter(Protocol):
+    """A text encoder, or its tokenizer alone: how many tokens it reads, and how many a caption has, both with those of
+    start and end."""
+
+    context_length: int
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]: ...
+
+
+class CutCaptions:
+    """Captions that are longer than `counter` reads; none are counted if it does not tell."""
+
+    def __init__(self, counter: TokenCounter | None) -> None:
+        self.counter = counter if hasattr(counter, "count_tokens") else None
+        self.lengths: dict[str, int] = {}  # texts repeat, and each is looked at once
+        self.found: dict[str, Any] = {}
+
+    def add(self, key: str, texts: Iterable[str]) -> None:
+        """Count a sample's captions."""
+        for text in texts if self.counter is not None else ():
+            if text not in self.lengths:
+                (self.lengths[text],) = self.counter.count_tokens([text])
+            if (tokens := self.lengths[text]) > self.counter.context_length:
+                one = {"captions": 1, "context_length": self.counter.context_length, "longest": tokens, "example": key}
+                self.found = joined([self.found, one])
+
+
+def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts of several parts together; the example is the longest caption's key."""
+    parts = [part for part in parts if part]
+    if not parts:
+        return {}
+    longest = max(parts, key=lambda part: part["longest"])
+    return {**longest, "captions": sum(part["captions"] for part in parts)}
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """The counts in words."""
+    return (
+        f"captions longer than the {found['context_length']} tokens that the text encoder reads, and cut there: "
+        f"{found['captions']} (the longest has {found['longest']}, of {found['example']})"
+    )

@@ -1,0 +1,40 @@
+"""What the captions of a new data set are, counted: which samples have which, and how many a text encoder would cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipeline.shards.caption_members import counted, names_in
+from data_pipeline.shards.samples import captions_of
+from data_pipeline.shards.truncation import CutCaptions, TokenCounter, sentence
+
+
+class CaptionCounts:
+    """Counts the captions of each split. tokens: tells how long they are to a text encoder; None: not counted."""
+
+    def __init__(self, tokens: TokenCounter | None = None) -> None:
+        self.names: dict[str, Counter[str]] = {}
+        self.cut = CutCaptions(tokens)
+
+    def add(self, split: str, key: str, caption: str, meta: Mapping[str, Any]) -> None:
+        """Count a sample's captions."""
+        captions = captions_of({"caption": caption, "meta": meta})
+        self.names.setdefault(split, Counter()).update(names_in(captions))
+        self.cut.add(key, captions.values())
+
+    def info(self, split: str) -> dict[str, Any]:
+        """What a split's manifest says of them; nothing, if no sample has several."""
+        several = counted(self.names.get(split, {}))
+        return {"captions": several} if several else {}
+
+    def sentences(self) -> list[str]:
+        """What to report."""
+        total = counted(sum(self.names.values(), Counter()))
+        found = ["captions: " + ", ".join(f"{name} of {count}" for name, count in total.items())] if total else []
+        if self.cut.counter is not None:
+            found.append(
+                sentence(self.cut.found) if self.cut.found else "no caption is longer than the text encoder reads"
+            )
+        return found
