@@ -58,6 +58,7 @@ FOLDERS = {
 FOR_TRAINING = (
     "common",
     "images",
+    "shards.data_sets",  # what input= of a training names
     "shards.manifest",
     "shards.samples",
     "shards.provenance",

@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.data_sets import Input
 from train.distributed.ranks import Ranks
 from train.evaluation.retrieval import retrieval_of
 from train.loop.context import TrainedModel, TrainingContext
@@ -31,15 +31,16 @@ from train.weights.saved import save_model
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    images = Manifest.load(f"{cfg.input}/train", "image-text")
-    recipe = Recipe.of(cfg, instantiate, ranks)
+    given = Input.of(config["input"])
+    images = given.split("train", "image-text")
+    recipe = Recipe.of(cfg, instantiate, ranks, images)
     torch.manual_seed(cfg.seed)
     clip = instantiate(cfg.clip, _convert_="all")
     objective = instantiate(
         cfg.objective, clip=clip, rank=ranks.rank, world_size=ranks.world_size, seed=cfg.seed, _convert_="all"
     )
     splits = {
-        split: instantiate(cfg.read, root=f"{cfg.input}/{split}", limit=cfg.validation_pairs)
+        split: given.split(split).first(instantiate(cfg.read, _partial_=True), cfg.validation_pairs)
         for split in ("train", "heldout")
     }
     measured = instantiate(cfg.clip, _convert_="all").eval()
@@ -49,7 +50,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     def actions(context: TrainingContext) -> list[Action]:
         return [validation(context, measured, cfg.validate_every, lambda: retrieval_of(measured, splits))]
 
-    identity = {"images": images.fingerprint, "clip": config["clip"], "seed": cfg.seed}
+    identity = {"images": images.fingerprint, **images.mix, "clip": config["clip"], "seed": cfg.seed}
     weights = fit(TrainedModel("clip", objective, "clip."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)

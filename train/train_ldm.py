@@ -8,6 +8,7 @@ if __name__ == "__main__":
     start_entry("train.train_ldm")  # imports the rest when the options are right, and ends
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data_pipeline.common import storage
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.data_sets import DataSets, Input
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.data.ldm_inputs import latents_of, refuse_other_encoders, with_base_model_scaling
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES
-from train.evaluation.heldout_loss import HeldoutLoss
+from train.evaluation.heldout_loss import HeldoutLoss, HeldoutSet
 from train.loop.context import TrainedModel, TrainingContext
 from train.loop.fit import fit
 from train.loop.recipe import Recipe
@@ -35,8 +36,8 @@ from train.objectives.latent_diffusion import refuse_unfit
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
-from train.sampling.generator import generator_of
-from train.sampling.preview import Preview
+from train.sampling.generator import Generator, generator_of
+from train.sampling.preview import Preview, PreviewPart
 from train.weights.published import load_weights
 
 
@@ -47,20 +48,24 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     refuse_unfit(make_objective.keywords["process"], make_objective.keywords["parameterization"])
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
     sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses an invalid number of steps
-    data = Manifest.load(f"{cfg.input}/train")
-    recipe, read_samples = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
+    given = Input.of(config["input"])
+    data, unseen = given.split("train"), given.split("heldout")
+    recipe, read_samples = Recipe.of(cfg, instantiate, ranks, data), instantiate(cfg.read, _partial_=True)
     latents = latents_of(config, data, recipe.make_loader, read_samples, instantiate, ranks.device)
     recipe = replace(recipe, make_loader=latents.make_loader)
     read_samples, autoencoder = latents.read_samples, latents.autoencoder
     facts = with_base_model_scaling(config, latents.facts)
-    refuse_other_encoders(facts, config, autoencoder, instantiate)
+    refuse_other_encoders(facts, config, autoencoder, instantiate, data.sets[0].root)
     network = initial_network(config, facts)
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
     run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
         print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
+        if len(data) > 1:
+            print(data.describe(cfg.training.batch_size), flush=True)
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
-    heldout = read_samples(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
+    parts = data.fractions()
+    heldout = [HeldoutSet(*each, parts[each[0]]) for each in unseen.read(read_samples, cfg.validation_samples).items()]
 
     def actions(context: TrainingContext) -> list[Action]:
         if ranks.is_main:  # not earlier: only now the run is sure to continue in this folder
@@ -69,8 +74,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         found = [Action(cfg.validate_every, with_averaged_weights(context, averaged, validation.measure))]
         if cfg.preview_every:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
-            samples = read_samples(root=f"{cfg.input}/train", limit=cfg.preview_samples * 8)[::8][: cfg.preview_samples]
-            preview = Preview(generator, sampler, guidance, samples, cfg.seed, run, context.reporter)
+            parts = preview_parts(generator, facts, data, read_samples, cfg.preview_samples)
+            preview = Preview(parts, sampler, guidance, cfg.seed, run, context.reporter)
             found.append(Action(cfg.preview_every, with_averaged_weights(context, averaged, preview.draw)))
         return found
 
@@ -100,14 +105,36 @@ def initial_network(config: dict[str, Any], facts: LatentFacts) -> ConditionedUN
     return network
 
 
-def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict[str, Any]:
+def preview_parts(
+    generator: Generator,
+    facts: LatentFacts,
+    data: DataSets,
+    read_samples: Callable[..., list[dict[str, Any]]],
+    count: int,
+) -> list[PreviewPart]:
+    """Every eighth of the first training samples, `count` in all: the sets with the most samples have one more than
+    others. Buckets are parts of their own; all other sets are one part."""
+    ordered = sorted(data, key=lambda each: -each.manifest.samples)
+    parts = []
+    for i, each in enumerate(ordered):
+        own = count // len(ordered) + (i < count % len(ordered))
+        samples = read_samples(root=each.root, limit=own * 8)[::8][:own] if own else []
+        if facts.buckets and samples:
+            of_bucket = facts.of_bucket(each.name)
+            parts.append(PreviewPart(replace(generator, latent_shape=of_bucket.unet_shape), samples))
+        elif samples:
+            parts = [PreviewPart(generator, [*(parts[0].samples if parts else []), *samples])]
+    return parts
+
+
+def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint; the fingerprint of stored latents includes their encoders."""
     same = {
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
     encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
-    return {"data": data.fingerprint, **encoders, "streams": config["data"]["streams"], **same}
+    return {"data": data.fingerprint, **data.mix, **encoders, "streams": config["data"]["streams"], **same}
 
 
 def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:

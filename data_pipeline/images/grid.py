@@ -22,10 +22,10 @@ def grid(
     gap: int = 8,
     narrowest: int = 0,
 ) -> Image.Image:
-    """(H, W, 3) uint8 pictures in rows, each with its label under it in as many lines as needed; cells are at least
-    `narrowest` pixels wide, with narrow pictures centred."""
-    height, own_width = (side * scale for side in images[0].shape[:2])
-    width = max(own_width, narrowest)
+    """(H, W, 3) uint8 pictures in rows, each with its label under it in as many lines as needed; cells are as large as
+    the largest picture and at least `narrowest` pixels wide, with smaller pictures centred."""
+    height = max(image.shape[0] for image in images) * scale
+    width = max(narrowest, *(image.shape[1] * scale for image in images))
     font = ImageFont.truetype(FONT, 10)
     lines = [textwrap.wrap(label, max(width // 6, 8))[:4] for label in labels] if labels else [[]] * len(images)
     text_height = 13 * max(map(len, lines), default=0)
@@ -37,8 +37,8 @@ def grid(
         x, y = gap + (i % columns) * cell_w, gap + (i // columns) * cell_h
         picture = Image.fromarray(image)
         if scale > 1:
-            picture = picture.resize((own_width, height), Image.Resampling.NEAREST)
-        sheet.paste(picture, (x + (width - own_width) // 2, y))
+            picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
         for row, line in enumerate(text):
             draw.text((x + width / 2, y + height + 1 + 13 * row), line, fill="black", font=font, anchor="ma")
     return sheet

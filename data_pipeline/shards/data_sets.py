@@ -8,7 +8,7 @@ import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -93,23 +93,45 @@ class DataSets:
         return hashlib.sha256(json.dumps([self.layout, marks]).encode()).hexdigest()[:16]
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What decides, with the seed, which samples come; a resumed run must share it with its checkpoint."""
-        weights = {"weights": self.shares} if self.layout == MIX else {}
-        return {"data": self.fingerprint, **weights}
+    def mix(self) -> dict[str, list[int]]:
+        """What a resumed run must share with its checkpoint beside the fingerprint: the weights of a mix."""
+        return {"weights": self.shares} if self.layout == MIX else {}
+
+    def for_loader(self) -> str | DataSets:
+        """The path of a single data set, which a loader of the user's own may expect; several as they are."""
+        return self.sets[0].root if self.layout == ONE else self
+
+    def read(self, read: Callable[..., list[Any]], limit: int | None) -> dict[str, list[Any]]:
+        """The first samples of each set by its name, at most `limit` of each."""
+        return {each.name: read(root=each.root, limit=limit) for each in self.sets}
+
+    def first(self, read: Callable[..., list[Any]], limit: int | None) -> list[Any]:
+        """The first samples of all sets, at most `limit` in all, as many of each as there are."""
+        cuts = [None if limit is None else limit * i // len(self) for i in range(len(self) + 1)]
+        parts = (
+            read(root=each.root, limit=None if limit is None else cuts[i + 1] - cuts[i])
+            for i, each in enumerate(self.sets)
+        )
+        return [sample for part in parts for sample in part]
 
     def check_shards(self) -> None:
         """As Manifest.check_shards, of each set."""
         for each in self.sets:
             each.manifest.check_shards(each.root)
 
-    def describe(self) -> str:
+    def describe(self, batch_size: int) -> str:
         """The sets with their sizes and parts, in one line."""
-        part = self.fractions()
-        each = (f"{s.name} {s.manifest.samples:,} samples, {part[s.name]:.3g} of each batch" for s in self.sets)
-        if self.layout == BUCKETS:
-            each = (f"{s.name} {s.manifest.samples:,} samples, {part[s.name]:.3g} of all steps" for s in self.sets)
-        return f"{self.layout} of {len(self.sets)}: {'; '.join(each)}"
+        what = "steps" if self.layout == BUCKETS else "samples"
+        parts = self.fractions()
+        lines = [
+            f"{each.name} {each.manifest.samples:,} samples, {parts[each.name]:.3%} of all {what}" for each in self
+        ]
+        for i, each in enumerate(self.sets):
+            if self.layout == BUCKETS and each.manifest.samples < batch_size:
+                lines[i] += (
+                    f" (less than a batch: in such a step each comes {batch_size / each.manifest.samples:.3g} times)"
+                )
+        return f"{self.layout} of {len(self)} data sets: {'; '.join(lines)}"
 
 
 class Numbered:

@@ -72,10 +72,12 @@ class DataFacts(Protocol):
 class Conditioner(nn.Module):
     """needs: the stored fields that it reads; context_dim, vector_dim, concat_channels: sizes of its outputs, if any.
 
-    of_text: whether a negative prompt replaces its null.
+    of_text: whether a negative prompt replaces its null. one_size: whether it knows latents of one height and width
+    only.
     """
 
     of_text = False
+    one_size = False
     needs: tuple[str, ...] = ()
     context_dim: int | None = None
     vector_dim: int | None = None
@@ -183,6 +185,7 @@ class LowResolutionImage(Conditioner):
     """
 
     needs = ("low_resolution",)
+    one_size = True
 
     def __init__(self, facts: DataFacts, drop: bool = True) -> None:
         super().__init__()
@@ -234,6 +237,7 @@ class Conditioners(Conditioner):
         self.context_dims = {name: p.context_dim for name, p in self.parts.items() if p.context_dim is not None}
         self.context_dim = next(iter(self.context_dims.values()), None)
         self.vector_dim = sum(part.vector_dim or 0 for part in self.parts.values()) or None
+        self.one_size = any(part.one_size for part in self.parts.values())
         self.concat_channels = sum(part.concat_channels for part in self.parts.values())
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.shards.samples import collated
@@ -13,26 +13,40 @@ from train.runs.run_folder import RunFolder
 from train.sampling.generator import ConditionBatch, Generator, Guidance, Sampler
 
 
+class PreviewPart(NamedTuple):
+    """Samples of one size, and a generator that draws that size."""
+
+    generator: Generator
+    samples: Sequence[dict[str, Any]]
+
+    @property
+    def conditions(self) -> ConditionBatch:
+        return ConditionBatch(collated(self.samples), [sample["caption"] for sample in self.samples])
+
+
 class Preview:
-    """A grid for the conditions of `samples` with a fixed seed, drawn by rank 0 with the EMA weights."""
+    """A grid for the conditions of all parts' samples with a fixed seed, drawn by rank 0 with the EMA weights."""
 
     def __init__(
         self,
-        generator: Generator,
+        parts: Sequence[PreviewPart],
         sampler: Sampler,
         guidance: Guidance,
-        samples: Sequence[dict[str, Any]],
         seed: int,
         run: RunFolder,
         reporter: Reporter,
     ) -> None:
-        self.generator, self.sampler, self.guidance, self.seed = generator, sampler, guidance, seed
+        self.parts, self.sampler, self.guidance, self.seed = parts, sampler, guidance, seed
         self.run, self.reporter = run, reporter
-        self.conditions = ConditionBatch(collated(samples), [sample["caption"] for sample in samples])
 
     def draw(self, state: TrainState) -> None:
-        if self.run.ranks.is_main:
-            drawn = self.generator.draw(self.conditions, self.sampler, self.guidance, self.seed)
-            path = self.run.samples / f"step-{state.step:08d}.png"
-            shown = list(self.generator.with_conditioning_images(self.conditions, drawn))
-            self.reporter.image(state.step, "samples", save_png(grid(shown, self.conditions.captions), path))
+        if not self.run.ranks.is_main:
+            return
+        shown, captions = [], []
+        for part in self.parts:
+            conditions = part.conditions
+            drawn = part.generator.draw(conditions, self.sampler, self.guidance, self.seed)
+            shown += list(part.generator.with_conditioning_images(conditions, drawn))
+            captions += conditions.captions
+        path = self.run.samples / f"step-{state.step:08d}.png"
+        self.reporter.image(state.step, "samples", save_png(grid(shown, captions), path))
