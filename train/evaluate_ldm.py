@@ -18,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.common.storage import write_atomically
+from data_pipeline.images.aspect_buckets import Sizes, parsed
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
+from data_pipeline.images.resize import fitted
 from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
 from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
 
@@ -29,9 +31,10 @@ DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{REC
 def main(cfg: DictConfig) -> None:
     train = instantiate(cfg.read, root=f"{cfg.shards}/train")
     heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
-    if not train or any(sample["image"].shape[0] % RECALL_PIXELS for sample in train[:1] if "image" in sample):
-        raise UserError(f"shards={cfg.shards}: pictures must be a multiple of {RECALL_PIXELS} pixels a side.")
-    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path, cfg.bucket)
+    if run.facts.buckets:
+        train, heldout = of_bucket(run, train, cfg.shards), of_bucket(run, heldout, cfg.shards)
+    refuse_sizes(train, cfg.shards)
     listed = len(train) + len(heldout)
     train, heldout = usable(run, train), usable(run, heldout)
     if not train:
@@ -60,6 +63,23 @@ def usable(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any
     """The samples that have a picture, a caption and all that this run is conditioned on."""
     whole = [sample for sample in samples if "image" in sample and sample["caption"]]
     return [s for s in whole if not any(condition.reason_against(s) for condition in run.conditions.values())]
+
+
+def refuse_sizes(train: list[dict[str, Any]], shards: str) -> None:
+    """UserError for pictures whose sides can't be averaged to RECALL_PIXELS."""
+    sides = [side for sample in train[:1] if "image" in sample for side in sample["image"].shape[:2]]
+    if not train or any(side % RECALL_PIXELS for side in sides):
+        raise UserError(f"shards={shards}: pictures must be a multiple of {RECALL_PIXELS} pixels a side.")
+
+
+def of_bucket(run: TrainedRun, samples: list[dict[str, Any]], shards: str) -> list[dict[str, Any]]:
+    """The samples whose pictures belong to the bucket that the run draws, cut to its size as in precompute."""
+    sizes = Sizes(tuple(parsed(name) for name in run.facts.buckets))
+    chosen = [s for s in samples if "image" in s and sizes.of(s["image"].shape[:2]) == run.picture_size]
+    if samples and not chosen:
+        height, width = run.picture_size
+        raise UserError(f"shards={shards} has no picture of the bucket {height}x{width}: take another bucket=.")
+    return [sample | {"image": fitted(sample["image"], run.picture_size).pixels} for sample in chosen]
 
 
 def recall_figures(drawn: np.ndarray, real: np.ndarray, right: np.ndarray, seed: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
     given = OmegaConf.to_container(cfg, resolve=True)
     rows = request_rows({name: given[name] for name in REQUEST_OPTIONS}, cfg.samples_per_prompt)
     refuse_non_numbers(cfg.guidance.scale, cfg.sampler.steps)
-    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path, cfg.bucket)
     sampler, guidance = (merged_with_run_config(run.config, group, given[group]) for group in ("sampler", "guidance"))
     classifier_guide = guided_by(cfg, run, rows)
     refuse_unused_options(run, rows[0], also=("labels",) if classifier_guide else ())

@@ -62,10 +62,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         return [validation(context, measured, cfg.validate_every, accuracies)]
 
     same = {name: config[name] for name in ("seed", "fold", "scaling_factor", "classifier", "process", "time_sampling")}
-    model, identity = (
-        TrainedModel("classifier", objective, "classifier."),
-        {"data": latents.fingerprint, **latents.mix, **same},
-    )
+    model = TrainedModel("classifier", objective, "classifier.")
+    identity = {"data": latents.fingerprint, **latents.mix, **same}
     weights = fit(model, recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)

@@ -8,7 +8,6 @@ if __name__ == "__main__":
     start_entry("train.train_ldm")  # imports the rest when the options are right, and ends
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,12 +31,13 @@ from train.loop.trainer import Action
 from train.loop.training_entry import on_all_ranks, with_averaged_weights
 from train.models.attention import attention_backend
 from train.models.conditioning import ConditionedUNet
+from train.models.unet import allow_graphs
 from train.objectives.latent_diffusion import refuse_unfit
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
-from train.sampling.generator import Generator, generator_of
-from train.sampling.preview import Preview, PreviewPart
+from train.sampling.generator import generator_of
+from train.sampling.preview import Preview, preview_parts
 from train.weights.published import load_weights
 
 
@@ -57,12 +57,13 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     facts = with_base_model_scaling(config, latents.facts)
     refuse_other_encoders(facts, config, autoencoder, instantiate, data.sets[0].root)
     network = initial_network(config, facts)
+    if cfg.engine.compile:
+        allow_graphs(len(facts.buckets))
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
     run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
         print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
-        if len(data) > 1:
-            print(data.describe(cfg.training.batch_size), flush=True)
+        print(data.describe(cfg.training.batch_size) + "\n" if len(data) > 1 else "", end="", flush=True)
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
     parts = data.fractions()
     heldout = [HeldoutSet(*each, parts[each[0]]) for each in unseen.read(read_samples, cfg.validation_samples).items()]
@@ -103,28 +104,6 @@ def initial_network(config: dict[str, Any], facts: LatentFacts) -> ConditionedUN
     if config["start_from"] is not None:
         load_weights(network, config["start_from"])
     return network
-
-
-def preview_parts(
-    generator: Generator,
-    facts: LatentFacts,
-    data: DataSets,
-    read_samples: Callable[..., list[dict[str, Any]]],
-    count: int,
-) -> list[PreviewPart]:
-    """Every eighth of the first training samples, `count` in all: the sets with the most samples have one more than
-    others. Buckets are parts of their own; all other sets are one part."""
-    ordered = sorted(data, key=lambda each: -each.manifest.samples)
-    parts = []
-    for i, each in enumerate(ordered):
-        own = count // len(ordered) + (i < count % len(ordered))
-        samples = read_samples(root=each.root, limit=own * 8)[::8][:own] if own else []
-        if facts.buckets and samples:
-            of_bucket = facts.of_bucket(each.name)
-            parts.append(PreviewPart(replace(generator, latent_shape=of_bucket.unet_shape), samples))
-        elif samples:
-            parts = [PreviewPart(generator, [*(parts[0].samples if parts else []), *samples])]
-    return parts
 
 
 def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict[str, Any]:

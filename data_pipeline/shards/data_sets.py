@@ -121,16 +121,13 @@ class DataSets:
 
     def describe(self, batch_size: int) -> str:
         """The sets with their sizes and parts, in one line."""
-        what = "steps" if self.layout == BUCKETS else "samples"
-        parts = self.fractions()
-        lines = [
-            f"{each.name} {each.manifest.samples:,} samples, {parts[each.name]:.3%} of all {what}" for each in self
-        ]
-        for i, each in enumerate(self.sets):
-            if self.layout == BUCKETS and each.manifest.samples < batch_size:
-                lines[i] += (
-                    f" (less than a batch: in such a step each comes {batch_size / each.manifest.samples:.3g} times)"
-                )
+        parts, lines = self.fractions(), []
+        for name, samples in ((each.name, each.manifest.samples) for each in self):
+            line = f"{name} has {samples:,} samples, {parts[name]:.3%} of all that "
+            line += "steps take" if self.layout == BUCKETS else "each step takes"
+            if self.layout == BUCKETS and samples < batch_size:
+                line += f" (less than a batch: a step takes each {batch_size / samples:.3g} times)"
+            lines.append(line)
         return f"{self.layout} of {len(self)} data sets: {'; '.join(lines)}"
 
 

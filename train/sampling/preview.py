@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from data_pipeline.images.grid import grid, save_png
+from data_pipeline.shards.data_sets import DataSets
 from data_pipeline.shards.samples import collated
+from train.data.latent_facts import LatentFacts
 from train.engine.train_state import TrainState
 from train.runs.metrics import Reporter
 from train.runs.run_folder import RunFolder
@@ -22,6 +25,29 @@ class PreviewPart(NamedTuple):
     @property
     def conditions(self) -> ConditionBatch:
         return ConditionBatch(collated(self.samples), [sample["caption"] for sample in self.samples])
+
+
+def preview_parts(
+    generator: Generator,
+    facts: LatentFacts,
+    data: DataSets,
+    read_samples: Callable[..., list[dict[str, Any]]],
+    count: int,
+) -> list[PreviewPart]:
+    """Every eighth of the first training samples of each data set, `count` in all: what can't be shared equally comes
+    from the largest sets. Each bucket is a part, all other sets are one."""
+    ordered = sorted(data, key=lambda each: -each.manifest.samples)
+    found = {}
+    for i, each in enumerate(ordered):
+        own = count // len(ordered) + (i < count % len(ordered))
+        found[each.name] = read_samples(root=each.root, limit=own * 8)[::8][:own] if own else []
+    if not facts.buckets:
+        return [PreviewPart(generator, [sample for samples in found.values() for sample in samples])]
+    return [
+        PreviewPart(replace(generator, latent_shape=facts.of_bucket(name).unet_shape), samples)
+        for name, samples in found.items()
+        if samples
+    ]
 
 
 class Preview:
