@@ -60,6 +60,7 @@ FOLDERS = {
 FOR_TRAINING = (
     "common",
     "images",
+    "shards.data_sets",  # what input= of a training names
     "shards.manifest",
     "shards.samples",
     "shards.json_fields",  # the sizes that a run is conditioned on, and their means

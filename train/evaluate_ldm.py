@@ -18,8 +18,10 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.finite_json import json_of
 from data_pipeline.common.progress import Progress
 from data_pipeline.common.storage import exists, write_atomically
+from data_pipeline.images.aspect_buckets import Sizes, parsed
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
+from data_pipeline.images.resize import fitted
 from data_pipeline.shards.json_fields import GEOMETRY
 from data_pipeline.shards.manifest import Manifest
 from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
@@ -35,17 +37,16 @@ def main(cfg: DictConfig) -> None:
     heldout = []
     if cfg.heldout_captions and exists(f"{cfg.shards}/heldout/manifest.json"):
         heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
-    if not train or any(sample["image"].shape[0] % RECALL_PIXELS for sample in train[:1] if "image" in sample):
-        raise UserError(
-            f"shards={cfg.shards} must contain pictures whose sides are multiples of {RECALL_PIXELS} pixels."
-        )
     given = OmegaConf.to_container(cfg, resolve=True)
     size = {option: value for option, value in size_options(given["size"]).items() if value is not None}
-    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path, cfg.bucket)
     if not cfg.other_shards:
         refuse_other_shards(run, cfg.shards)
     if size and "size" not in run.conditions:
         raise UserError("this run is not conditioned on sizes: leave size out.")
+    if run.facts.buckets:
+        train, heldout = of_bucket(run, train, cfg.shards), of_bucket(run, heldout, cfg.shards)
+    refuse_sizes(train, cfg.shards)
     listed = len(train) + len(heldout)
     train, heldout = usable(run, train), usable(run, heldout)
     if not train:
@@ -95,6 +96,23 @@ def at_size(run: TrainedRun, samples: list[dict[str, Any]], size: dict[str, Any]
         return samples
     asked = run.conditions["size"].as_sample(**size)["meta"]
     return [{**s, "meta": {k: v for k, v in s["meta"].items() if k not in GEOMETRY} | asked} for s in samples]
+
+
+def refuse_sizes(train: list[dict[str, Any]], shards: str) -> None:
+    """UserError for pictures whose sides can't be averaged to RECALL_PIXELS."""
+    sides = [side for sample in train[:1] if "image" in sample for side in sample["image"].shape[:2]]
+    if not train or any(side % RECALL_PIXELS for side in sides):
+        raise UserError(f"shards={shards} must contain pictures whose sides are multiples of {RECALL_PIXELS} pixels.")
+
+
+def of_bucket(run: TrainedRun, samples: list[dict[str, Any]], shards: str) -> list[dict[str, Any]]:
+    """The samples whose pictures belong to the bucket that the run draws, cut to its size as in precompute."""
+    sizes = Sizes(tuple(parsed(name) for name in run.facts.buckets))
+    chosen = [s for s in samples if "image" in s and sizes.of(s["image"].shape[:2]) == run.picture_size]
+    if samples and not chosen:
+        height, width = run.picture_size
+        raise UserError(f"shards={shards} has no picture of the bucket {height}x{width}: use another bucket=.")
+    return [sample | {"image": fitted(sample["image"], run.picture_size).pixels} for sample in chosen]
 
 
 def recall_figures(drawn: np.ndarray, real: np.ndarray, right: np.ndarray, seed: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from PIL import Image
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
-from data_pipeline.shards.manifest import Manifest, refuse_no_heldout
+from data_pipeline.shards.data_sets import DataSets, Input
 from train.distributed.ranks import Ranks
 from train.evaluation.reconstruction import latent_statistics, reconstructed, summary_line
 from train.loop.context import TrainedModel, TrainingContext
@@ -45,10 +45,10 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     torch.manual_seed(cfg.seed)
     autoencoder = instantiate(cfg.autoencoder, _convert_="all")
     objective = instantiate(cfg.objective, autoencoder=autoencoder, seed=cfg.seed, _convert_="all")
-    images = Manifest.load(f"{cfg.input}/train", "image-text")
-    recipe = Recipe.of(cfg, instantiate, ranks)
-    refuse_no_heldout(cfg.input)
-    heldout = pictures_of(cfg, "heldout", cfg.validation_pictures)
+    given = Input.of(config["input"])
+    images = given.split("train", "image-text")
+    recipe = Recipe.of(cfg, instantiate, ranks, images)
+    heldout = pictures_of(given.split("heldout"), cfg, cfg.validation_pictures)
     refuse_sizes(heldout.shape[1:3], objective.crop if objective.crop_until else 0, autoencoder.factor)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
@@ -60,12 +60,12 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         return [validation(context, measured, cfg.validate_every, decibels)]
 
     adversary = config["objective"].get("adversary") or {}
-    identity = {"images": images.fingerprint, "autoencoder": config["autoencoder"], "seed": cfg.seed}
+    identity = {"images": images.fingerprint, **images.mix, "autoencoder": config["autoencoder"], "seed": cfg.seed}
     identity |= {"discriminator": adversary["discriminator"]} if adversary else {}
     weights = fit(TrainedModel("autoencoder", objective, "autoencoder."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
-        report(run.path, config, measured, weights, heldout, pictures_of(cfg, "train", 512), images.fingerprint)
+        report(run.path, config, measured, weights, heldout, pictures_of(images, cfg, 512), images.fingerprint)
 
 
 main = on_all_ranks(train)
@@ -98,9 +98,9 @@ def refuse_sizes(size: Sequence[int], crop: int, factor: int) -> None:
         )
 
 
-def pictures_of(cfg: DictConfig, split: str, limit: int | None) -> np.ndarray:
+def pictures_of(data: DataSets, cfg: DictConfig, limit: int | None) -> np.ndarray:
     """The first pictures of a split, (N, H, W, 3) uint8."""
-    return np.stack([sample["image"] for sample in instantiate(cfg.read, root=f"{cfg.input}/{split}", limit=limit)])
+    return np.stack([sample["image"] for sample in data.first(instantiate(cfg.read, _partial_=True), limit)])
 
 
 def report(

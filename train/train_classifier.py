@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.loading.batch import Batch, DataCursor
-from data_pipeline.shards.manifest import Manifest, refuse_no_heldout
+from data_pipeline.shards.data_sets import BUCKETS, DataSets, Input
 from data_pipeline.shards.samples import collated
+from train.data.joined_facts import facts_of
 from train.data.latent_facts import LatentFacts
 from train.distributed.ranks import Ranks
 from train.loop.context import TrainedModel, TrainingContext
@@ -39,19 +40,23 @@ FRACTIONS = torch.tensor([0.05, 0.25, 0.5, 0.75])
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    latents = Manifest.load(f"{cfg.input}/train", "latents")
-    recipe = Recipe.of(cfg, instantiate, ranks)
-    refuse_no_heldout(cfg.input)
-    facts = LatentFacts.of(f"{cfg.input}/train", latents, cfg.fold, cfg.scaling_factor)
+    given = Input.of(config["input"])
+    latents = given.split("train", "latents")
+    if latents.layout == BUCKETS:
+        raise UserError(
+            f"{cfg.input} contains aspect-ratio buckets, but a classifier is trained on one: use its folder."
+        )
+    recipe = Recipe.of(cfg, instantiate, ranks, latents)
+    facts = facts_of(latents, cfg.fold, cfg.scaling_factor)
     if "label" not in facts.shapes:
-        raise UserError(f"{cfg.input} has no labels: run precompute_latents.py with conditions=[label].")
+        raise UserError(f"{latents.root} has no labels: run precompute_latents.py with conditions=[label].")
     sizes = {"in_channels": facts.unet_shape[0], "classes": len(facts.classes("label"))}
     torch.manual_seed(cfg.seed)
     classifier = instantiate(cfg.classifier, **sizes, _convert_="all")
     make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
     objective = make_objective(classifier=classifier, latents=facts.latents, seed=cfg.seed)
     measured = instantiate(cfg.classifier, **sizes, _convert_="all").eval().to(ranks.device)
-    heldout = heldout_batch(cfg, ranks)
+    heldout = heldout_batch(given.split("heldout"), cfg, ranks)
     run = RunFolder(cfg.output, "train_classifier", config, ranks)
 
     def actions(context: TrainingContext) -> list[Action]:
@@ -59,7 +64,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         return [validation(context, measured, cfg.validate_every, accuracies)]
 
     same = {name: config[name] for name in ("seed", "fold", "scaling_factor", "classifier", "process", "time_sampling")}
-    model, identity = TrainedModel("classifier", objective, "classifier."), {"data": latents.fingerprint, **same}
+    model = TrainedModel("classifier", objective, "classifier.")
+    identity = {"data": latents.fingerprint, **latents.mix, **same}
     weights = fit(model, recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
@@ -70,9 +76,9 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 main = on_all_ranks(train)
 
 
-def heldout_batch(cfg: DictConfig, ranks: Ranks) -> Batch:
+def heldout_batch(data: DataSets, cfg: DictConfig, ranks: Ranks) -> Batch:
     """The held-out samples as one batch, with one stream per sample, so that their noise is always the same."""
-    samples = instantiate(cfg.read, root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
+    samples = data.first(instantiate(cfg.read, _partial_=True), cfg.validation_samples)
     keys, captions = tuple(s["key"] for s in samples), tuple(s["caption"] for s in samples)
     return Batch(keys, captions, collated(samples), tuple(range(len(samples))), 0, DataCursor()).to(ranks.device)
 

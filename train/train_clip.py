@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.shards.manifest import Manifest, refuse_no_heldout
+from data_pipeline.shards.data_sets import Input
 from train.distributed.ranks import Ranks
 from train.evaluation.retrieval import retrieval_of
 from train.loop.context import TrainedModel, TrainingContext
@@ -32,17 +32,17 @@ from train.weights.saved import save_model
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    images = Manifest.load(f"{cfg.input}/train", "image-text")
-    recipe = Recipe.of(cfg, instantiate, ranks)
-    refuse_copies_as_negatives(recipe.training.batch_size, images.samples, f"{cfg.input}/train")
-    refuse_no_heldout(cfg.input)
+    given = Input.of(config["input"])
+    images = given.split("train", "image-text")
+    recipe = Recipe.of(cfg, instantiate, ranks, images)
+    refuse_copies_as_negatives(recipe.training.batch_size, images.samples, images.root)
     torch.manual_seed(cfg.seed)
     clip = instantiate(cfg.clip, _convert_="all")
     objective = instantiate(
         cfg.objective, clip=clip, rank=ranks.rank, world_size=ranks.world_size, seed=cfg.seed, _convert_="all"
     )
     splits = {
-        split: instantiate(cfg.read, root=f"{cfg.input}/{split}", limit=cfg.validation_pairs)
+        split: given.split(split).first(instantiate(cfg.read, _partial_=True), cfg.validation_pairs)
         for split in ("train", "heldout")
     }
     measured = instantiate(cfg.clip, _convert_="all").eval()
@@ -52,7 +52,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     def actions(context: TrainingContext) -> list[Action]:
         return [validation(context, measured, cfg.validate_every, lambda: retrieval_of(measured, splits))]
 
-    identity = {"images": images.fingerprint, "clip": config["clip"], "seed": cfg.seed}
+    identity = {"images": images.fingerprint, **images.mix, "clip": config["clip"], "seed": cfg.seed}
     weights = fit(TrainedModel("clip", objective, "clip."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data_pipeline.common import storage
-from data_pipeline.shards.manifest import Manifest, refuse_no_heldout
+from data_pipeline.shards.data_sets import DataSets, Input
 from train.data.base_model import refuse_other_noise, unet_to_train
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
@@ -25,7 +25,7 @@ from train.data.ldm_inputs import latents_of, refuse_other_encoders, with_base_m
 from train.data.sizes import at_mean_size, mean_in_words
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES
-from train.evaluation.heldout_loss import HeldoutLoss
+from train.evaluation.heldout_loss import HeldoutLoss, HeldoutSet
 from train.loop.context import TrainedModel, TrainingContext
 from train.loop.fit import fit
 from train.loop.recipe import Recipe
@@ -33,12 +33,13 @@ from train.loop.trainer import Action
 from train.loop.training_entry import on_all_ranks, with_averaged_weights
 from train.models.attention import attention_backend
 from train.models.conditioning import ConditionedUNet
+from train.models.unet import allow_graphs
 from train.objectives.latent_diffusion import refuse_unfit
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
 from train.sampling.generator import generator_of
-from train.sampling.preview import Preview
+from train.sampling.preview import Preview, preview_parts
 from train.weights.published import load_weights
 
 
@@ -54,23 +55,27 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         refuse_other_noise(cfg.start_from, **{n: make_objective.keywords[n] for n in ("process", "parameterization")})
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
     sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses an invalid number of steps
-    data = Manifest.load(f"{cfg.input}/train")
-    recipe, read_samples = Recipe.of(cfg, instantiate, ranks), instantiate(cfg.read, _partial_=True)
-    refuse_no_heldout(cfg.input)
+    given = Input.of(config["input"])
+    data, unseen = given.split("train"), given.split("heldout")
+    recipe, read_samples = Recipe.of(cfg, instantiate, ranks, data), instantiate(cfg.read, _partial_=True)
     latents = latents_of(config, data, recipe.make_loader, read_samples, instantiate, ranks.device)
     recipe = replace(recipe, make_loader=latents.make_loader)
     read_samples, autoencoder = latents.read_samples, latents.autoencoder
     facts = with_base_model_scaling(config, latents.facts)
-    refuse_other_encoders(facts, config, autoencoder, instantiate)
+    refuse_other_encoders(facts, config, autoencoder, instantiate, data.sets[0].root)
     network = initial_network(config, facts)
+    if cfg.engine.compile:
+        allow_graphs(len(facts.buckets))
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
     run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
         print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
         if said := mean_in_words(facts):
             print(said, flush=True)
+        print(data.describe(cfg.training.batch_size) + "\n" if len(data) > 1 else "", end="", flush=True)
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
-    heldout = read_samples(root=f"{cfg.input}/heldout", limit=cfg.validation_samples)
+    parts = data.fractions()
+    heldout = [HeldoutSet(*each, parts[each[0]]) for each in unseen.read(read_samples, cfg.validation_samples).items()]
 
     def actions(context: TrainingContext) -> list[Action]:
         if ranks.is_main:  # not earlier: only now the run is sure to continue in this folder
@@ -79,9 +84,9 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         found = [Action(cfg.validate_every, with_averaged_weights(context, averaged, validation.measure))]
         if cfg.preview_every:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
-            samples = read_samples(root=f"{cfg.input}/train", limit=cfg.preview_samples * 8)[::8][: cfg.preview_samples]
-            samples = at_mean_size(samples, facts)
-            preview = Preview(generator, sampler, guidance, samples, cfg.seed, run, context.reporter)
+            parts = preview_parts(generator, facts, data, read_samples, cfg.preview_samples)
+            parts = [part._replace(samples=at_mean_size(part.samples, facts)) for part in parts]
+            preview = Preview(parts, sampler, guidance, cfg.seed, run, context.reporter)
             found.append(Action(cfg.preview_every, with_averaged_weights(context, averaged, preview.draw)))
         return found
 
@@ -111,7 +116,7 @@ def initial_network(config: dict[str, Any], facts: LatentFacts) -> ConditionedUN
     return network
 
 
-def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict[str, Any]:
+def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint; the fingerprint of stored latents includes their encoders."""
     same = {
         name: config[name]
@@ -120,7 +125,7 @@ def identity(config: dict[str, Any], data: Manifest, facts: LatentFacts) -> dict
     parts = config["conditioning"].items()  # "captions" is part of the recipe's identity, and was none before it was
     same["conditioning"] = {name: {k: v for k, v in part.items() if k != "captions"} for name, part in parts}
     encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
-    return {"data": data.fingerprint, **encoders, "streams": config["data"]["streams"], **same}
+    return {"data": data.fingerprint, **data.mix, **encoders, "streams": config["data"]["streams"], **same}
 
 
 def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:

@@ -33,10 +33,10 @@ def grid(
     narrowest: int = 0,
     title: str = "",
 ) -> Image.Image:
-    """(H, W, 3) uint8 pictures in rows, each with its label under it, and the title above all; cells are at least
-    `narrowest` pixels wide, with narrow pictures centred."""
-    height, own_width = (side * scale for side in images[0].shape[:2])
-    width = max(own_width, narrowest)
+    """(H, W, 3) uint8 pictures in rows, each with its label under it, and the title above all; cells are as large
+    as the largest picture and at least `narrowest` pixels wide, with smaller pictures centred."""
+    height = max(image.shape[0] for image in images) * scale
+    width = max(narrowest, *(image.shape[1] * scale for image in images))
     shown = [fitted(label, width + gap - 2) for label in labels] if labels else [Label([], font_of(10))] * len(images)
     rows = -(-len(images) // columns)
     cell_w, cell_h = width + gap, height + LINE * max((len(label.lines) for label in shown), default=0) + gap
@@ -49,8 +49,8 @@ def grid(
         x, y = gap + (i % columns) * cell_w, top + (i // columns) * cell_h
         picture = Image.fromarray(image)
         if scale > 1:
-            picture = picture.resize((own_width, height), Image.Resampling.NEAREST)
-        sheet.paste(picture, (x + (width - own_width) // 2, y))
+            picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
         write(draw, label, x + width / 2, y + height + 1, anchor="ma")
     return sheet
 

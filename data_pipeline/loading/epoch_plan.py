@@ -1,4 +1,4 @@
-"""Which samples a global step trains on: a pure function of (manifest, seed, global batch size, streams).
+"""Which samples of one data set a global step trains on: a pure function of (manifest, seed, global batch, streams).
 
 An epoch's shards are permuted and laid end to end; its N samples are cut into C contiguous segments, one per canonical
 stream. Within a stream, windows of a few shards' pieces are shuffled; then the samples between the middles of two
@@ -8,8 +8,8 @@ b = global batch / C. So every sample comes exactly once an epoch, and a batch m
 is carried into the next batch, not lost.
 
 N need not be a multiple of C: the r = N mod C extra samples of each epoch are dealt round-robin, continuing where the
-last epoch stopped, so that streams never drift apart by more than one sample. The plan is independent of ranks and
-workers.
+last epoch stopped, so that streams never drift apart by more than one sample. N may be less than C: then a stream has
+no sample in some epochs. The plan is independent of ranks and workers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,8 +61,6 @@ class EpochPlan:
             raise UserError("batch_size, data.streams and data.window_shards must be at least 1.")
         if not self.samples:
             raise DataError("the data set has no samples: make it again from usable pictures.")
-        if self.samples < streams:
-            raise UserError(f"{self.samples} samples can't fill {streams} streams: set data.streams={self.samples}.")
         if global_batch_size % streams:
             raise UserError(
                 f"batch_size={global_batch_size} is not a multiple of data.streams={streams}: change one of them."
@@ -76,6 +74,18 @@ class EpochPlan:
         self._borders: dict[int, tuple[int, list[int], list[int]]] = {}
         self._epoch_before: dict[int, int] = {}  # of the previous window: a step may end in the next one
 
+    def __reduce__(self) -> tuple[type[EpochPlan], tuple[Any, ...]]:
+        """Copied, and sent to workers, as its arguments: each has windows of its own."""
+        return EpochPlan, self.arguments
+
+    def set_of(self, step: int) -> int:
+        """There is one data set."""
+        return 0
+
+    def epochs(self, step: int) -> list[float]:
+        """How often it has been gone through after `step` global steps."""
+        return [step * self.batch / self.samples]
+
     @property
     def steps_per_epoch(self) -> float:
         return self.samples / self.batch
@@ -87,21 +97,16 @@ class EpochPlan:
 
     def epoch_of(self, stream: int, position: int) -> int:
         """The epoch that a stream's position falls into."""
-        epoch = position * self.streams // self.samples  # right to within one, as streams differ by at most one sample
-        while self.stream_start(stream, epoch) > position:
-            epoch -= 1
-        while self.stream_start(stream, epoch + 1) <= position:
-            epoch += 1
-        return epoch
+        return (position * self.streams + stream) // self.samples  # as stream_start(e) = ceil((e*N - stream) / C)
 
     def at(self, stream: int, position: int) -> Place:
         """The sample at a stream's position, counted over all epochs."""
-        return self._span(stream, position, 1)[0]
+        return self.span(stream, position, 1)[0]
 
     def step(self, step: int, streams: Sequence[int] | None = None) -> list[Place]:
         """The samples of a global step, stream after stream (only of `streams`; all: None)."""
         chosen = range(self.streams) if streams is None else streams
-        return [place for stream in chosen for place in self._span(stream, step * self.per_step, self.per_step)]
+        return [place for stream in chosen for place in self.span(stream, step * self.per_step, self.per_step)]
 
     def shards_in_use(self) -> set[int]:
         """The shards of the last requested windows: those that a reader should keep open."""
@@ -125,7 +130,7 @@ class EpochPlan:
         begin, end = self._segment(stream, epoch)
         return max(begin - start, 0), min(end - start, int(self.sizes[shard]))
 
-    def _span(self, stream: int, position: int, count: int) -> list[Place]:
+    def span(self, stream: int, position: int, count: int) -> list[Place]:
         """`count` samples of a stream from `position` on, across as many windows and epochs as needed."""
         places: list[Place] = []
         while len(places) < count:
@@ -201,7 +206,9 @@ class EpochPlan:
         positions = begin + np.concatenate(parts)
         if len(parts) > 1:
             positions = self._rng(2, epoch, stream, number).permutation(positions)
-        following = (epoch, number + 1) if number + 2 < len(windows) else (epoch + 1, 0)
+        following = (epoch, number + 1)
+        if number + 2 >= len(windows):  # in its next epoch that has samples for this stream
+            following = (self.epoch_of(stream, self.stream_start(stream, epoch + 1)), 0)
         return Window(epoch, number, *self._places(epoch, positions), self._shards_of(stream, *following))
 
     def _pile(self, stream: int, epoch: int, pile: int) -> np.ndarray:

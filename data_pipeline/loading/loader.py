@@ -1,7 +1,8 @@
-"""From a data set to batches that follow the epoch plan, at any number of ranks and workers."""
+"""From data sets to batches that follow their plan, at any number of ranks and workers."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,13 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.threads import Prefetcher
 from data_pipeline.loading.batch import Batch, DataCursor, widened
 from data_pipeline.loading.caption_draw import CaptionOptions, draws_of
-from data_pipeline.loading.epoch_plan import EpochPlan, Place
+from data_pipeline.loading.epoch_plan import Place
+from data_pipeline.loading.plan import Plan, plan_of
 from data_pipeline.loading.sample_reader import SampleReader, pin
 from data_pipeline.loading.shard_cache import refuse_little_room
 from data_pipeline.loading.worker_pool import Workers
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.data_sets import BUCKETS, ONE, DataSets, Numbered
 
-EPOCHS_A_BATCH = 10  # a sample may well repeat within a batch, each time with its own noise; more repeats are a mistake
 WINDOWS_HELD = 3  # piles of a stream's shards that stay open: two for its window, and the next
 
 
@@ -39,9 +40,10 @@ class LoaderConfig:
     shuffle: bool = True
     captions: CaptionOptions = field(default_factory=CaptionOptions)  # which one of several a step takes
 
-    def loader(self, root: str, batch_size: int, **position: Any) -> Loader:
-        """The loader of a data set. A subclass may return another one (`data._target_=my_package.MyLoaderConfig`)."""
-        return Loader(root, batch_size, self, **position)
+    def loader(self, data: str | DataSets, batch_size: int, **position: Any) -> Loader:
+        """The loader of a data set, by its path, or of several. A subclass may return another one
+        (`data._target_=my_package.MyLoaderConfig`)."""
+        return Loader(data, batch_size, self, **position)
 
 
 class Loader:
@@ -51,7 +53,7 @@ class Loader:
 
     def __init__(
         self,
-        root: str,
+        data: str | DataSets,
         batch_size: int,
         config: LoaderConfig = LoaderConfig(),  # noqa: B008  (frozen)
         seed: int = 0,
@@ -66,26 +68,20 @@ class Loader:
                 f"data.streams={config.streams} can't be shared by {world_size} ranks x accumulation={accumulation}: "
                 f"make it a multiple of {world_size * accumulation}."
             )
-        self.manifest = Manifest.load(root)
-        self.manifest.check_shards(root)
-        refuse_little_room(self.manifest.shards)
-        config.captions.refuse_unfit(root, [self.manifest])
-        sizes = [shard.samples for shard in self.manifest.shards]
-        self.plan = EpochPlan(
-            sizes, seed, batch_size, config.streams, config.window_shards, config.shuffle, config.overlap
-        )
-        if batch_size > EPOCHS_A_BATCH * self.plan.samples:
-            raise UserError(
-                f"batch_size={batch_size} would read all of {root} ({self.plan.samples} samples) more than "
-                f"{EPOCHS_A_BATCH} times a step: lower it."
-            )
+        self.data = data if isinstance(data, DataSets) else DataSets.of(data)
+        self.data.check_shards()
+        refuse_little_room([shard for each in self.data for shard in each.manifest.shards])
+        config.captions.refuse_unfit(self.data.root, [each.manifest for each in self.data])
+        order = {"shuffle": config.shuffle, "overlap": config.overlap}
+        self.plan: Plan = plan_of(self.data, seed, batch_size, config.streams, config.window_shards, **order)
+        self.counting = copy.deepcopy(self.plan)  # a thread uses the other
         own = config.streams // world_size
         self.streams = list(range(rank * own, (rank + 1) * own))
         if config.num_workers > own:
             raise UserError(f"data.num_workers={config.num_workers} is more than a rank's {own} streams: lower it.")
         if config.num_workers < 0 or config.prefetch < 0:
             raise UserError("data.num_workers and data.prefetch must be at least 0.")
-        self.root, self.config, self.accumulation, self.start, self.seed = root, config, accumulation, start, seed
+        self.config, self.accumulation, self.start, self.seed = config, accumulation, start, seed
         self.json_fields = tuple(json_fields)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -94,8 +90,15 @@ class Loader:
 
     def shards_of(self, step: int) -> list[str]:
         """The shards that hold this rank's samples of a step. Thread-safe: it uses its own plan."""
-        plan = EpochPlan(*self.plan.arguments)
-        return sorted({self.manifest.shards[place.shard].name for place in plan.step(step, self.streams)})
+        plan, numbered = copy.deepcopy(self.plan), Numbered(self.data)
+        found = (numbered[place.shard] for place in plan.step(step, self.streams))
+        return sorted({f"{each.name}/{shard.name}".lstrip("/") for _, each, shard in found})
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each data set has been gone through after `step` steps, by name; none for a single one."""
+        if self.data.layout == ONE:
+            return {}
+        return dict(zip((each.name for each in self.data), self.counting.epochs(step), strict=True))
 
     def _steps(self) -> Iterator[Sequence[StepPart]]:
         """The parts of each step, joined in the order of streams."""
@@ -127,6 +130,7 @@ class Loader:
                 step,
                 DataCursor(step + 1),
                 self.plan.streams,
+                parts[0].bucket,
             )
 
 
@@ -148,28 +152,23 @@ class StepPart(NamedTuple):
     keys: list[str]
     captions: list[str]
     tensors: dict[str, Tensor]
+    bucket: str  # name; "": the data set has none
 
 
 class _StreamParts:
     """Called in a thread or, with its number, in a worker: the parts of each step, of all or of its streams."""
 
     def __init__(self, loader: Loader) -> None:
-        self.root, self.manifest, self.plan = loader.root, loader.manifest, loader.plan
-        self.streams, self.config, self.first_step = loader.streams, loader.config, loader.start.step
+        self.data, self.plan, self.config = loader.data, loader.plan, loader.config
+        self.streams, self.first_step = loader.streams, loader.start.step
         self.seed, self.json_fields = loader.seed, loader.json_fields
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"plan": self.plan.arguments}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"plan": EpochPlan(*state["plan"])})
 
     def __call__(self, worker: int | None = None, of: int = 1) -> Iterator[StepPart]:
         streams = np.array_split(self.streams, of)[worker or 0].tolist()
         # Values that are not finite cost training a step, which it logs (stability_monitor.py), not the run.
         how = {"verify": self.config.verify, "finite": False, "json_fields": self.json_fields}
         how |= {"captions": self.config.captions}
-        reader = SampleReader(self.root, self.manifest, self.config.cache_mb / of, **how)
+        reader = SampleReader(self.data, self.config.cache_mb / of, **how)
         reader.pieces = self.plan.pieces
         pinned = worker is None and torch.cuda.is_available()
         windows = -1
@@ -182,12 +181,16 @@ class _StreamParts:
                     reader.prefetch(self.plan.shards_in_use())
                     reader.prefetch(needed)
                 draws = draws_of(self.seed, step, streams, self.plan.per_step)
-                yield StepPart(step, *reader.batch(places, pinned, draws))
-                most = WINDOWS_HELD * self.plan.window_shards * len(streams)
+                yield StepPart(step, *reader.batch(places, pinned, draws), self._bucket(step))
+                most = WINDOWS_HELD * self.config.window_shards * len(streams) * len(self.data)
                 if moved and len(reader.shards) + len(reader.opening) > most:
                     reader.keep_only(needed)
         finally:
             reader.close()
+
+    def _bucket(self, step: int) -> str:
+        """The name of a step's bucket; "" if there are none."""
+        return self.data.sets[self.plan.set_of(step)].name if self.data.layout == BUCKETS else ""
 
 
 def read_dataset(
@@ -197,9 +200,10 @@ def read_dataset(
     captions: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
 ) -> list[dict[str, Any]]:
     """The samples of a data set in order, decoded, each with its first caption; at most `limit`."""
-    manifest = Manifest.load(root)
-    reader = SampleReader(root, manifest, cache_mb=0, json_fields=json_fields, captions=captions)
-    places = (Place(number, i) for number, shard in enumerate(manifest.shards) for i in range(shard.samples))
+    data = DataSets.of(root)
+    reader = SampleReader(data, cache_mb=0, json_fields=json_fields, captions=captions)
+    shards = data.sets[0].manifest.shards
+    places = (Place(number, i) for number, shard in enumerate(shards) for i in range(shard.samples))
     samples: list[dict[str, Any]] = []
     try:
         for place in itertools.islice(places, limit):

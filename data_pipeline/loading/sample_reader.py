@@ -1,4 +1,4 @@
-"""Reads samples of a data set by place: threads open and check shards, arrays are copied once, the rest is decoded."""
+"""Reads samples of data sets by place: threads open and check shards, arrays are copied once, the rest is decoded."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from data_pipeline.loading.shard_cache import RemoteShard, fits_cache, open_shar
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import differing
 from data_pipeline.shards.caption_members import line_of, member_of
+from data_pipeline.shards.data_sets import DataSets, Numbered
 from data_pipeline.shards.json_fields import FROM_JSON
-from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.samples import as_sample, captions_of, collated, fields_of, size_of, without_other_pictures
 from data_pipeline.shards.tar_index import IndexEntry, read_index, refuse_other_bytes
 
@@ -38,15 +38,14 @@ class OpenShard(NamedTuple):
 
 
 class SampleReader:
-    """Reads samples of a data set by place. Background threads open shards; decoded pictures are kept up to `cache_mb`,
+    """Reads samples of data sets by place. Background threads open shards; decoded pictures are kept up to `cache_mb`,
     enough for small sets. verify: each shard's digest is checked once, before any of its samples is handed out. The
     dtype and shape of each array are checked on every read. finite: whether values that are not finite are refused.
     json_fields: names of FROM_JSON that become arrays, too. captions: which one a batch takes of several."""
 
     def __init__(
         self,
-        root: str,
-        manifest: Manifest,
+        data: DataSets,
         cache_mb: float,
         verify: bool = True,
         finite: bool = True,
@@ -54,12 +53,12 @@ class SampleReader:
         captions: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
     ) -> None:
         _allow_many_open_files()
-        self.root, self.manifest, self.verify, self.finite, self.captions = root, manifest, verify, finite, captions
-        self.json_fields = {name: FROM_JSON[name] for name in json_fields}
-        self.fields = fields_of(manifest)
+        self.numbered, self.kind, self.verify, self.finite = Numbered(data), data.kind, verify, finite
+        self.captions, self.json_fields = captions, {name: FROM_JSON[name] for name in json_fields}
+        self.fields = fields_of(data.sets[0].manifest)  # the same in all (data_sets.py)
         self.arrays = [name for name in self.fields if name.endswith(".npy")]
         self.only_arrays = all(name in ("json", "txt") or name in self.arrays for name in self.fields)
-        self.layouts: dict[str, ArrayLayout | None] = {}
+        self.layouts: dict[tuple[int, str], ArrayLayout | None] = {}  # of each set: buckets differ in shape
         self.openers = ThreadPoolExecutor(min(OPENERS, os.cpu_count() or 1), "open shard")
         self.opening: dict[int, Future[OpenShard]] = {}
         self.shards: dict[int, OpenShard] = {}
@@ -94,17 +93,17 @@ class SampleReader:
         self, found: Sequence[tuple[Any, IndexEntry]], places: Sequence[Place], captions: Sequence[str], pinned: bool
     ) -> dict[str, Tensor] | None:
         """captions: for each sample the name of its caption; "" for the first."""
-        tensors = {}
+        tensors, (which, _, _) = {}, self.numbered[places[0].shard]
         for member in self.arrays:
             members = [self._of_caption(place, member, name) for place, name in zip(places, captions, strict=True)]
-            if member not in self.layouts:
+            if (which, member) not in self.layouts:
                 data, entry = found[0]
                 if member not in entry.members:
                     return None
                 self.read(places[0])  # names the array that can't be decoded
                 offset, size = entry.members[member]
-                self.layouts[member] = ArrayLayout.of(bytes(data[offset : offset + size]))
-            layout = self.layouts[member]
+                self.layouts[which, member] = ArrayLayout.of(bytes(data[offset : offset + size]))
+            layout = self.layouts[which, member]
             values = None if layout is None else stacked(members, layout, found, pinned)
             if values is None:
                 return None
@@ -115,7 +114,7 @@ class SampleReader:
 
     def _fields(self, place: Place) -> Mapping[str, Any]:
         """The fields of a place's data set, as its manifest has them."""
-        return self.manifest.fields
+        return self.numbered[place.shard][1].manifest.fields
 
     def _texts(self, place: Place, shard: OpenShard, entry: IndexEntry) -> dict[str, Any]:
         """A sample without its arrays."""
@@ -159,7 +158,7 @@ class SampleReader:
         if lacking := self._lacking(wanted):
             raise self._naming(place, f"it lacks {lacking}")
         members = self._decoded(place, shard, entry, wanted)
-        sample = as_sample(entry.key, members, size_of(self.manifest))
+        sample = as_sample(entry.key, members, size_of(self.numbered[place.shard][1].manifest))
         sample |= self._in_json(place, sample["meta"])
         cost = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
         if cost <= self.room and not self.only_arrays:
@@ -181,12 +180,13 @@ class SampleReader:
 
     def _lacking(self, members: Mapping[str, Any]) -> str:
         """A required member that a sample does not have."""
-        if self.manifest.kind == "image-text":
+        if self.kind == "image-text":
             return "" if any(name in IMAGES for name in members) else "a picture"
         return ", ".join(name for name in self.arrays if name not in members)
 
     def _naming(self, place: Place, reason: str) -> DataError:
-        path = storage.join(self.root, self.manifest.shards[place.shard].name)
+        _, of, shard = self.numbered[place.shard]
+        path = storage.join(of.root, shard.name)
         return DataError(f"sample {self.shard(place.shard).entries[place.sample].key} of shard {path}: {reason}")
 
     def prefetch(self, numbers: set[int]) -> None:
@@ -207,11 +207,11 @@ class SampleReader:
 
     def _shard(self, number: int) -> tuple[Any, list[IndexEntry]]:
         """A shard's bytes, from the cache, from disk or from the bucket, and its index."""
-        shard = self.manifest.shards[number]
-        entries = read_index(self.root, shard)
-        path = storage.join(self.root, shard.name)
+        _, of, shard = self.numbered[number]
+        entries = read_index(of.root, shard)
+        path = storage.join(of.root, shard.name)
         if storage.is_s3(path) or fits_cache(shard):
-            data = open_shard(self.root, shard, entries, lambda: self.pieces(number))
+            data = open_shard(of.root, shard, entries, lambda: self.pieces(number))
         else:
             with open(path, "rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

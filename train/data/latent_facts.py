@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -33,6 +33,7 @@ class LatentFacts:
     conditions: Mapping[str, Mapping[str, Any]]  # how to build each condition again
     null: Mapping[str, Tensor]  # null conditions from the encoders, by field
     codebook: Tensor | None = None
+    buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)  # shapes, if there are several
 
     @classmethod
     def of(cls, root: str, manifest: Manifest, fold: int, scaling_factor: float | None = None) -> LatentFacts:
@@ -61,6 +62,15 @@ class LatentFacts:
             return self
         channels = len(self.mean)
         return replace(self, mean=[0.0] * channels, std=[1.0 / scaling_factor] * channels)
+
+    def of_bucket(self, name: str | None) -> LatentFacts:
+        """With the shapes of an aspect-ratio bucket; None: as they are. UserError if it has no such bucket."""
+        if name is None:
+            return self
+        if name not in self.buckets:
+            known = f"take one of {', '.join(self.buckets)}" if self.buckets else "it has one size: leave bucket= out"
+            raise UserError(f"bucket={name} is none that this run was trained on: {known}.")
+        return replace(self, shapes=self.buckets[name])
 
     @property
     def stored_as(self) -> str:
@@ -94,10 +104,10 @@ class LatentFacts:
 
     def refuse_other_encoders(self, autoencoder: str | None, clip: str | None) -> None:
         """UserError if encoders with these fingerprints did not make the latents or text states; None: not checked."""
-        for option, field, mark in (("autoencoder", "autoencoder", autoencoder), ("clip", "text_encoder", clip)):
-            if mark is not None and mark != self.fingerprints.get(field, mark):
+        for option, name, mark in (("autoencoder", "autoencoder", autoencoder), ("clip", "text_encoder", clip)):
+            if mark is not None and mark != self.fingerprints.get(name, mark):
                 raise UserError(
-                    f"the latents were made with {field} {self.fingerprints[field]}, but {option}.path contains "
+                    f"the latents were made with {name} {self.fingerprints[name]}, but {option}.path contains "
                     f"{mark}: use the one that made them, or run precompute_latents.py with this one."
                 )
 
@@ -120,16 +130,19 @@ class LatentFacts:
                 f"{has} does not fit these latents ({self.latent_shape[0]} channels, fold={self.fold}) and their "
                 f"conditioning: set {set_these}, or use latents, a fold and encoders that fit the U-Net."
             )
-        halvings, (h, w) = len(unet["channels"]) - 1, self.unet_shape[1:]
-        if h % 2**halvings or w % 2**halvings:
-            raise UserError(
-                f"latents of {h}x{w} (fold={self.fold}) can't be halved {halvings} times: use fewer levels in "
-                "unet.channels, or another fold or picture size."
-            )
+        if self.buckets and conditioner.one_size:
+            raise UserError("conditioning=[low_resolution] needs latents of one size: use one bucket, or leave it out.")
+        halvings = len(unet["channels"]) - 1
+        for h, w in {self.of_bucket(name).unet_shape[1:]: None for name in self.buckets or (None,)}:
+            if h % 2**halvings or w % 2**halvings:
+                raise UserError(
+                    f"latents of {h}x{w} (fold={self.fold}) can't be halved {halvings} times: use fewer levels in "
+                    "unet.channels, or another fold or picture size."
+                )
 
     def save(self, run: Path) -> None:
         """Write <run>/latents.json, null.safetensors and, for codes, codebook.safetensors."""
-        about = {name: getattr(self, name) for name in self.__slots__ if name not in ("null", "codebook")}
+        about = {name: getattr(self, name) for name in KINDS} | ({"buckets": self.buckets} if self.buckets else {})
         storage.write_atomically(run / "latents.json", json.dumps(about, indent=1).encode())
         storage.write_atomically(run / "null.safetensors", save(dict(self.null)))
         if self.codebook is not None:
@@ -139,14 +152,17 @@ class LatentFacts:
     def of_run(cls, run: Path) -> LatentFacts:
         """Read what `save` wrote."""
         saved = read_json(run / "latents.json")
-        refuse_wrong_kinds(saved, KINDS, str(run / "latents.json"))
+        saved.setdefault("buckets", {})
+        refuse_wrong_kinds(saved, {**KINDS, **BUCKETS}, str(run / "latents.json"))
         refuse_no_latents(saved["shapes"], str(run / "latents.json"))
-        about = {name: saved[name] for name in KINDS} | {"conditions": named(saved["conditions"])}
+        about = {name: saved[name] for name in (*KINDS, "buckets")} | {"conditions": named(saved["conditions"])}
         return cls(**about, null=tensors_in(str(run / "null.safetensors")), codebook=codebook_of(run))
 
 
-# Types of the fields in latents.json.
-KINDS = {name: hint for name, hint in get_type_hints(LatentFacts).items() if name not in ("null", "codebook")}
+# Types of the fields in latents.json; `buckets` only if there are some.
+HINTS = get_type_hints(LatentFacts)
+KINDS = {name: hint for name, hint in HINTS.items() if name not in ("null", "codebook", "buckets")}
+BUCKETS = {"buckets": HINTS["buckets"]}
 
 
 def refuse_no_latents(shapes: Mapping[str, Sequence[int]], where: str) -> None:

@@ -14,9 +14,10 @@ from torch import nn
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import read_config
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.data_sets import DataSets
 from train.data.base_model import refuse_absent
 from train.data.build import Instantiate, used_conditions, uses_clip
+from train.data.joined_facts import facts_of
 from train.data.latent_facts import LatentFacts
 from train.data.online_encoding import OnlineLatents, first_batches
 from train.data.sizes import fields_in_json, with_mean_size
@@ -34,7 +35,7 @@ class Latents(NamedTuple):
 
 def latents_of(
     config: Mapping[str, Any],
-    data: Manifest,
+    data: DataSets,
     make_loader: Callable[..., Any],
     read_samples: Callable[..., list[dict[str, Any]]],
     instantiate: Instantiate,
@@ -43,10 +44,9 @@ def latents_of(
     """Latents as stored, or encoded from image-text shards during training. make_loader, read: for the stored data."""
     if data.kind == "latents":
         autoencoder = instantiate(config["autoencoder"]) if config["preview_every"] else None
-        root = f"{config['input']}/train"
-        facts = LatentFacts.of(root, data, config["fold"], config["scaling_factor"])
+        facts = facts_of(data, config["fold"], config["scaling_factor"])
         if fields := fields_in_json(config, facts):
-            facts = with_mean_size(facts, root, data)
+            facts = with_mean_size(facts, data)
             make_loader, read_samples = (partial(read, json_fields=fields) for read in (make_loader, read_samples))
         return Latents(make_loader, read_samples, autoencoder, facts)
     online = OnlineLatents.of(config, instantiate, device)
@@ -56,10 +56,15 @@ def latents_of(
 
 
 def refuse_other_encoders(
-    facts: LatentFacts, config: Mapping[str, Any], autoencoder: nn.Module | None, instantiate: Instantiate
+    facts: LatentFacts,
+    config: Mapping[str, Any],
+    autoencoder: nn.Module | None,
+    instantiate: Instantiate,
+    root: str,
 ) -> None:
-    """UserError if other encoders made these latents, as far as their folders and the loaded first stage can tell."""
-    where = f"{config['input']}/train/manifest.json"
+    """UserError if other encoders made these latents, as far as their folders and the loaded first stage can tell.
+    root: the data set that names the conditions."""
+    where = storage.join(root, "manifest.json")
     needed, path = uses_clip(used_conditions(config, facts, where)), config["clip"].get("path")
     if needed and path is None:
         encoder = facts.fingerprints["text_encoder"]

@@ -142,3 +142,7 @@ class EncodedBatches:
     def shards_of(self, step: int) -> list[str]:
         """The loader's shards of a step, to report what a waiting rank waits for."""
         return self.loader.shards_of(step)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """The loader's, of each data set."""
+        return self.loader.epochs(step)

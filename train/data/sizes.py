@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.shards.data_sets import DataSets
 from data_pipeline.shards.json_fields import FROM_JSON, GEOMETRY, mean_size
-from data_pipeline.shards.manifest import Manifest
 from train.data.latent_facts import LatentFacts
 
 
@@ -18,9 +18,12 @@ def fields_in_json(config: Mapping[str, Any], facts: LatentFacts) -> tuple[str, 
     return tuple(name for name in config["conditioning"] if name in FROM_JSON and name not in facts.shapes)
 
 
-def with_mean_size(facts: LatentFacts, root: str, data: Manifest) -> LatentFacts:
-    """Facts that say that samples have sizes, and which to draw at. UserError if the samples have none."""
-    conditions = {**facts.conditions, "size": {"name": "size", "mean": mean_size(root, data)[0]}}
+def with_mean_size(facts: LatentFacts, data: DataSets) -> LatentFacts:
+    """Facts that say that samples have sizes, and which to draw at: the mean over all samples of all sets. UserError if
+    the samples have none."""
+    means = [mean_size(each.root, each.manifest)[0] for each in data]
+    mean = np.average(means, axis=0, weights=[each.manifest.samples for each in data]).tolist()
+    conditions = {**facts.conditions, "size": {"name": "size", "mean": means[0] if len(means) == 1 else mean}}
     return replace(facts, shapes={**facts.shapes, "size": [2 * len(GEOMETRY)]}, conditions=conditions)
 
 

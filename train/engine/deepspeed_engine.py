@@ -33,6 +33,7 @@ class StepResult(NamedTuple):
     keys: tuple[str, ...]
     lr: float
     applied: bool
+    bucket: str = ""  # the step's aspect-ratio bucket, of a run on several
 
 
 class Engine(ZeroState):
@@ -79,7 +80,8 @@ class Engine(ZeroState):
             self.deepspeed.step()
             keys += batch.keys
             sums = {name: sums.get(name, 0.0) + value / self.accumulation for name, value in terms.parts.items()}
-        return StepResult(sums, batch.cursor, keys, lr, finite and self.deepspeed.was_step_applied())
+        applied = finite and self.deepspeed.was_step_applied()
+        return StepResult(sums, batch.cursor, keys, lr, applied, batch.bucket)
 
     def _clip_or_drop_gradients(self) -> bool:
         """Whether this step may be applied. ZeRO stages 1 to 3 clip and check that themselves; stage 0 would apply any.
@@ -137,7 +139,10 @@ class Engine(ZeroState):
                 master.data.copy_(original)
 
     def flops(self, batch: Batch) -> int:
-        """FLOPs of one step on this rank; `batch` is one of its micro-batches. Collective at stage 3."""
+        """FLOPs of one step on this rank; `batch` is one of its micro-batches. 0, not known, of a run on several
+        buckets, whose steps differ. Collective at stage 3."""
+        if batch.bucket:
+            return 0
         batch = batch.to(self.ranks.device)
         return self.accumulation * of_training(lambda: self.module(batch))
 

@@ -57,13 +57,15 @@ class NoWatchdog:
         """Report that a phase begins, which counts as progress."""
 
     def watched(self, batches: Iterator[Batch], state: TrainState, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; waiting for one is phase "data", processing it phase "step"."""
-        first = True
+        """The same batches; waiting for one is phase "data", processing it phase "step". The first of each shape may
+        be compiled, which takes long."""
+        known = set()
         while True:
             self.beat("data", state.step)
             batch = next(batches)
-            self.beat("first step" if first else "step", state.step)
-            first = False
+            bucket = getattr(batch, "bucket", "")
+            self.beat("step" if bucket in known else "first step", state.step)
+            known.add(bucket)
             yield batch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,16 @@ from data_pipeline.loading.batch import Batch
 from train.distributed.collectives import mean_over_ranks
 from train.engine.deepspeed_engine import Engine, StepResult
 from train.engine.flops import peak
+
+
+@dataclass(slots=True)
+class BucketSums:
+    """Of the steps on one aspect-ratio bucket."""
+
+    steps: int = 0
+    applied: int = 0
+    seconds: float = 0.0
+    loss: Tensor | float = 0.0  # over the applied steps
 
 
 @dataclass(slots=True)
@@ -29,6 +39,7 @@ class Interval:
     skipped: int = 0
     lr: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each part of the loss, over the applied steps
+    buckets: dict[str, BucketSums] = field(default_factory=dict)  # by name; none in a run on one size
 
     @classmethod
     def now(cls) -> Interval:
@@ -62,7 +73,18 @@ class Meter:
         for name, value in result.parts.items():  # one non-finite value would hide all others
             counted = value if result.applied else torch.zeros_like(value)
             since.sums[name] = since.sums.get(name, 0.0) + counted
-        since.last = time.monotonic()
+        now = time.monotonic()
+        if result.bucket:
+            self._add_to_bucket(result, now - since.last)
+        since.last = now
+
+    def _add_to_bucket(self, result: StepResult, seconds: float) -> None:
+        sums = self.since.buckets.setdefault(result.bucket, BucketSums())
+        sums.steps += 1
+        sums.seconds += seconds
+        sums.applied += result.applied
+        loss = result.parts["loss"]
+        sums.loss = sums.loss + (loss if result.applied else torch.zeros_like(loss))
 
     def restart_clock(self) -> None:
         """Exclude the time since the last step, which was not training, from the rate."""
@@ -88,9 +110,25 @@ class Meter:
             "data_wait": since.waited / seconds,
             "skipped_steps": since.skipped,
             "peak_memory_gb": peak_memory_gb(),
+            **of_buckets(since.buckets),
         }
         self.since = Interval.now()
         return row
+
+
+def of_buckets(buckets: Mapping[str, BucketSums]) -> dict[str, float]:
+    """loss/NAME and step_s/NAME (seconds) of each bucket that had a step. Collective: the names are the same on all
+    ranks, as a step takes one bucket on all of them."""
+    if not buckets:
+        return {}
+    names = sorted(buckets)
+    losses = mean_over_ranks(torch.stack([buckets[name].loss for name in names]).double()).tolist()
+    row = {}
+    for name, loss in zip(names, losses, strict=True):
+        sums = buckets[name]
+        row[f"loss/{name}"] = loss / sums.applied if sums.applied else math.nan
+        row[f"step_s/{name}"] = sums.seconds / sums.steps
+    return row
 
 
 def utilisation(engine: Engine, achieved: float) -> dict[str, float]:

@@ -21,6 +21,7 @@ from data_pipeline.common.option_checks import (
     refuse_wrong_values,
 )
 from data_pipeline.loading.batch import Batch, DataCursor
+from data_pipeline.shards.data_sets import DataSets
 from train.checkpointing.checkpoints import RESUME, CheckpointConfig
 from train.checkpointing.files import CheckpointPaths
 from train.distributed.ranks import Ranks
@@ -154,10 +155,10 @@ class Recipe:
     dtype_because: str = "set by engine.dtype"  # why the engine has its dtype
 
     @classmethod
-    def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks) -> Recipe:
+    def of(cls, cfg: Any, build: Callable[..., Any], ranks: Ranks, data: DataSets) -> Recipe:
         """Build from an entry script's configuration by hydra's instantiate; UserError for options that do not fit."""
         refuse_wrong_entry(cfg)
-        make_loader = partial(build(cfg.data).loader, f"{cfg.input}/train", seed=cfg.seed)
+        make_loader = partial(build(cfg.data).loader, data.for_loader(), seed=cfg.seed)
         order = {
             name: cfg.data[name] for name in ("streams", "window_shards", "shuffle", "overlap") if name in cfg.data
         }

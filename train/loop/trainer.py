@@ -81,9 +81,15 @@ class Trainer:
         checkpoint are cut, and logged again."""
         context, state = self.context, self.context.state
         if due(state.step, self.cadence.log_every, state.total_steps):
-            values = self.meter.summary(context.engine)
+            values = self.meter.summary(context.engine) | self._epochs()
             context.reporter.log(state.step, values)
             self.monitor.after_log(state.step, values["loss"])
+
+    def _epochs(self) -> dict[str, float]:
+        """epochs/NAME of each data set, if the loader has several."""
+        epochs = getattr(self.batches, "epochs", None)
+        found = epochs(self.context.state.step) if epochs is not None else {}
+        return {f"epochs/{name}": value for name, value in found.items()}
 
     def _act_when_due(self) -> None:
         """Run the entry script's own actions: validation, previews."""

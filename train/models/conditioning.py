@@ -72,10 +72,11 @@ class DataFacts(Protocol):
 class Conditioner(nn.Module):
     """needs: the stored fields that it reads; context_dim, vector_dim, concat_channels: sizes of its outputs, if any.
 
-    of_text: whether a negative prompt replaces its null; needs_vector: whether a U-Net without vector_dim is refused.
+    of_text: whether a negative prompt replaces its null; needs_vector: whether a U-Net without vector_dim is refused;
+    one_size: whether it is for latents of one height and width only.
     """
 
-    of_text = needs_vector = False
+    of_text = needs_vector = one_size = False
     needs: tuple[str, ...] = ()
     context_dim: int | None = None
     vector_dim: int | None = None
@@ -186,6 +187,7 @@ class LowResolutionImage(Conditioner):
     """
 
     needs = ("low_resolution",)
+    one_size = True
 
     def __init__(self, facts: DataFacts, drop: bool = True) -> None:
         super().__init__()
@@ -240,6 +242,7 @@ class Conditioners(Conditioner):
         self.context_dim = next(iter(self.context_dims.values()), None)
         self.vector_dim = sum(part.vector_dim or 0 for part in self.parts.values()) or None
         self.needs_vector = any(part.needs_vector for part in self.parts.values())
+        self.one_size = any(part.one_size for part in self.parts.values())
         self.concat_channels = sum(part.concat_channels for part in self.parts.values())
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:

@@ -21,6 +21,8 @@ from data_pipeline.common.errors import UserError
 from train.models.attention import PixelAttention, SpatialTransformer, attention_backend
 from train.models.resblocks import Downsample, ResnetBlock, Upsample
 
+GRAPHS_A_SHAPE = 2  # with gradients, and without, to count FLOPs
+
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Timesteps (B,), in thousandths of the process -> (B, dim), cosines first (Ho et al. 2020; as in SD)."""
@@ -237,12 +239,22 @@ class UNet(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         if compiled:  # else torch.compile would trace into the probe and break the graph at each attention
             torch.compiler.assume_constant_result(attention_backend)
-            self.compile()
+            self.compile(dynamic=False)  # a graph a shape: as fast for each as in a run on one
 
     def _through(self, block: nn.Module, *arguments: Any) -> Any:
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
+
+
+def allow_graphs(shapes: int) -> None:
+    """Let torch.compile keep the graphs of so many latent shapes: beyond its limit of 8 graphs it would run the network
+    uncompiled, with a warning only."""
+    import torch._dynamo  # seconds
+
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_A_SHAPE * shapes)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
 
 
 def _check_levels(

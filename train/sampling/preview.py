@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from data_pipeline.images.grid import grid, save_png
+from data_pipeline.shards.data_sets import DataSets
 from data_pipeline.shards.samples import collated
+from train.data.latent_facts import LatentFacts
 from train.engine.train_state import TrainState
 from train.runs.metrics import Reporter
 from train.runs.run_folder import RunFolder
@@ -16,32 +19,68 @@ from train.sampling.generator import ConditionBatch, Generator, Guidance, NotFin
 log = logging.getLogger(__name__)
 
 
+class PreviewPart(NamedTuple):
+    """Samples of one size, and a generator that draws that size."""
+
+    generator: Generator
+    samples: Sequence[dict[str, Any]]
+
+    @property
+    def conditions(self) -> ConditionBatch:
+        return ConditionBatch(collated(self.samples), [sample["caption"] for sample in self.samples])
+
+
+def preview_parts(
+    generator: Generator,
+    facts: LatentFacts,
+    data: DataSets,
+    read_samples: Callable[..., list[dict[str, Any]]],
+    count: int,
+) -> list[PreviewPart]:
+    """Every eighth of the first training samples of each data set, `count` in all: what can't be shared equally comes
+    from the largest sets. Each bucket is a part, all other sets are one."""
+    ordered = sorted(data, key=lambda each: -each.manifest.samples)
+    found = {}
+    for i, each in enumerate(ordered):
+        own = count // len(ordered) + (i < count % len(ordered))
+        found[each.name] = read_samples(root=each.root, limit=own * 8)[::8][:own] if own else []
+    if not facts.buckets:
+        return [PreviewPart(generator, [sample for samples in found.values() for sample in samples])]
+    return [
+        PreviewPart(replace(generator, latent_shape=facts.of_bucket(name).unet_shape), samples)
+        for name, samples in found.items()
+        if samples
+    ]
+
+
 class Preview:
-    """A grid for the conditions of `samples` with a fixed seed, drawn by rank 0 with the EMA weights."""
+    """A grid for the conditions of all parts' samples with a fixed seed, drawn by rank 0 with the EMA weights."""
 
     def __init__(
         self,
-        generator: Generator,
+        parts: Sequence[PreviewPart],
         sampler: Sampler,
         guidance: Guidance,
-        samples: Sequence[dict[str, Any]],
         seed: int,
         run: RunFolder,
         reporter: Reporter,
     ) -> None:
-        self.generator, self.sampler, self.guidance, self.seed = generator, sampler, guidance, seed
+        self.parts, self.sampler, self.guidance, self.seed = parts, sampler, guidance, seed
         self.run, self.reporter = run, reporter
-        self.conditions = ConditionBatch(collated(samples), [sample["caption"] for sample in samples])
 
     def draw(self, state: TrainState) -> None:
-        if self.run.ranks.is_main:
-            try:
-                drawn = self.generator.draw(self.conditions, self.sampler, self.guidance, self.seed)
-            except NotFinite as error:  # training may yet recover
-                log.warning("no sample grid at step %d: %s", state.step, error)
-                return
-            path = self.run.samples / f"step-{state.step:08d}.png"
-            shown = list(self.generator.with_conditioning_images(self.conditions, drawn))
-            title = how_drawn(state.step, self.sampler, self.guidance, self.seed)
-            sheet = grid(shown, self.conditions.captions, title=title)
-            self.reporter.image(state.step, "samples", save_png(sheet, path))
+        if not self.run.ranks.is_main:
+            return
+        shown, captions = [], []
+        try:
+            for part in self.parts:
+                conditions = part.conditions
+                drawn = part.generator.draw(conditions, self.sampler, self.guidance, self.seed)
+                shown += list(part.generator.with_conditioning_images(conditions, drawn))
+                captions += conditions.captions
+        except NotFinite as error:  # training may yet recover
+            log.warning("no sample grid at step %d: %s", state.step, error)
+            return
+        path = self.run.samples / f"step-{state.step:08d}.png"
+        title = how_drawn(state.step, self.sampler, self.guidance, self.seed)
+        self.reporter.image(state.step, "samples", save_png(grid(shown, captions, title=title), path))

@@ -64,9 +64,14 @@ class TrainedRun:
 
 
 def open_run(
-    run: str, step: str | int, autoencoder_path: str | None = None, clip_path: str | None = None
+    run: str,
+    step: str | int,
+    autoencoder_path: str | None = None,
+    clip_path: str | None = None,
+    bucket: str | None = None,
 ) -> TrainedRun:
-    """Loads a run with its EMA weights in fp32. Encoder paths default to those that it was trained with.
+    """Loads a run with its EMA weights in fp32. Encoder paths default to those that it was trained with. bucket: the
+    size that it draws, of a run on aspect-ratio buckets; None: that of most of its samples.
 
     The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """
@@ -81,8 +86,8 @@ def open_run(
     make_objective = build(config["objective"], "objective", f"{where}objective")
     for group in ("sampler", "guidance"):
         build(config[group], group, where + group)
+    facts = LatentFacts.of_run(folder).of_bucket(bucket)
     weights = ema_weights(folder, step)
-    facts = LatentFacts.of_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = used_conditions(config, facts, f"{folder / 'latents.json'}")
     given = config["conditioning"].items()

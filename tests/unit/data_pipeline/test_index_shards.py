@@ -16,6 +16,7 @@ from synthetic import run
 from data_pipeline.loading.epoch_plan import Place
 from data_pipeline.loading.loader import read_dataset
 from data_pipeline.loading.sample_reader import SampleReader
+from data_pipeline.shards.data_sets import DataSets
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.sources.tar_listing import AGAIN
@@ -257,7 +258,7 @@ def test_what_img2dataset_wrote_goes_in_untouched(fetched):
     assert "11 processed, 3 filtered, 0 set aside, of 14 listed" in done.stdout
     manifest = Manifest.load(fetched)
     assert manifest.info["img2dataset"] == {"count": total, "successes": 14}
-    reader = SampleReader(str(fetched), manifest, 0)
+    reader = SampleReader(DataSets.of(str(fetched)), 0)
     samples = read_dataset(str(fetched))
     assert [s["meta"]["aesthetic"] for s in sorted(samples, key=lambda s: s["key"])] == [i / 2 for i in range(11)]
     for sample in samples:

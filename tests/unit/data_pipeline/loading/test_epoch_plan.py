@@ -21,12 +21,12 @@ def stream_places(a_plan, stream, epoch):
     return [a_plan.at(stream, i) for i in range(*(a_plan.stream_start(stream, e) for e in (epoch, epoch + 1)))]
 
 
-@pytest.mark.parametrize("streams", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("streams", [1, 2, 3, 4, 8, 16, 54, 55, 200])  # the last two: more than there are samples
 @pytest.mark.parametrize("how", [{"shuffle": False}, {"overlap": False}, {}, {"window_shards": 1}])
 def test_each_sample_once_an_epoch(streams, how):
-    ours = plan(streams, 16 * 3, **how)
+    ours = plan(streams, streams, **how)
     everything = {(shard, i) for shard, size in enumerate(SIZES) for i in range(size)}
-    for epoch in range(2 * streams):
+    for epoch in range(min(2 * streams, 16)):
         places = [place for stream in range(streams) for place in stream_places(ours, stream, epoch)]
         assert len(places) == len(everything)
         assert set(places) == everything
@@ -103,7 +103,7 @@ def test_positions_of_two_epochs_are_not_correlated():
     when = []
     for epoch in range(3):
         firsts = [ours.stream_start(stream, epoch) for stream in range(4)]
-        places = {place: i for s in range(4) for i, place in enumerate(ours._span(s, firsts[s], 2500))}
+        places = {place: i for s in range(4) for i, place in enumerate(ours.span(s, firsts[s], 2500))}
         when.append(np.argsort(np.argsort([places[s, i] for s in range(500) for i in range(20)], kind="stable")))
     for one, other in ((0, 1), (1, 2), (0, 2)):
         assert abs(np.corrcoef(when[one], when[other])[0, 1]) < 0.15  # 500 shards: a standard deviation is 0.045
@@ -162,7 +162,7 @@ def test_empty_shards_and_an_empty_set():
             plan(1, 4, sizes=sizes)
 
 
-@pytest.mark.parametrize(("streams", "batch"), [(3, 8), (0, 8), (64, 64)])
+@pytest.mark.parametrize(("streams", "batch"), [(3, 8), (0, 8)])
 def test_what_can_not_be_dealt_is_refused(streams, batch):
     with pytest.raises(UserError, match=r"data\.streams"):
         plan(streams, batch)

@@ -21,6 +21,7 @@ from data_pipeline.loading.epoch_plan import Place
 from data_pipeline.loading.loader import read_dataset
 from data_pipeline.loading.sample_reader import SampleReader
 from data_pipeline.shards import codec
+from data_pipeline.shards.data_sets import DataSets
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.tar_index import scan
 
@@ -244,7 +245,7 @@ def test_the_loader_names_what_is_not_as_the_manifest_says(latents, name, batch)
     with pytest.raises(DataError, match=named):
         read_dataset(str(latents))
     places = [Place(0, sample) for sample in range(COUNT)]
-    reader = SampleReader(str(latents), Manifest.load(str(latents)), 0)
+    reader = SampleReader(DataSets.of(str(latents)), 0)
     with pytest.raises(DataError, match=named):
         [reader.batch(places[i : i + batch]) for i in range(0, COUNT, batch)]
     with pytest.raises(DataError, match=named) if check == "fields" else contextlib.nullcontext():
