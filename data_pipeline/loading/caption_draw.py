@@ -54,7 +54,7 @@ class CaptionOptions(CaptionEdits):
         CaptionEdits.__post_init__(self)
         if self.weights is not None and not sum(self.weights.values()):
             raise UserError(
-                f"captions.weights={self.weights} is not valid: give at least one of them a weight above 0."
+                f"captions.weights={self.weights} is not valid: one of them must be above 0."
             )
 
     def refuse_unfit(self, root: str, manifests: Sequence[Manifest]) -> None:
