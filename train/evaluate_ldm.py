@@ -33,19 +33,22 @@ DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{REC
 
 
 def main(cfg: DictConfig) -> None:
-    train = instantiate(cfg.read, root=f"{cfg.shards}/train")
-    heldout = []
-    if cfg.heldout_captions and exists(f"{cfg.shards}/heldout/manifest.json"):
-        heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=cfg.heldout_captions)
-    given = OmegaConf.to_container(cfg, resolve=True)
-    size = {option: value for option, value in size_options(given["size"]).items() if value is not None}
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path, cfg.bucket)
     if not cfg.other_shards:
         refuse_other_shards(run, cfg.shards)
+    train = instantiate(cfg.read, root=f"{cfg.shards}/train")
+    heldout = []
+    if cfg.heldout_captions and exists(f"{cfg.shards}/heldout/manifest.json"):
+        limit = None if run.facts.buckets else cfg.heldout_captions
+        heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=limit)
+    given = OmegaConf.to_container(cfg, resolve=True)
+    size = {option: value for option, value in size_options(given["size"]).items() if value is not None}
     if size and "size" not in run.conditions:
         raise UserError("this run is not conditioned on sizes: leave size out.")
     if run.facts.buckets:
-        train, heldout = of_bucket(run, train, cfg.shards), of_bucket(run, heldout, cfg.shards)
+        train, heldout = of_bucket(run, train), of_bucket(run, heldout)
+        refuse_no_pictures(run, train, cfg.shards)
+    heldout = heldout[: cfg.heldout_captions]
     refuse_sizes(train, cfg.shards)
     listed = len(train) + len(heldout)
     train, heldout = usable(run, train), usable(run, heldout)
@@ -105,13 +108,17 @@ def refuse_sizes(train: list[dict[str, Any]], shards: str) -> None:
         raise UserError(f"shards={shards} must contain pictures whose sides are multiples of {RECALL_PIXELS} pixels.")
 
 
-def of_bucket(run: TrainedRun, samples: list[dict[str, Any]], shards: str) -> list[dict[str, Any]]:
+def refuse_no_pictures(run: TrainedRun, train: list[dict[str, Any]], shards: str) -> None:
+    """UserError for shards without a picture of the run's bucket."""
+    if not train:
+        height, width = run.picture_size
+        raise UserError(f"shards={shards} has no picture of the bucket {height}x{width}: use another bucket=.")
+
+
+def of_bucket(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The samples whose pictures belong to the bucket that the run draws, cut to its size as in precompute."""
     sizes = Sizes(tuple(parsed(name) for name in run.facts.buckets))
     chosen = [s for s in samples if "image" in s and sizes.of(s["image"].shape[:2]) == run.picture_size]
-    if samples and not chosen:
-        height, width = run.picture_size
-        raise UserError(f"shards={shards} has no picture of the bucket {height}x{width}: use another bucket=.")
     return [sample | {"image": fitted(sample["image"], run.picture_size).pixels} for sample in chosen]
 
 

@@ -56,8 +56,9 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
     sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses an invalid number of steps
     given = Input.of(config["input"])
-    data, unseen = given.split("train"), given.split("heldout")
+    data = given.split("train")
     recipe, read_samples = Recipe.of(cfg, instantiate, ranks, data), instantiate(cfg.read, _partial_=True)
+    unseen = given.split("heldout")
     latents = latents_of(config, data, recipe.make_loader, read_samples, instantiate, ranks.device)
     recipe = replace(recipe, make_loader=latents.make_loader)
     read_samples, autoencoder = latents.read_samples, latents.autoencoder

@@ -53,9 +53,7 @@ class CaptionOptions(CaptionEdits):
             object.__setattr__(self, "weights", {str(name): weight for name, weight in self.weights.items()})
         CaptionEdits.__post_init__(self)
         if self.weights is not None and not sum(self.weights.values()):
-            raise UserError(
-                f"captions.weights={self.weights} is not valid: one of them must be above 0."
-            )
+            raise UserError(f"captions.weights={self.weights} is not valid: one of them must be above 0.")
 
     def refuse_unfit(self, root: str, manifests: Sequence[Manifest]) -> None:
         """UserError for weights of captions that no sample has, and for edits of captions that are encoded already.

@@ -92,7 +92,7 @@ def test_a_mix_is_killed_and_resumed_bit_for_bit(folder: Path, tmp_path: Path) -
     assert heldout["heldout_loss/a"] != heldout["heldout_loss/b"]
     other = run("train/train_ldm.py", *MIX, mixed(folder, a=1, b=1), f"output={tmp_path}/run", check=False)
     assert other.returncode == 2
-    assert "weights was [3, 1] and is [1, 1]" in other.stderr
+    assert "weights was [3, 1] and is now [1, 1]" in other.stderr
 
 
 def test_buckets_are_trained_on_killed_resumed_drawn_and_evaluated(folder: Path, tmp_path: Path) -> None:
@@ -123,12 +123,12 @@ def test_buckets_are_trained_on_killed_resumed_drawn_and_evaluated(folder: Path,
 MISTAKES = {
     "a path that is none": ("[{folder}/a, {folder}/nowhere]", "nowhere/train is not a data set"),
     "weight 0": ("[{{path: {folder}/a, weight: 0}}, {folder}/b]", "weight=0 of"),
-    "a negative weight": ("[{{path: {folder}/a, weight: -1}}, {folder}/b]", "give a number above 0"),
-    "a weight for some": ("[{{path: {folder}/a, weight: 2}}, {folder}/b]", "/b has no weight, the others have"),
+    "a negative weight": ("[{{path: {folder}/a, weight: -1}}, {folder}/b]", "use a number above 0"),
+    "a weight for some": ("[{{path: {folder}/a, weight: 2}}, {folder}/b]", "/b has no weight, but the others have"),
     "a word for a weight": ("[{{path: {folder}/a, weight: much}}]", "weight=much of"),
     "an unknown key": ("[{{path: {folder}/a, wieght: 2}}]", "has wieght: an entry has path and weight only"),
-    "no path": ("[{{weight: 2}}]", "names no data set: give path and weight"),
-    "an empty list": ("[]", "give a folder, or a list"),
+    "no path": ("[{{weight: 2}}]", "is not a data set: give its path and weight"),
+    "an empty list": ("[]", "use a folder, or a list"),
     "twice the same": ("[{folder}/a, {folder}/a/]", "twice: name it once, and give it a larger weight"),
     "other encoders": ("[{folder}/a, {folder}/other]", "the autoencoder is none in the first and xyz in the second"),
     "other shapes": ("[{folder}/a, {folder}/wide]", "moments.npy is float32 [8, 8, 8] in the first and float32 [8, 16"),
@@ -136,7 +136,7 @@ MISTAKES = {
     "pictures and latents": ("[{folder}/a, {folder}/pictures]", "the kind is latents in the first and image-text in"),
     "buckets in a mix": ("[{folder}/a, {folder}/buckets]", "holds aspect-ratio buckets, which can't be mixed"),
     "a bucket that is gone": ("{folder}/gone", "lacks the bucket 32x16, which"),
-    "buckets not finished": ("{folder}/begun", "holds buckets that are not finished: start precompute_latents.py"),
+    "buckets not finished": ("{folder}/begun", "contains buckets that are not finished: start precompute_latents.py"),
 }
 
 

@@ -71,7 +71,7 @@ def test_what_a_data_set_does_not_have_is_refused(options, kind, names, sentence
     "wrong", [{"weights": {"a": -1}}, {"weights": {"a": 0}}, {"weights": {"a": "b"}}, {"first_tags": 0}, {"prefix": 3}]
 )
 def test_options_that_cannot_be_get_a_sentence(wrong):
-    with pytest.raises(UserError, match=r"captions.*can't be"):
+    with pytest.raises(UserError, match=r"captions.* is not valid"):
         CaptionOptions(**wrong)
 
 
