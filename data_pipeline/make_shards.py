@@ -17,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
+from data_pipeline.images.aspect_buckets import Sizes, sizes_of
+from data_pipeline.images.framing import Framing
 from data_pipeline.shards.manifest import Manifest, find_splits
 from data_pipeline.shards.provenance import refuse_made_otherwise, settings_of, without_later
 from data_pipeline.shards.rejects import (
@@ -51,8 +53,15 @@ def refuse_wrong_options(cfg: DictConfig) -> None:
         raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the shards.")
 
 
+def framing_of(cfg: DictConfig) -> Framing:
+    """The sizes that pictures are brought to, and how."""
+    buckets = sizes_of(cfg.size, cfg.buckets, cfg.bucket_step, 1) if cfg.buckets else Sizes()
+    return Framing(cfg.size, buckets, cfg.resize, str(cfg.source.get("background") or "white"))
+
+
 def main(cfg: DictConfig) -> None:
     refuse_wrong_options(cfg)
+    framing = framing_of(cfg)
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     captions = CaptionCounts(instantiate(cfg.tokenizer) if cfg.get("tokenizer") else None)
     options = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "tokenizer"}  # it only counts
@@ -69,7 +78,7 @@ def main(cfg: DictConfig) -> None:
     converted = Conversions()
     with Progress("make_shards", listed, "pictures") as bar:
         for number, item in enumerate(source.items()):
-            sample = prepared_sample(item, cfg.size, filters, rejects)
+            sample = prepared_sample(item, framing, filters, rejects)
             if sample is not None:
                 name = "heldout" if is_heldout(item, number, cfg.heldout_every) else "train"
                 splits[name].add(item.key, sample.members)
@@ -87,7 +96,8 @@ def main(cfg: DictConfig) -> None:
     info |= {"accounting": accounting(processed, filters.counts, reasons, listed)}
     passed_over = getattr(source, "passed_over", Counter())
     info |= converted.as_info() | ({"passed_over": dict(passed_over)} if passed_over else {})
-    fields = {"png": {"dtype": "uint8", "shape": [cfg.size, cfg.size, 3]}, "txt": {}, "json": {}}
+    shape = {} if framing.buckets.sides else {"shape": [cfg.size, cfg.size, 3]}
+    fields = {"png": {"dtype": "uint8", **shape}, "txt": {}, "json": {}}
     for name, split in reversed(splits.items()):  # train's comes last: it completes the whole
         Manifest("image-text", tuple(split.shards), fields, info | captions.info(name)).save(split.root)
     report(cfg.output, splits, filters.counts, rejects)

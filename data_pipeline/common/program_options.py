@@ -191,6 +191,8 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
         "output": Path,
         "size": Count,
         "shard_size": Count,
+        "bucket_step": Count,
+        "resize": str,
         "heldout_every": Annotated[int, Within(2)] | None,
     },
     "index_shards": {"size": Count, "shard_in_keys": bool, "key": str | None, "unended": bool | None},

@@ -48,9 +48,10 @@ def sizes_of(size: int | None, buckets: str | Sequence[str] | None, step: int, f
         sides = automatic(size, math.lcm(step, factor))
         if len(sides) < 2:
             finer = max(factor, size // 4 // factor * factor)
+            stage = f" (with the first stage's f={factor})" if factor > 1 else ""
             raise UserError(
-                f"buckets=auto: size={size} and bucket_step={step} (with the first stage's f={factor}) leave no bucket "
-                f"but the square: lower bucket_step, as bucket_step={finer}, or raise size=."
+                f"buckets=auto: size={size} and bucket_step={step}{stage} leave no bucket but the square: lower "
+                f"bucket_step, as bucket_step={finer}, or raise size=."
             )
     elif buckets:
         sides = tuple(sorted({parsed(name) for name in ([buckets] if isinstance(buckets, str) else buckets)}))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import DataError, UserError
-from data_pipeline.sources.openmoji import drawn, hex_of
+from data_pipeline.sources.openmoji import framed, hex_of
 from data_pipeline.sources.source import SourceItem
 
 INSTALL = "npm install @iconify-json/{noto,twemoji,fluent-emoji,fluent-emoji-flat,openmoji,emojione} emojibase-data"
@@ -108,7 +108,7 @@ class EmojiStyles:
         meta = {"name": label, "style": style.name, "group": thing["group"], "code": thing["hexcode"]}
         meta |= {"tags": thing.get("tags", []), "licence": style.licence}
         key, caption = f"{thing['hexcode']}_{style.name}", f"{with_article(label)}, {style.name} style"
-        draw = functools.partial(drawn, style.svg(icon), background=self.background)
+        draw = functools.partial(framed, functools.partial(style.svg, icon), background=self.background)
         return SourceItem(key, draw, caption, meta, heldout=heldout)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import Decoding, Picture, decode_picture, open_image
 from data_pipeline.images.formats import HEAD, IMAGES, RAW, is_picture
-from data_pipeline.images.resize import centre_square, upright_sides
+from data_pipeline.images.framing import Framing
+from data_pipeline.images.resize import upright_sides
 from data_pipeline.sources.captions import caption_names, known_encoding
 from data_pipeline.sources.sidecars import Sidecars
 from data_pipeline.sources.source import SourceItem
@@ -134,9 +135,9 @@ def in_file(path: Path, how: Decoding) -> dict[str, Any]:
     return {"load": look, "sides": functools.partial(sides, path), "stamp": stamp}
 
 
-def load(path: Path, size: int, how: Decoding = Decoding()) -> Picture:  # noqa: B008
-    """The centre square of a picture at (size, size, 3)."""
-    return centre_square(decode_picture(path, how=how), size)
+def load(path: Path, framing: Framing, how: Decoding = Decoding()) -> Picture:  # noqa: B008
+    """A picture in a file, at its size."""
+    return framing.applied(decode_picture(path, how=how))
 
 
 def sides(path: Path) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import UNDECODABLE, PictureError
+from data_pipeline.images.framing import Framing
 from data_pipeline.shards.rejects import Rejects
 from data_pipeline.sources.filters import Candidate, Filters
 from data_pipeline.sources.source import Source, SourceItem
@@ -83,7 +84,7 @@ class Prepared(NamedTuple):
     converted: tuple[str, ...]
 
 
-def prepared_sample(item: SourceItem, size: int, filters: Filters, rejects: Rejects) -> Prepared | None:
+def prepared_sample(item: SourceItem, framing: Framing, filters: Filters, rejects: Rejects) -> Prepared | None:
     """An item to be written; None if it is filtered or set aside, which is recorded with the reason."""
     if item.absent:
         filters.add(item.key, item.absent)
@@ -94,7 +95,7 @@ def prepared_sample(item: SourceItem, size: int, filters: Filters, rejects: Reje
     if item.caption is None:
         rejects.add(item.key, item.uncaptioned or "missing caption", item.where)
         return None
-    load = functools.cache(functools.partial(item.load, size))
+    load = functools.cache(functools.partial(item.load, framing))
     try:
         reason = filters.reason_against(
             Candidate(item.caption, item.meta, item.sides or (lambda: None), lambda: load().pixels)
@@ -102,6 +103,8 @@ def prepared_sample(item: SourceItem, size: int, filters: Filters, rejects: Reje
         if reason is None:
             picture = load()
             meta = item.meta | ({"captions": item.captions} if item.captions else {})
+            if item.sides and not framing.by_default:
+                meta = framing.facts(item.sides()[::-1]) | meta
             members = {"png": picture.pixels, "txt": item.caption, "json": meta}
             return Prepared(members, (*picture.converted, *item.converted))
         filters.add(item.key, reason)

@@ -6,7 +6,7 @@ import functools
 import gzip
 import importlib.resources
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import Picture, colour_of, to_rgb
+from data_pipeline.images.framing import Framing
 from data_pipeline.sources.source import SourceItem
 
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
@@ -49,12 +50,19 @@ class OpenMoji:
 
     def _item(self, name: str, group: str, code: str, facts: dict[str, Any]) -> SourceItem:
         meta = {"name": name, "group": group, "code": code, **facts}
-        return SourceItem(code, functools.partial(rasterise, code, background=self.background), name, meta)
+        return SourceItem(
+            code, functools.partial(framed, functools.partial(_svg, code), background=self.background), name, meta
+        )
 
 
 def hex_of(colour: Any) -> str:
     """A colour as #rrggbb, as resvg reads it."""
     return "#{:02x}{:02x}{:02x}".format(*colour_of(colour))
+
+
+def framed(svg: Callable[[], str], framing: Framing, background: str) -> Picture:
+    """A drawing, which is square whatever the framing."""
+    return drawn(svg(), framing.size, background)
 
 
 def rasterise(code: str, size: int, background: str = "white") -> Picture:

@@ -9,6 +9,7 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import Picture
+from data_pipeline.images.framing import Framing
 from data_pipeline.sources.source import Source, SourceItem
 
 
@@ -40,10 +41,11 @@ class Pairs:
         return SourceItem(f"{number:06d}", functools.partial(load, two, boxes), " and ".join(b[0] for b in boxes), meta)
 
 
-def load(items: Sequence[SourceItem], boxes: Sequence[Sequence], size: int) -> Picture:
+def load(items: Sequence[SourceItem], boxes: Sequence[Sequence], framing: Framing) -> Picture:
     """Each item drawn at its box's size, on white."""
+    size = framing.size
     picture = np.full((size, size, 3), 255, np.uint8)
     for item, (_, x0, y0, x1, _) in zip(items, boxes, strict=True):
         side, left, top = round((x1 - x0) * size), round(x0 * size), round(y0 * size)
-        picture[top : top + side, left : left + side] = item.load(side).pixels
+        picture[top : top + side, left : left + side] = item.load(Framing(side)).pixels
     return Picture(picture)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from data_pipeline.images.decode import Picture
+from data_pipeline.images.framing import Framing
 
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """load(size) -> a picture of (size, size, 3); caption is None if there is none: uncaptioned says why.
+    """load(framing) -> the picture, at its size; caption is None if there is none: uncaptioned says why.
 
     sides() -> width and height of the original picture; None: a drawing, of any size. heldout: None leaves it to
     heldout_every. absent: why the source itself says that there is no picture. unusable: why the item must be set
@@ -20,7 +21,7 @@ class SourceItem:
     """
 
     key: str
-    load: Callable[[int], Picture]
+    load: Callable[[Framing], Picture]
     caption: str | None
     meta: dict[str, Any] = field(default_factory=dict)
     sides: Callable[[], tuple[int, int]] | None = None

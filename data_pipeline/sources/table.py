@@ -13,7 +13,8 @@ from typing import Any
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.decode import Decoding, Picture, PictureError, decode_picture, open_image
-from data_pipeline.images.resize import centre_square, upright_sides
+from data_pipeline.images.framing import Framing
+from data_pipeline.images.resize import upright_sides
 from data_pipeline.shards.captions import ONE, kind_of
 from data_pipeline.sources.captions import Captions, brief, caption_names, chosen, known_encoding, of_object
 from data_pipeline.sources.folder import PictureFile, in_file, why_unusable
@@ -138,13 +139,13 @@ def picture_of(value: Any) -> tuple[bytes | None, str]:
 
 def embedded(data: bytes, extension: str, how: Decoding) -> dict[str, Any]:
     """load, sides and stamp of a picture that the table holds."""
-    look = functools.partial(square_of, data, extension, how=how)
+    look = functools.partial(framed, data, extension, how=how)
     return {"load": look, "sides": functools.partial(sides_of, data, extension), "stamp": (len(data), zlib.crc32(data))}
 
 
-def square_of(data: bytes, extension: str, size: int, how: Decoding) -> Picture:
-    """The centre square of a picture in memory."""
-    return centre_square(decode_picture(io.BytesIO(data), extension, how), size)
+def framed(data: bytes, extension: str, framing: Framing, how: Decoding) -> Picture:
+    """A picture in memory, at its size."""
+    return framing.applied(decode_picture(io.BytesIO(data), extension, how))
 
 
 def sides_of(data: bytes, extension: str) -> tuple[int, int]:
@@ -153,6 +154,6 @@ def sides_of(data: bytes, extension: str) -> tuple[int, int]:
         return upright_sides(image)
 
 
-def absent(path: Path, size: int = 0) -> Any:
+def absent(path: Path, framing: Framing | None = None) -> Any:
     """Stands in for a picture that the table names and the folder does not have."""
     raise PictureError("missing picture")

@@ -14,7 +14,8 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.images.decode import Decoding, Picture, decode_picture, open_image
 from data_pipeline.images.formats import HEAD, IMAGES, RAW, is_picture, kind_of
-from data_pipeline.images.resize import centre_square, upright_sides
+from data_pipeline.images.framing import Framing
+from data_pipeline.images.resize import upright_sides
 from data_pipeline.shards import codec
 from data_pipeline.shards.captions import ONE
 from data_pipeline.shards.samples import picture_in
@@ -230,7 +231,7 @@ class Tars:
         fields["converted"] += others_left_out(entry)
         return TarSample(
             f"{stem}_{number:06d}",
-            functools.partial(square_in, path, place, picture or "", how=self.how),
+            functools.partial(framed, path, place, picture or "", how=self.how),
             None if about.fault else about.captions.first,
             (about.meta or {}) | {"original_key": entry.key},
             functools.partial(sides_in, path, place, picture or ""),
@@ -242,9 +243,9 @@ class Tars:
         )
 
 
-def square_in(path: str, place: Member, extension: str, size: int, how: Decoding) -> Picture:
-    """The centre square of a picture in a tar."""
-    return centre_square(decode_picture(io.BytesIO(storage.read_bytes(path, *place)), extension, how), size)
+def framed(path: str, place: Member, extension: str, framing: Framing, how: Decoding) -> Picture:
+    """A picture in a tar, at its size."""
+    return framing.applied(decode_picture(io.BytesIO(storage.read_bytes(path, *place)), extension, how))
 
 
 def sides_in(path: str, place: Member, extension: str) -> tuple[int, int]:

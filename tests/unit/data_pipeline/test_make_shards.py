@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from synthetic import run
 
+from data_pipeline.images.framing import Framing
 from data_pipeline.loading.loader import read_dataset
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.sources.folder import ImageFolder
@@ -138,7 +139,7 @@ def test_openmoji_lists_each_thing_once_without_skin_tones():
     assert not [item.key for item in items if "1F3FD" in item.key]
     assert all(caption == caption.lower() and caption.strip() for caption in captions)
     assert [item.key for item in OpenMoji(limit=7).items()] == [item.key for item in items[:7]]
-    np.testing.assert_array_equal(items[0].load(16).pixels, rasterise(items[0].key, 16).pixels)
+    np.testing.assert_array_equal(items[0].load(Framing(16)).pixels, rasterise(items[0].key, 16).pixels)
 
 
 def test_folder_captions_that_can_not_be_read_are_missing(pictures):

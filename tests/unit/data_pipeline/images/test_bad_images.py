@@ -17,6 +17,7 @@ from synthetic import tar_of
 
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.images.decode import UNDECODABLE
+from data_pipeline.images.framing import Framing
 from data_pipeline.shards import codec
 from data_pipeline.shards.tar_index import TarRules, scan
 from data_pipeline.sources.tars import Tars, contents, inspected, tars_in
@@ -354,8 +355,8 @@ def test_the_same_samples_as_a_source_of_make_shards(tmp_path):
     assert [item.caption for item in items] == ["a cat", "gone", "c", None, "e"]
     assert [bool(item.absent) for item in items] == [False, True, False, False, False]
     assert items[0].sides() == (24, 16)
-    assert items[0].load(8).pixels.shape == (8, 8, 3)
+    assert items[0].load(Framing(8)).pixels.shape == (8, 8, 3)
     assert len({item.key for item in items}) == 5
     for damaged in (items[2], items[4]):
         with pytest.raises(UNDECODABLE):
-            damaged.load(8)
+            damaged.load(Framing(8))

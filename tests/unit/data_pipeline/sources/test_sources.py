@@ -11,6 +11,7 @@ from synthetic import ROOT
 
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.images.decode import PictureError
+from data_pipeline.images.framing import Framing
 from data_pipeline.shards.provenance import flat, without_later
 from data_pipeline.shards.rejects import Rejects
 from data_pipeline.sources.emoji_styles import EmojiStyles, with_article
@@ -69,10 +70,10 @@ def test_a_table_of_any_kind(folder, kind):
     assert items[1].meta == {"file": "sub/b.jpg"}
     for there in (items[0], items[1], items[4]):
         assert there.sides() == (30, 20)
-        np.testing.assert_array_equal(there.load(8).pixels, np.full((8, 8, 3), 99))
+        np.testing.assert_array_equal(there.load(Framing(8)).pixels, np.full((8, 8, 3), 99))
     for missing in (items[2], items[3], items[5]):  # a file outside the folder is as good as none
         with pytest.raises(PictureError, match="missing picture"):
-            missing.load(8)
+            missing.load(Framing(8))
     assert len(list(Table(str(folder), limit=2).items())) == 2
 
 
@@ -130,7 +131,7 @@ def test_what_can_not_be_opened_is_set_aside(folder):
     }
     assert items["outside"].where == str(folder / "outside.png")
     assert {items[key].caption for key in ("a", "inside", "n" * 251)} == {None}
-    assert items["inside"].load(8).pixels.shape == (8, 8, 3)
+    assert items["inside"].load(Framing(8)).pixels.shape == (8, 8, 3)
     linked = folder.parent / "linked"
     linked.symlink_to(folder)  # the input itself may be a link
     assert not {item.key: item for item in ImageFolder(str(linked)).items()}["inside"].unusable
@@ -151,7 +152,7 @@ def test_a_table_says_which_path_was_tried(folder):
     with pytest.raises(
         DataError, match=r"1 x missing picture; first 000000001, missing picture, file=img/a\.png, tried"
     ):
-        prepared_sample(items[1], 8, Filters({}), rejects)
+        prepared_sample(items[1], Framing(8), Filters({}), rejects)
     assert rejects.rows[0]["where"] == items[1].where
 
 
@@ -232,12 +233,12 @@ def test_emoji_in_every_style_that_draws_them(packages):
     assert cat.meta["licence"] == "licence of three"
     assert (cat.meta["style"], cat.meta["group"]) == ("three", "animals-nature")
     assert items["1F1E6-1F1F9_two"].caption == "flag: austria, two style"
-    halves = {key: item.load(8).pixels[4, [1, 6]].tolist() for key, item in items.items()}
+    halves = {key: item.load(Framing(8)).pixels[4, [1, 6]].tolist() for key, item in items.items()}
     white, red, blue = [255] * 3, [255, 0, 0], [0, 0, 255]
     assert halves["1F431_one"] == [red, white]
     assert halves["1F431_three"] == [white, blue]  # an alias, turned round
     assert halves["2764-FE0F_three"] == [white, white]
-    narrow = items["2764-FE0F_three"].load(8).pixels[4]  # 8 x 16, in the middle of a square
+    narrow = items["2764-FE0F_three"].load(Framing(8)).pixels[4]  # 8 x 16, in the middle of a square
     assert [pixel.tolist() for pixel in narrow] == [*[white] * 2, *[blue] * 4, *[white] * 2]
     assert len(list(EmojiStyles(str(packages), STYLES, complete=True).items())) == 6
     assert not any(item.heldout for item in items.values())
