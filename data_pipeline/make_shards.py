@@ -8,7 +8,7 @@ if __name__ == "__main__":
     start_entry("data_pipeline.make_shards")  # checks the options, runs main() and exits
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hydra.utils import instantiate
@@ -64,8 +64,7 @@ def main(cfg: DictConfig) -> None:
     framing = framing_of(cfg)
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     captions = CaptionCounts(instantiate(cfg.tokenizer) if cfg.get("tokenizer") else None)
-    options = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "tokenizer"}  # it only counts
-    options = without_later(options)
+    options = without_later(OmegaConf.to_container(cfg, resolve=True) | {"tokenizer": None})  # that one only counts
     mark, listed, heldout = scan_source(options, source, filters)
     filters.refuse_unknown_columns()
     if finished(cfg.output, mark, settings_of(options)):
@@ -85,10 +84,7 @@ def main(cfg: DictConfig) -> None:
                 converted.add(sample.converted, item.where or item.key)
                 captions.add(name, item.key, sample.members["txt"], sample.members["json"])
             bar.advance()
-    for split in splits.values():
-        filtered = f" ({format_counts(filters.counts, 3)})" if filters.counts else ""
-        left_out = f"{filters.counts.total()} of {listed} filtered{filtered}, {len(rejects.rows)} set aside"
-        split.close(left_out, rejects.rows)
+    close(splits.values(), filters.counts, rejects)
     rejects.save(cfg.output, "make_shards")
     filters.save(cfg.output, "filtered")
     reasons, processed = summary(rejects.rows), sum(split.samples for split in splits.values())
@@ -103,6 +99,14 @@ def main(cfg: DictConfig) -> None:
     report(cfg.output, splits, filters.counts, rejects)
     for line in [*converted.lines(), *passed_over_lines(passed_over), *captions.sentences()]:
         print(f"make_shards: {line}")
+
+
+def close(splits: Iterable[SplitWriter], counts: Counter[str], rejects: Rejects) -> None:
+    """Publish the last shards. UserError, with the reasons, for a split without one."""
+    filtered = f" ({format_counts(counts, 3)})" if counts else ""
+    for split in splits:
+        left_out = f"{counts.total()} of {rejects.listed} filtered{filtered}, {len(rejects.rows)} set aside"
+        split.close(left_out, rejects.rows)
 
 
 def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str], rejects: Rejects) -> None:

@@ -36,29 +36,11 @@ def main(cfg: DictConfig) -> None:
     run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path, cfg.bucket)
     if not cfg.other_shards:
         refuse_other_shards(run, cfg.shards)
-    train = instantiate(cfg.read, root=f"{cfg.shards}/train")
-    heldout = []
-    if cfg.heldout_captions and exists(f"{cfg.shards}/heldout/manifest.json"):
-        limit = None if run.facts.buckets else cfg.heldout_captions
-        heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=limit)
     given = OmegaConf.to_container(cfg, resolve=True)
     size = {option: value for option, value in size_options(given["size"]).items() if value is not None}
     if size and "size" not in run.conditions:
         raise UserError("this run is not conditioned on sizes: leave size out.")
-    if run.facts.buckets:
-        train, heldout = of_bucket(run, train), of_bucket(run, heldout)
-        refuse_no_pictures(run, train, cfg.shards)
-    heldout = heldout[: cfg.heldout_captions]
-    refuse_sizes(train, cfg.shards)
-    listed = len(train) + len(heldout)
-    train, heldout = usable(run, train), usable(run, heldout)
-    if not train:
-        raise UserError(
-            f"shards={cfg.shards}: no picture has the conditions of this run; use the shards that its latents were "
-            "made from."
-        )
-    if left_out := listed - len(train) - len(heldout):
-        print(f"evaluate_ldm: {left_out} of {listed} pictures lack a condition of this run, and are left out")
+    train, heldout = pictures_of(cfg, run)
     output = Path(cfg.output or f"{cfg.input}/evaluation")
     right = np.linspace(0, len(train), min(cfg.captions, len(train)), endpoint=False).astype(int)
     chosen, heldout = (at_size(run, samples, size) for samples in ([train[i] for i in right], heldout))
@@ -75,6 +57,30 @@ def main(cfg: DictConfig) -> None:
     write_atomically(output / "evaluation.json", json_of(figures))
     save_grids(output, how_drawn(run.step, sampler, guidance, cfg.seed), (chosen, drawn), (heldout, unseen))
     say(figures, output)
+
+
+def pictures_of(cfg: DictConfig, run: TrainedRun) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and held-out samples that the run can be evaluated on: of its bucket, with its conditions. UserError if
+    there is none to train on."""
+    train, heldout = instantiate(cfg.read, root=f"{cfg.shards}/train"), []
+    if cfg.heldout_captions and exists(f"{cfg.shards}/heldout/manifest.json"):
+        limit = None if run.facts.buckets else cfg.heldout_captions
+        heldout = instantiate(cfg.read, root=f"{cfg.shards}/heldout", limit=limit)
+    if run.facts.buckets:
+        train, heldout = of_bucket(run, train), of_bucket(run, heldout)
+        refuse_no_pictures(run, train, cfg.shards)
+    heldout = heldout[: cfg.heldout_captions]
+    refuse_sizes(train, cfg.shards)
+    listed = len(train) + len(heldout)
+    train, heldout = usable(run, train), usable(run, heldout)
+    if not train:
+        raise UserError(
+            f"shards={cfg.shards}: no picture has the conditions of this run; use the shards that its latents were "
+            "made from."
+        )
+    if left_out := listed - len(train) - len(heldout):
+        print(f"evaluate_ldm: {left_out} of {listed} pictures lack a condition of this run, and are left out")
+    return train, heldout
 
 
 def refuse_other_shards(run: TrainedRun, shards: str) -> None:

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     start_entry("train.train_ldm")  # checks the options, runs main() and exits
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -34,27 +35,20 @@ from train.loop.training_entry import on_all_ranks, with_averaged_weights
 from train.models.attention import attention_backend
 from train.models.conditioning import ConditionedUNet
 from train.models.unet import allow_graphs
-from train.objectives.latent_diffusion import refuse_unfit
+from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
-from train.sampling.generator import generator_of
+from train.sampling.generator import Sampler, generator_of
 from train.sampling.preview import Preview, preview_parts
 from train.weights.published import load_weights
 
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Check the options, build, fit, and print where the results are."""
-    given = OmegaConf.to_container(cfg.unet, resolve=True)
-    unet = unet_to_train(given, cfg.start_from, cfg.fine_tune, "size" in cfg.conditioning)
-    OmegaConf.update(cfg, "unet", unet, merge=False, force_add=True)  # before ${unet.context_dim} is looked up
     config = configuration(cfg)
-    make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
-    refuse_unfit(make_objective.keywords["process"], make_objective.keywords["parameterization"])
-    if not cfg.new_objective:
-        refuse_other_noise(cfg.start_from, **{n: make_objective.keywords[n] for n in ("process", "parameterization")})
-    sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance, _convert_="all")
-    sampler.times(make_objective.keywords["process"], sampler.steps)  # refuses an invalid number of steps
+    make_objective, sampler = objective_and_sampler(cfg)
+    guidance = instantiate(cfg.guidance, _convert_="all")
     given = Input.of(config["input"])
     data = given.split("train")
     recipe, read_samples = Recipe.of(cfg, instantiate, ranks, data), instantiate(cfg.read, _partial_=True)
@@ -71,12 +65,10 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
         print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
-        if said := mean_in_words(facts):
-            print(said, flush=True)
-        print(data.describe(cfg.training.batch_size) + "\n" if len(data) > 1 else "", end="", flush=True)
+        for line in (mean_in_words(facts), data.describe(cfg.training.batch_size) if len(data) > 1 else ""):
+            print(f"{line}\n" if line else "", end="", flush=True)
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
-    parts = data.fractions()
-    heldout = [HeldoutSet(*each, parts[each[0]]) for each in unseen.read(read_samples, cfg.validation_samples).items()]
+    heldout = HeldoutSet.of(unseen.read(read_samples, cfg.validation_samples), data.fractions())
 
     def actions(context: TrainingContext) -> list[Action]:
         if ranks.is_main:  # not earlier: only now the run is sure to continue in this folder
@@ -99,8 +91,25 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 main = on_all_ranks(train)
 
 
+def objective_and_sampler(cfg: DictConfig) -> tuple[functools.partial[LatentDiffusion], Sampler]:
+    """What the configuration builds of them, without a network. UserError for parts that don't go together, or that
+    differ from those of the model to start from."""
+    make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
+    process, parameterization = (make_objective.keywords[name] for name in ("process", "parameterization"))
+    refuse_unfit(process, parameterization)
+    if not cfg.new_objective:
+        refuse_other_noise(cfg.start_from, process, parameterization)
+    sampler = instantiate(cfg.sampler)
+    sampler.times(process, sampler.steps)  # refuses an invalid number of steps
+    return make_objective, sampler
+
+
 def configuration(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values, with absolute paths to the encoders: sampling uses them from any folder."""
+    """The configuration as plain values, with the U-Net of start_from= if that is asked for, and absolute paths to the
+    encoders: sampling uses them from any folder."""
+    given = OmegaConf.to_container(cfg.unet, resolve=True)
+    unet = unet_to_train(given, cfg.start_from, cfg.fine_tune, "size" in cfg.conditioning)
+    OmegaConf.update(cfg, "unet", unet, merge=False, force_add=True)  # before ${unet.context_dim} is looked up
     config = OmegaConf.to_container(cfg, resolve=True)
     for encoder in ("autoencoder", "clip"):
         if config[encoder].get("path"):

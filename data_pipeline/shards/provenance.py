@@ -13,7 +13,7 @@ from data_pipeline.shards.manifest import Manifest
 LATER = {
     "source.background": "white", "source.of.background": "white", "source.animated": "first", "animated": "first",
     "source.caption": None, "source.encoding": None, "source.key": None, "source.unended": None, "key": None,
-    "unended": None, "buckets": None, "bucket_step": 64, "resize": "crop",
+    "unended": None, "tokenizer": None, "buckets": None, "bucket_step": 64, "resize": "crop",
 }  # fmt: skip
 
 

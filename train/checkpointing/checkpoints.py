@@ -143,7 +143,7 @@ class Checkpoints:
         barrier()  # so that no rank of this node fetches before the tidying
         if self.store.scratch is not None:
             refuse_little_room(self.store.scratch, self._bytes_to_save(engine, ema))
-        where, any_there, resumed, run_id = self.store.root, self._names(), None, state.run_id
+        any_there, resumed, run_id = self._names(), None, state.run_id
         for found in self._whole_by_size(any_there):
             if how == "never":
                 raise UserError(
@@ -154,17 +154,8 @@ class Checkpoints:
             if self.load(found, engine, ema, state):
                 resumed = found.name
                 break
-        if any_there and not resumed:
-            raise UserError(
-                f"every checkpoint in {where} is damaged: copy them there again, or remove that folder to start "
-                "from the beginning."
-            )
-        if how == "must" and not resumed:
-            raise UserError(
-                f"training.resume=must, but {where} has no intact checkpoint: check output=, or use "
-                "training.resume=auto."
-            )
         if not resumed:
+            self._refuse_none(how, bool(any_there))
             before_anew()
         state.run_id = run_id  # the checkpoint may be another run's; from now on it is this run's
         if self.ranks.is_main:
@@ -177,6 +168,20 @@ class Checkpoints:
         if resumed:
             self._recall_rollbacks(state)
         return bool(resumed)
+
+    def _refuse_none(self, how: str, any_there: bool) -> None:
+        """UserError if there must be an intact checkpoint, or if all are damaged."""
+        where = self.store.root
+        if any_there:
+            raise UserError(
+                f"every checkpoint in {where} is damaged: copy them there again, or remove that folder to start "
+                "from the beginning."
+            )
+        if how == "must":
+            raise UserError(
+                f"training.resume=must, but {where} has no intact checkpoint: check output=, or use "
+                "training.resume=auto."
+            )
 
     def roll_back(self, engine: Engine, ema: Ema, state: TrainState, before: int) -> bool:
         """Load the newest intact checkpoint of a step up to `before`, remove later ones, and skip the data between its

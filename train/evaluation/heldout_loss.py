@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,11 @@ class HeldoutSet(NamedTuple):
     name: str
     samples: Sequence[dict[str, Any]]
     weight: float = 1.0
+
+    @classmethod
+    def of(cls, samples: Mapping[str, Sequence[dict[str, Any]]], weights: Mapping[str, float]) -> list[HeldoutSet]:
+        """One for each data set, by its name in both."""
+        return [cls(name, own, weights[name]) for name, own in samples.items()]
 
 
 class HeldoutLoss:
