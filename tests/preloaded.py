@@ -94,6 +94,7 @@ class Server:
         """In a child: drops the server's signals and descriptors, and lets the child die with the server."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL.value)
         os.dup2(out, 1)
         os.dup2(err, 2)

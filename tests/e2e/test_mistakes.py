@@ -58,7 +58,7 @@ MISTAKES = {
     "no run to evaluate": (
         ["train/evaluate_ldm.py", "input={folder}/run", "shards={folder}/nowhere"],
         2,
-        "nowhere/train is not a data set",
+        "/run is not a run (no config.yaml there)",
     ),
     "latents where pictures are needed": (
         ["train/train_autoencoder.py", "input={folder}/latents", "output={folder}/run"],

@@ -17,6 +17,7 @@ from synthetic import losses, metric_rows, run
 import train.models.torchvision_patch  # noqa: F401  (before diffusers imports torchvision)
 from data_pipeline.loading.batch import DataCursor
 from data_pipeline.loading.loader import LoaderConfig, read_dataset
+from data_pipeline.shards.data_sets import DataSet, DataSets
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 from train.data.ldm_inputs import latents_of
@@ -109,7 +110,13 @@ def test_a_run_sees_each_samples_numbers_and_records_their_means(folder: Path) -
     data.info.pop("size_conditioning")
     config = {"input": f"{folder}/latents", "fold": 1, "scaling_factor": None, "preview_every": None}
     make_loader = partial(LoaderConfig().loader, f"{folder}/latents/train", seed=0)
-    given = (data, make_loader, read_dataset, instantiate, torch.device("cpu"))
+    given = (
+        DataSets((DataSet("", f"{folder}/latents/train", data),)),
+        make_loader,
+        read_dataset,
+        instantiate,
+        torch.device("cpu"),
+    )
     latents = latents_of({**config, "conditioning": {"text": {}, "size": {}}}, *given)
     assert latents.facts.conditions["size"]["mean"] == every
     batches = iter(latents.make_loader(batch_size=16, start=DataCursor()))

@@ -90,7 +90,7 @@ def test_lists_of_captions_from_pictures_to_a_training(made: Path) -> None:
         np.testing.assert_allclose(*both, rtol=1e-5)
     other = train(made, "latents", 6, "{0: 0.5, 1: 0.5}", check=False)
     assert other.returncode == 2
-    assert "captions.weights.0 was 0.3 and is 0.5" in other.stderr + other.stdout
+    assert "captions.weights.0 was 0.3 and is now 0.5" in other.stderr + other.stdout
     wrong = train(made, "latents", 6, "{tall: 1}", check=False)
     assert wrong.returncode == 2
     assert "has no caption tall, but of caption, 0, 1, 2" in " ".join((wrong.stderr + wrong.stdout).split())

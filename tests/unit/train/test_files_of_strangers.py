@@ -398,6 +398,7 @@ def test_tensors_that_are_none(old_run: Any, tmp_path: Path) -> None:
     (copied / "null.safetensors").write_bytes(b"none")
     with pytest.raises(DataError, match=r"null\.safetensors is damaged"):
         LatentFacts.of_run(copied)
+    facts.save(copied)
     step = copied / "checkpoints/step-00000001"
     step.mkdir(parents=True)
     (step / "ema.safetensors").write_bytes(b"none")

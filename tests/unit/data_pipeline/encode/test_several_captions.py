@@ -261,7 +261,7 @@ def test_edits_while_training_are_those_of_the_draw(images):
     assert len(set(found)) > 3 * sum(SIZES)
     assert all(sorted(text[1:-1].split(", ")[-3:])[1:] == ["b", "c"] for text in found)
     assert all(text[0] == "<" and text[-1] == ">" for text in found)
-    assert [s["caption"] for s in read_dataset(tags, 2, options)] == ["<a0, b, c>", "<a1, b, c>"]
+    assert [s["caption"] for s in read_dataset(tags, 2, captions=options)] == ["<a0, b, c>", "<a1, b, c>"]
     again = [text for _, captions, _ in taken(tags, 40, captions=options).values() for text in captions]
     assert found == again
     assert draws_of(3, 0, [0], 1) != draws_of(3, 1, [0], 1)

@@ -180,7 +180,7 @@ def test_activation_checkpointing_keeps_less(alone):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"offload": "disk"}, "take one of none, optimizer, all"),
+        ({"offload": "disk"}, "use one of none, optimizer, all"),
         ({"zero_stage": 0, "offload": "optimizer"}, "offload=optimizer needs ZeRO"),
         ({"zero_stage": 2, "offload": "all"}, "needs ZeRO stage 3"),
         ({"zero_stage": 2, "offload": "optimizer", "dtype": "bf16"}, "use engine=zero3"),
