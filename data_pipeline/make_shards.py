@@ -37,7 +37,7 @@ from data_pipeline.sources.listing import is_heldout, prepared_sample, scan_sour
 
 
 def refuse_wrong_options(cfg: DictConfig) -> None:
-    """Refuse what can be seen to be wrong from the options alone."""
+    """UserError for mistakes that the options alone show."""
     for name, value in (("size", cfg.size), ("source.limit", cfg.source.get("limit") or 1)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name}={value} must be a whole number, 1 or more.")
@@ -54,7 +54,7 @@ def refuse_wrong_options(cfg: DictConfig) -> None:
 
 
 def framing_of(cfg: DictConfig) -> Framing:
-    """The sizes that pictures are brought to, and how."""
+    """The target size of pictures, and how they are resized."""
     buckets = sizes_of(cfg.size, cfg.buckets, cfg.bucket_step, 1) if cfg.buckets else Sizes()
     return Framing(cfg.size, buckets, cfg.resize, str(cfg.source.get("background") or "white"))
 
@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> None:
     framing = framing_of(cfg)
     source, filters = instantiate(cfg.source, _convert_="all"), Filters(instantiate(cfg.filters, _convert_="all"))
     captions = CaptionCounts(instantiate(cfg.tokenizer) if cfg.get("tokenizer") else None)
-    options = without_later(OmegaConf.to_container(cfg, resolve=True) | {"tokenizer": None})  # that one only counts
+    options = without_later(OmegaConf.to_container(cfg, resolve=True) | {"tokenizer": None})  # it only counts
     mark, listed, heldout = scan_source(options, source, filters)
     filters.refuse_unknown_columns()
     if finished(cfg.output, mark, settings_of(options)):
@@ -94,7 +94,7 @@ def main(cfg: DictConfig) -> None:
     info |= converted.as_info() | ({"passed_over": dict(passed_over)} if passed_over else {})
     shape = {} if framing.buckets.sides else {"shape": [cfg.size, cfg.size, 3]}
     fields = {"png": {"dtype": "uint8", **shape}, "txt": {}, "json": {}}
-    for name, split in reversed(splits.items()):  # train's comes last: it completes the whole
+    for name, split in reversed(splits.items()):  # train is finished last: its manifest completes the data set
         Manifest("image-text", tuple(split.shards), fields, info | captions.info(name)).save(split.root)
     report(cfg.output, splits, filters.counts, rejects)
     for line in [*converted.lines(), *passed_over_lines(passed_over), *captions.sentences()]:
@@ -102,7 +102,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def close(splits: Iterable[SplitWriter], counts: Counter[str], rejects: Rejects) -> None:
-    """Publish the last shards. UserError, with the reasons, for a split without one."""
+    """Publish the last shards. UserError, with the reasons, for a split without samples."""
     filtered = f" ({format_counts(counts, 3)})" if counts else ""
     for split in splits:
         left_out = f"{counts.total()} of {rejects.listed} filtered{filtered}, {len(rejects.rows)} set aside"
@@ -110,7 +110,7 @@ def close(splits: Iterable[SplitWriter], counts: Counter[str], rejects: Rejects)
 
 
 def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str], rejects: Rejects) -> None:
-    """Print what became of the listed pictures, and the first ones set aside for each reason."""
+    """Print the outcome of the listed pictures, and the first ones set aside for each reason."""
     counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
     left_out = f"{filtered.total()} filtered, {len(rejects.rows)} set aside"
     print(f"make_shards: {counts}, {left_out}, of {rejects.listed} listed; in {output}")

@@ -122,7 +122,7 @@ def members_of(cfg: DictConfig, encoders: Encoders) -> dict[str, int]:
 
 
 def of_caption(encoders: Encoders) -> list[str]:
-    """The members that each caption of a sample has for itself."""
+    """The members that each caption of a sample has of its own."""
     made = [condition for condition in encoders.conditions.values() if "caption" in condition.made_from]
     return [f"{field}.npy" for condition in made for field in condition.fields]
 

@@ -60,8 +60,8 @@ def main(cfg: DictConfig) -> None:
 
 
 def pictures_of(cfg: DictConfig, run: TrainedRun) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out samples that the run can be evaluated on: of its bucket, with its conditions. UserError if
-    there is none to train on."""
+    """Training and held-out samples on which the run can be evaluated: of its bucket, with its conditions. UserError if
+    there are no training samples."""
     train, heldout = instantiate(cfg.read, root=f"{cfg.shards}/train"), []
     if cfg.heldout_captions and exists(f"{cfg.shards}/heldout/manifest.json"):
         limit = None if run.facts.buckets else cfg.heldout_captions
@@ -84,7 +84,7 @@ def pictures_of(cfg: DictConfig, run: TrainedRun) -> tuple[list[dict[str, Any]],
 
 
 def refuse_other_shards(run: TrainedRun, shards: str) -> None:
-    """UserError for shards that the run's latents were not made of: recall of pictures that it never saw is chance."""
+    """UserError for shards from which the run's latents were not made: recall on unseen pictures is at chance level."""
     made_of, given = run.facts.fingerprints.get("images"), Manifest.load(f"{shards}/train").fingerprint
     if made_of is not None and made_of != given:
         raise UserError(
@@ -100,7 +100,7 @@ def usable(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 def at_size(run: TrainedRun, samples: list[dict[str, Any]], size: dict[str, Any]) -> list[dict[str, Any]]:
-    """The samples with the sizes to draw them at: those given, else the run's means, whatever their jsons say."""
+    """The samples with the sizes to draw at: those given, else the run's means, independent of their jsons."""
     if "size" not in run.conditions:
         return samples
     asked = run.conditions["size"].as_sample(**size)["meta"]
@@ -108,7 +108,7 @@ def at_size(run: TrainedRun, samples: list[dict[str, Any]], size: dict[str, Any]
 
 
 def refuse_sizes(train: list[dict[str, Any]], shards: str) -> None:
-    """UserError for pictures whose sides can't be averaged to RECALL_PIXELS."""
+    """UserError for pictures whose sides can't be average-pooled to RECALL_PIXELS."""
     sides = [side for sample in train[:1] if "image" in sample for side in sample["image"].shape[:2]]
     if not train or any(side % RECALL_PIXELS for side in sides):
         raise UserError(f"shards={shards} must contain pictures whose sides are multiples of {RECALL_PIXELS} pixels.")
@@ -122,7 +122,7 @@ def refuse_no_pictures(run: TrainedRun, train: list[dict[str, Any]], shards: str
 
 
 def of_bucket(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples whose pictures belong to the bucket that the run draws, cut to its size as in precompute."""
+    """The samples whose pictures belong to the run's bucket, cropped to its size as in precompute."""
     sizes = Sizes(tuple(parsed(name) for name in run.facts.buckets))
     chosen = [s for s in samples if "image" in s and sizes.of(s["image"].shape[:2]) == run.picture_size]
     return [sample | {"image": fitted(sample["image"], run.picture_size).pixels} for sample in chosen]
@@ -168,8 +168,8 @@ Drawn = tuple[list[dict[str, Any]], np.ndarray]  # samples, and the pictures dra
 
 
 def save_grids(output: Path, how: str, trained: Drawn, heldout: Drawn) -> None:
-    """Save drawn.png; blind.png, the same without captions, to be named by someone who has not seen them; and pairs,
-    beside_real.png and heldout.png. how: the title of each."""
+    """Save drawn.png; blind.png, the same without captions, to show to someone who has not seen them; and two grids of
+    pairs, beside_real.png and heldout.png. how: the title of each grid."""
     chosen, drawn = trained
     shown = np.linspace(0, len(chosen), min(64, len(chosen)), endpoint=False).astype(int)
     captions = [chosen[i]["caption"] for i in shown]

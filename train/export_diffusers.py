@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> None:
 
 @contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `output` at the end: what a kill leaves does not stop the next start."""
+    """A temporary folder that becomes `output` at the end, so that a kill leaves nothing that stops the next start."""
     for left in output.parent.glob(f"{glob.escape(output.name)}.tmp.*"):
         if abandoned(left):
             shutil.rmtree(left)
@@ -80,7 +80,7 @@ def pipeline_of(run: TrainedRun) -> Pipeline:
 
 
 def is_sdxl_vector(conditioner: nn.Module) -> bool:
-    """Whether the vector condition is the pooled text state, if it is stored, and after it the sizes."""
+    """Whether the vector condition is the pooled text state (if it is stored) followed by the sizes."""
     return [name for name, part in conditioner.parts.items() if part.vector_dim] in (["text", "size"], ["size"])
 
 

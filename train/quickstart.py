@@ -164,7 +164,7 @@ def run_stage(stage: Stage, output: Path, place: str) -> dict[str, Any]:
 def finished_code(command: Sequence[str]) -> int:
     """Run a command to its end and return its exit code; Stopped if this process was asked to stop meanwhile.
 
-    Ctrl-C reaches the stage as well, which says how to continue. SIGTERM does not, and is passed on.
+    The stage also gets Ctrl-C, and says how to continue. It does not get SIGTERM, which is passed on.
     """
     stop, passed_on = StopRequest(), False
     stage = subprocess.Popen(command, cwd=REPO)

@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def new_folder(path: Path) -> Path:
-    """The path, or with -2, -3, ... behind it: the first that no earlier call has drawn to."""
+    """The path itself or with -2, -3, ... appended: the first that no earlier call has written to."""
     for number_of_call in itertools.count(1):
         folder = path if number_of_call == 1 else path.with_name(f"{path.name}-{number_of_call}")
         with contextlib.suppress(FileExistsError):

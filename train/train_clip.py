@@ -63,7 +63,7 @@ main = on_all_ranks(train)
 
 
 def refuse_copies_as_negatives(batch_size: int, samples: int, where: str) -> None:
-    """UserError for a batch of more pairs than there are: no pair would have others enough to be told from."""
+    """UserError if the batch has more pairs than the data set: it would contain copies, which can't be negatives."""
     if batch_size > samples:
         raise UserError(
             f"training.batch_size={batch_size} is more than the {samples} pairs of {where}, and copies of a pair "

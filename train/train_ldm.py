@@ -92,8 +92,8 @@ main = on_all_ranks(train)
 
 
 def objective_and_sampler(cfg: DictConfig) -> tuple[functools.partial[LatentDiffusion], Sampler]:
-    """What the configuration builds of them, without a network. UserError for parts that don't go together, or that
-    differ from those of the model to start from."""
+    """The objective and sampler of a configuration, built without a network. UserError for parts that are incompatible,
+    or that differ from those of the model to start from."""
     make_objective = instantiate(cfg.objective, _partial_=True, _convert_="all")
     process, parameterization = (make_objective.keywords[name] for name in ("process", "parameterization"))
     refuse_unfit(process, parameterization)
@@ -105,11 +105,11 @@ def objective_and_sampler(cfg: DictConfig) -> tuple[functools.partial[LatentDiff
 
 
 def configuration(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values, with the U-Net of start_from= if that is asked for, and absolute paths to the
-    encoders: sampling uses them from any folder."""
+    """The configuration as plain values, with the U-Net of start_from= for unet=from_start, and absolute paths to the
+    encoders, so that sampling can run in any folder."""
     given = OmegaConf.to_container(cfg.unet, resolve=True)
     unet = unet_to_train(given, cfg.start_from, cfg.fine_tune, "size" in cfg.conditioning)
-    OmegaConf.update(cfg, "unet", unet, merge=False, force_add=True)  # before ${unet.context_dim} is looked up
+    OmegaConf.update(cfg, "unet", unet, merge=False, force_add=True)  # before ${unet.context_dim} is resolved
     config = OmegaConf.to_container(cfg, resolve=True)
     for encoder in ("autoencoder", "clip"):
         if config[encoder].get("path"):
@@ -132,7 +132,7 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
-    parts = config["conditioning"].items()  # "captions" is part of the recipe's identity, and was none before it was
+    parts = config["conditioning"].items()  # "captions" is part of the recipe's identity, but was not in earlier versions
     same["conditioning"] = {name: {k: v for k, v in part.items() if k != "captions"} for name, part in parts}
     encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
     return {"data": data.fingerprint, **data.mix, **encoders, "streams": config["data"]["streams"], **same}

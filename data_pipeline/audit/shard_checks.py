@@ -34,7 +34,7 @@ COPY = "copy it again, or make the data set again"
 
 
 class Findings:
-    """The number of findings of each check, and their first KEPT sentences; `checks_run`: the checks that were made."""
+    """The number of findings of each check, and the first KEPT sentences of each; `checks_run`: the checks made."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -98,7 +98,7 @@ def check_shard(root: str, shard: Shard, manifest: Manifest, codes: Codes, findi
         return []
     foreign = "index" in manifest.info
     entries = check_index(root, shard, inside, foreign, findings)
-    if not foreign:  # others' tars are read by their index, in whatever order their members lie
+    if not foreign:  # others' tars are read by their index, so their members may have any order
         check_webdataset(path, data, inside, entries, findings)
     for entry in entries:
         for check, reason in wrong_in_sample(entry, data, manifest, codes):
@@ -140,7 +140,7 @@ def check_index(
 
 
 def entries_not_in(entries: list[IndexEntry], inside: list[IndexEntry], foreign: bool) -> list[IndexEntry]:
-    """Index entries that match no sample of the tar. foreign: they have the members that are read, perhaps not all."""
+    """Index entries that match no sample of the tar. foreign: an entry may list only the members that are read."""
     keys = {place: entry.key for entry in inside for place in entry.members.items()}
     whole = {places_of(entry) for entry in inside}
     wrong = []

@@ -119,7 +119,7 @@ def array_bytes(shape: tuple[int, ...], dtype: str, floating: bool) -> int:
 
 
 def for_captions(members: Mapping[str, int], of_caption: Sequence[str], captions: int) -> dict[str, int]:
-    """The members of a sample with several captions: those `of_caption` come once for each."""
+    """The members of a sample with several captions: those in `of_caption` are stored once per caption."""
     others = {
         f"{member_of(extension.removesuffix('.npy'), str(number))}.npy": members[extension]
         for number in range(1, captions)
@@ -129,7 +129,7 @@ def for_captions(members: Mapping[str, int], of_caption: Sequence[str], captions
 
 
 def json_of(caption_bytes: int, more: int, sides: tuple[int, int], captions: int = 1) -> int:
-    """Bytes of the json beside a latent: precompute's own entries, the captions, and `more` from the source."""
+    """Bytes of the json beside a latent: precompute's own entries, the captions, and `more` bytes from the source."""
     content = {
         "caption": "a" * caption_bytes,
         "crop_top_left": [0, 0],
@@ -144,7 +144,7 @@ def json_of(caption_bytes: int, more: int, sides: tuple[int, int], captions: int
 def deduplicated(
     name: str, members: Mapping[str, int], text: Sequence[str], images: int, unique: float, captions: int = 1
 ) -> StorageLayout:
-    """A layout that stores text states once for each different caption, and in each sample the numbers of its rows."""
+    """A layout that stores text states once per distinct caption, and in each sample the numbers of its rows."""
     rows = round(images * captions * unique)
     kept = {extension: size for extension, size in members.items() if extension not in text}
     number = {"row.npy": array_bytes((captions,) if captions > 1 else (), "float32", floating=False)}

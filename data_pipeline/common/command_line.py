@@ -1,8 +1,8 @@
-"""Arguments as people type them, before Hydra's grammar sees them: plain texts and paths, blanks, dashes.
+"""Arguments as people type them, before Hydra's grammar reads them: plain texts and paths, blanks, dashes.
 
-Hydra gives ( ) [ ] { } , = ' # $ and letters beyond ASCII a meaning of its own, or refuses them. The value of an option
-that is a text is taken as it is where the grammar refuses it, or makes a list of sweeps or a number of it. A value that
-begins like a list or a quoted text is not guessed at: one sentence shows how to quote it.
+Hydra gives ( ) [ ] { } , = ' # $ and non-ASCII letters a special meaning, or refuses them. The value of a text option
+is taken literally where the grammar would refuse it, or would read a sweep or a number. A value that begins like a list or
+a quoted text is not guessed at: one sentence shows how to quote it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _refuse_dashes(argument: str, rest: str, known: Sequence[str]) -> None:
 
 
 def _refuse_pieces(before: str, argument: str, rest: str) -> None:
-    """An argument that is not name=value: blanks around the equals sign, or a value with blanks but without quotes."""
+    """Refuse an argument that is not name=value: blanks around the equals sign, or a value with unquoted blanks."""
     name, equals, value = argument.partition("=")
     if equals and name and name == name.strip():
         return
@@ -82,7 +82,7 @@ def _refuse_pieces(before: str, argument: str, rest: str) -> None:
 
 
 def quoted_if_needed(argument: str, program: str) -> str:
-    """name=value as Hydra reads the value of a text; other arguments are only checked."""
+    """name=value, quoted if it is the value of a text option; other arguments are only checked."""
     name, _, value = argument.partition("=")
     hint = PROGRAMS[program].get(name.lstrip("+"), str)
     plain = name.lstrip("+")
@@ -104,14 +104,14 @@ def quoted_if_needed(argument: str, program: str) -> str:
 
 
 def quoted(value: str) -> str:
-    """In Hydra's single quotes: only quotes, and backslashes before one, are written with a backslash."""
+    """In Hydra's single quotes: only quotes, and backslashes before a quote, are escaped."""
     escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", value)
     trailing = len(escaped) - len(escaped.rstrip("\\"))
     return f"'{escaped}{escaped[len(escaped) - trailing :]}'"
 
 
 def _parsed(argument: str) -> tuple[Any, bool]:
-    """The value that Hydra reads, and whether it reads one: a comma outside a list makes a sweep of several."""
+    """The value that Hydra reads, and whether it reads exactly one: a comma outside a list makes a sweep of several."""
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:

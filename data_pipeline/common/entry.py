@@ -49,8 +49,8 @@ from data_pipeline.common.stop_request import InterruptWatch, speaks
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
 OF_THE_PATH = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
-RANK_0_FIRST_S = 2.0  # seconds that other ranks wait before they name an error: rank 0 probably says the same
-# Hydra composes everything again, only to read hydra.mode, in half a second. Without the mode, --multirun decides.
+RANK_0_FIRST_S = 2.0  # seconds that other ranks wait before they report an error: rank 0 probably reports the same
+# Hydra composes everything again only to read hydra.mode: half a second. Without the mode, --multirun decides.
 Hydra.get_mode = lambda *_, **__: None
 
 
@@ -95,7 +95,7 @@ def start_entry(module: str) -> NoReturn:
 
 
 def _check(cfg: DictConfig, config_name: str) -> None:
-    """UserError for what is missing, unknown, of a wrong type, out of range, or an output that can't be written."""
+    """UserError for an option that is missing, unknown, of a wrong type or out of range, or an unwritable output."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
@@ -115,7 +115,7 @@ def _check(cfg: DictConfig, config_name: str) -> None:
 
 
 def _say_error(sentence: str) -> None:
-    """The sentence that ends a program, once: if all ranks fail alike, the launcher ends the others meanwhile."""
+    """Print the sentence that ends a program, once: if all ranks fail alike, the launcher ends the others meanwhile."""
     if not speaks():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(RANK_0_FIRST_S)

@@ -1,4 +1,4 @@
-"""JSON of reports: NaN and infinity, which JSON does not have, become null."""
+"""JSON for reports: NaN and infinity, which JSON does not have, become null."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def json_of(content: Any) -> bytes:
-    """`content` as indented JSON that every reader takes."""
+    """`content` as indented JSON that every parser accepts."""
     return json.dumps(finite(content), indent=1, allow_nan=False).encode()
 
 

@@ -70,7 +70,7 @@ def advice(key: str, conf: Path, root: str) -> str:
 
 
 def _files_with(key: str, conf: Path, root: str) -> list[str]:
-    """Files of a group of which one is chosen that have this option."""
+    """Files of a config group (one of which is chosen) that have this option."""
     group, _, rest = key.partition(".")
     defaults = [default for default in loaded(conf / f"{root}.yaml").get("defaults", []) if isinstance(default, dict)]
     if not rest or not any(group in default and not isinstance(default[group], list) for default in defaults):

@@ -24,7 +24,7 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """A range of finite numbers; above: `least` itself is excluded; below: `most` is."""
+    """A range of finite numbers. above: `least` itself is excluded; below: `most` itself is excluded."""
 
     least: float
     most: float = math.inf
@@ -53,7 +53,7 @@ class OneOf:
 
 @dataclass(frozen=True, slots=True)
 class NotEmpty:
-    """A text with something in it: an empty path would be the root of the file system."""
+    """A text that is not empty: an empty path would be the root of the file system."""
 
     def allows(self, value: str) -> bool:
         return bool(value.strip())

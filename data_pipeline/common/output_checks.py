@@ -1,4 +1,4 @@
-"""Whether a program's output can be written, asked before any work: read-only, no permission, a file in the way."""
+"""Checks before any work that a program's output can be written: not read-only, permitted, no file in the way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 
-# Where a program writes if output= is null; programs that then write nothing are not here.
+# Where a program writes if output= is null; programs that write nothing in that case are not listed.
 DEFAULTS = {
     "index_shards": "{input}",
     "sample_images": "{input}/drawn",
@@ -46,7 +46,7 @@ def outputs(options: Mapping[str, Any], program: str) -> Iterator[tuple[str, str
 
 
 def _is_data_set(path: str) -> bool:
-    """Whether it may be finished already, so that nothing is to be written, as in a read-only archive."""
+    """Whether it may be finished already, so that nothing needs to be written, as in a read-only archive."""
     return any(storage.exists(storage.join(path, name)) for name in ("manifest.json", "train/manifest.json"))
 
 

@@ -1,8 +1,8 @@
 """Type and range of every option of every program, checked before a program's own code is imported.
 
-COMMON has the options that mean the same wherever they are; PROGRAMS those of one program, which come first. Options of
-`training`, `engine` and `optimizer` are annotated where they are used (Training, EngineConfig, AdamW), and are checked
-before anything is written, too. tests/unit/data_pipeline/common/test_program_options.py compares this with conf/.
+COMMON has the options that mean the same in all programs; PROGRAMS those of one program, which take precedence. Options
+of `training`, `engine` and `optimizer` are annotated where they are used (Training, EngineConfig, AdamW) and are also
+checked before anything is written. tests/unit/data_pipeline/common/test_program_options.py compares this with conf/.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ OWN_PACKAGES = ("train.", "data_pipeline.", "hydra.utils.")
 REPEATED = tuple(f"objective.{name}." for name in ("process", "parameterization", "time_sampling", "loss", "weighting"))
 Seed = Annotated[int, Within(-(2**63), 2**63 - 1)]
 Number = Annotated[int, Within(0)]  # a count that may be 0
-RandomSeed = Annotated[int, Within(0, 2**63 - 1)]  # numpy's, which takes no negative ones
-DataSets = Path | Sequence[Any]  # train/ checks a list itself
+RandomSeed = Annotated[int, Within(0, 2**63 - 1)]  # numpy's seeds are not negative
+DataSets = Path | Sequence[Any]  # train/ checks the list itself
 Texts = str | Sequence[str]
 Pixels = tuple[NotNegative, NotNegative]  # [height,width] or [top,left]
 
 SIZE_PARTS = ("original", "crop", "target")
 
-# Checked elsewhere, by these names' classes.
+# Checked elsewhere, by the classes with these names.
 ELSEWHERE = ("training.", "engine.", "optimizer.")
 COMMON: Mapping[str, Any] = {
     "input": Path,
@@ -95,7 +95,7 @@ COMMON: Mapping[str, Any] = {
     "unet.vector_dim": Count | None,
     "unet.attention_levels": Sequence[bool],
     "unet.self_attention_levels": Sequence[bool] | None,
-    "unet.heads": Count | Sequence[Count] | None,  # None: unet=from_start
+    "unet.heads": Count | Sequence[Count] | None,  # None: with unet=from_start
     "unet.transformer_depth": Number,
     "unet.linear_projection": bool,
     "unet.norm_groups": Count,
@@ -241,7 +241,7 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
         "classifier.path": Path | None,
         "classifier.scale": Finite,
         "prompts_file": Path | None,
-        **{f"size.{part}": Sequence[Any] | None for part in SIZE_PARTS},  # one for all pictures, or one each
+        **{f"size.{part}": Sequence[Any] | None for part in SIZE_PARTS},  # one for all pictures, or one per picture
         **{f"negative_size.{part}": Pixels | None for part in SIZE_PARTS},
     },
     "evaluate_ldm": {
@@ -262,7 +262,7 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
 
 
 def refuse_wrong_options(options: Mapping[str, Any], program: str) -> None:
-    """UserError for the first option of a program that has a wrong type or lies out of its range."""
+    """UserError for the first option of a program that has a wrong type or is out of range."""
     hints = {**COMMON, **PROGRAMS[program]}
     for name, value in leaves(options):
         hint = hints.get(name)
@@ -274,7 +274,7 @@ def refuse_wrong_options(options: Mapping[str, Any], program: str) -> None:
 
 
 def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every option, but none of a class of the user's own, nor what repeats another group."""
+    """(dotted name, value) of every option, except options of a user's own class and repetitions of another group."""
     target = options.get("_target_")
     if prefix.startswith(REPEATED) or (isinstance(target, str) and not target.startswith(OWN_PACKAGES)):
         return

@@ -13,8 +13,8 @@ from types import FrameType
 from typing import NoReturn
 
 EXIT_CODE = 75  # EX_TEMPFAIL: start me again; slurm/task.sh reads it
-INTERRUPTED = 128 + signal.SIGINT  # as a shell reports a program that SIGINT has ended
-# A launcher may pass on the SIGINT that the terminal has already sent to its ranks: both are one Ctrl-C.
+INTERRUPTED = 128 + signal.SIGINT  # the exit code by which a shell reports a program that SIGINT ended
+# A launcher may pass on the SIGINT that the terminal has already sent to its ranks: both count as one Ctrl-C.
 SAME_S = 0.2
 SILENCE_S = 10.0  # a step or a save that takes longer is announced
 
@@ -27,10 +27,10 @@ class Stopped(SystemExit):
 
 
 class InterruptWatch:
-    """Answers Ctrl-C from a thread, so also while a collective or a long operation holds the main thread.
+    """Handles Ctrl-C in a thread, so also while a collective or a long operation blocks the main thread.
 
-    The first one is a request to the process' StopRequest; without one, nothing is to be saved, and the process ends
-    with 75 and a sentence. The second one ends it with 130.
+    The first Ctrl-C is a request to the process' StopRequest; if it has none, there is nothing to save, and the process
+    ends with 75 and a sentence. The second one ends it with 130.
     """
 
     current: InterruptWatch | None = None
@@ -43,7 +43,7 @@ class InterruptWatch:
 
     @classmethod
     def begin(cls, program: str) -> None:
-        """Watch from now on, in place of Python's KeyboardInterrupt; not where SIGINT is ignored, as under nohup."""
+        """Watch from now on, in place of Python's KeyboardInterrupt; not if SIGINT is ignored, as under nohup."""
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             return
         cls.current = watch = cls(program)
@@ -53,7 +53,7 @@ class InterruptWatch:
         threading.Thread(target=watch.answer, daemon=True, name="interrupts").start()
 
     def answer(self) -> None:
-        """The thread: every signal of this process arrives as a byte."""
+        """Runs in the thread: every signal of this process arrives as a byte."""
         announced = False
         while True:
             waiting = self.first is not None and not announced
@@ -80,7 +80,7 @@ class InterruptWatch:
 
 
 class StopRequest:
-    """Remembers Ctrl-C, SIGTERM or SIGUSR1: Slurm's warning before a time limit."""
+    """Remembers Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning before a time limit)."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -96,19 +96,19 @@ class StopRequest:
 
 
 def speaks() -> bool:
-    """Whether this process is the one of its ranks that says what all of them do."""
+    """Whether this process prints what all ranks do."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(sentence: str) -> None:
-    """On stderr, from one rank, past Python's buffers: the main thread may be writing. A bar's line stays as it is."""
+    """Print on stderr, from one rank, past Python's buffers: the main thread may be writing. A progress bar stays."""
     if speaks():
         with contextlib.suppress(OSError):
             os.write(2, f"{os.linesep if os.isatty(2) else ''}{sentence}\n".encode())
 
 
 def end(code: int) -> NoReturn:
-    """End the process from any thread; files are written under temporary names first, so this is safe anywhere."""
+    """End the process from any thread. Safe at any point: files are first written under temporary names."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(code)

@@ -34,8 +34,8 @@ def configure(**settings: str | float | None) -> None:
 
 
 def on_this_node(folder: str, option: str) -> Path:
-    """A folder with ~ and $VARIABLES resolved by this process' environment, as a node's own disk may have a name of its
-    own; call it in the process that uses the folder. UserError for a variable that is not set."""
+    """A folder with ~ and $VARIABLES resolved from this process' environment, as each node may name its own disk
+    differently; call it in the process that uses the folder. UserError for a variable that is not set."""
     for name in re.findall(r"\$\{?(\w+)", folder):
         if not os.environ.get(name):
             raise UserError(f"{option}={folder}: {name} is not set on {HOST}: name a folder that exists on every node.")
@@ -43,7 +43,7 @@ def on_this_node(folder: str, option: str) -> Path:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk that holds a folder, or would hold it if it was made."""
+    """Free bytes of the disk that holds a folder, or would hold it once it is made."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free

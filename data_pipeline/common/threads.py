@@ -1,4 +1,4 @@
-"""Threads that work ahead of their caller. Queues are bounded, and errors are raised in the calling thread."""
+"""Threads that work ahead of their caller. Queues are bounded; errors are raised in the calling thread."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Prefetcher(Generic[T]):
 def ordered_map(
     pool: ThreadPoolExecutor, function: Callable[[Given], Made], items: Iterable[Given], ahead: int
 ) -> Iterator[Made]:
-    """Like map, but at most `ahead` results are made before they are taken: decoded pictures are large. A pool of one
-    thread makes the calls in order, behind a slower `items`; those begun are finished even after an error."""
+    """Like map, but computes at most `ahead` results in advance: decoded pictures are large. A pool of one thread makes
+    the calls in order, also if `items` is slower; calls that have begun are finished even after an error."""
     running: collections.deque[Future[Made]] = collections.deque()
     for item in items:
         running.append(pool.submit(function, item))

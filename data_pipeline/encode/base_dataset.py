@@ -20,8 +20,8 @@ from data_pipeline.shards.reader import read_whole
 from data_pipeline.shards.samples import as_sample, captions_of
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
-# Keys of a latent sample's json that precompute adds to the source's; and the captions, which have nothing to do with
-# what is made from the rest.
+# Keys that precompute adds to the source's json; and the captions, on which nothing made from the rest of the sample
+# depends.
 FACTS = (*GEOMETRY, "image_sha256", "caption", "captions")
 
 
@@ -87,7 +87,7 @@ class BaseShard:
 
 
 def reuse(item: Item, encoder: Condition, old: Mapping[str, Any], dtype: str, caption: str | None = None) -> None:
-    """Take over a maker's fields; for `caption`, if it is not the first."""
+    """Take a maker's fields from the base; for `caption`, if it is not the first."""
     names = {name: name if caption is None else member_of(name, caption) for name in encoder.fields}
     item.reused |= {ours: narrowed(old[name], dtype) for name, ours in names.items()}
 

@@ -29,7 +29,7 @@ class Encoders(NamedTuple):
     batch_size: int
     dtype: str = "float16"  # one of DTYPES
     flips: bool = False  # also encode each picture mirrored: moments_flip.npy
-    edits: StoredEdits = StoredEdits()  # what is done to captions before they are encoded
+    edits: StoredEdits = StoredEdits()  # edits of captions before they are encoded
 
     @property
     def field_encoders(self) -> list[Condition]:
@@ -53,8 +53,8 @@ class FirstStage(PlainCondition):
 
 @dataclass(slots=True)
 class Item:
-    """A sample on its way: its position in its shard, its bucket, and fields that need not be made again, of captions
-    other than the first by the names that they are stored under. captions: all of them, if they are several."""
+    """A sample in the pipeline: its position in its shard, its bucket, and the fields taken from a base data set; those
+    of further captions by the names under which they are stored. captions: all of them, if there are several."""
 
     position: int
     sample: dict[str, Any]
@@ -66,14 +66,14 @@ class Item:
         return not all(name in self.reused for name in encoder.fields)
 
     def lacking(self, encoder: Condition) -> Iterator[tuple[str, str]]:
-        """(name, text) of the captions but the first that must still be encoded."""
+        """(name, text) of the further captions that must still be encoded."""
         for name, text in others_of(self.captions).items() if "caption" in encoder.made_from else ():
             if not all(member_of(each, name) in self.reused for each in encoder.fields):
                 yield name, text
 
     @property
     def texts(self) -> list[str]:
-        """All of its captions, the first one first."""
+        """All of its captions, in order."""
         return list(self.captions.values()) or [self.sample["caption"]]
 
 
@@ -91,12 +91,12 @@ def encode_batch(items: Sequence[Item], images: Tensor | None, encoders: Encoder
     return stored
 
 
-Others = dict[str, dict[int, np.ndarray]]  # of captions but the first: name, as text.long -> row of the batch -> value
+Others = dict[str, dict[int, np.ndarray]]  # of further captions: name, as text.long -> row of the batch -> value
 
 
 @torch.no_grad()
 def encode_others(items: Sequence[Item], images: Tensor | None, encoders: Encoders) -> Others:
-    """What the captions but the first make, beside what `encode_batch` returns; pictures are not encoded again."""
+    """The fields of further captions, in addition to what `encode_batch` returns; pictures are not encoded again."""
     found: Others = {}
     if not any(item.captions for item in items):
         return found
@@ -119,7 +119,7 @@ def encode_others(items: Sequence[Item], images: Tensor | None, encoders: Encode
 
 
 def pictured(items: Sequence[Item]) -> list[int]:
-    """The rows of items that have a picture, whose images a batch has, in order."""
+    """The rows of the items whose pictures are in the batch, in order."""
     return [row for row, item in enumerate(items) if "image" in item.sample]
 
 

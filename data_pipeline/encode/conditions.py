@@ -31,8 +31,8 @@ class Tools(Protocol):
 
 
 class Condition(Protocol):
-    """options: those of sample_images.py that give it; optional: those that may be left out; uses_clip,
-    uses_first_stage: whether it needs these encoders; uses_image_tower: whether it needs the CLIP's image tower, too.
+    """options: those of sample_images.py that set it; optional: those that may be left out; uses_clip,
+    uses_first_stage: whether it needs these encoders; uses_image_tower: whether it also needs the CLIP's image tower.
 
     fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that it depends on.
     """
@@ -61,7 +61,7 @@ class Condition(Protocol):
         """The fields' values without a condition, unbatched; only where an encoder defines them."""
 
     def as_sample(self, **given: Any) -> dict[str, Any]:
-        """The user's options, `options` and what is given of `optional`, as parts of a sample."""
+        """The user's options, `options` and any given `optional`, as parts of a sample."""
 
 
 class PlainCondition:

@@ -118,7 +118,7 @@ def temp_folders(split: SplitToEncode) -> list[str]:
 
 
 class Finished(NamedTuple):
-    """How many samples a finished split has, and how many were rejected, over all workers."""
+    """The numbers of finished and of rejected samples of a split, over all workers."""
 
     samples: int
     rejected: int
@@ -166,7 +166,7 @@ def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dic
 
 
 def caption_facts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many samples of a split have which caption, if some have several; which captions its encoder cuts, if any."""
+    """The number of samples with each caption, if some have several; the captions that the encoder cuts, if any."""
     parts = [part for record in records for part in record["sets"].values()]
     captions = summed([(part.get("captions"), part["shard"]["samples"]) for part in parts])
     cut = joined(record.get("cut_captions", {}) for record in records)
@@ -174,7 +174,7 @@ def caption_facts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def with_captions(fields: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
-    """The lines of a manifest, with a mark at those of which each caption has its own."""
+    """The lines of a manifest, with a mark on fields that are stored per caption."""
     made = {f"{name}.npy" for each in encoders.field_encoders if "caption" in each.made_from for name in each.fields}
     return {name: {**line, "captions": True} if name in made else line for name, line in fields.items()}
 

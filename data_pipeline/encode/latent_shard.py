@@ -141,7 +141,7 @@ class LatentShardBuilder:
         rejected: Sequence[Rejected] = (),
         others: Others | None = None,
     ) -> list[Rejected]:
-        """Put encoded samples of one bucket into its tar, in memory, beside those that could not be encoded; returns
+        """Add encoded samples of one bucket to its tar in memory, and record those that could not be encoded; returns
         the encoded ones with unusable values. others: fields of further captions."""
         self.rejected += rejected
         if not items:
@@ -164,7 +164,7 @@ class LatentShardBuilder:
         kept = latents if len(rows) == len(items) else latents[rows]
         self.statistics.setdefault(bucket, []).append(batch_statistics(self.image, kept))
         self.fields[bucket] = {f"{name}.npy": described(values) for name, values in stored.items()} | {"json": {}}
-        for row in rows:  # after what may fail: publish counts them
+        for row in rows:  # after everything that may fail: publish counts them
             sample = items[row].sample
             members = {f"{name}.npy": values[row] for name, values in stored.items()}
             members |= {f"{name}.npy": values[row] for name, values in others.items() if row in values}
@@ -220,7 +220,7 @@ class LatentShardBuilder:
 
 
 def unusable_others(others: Others, dtype: str) -> dict[int, str]:
-    """Row -> reason of samples with a further caption whose values can't be trained on."""
+    """Row -> reason, for samples with a further caption whose values can't be trained on."""
     found: dict[int, str] = {}
     for name, by_row in others.items():
         rows = list(by_row)

@@ -43,7 +43,7 @@ class EncodeBatch(NamedTuple):
 
 
 class ShardEnd(NamedTuple):
-    """The end of a shard: its last batch has come."""
+    """The end of a shard: all its batches have been sent."""
 
 
 class AlreadyDone(NamedTuple):
@@ -64,7 +64,7 @@ class ShardReader:
         self.field_encoders = encoders.field_encoders
 
     def steps(self, shards: Iterable[Shard], paths: OutputPaths, shared: bool = False) -> Iterator[Step]:
-        """For each shard ShardStart, batches and ShardEnd; or AlreadyDone, if its note is in `paths`. shared: other
+        """For each shard: ShardStart, batches and ShardEnd, or AlreadyDone if its note is in `paths`. shared: other
         workers may write notes meanwhile."""
 
         def read() -> Iterator[tuple[Any, ...]]:
@@ -81,7 +81,7 @@ class ShardReader:
                     yield start
                     for batch in batches:
                         if shared and read_done_marker(paths, shard):
-                            break  # encode_steps sees the note, too, and drops the shard
+                            break  # encode_steps also sees the note and drops the shard
                         yield batch
                     yield ShardEnd()
 
@@ -165,7 +165,7 @@ class ShardReader:
 
 
 def edited(sample: dict[str, Any], edits: StoredEdits) -> tuple[dict[str, Any], dict[str, str]]:
-    """The sample with its captions as they are encoded, the first as its caption; and all of them, if they are
+    """The sample with its captions edited for encoding, the first as its caption; and all of them, if there are
     several."""
     captions = edits.applied(captions_of(sample))
     sample = {**sample, "caption": next(iter(captions.values()))}
@@ -175,7 +175,7 @@ def edited(sample: dict[str, Any], edits: StoredEdits) -> tuple[dict[str, Any], 
 
 
 def captions_to_encode(items: Iterable[Item], encoders: Sequence[Condition]) -> list[str]:
-    """The captions that must be encoded of a shard, in order."""
+    """The captions of a shard that must be encoded, in order."""
     found = []
     for item in items:
         others = {text for encoder in encoders for _, text in item.lacking(encoder)}
@@ -190,6 +190,6 @@ def words(sides: Sides) -> str:
 
 
 def batch_of(items: list[Item], rejected: list[Rejected]) -> EncodeBatch:
-    """A batch with its pictures stacked: here, in the thread that decodes."""
+    """A batch with its pictures stacked; done here because this is the decoding thread."""
     pictures = [{"key": i.sample["key"], "image": i.sample["image"]} for i in items if "image" in i.sample]
     return EncodeBatch(items, collated(pictures)["image"] if pictures else None, rejected)

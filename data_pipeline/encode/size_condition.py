@@ -1,4 +1,4 @@
-"""The sizes that a run is asked to draw at: micro-conditioning as in SDXL (docs/conditioning.md)."""
+"""The sizes to draw at, as options of sampling: micro-conditioning as in SDXL (docs/conditioning.md)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ OPTIONS = dict(zip(("size.original", "size.crop", "size.target"), GEOMETRY, stri
 
 
 class Size(PlainCondition):
-    """size (B, 6): see data_pipeline/shards/json_fields.py. Not stored: training reads it from each sample's json.
-    Here for sampling: what the user asks for, and `mean`, of the training data, where they don't."""
+    """size (B, 6): see data_pipeline/shards/json_fields.py. Not stored: training reads it from each sample's json. This
+    class serves sampling: the sizes that the user asks for, and otherwise `mean`, that of the training data."""
 
     optional, fields = tuple(OPTIONS), ("size",)
 

@@ -1,7 +1,7 @@
-"""Encodes a split of image-text shards to latent data sets: the missing shards, then what belongs to the whole.
+"""Encodes a split of image-text shards to latent data sets: first the missing shards, then the files of the whole.
 
 Three threads: one reads and decodes ahead (ShardReader.steps), the caller's encodes (encode_steps), and one writes tars
-behind it (write_step). Each hands on values; a SplitProgress collects what has come of them.
+behind it (write_step). Each passes values on; a SplitProgress collects the outcomes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from data_pipeline.encode.workers import Worker
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.rejects import Rejects
 
-STEPS_AHEAD, STEPS_BEHIND = 4, 4  # batches that wait between decoding, encoding and writing
+STEPS_AHEAD, STEPS_BEHIND = 4, 4  # batches queued between decoding and encoding, and between encoding and writing
 MARKER_THREADS = 16  # threads that look for finished shards: in a bucket each look takes some 20 ms
 
 
@@ -75,7 +75,7 @@ def encode_split(split: SplitToEncode, worker: Worker = Worker(), stop: StopRequ
 
 
 def read_done_markers(split: SplitToEncode) -> dict[str, DoneMarker]:
-    """The notes of finished shards, made by any worker, by the shard's name."""
+    """The notes of finished shards, written by any worker, by the shard's name."""
     with ThreadPoolExecutor(MARKER_THREADS) as pool:
         markers = pool.map(lambda shard: read_done_marker(split.paths, shard), split.source.shards)
         return {shard.name: record for shard, record in zip(split.source.shards, markers, strict=True) if record}
@@ -84,8 +84,8 @@ def read_done_markers(split: SplitToEncode) -> dict[str, DoneMarker]:
 def encode_missing(
     split: SplitToEncode, worker: Worker, done: dict[str, DoneMarker], stop: StopRequest | None
 ) -> SplitProgress:
-    """Make the shards that are not in `done`, as one of several workers. Ends early if asked to stop: shards that are
-    encoded are still written."""
+    """Make the shards that are not in `done`, as one of several workers. Stops early on request: shards that are
+    already encoded are still written."""
     progress = SplitProgress(split, done)
     missing = [shard for shard in worker.order(split.source.shards) if shard.name not in done]
     shared = worker.workers > 1
@@ -108,8 +108,8 @@ def encode_missing(
 
 
 class EncodedStep(NamedTuple):
-    """A step of the reader, and its shard; of a batch the fields by name, each (B, ...) as stored, and those of further
-    captions. counted: how many of the shard's samples were handed on before."""
+    """A step of the reader with its shard; for a batch also the fields by name, each (B, ...) as stored, and those of
+    further captions. counted: how many of the shard's samples were passed on before."""
 
     step: EncodeBatch | ShardEnd | AlreadyDone
     build: LatentShardBuilder | None
@@ -121,7 +121,7 @@ class EncodedStep(NamedTuple):
 def encode_steps(
     steps: Iterable[Step], encoders: Encoders, paths: OutputPaths, shared: bool = False
 ) -> Iterator[EncodedStep]:
-    """Encode batches. shared: another worker may finish a shard meanwhile, which is then dropped."""
+    """Encode batches. shared: another worker may finish a shard meanwhile, and it is then dropped here."""
     build, counted = None, 0
     for step in steps:
         if shared and build is not None and (record := read_done_marker(paths, build.shard)):
@@ -131,7 +131,7 @@ def encode_steps(
             if encoders.text is not None:
                 encoders.text.begin(step.captions)
         elif isinstance(step, EncodeBatch):
-            if build is not None:  # else it was read ahead, of a dropped shard
+            if build is not None:  # None: the batch was read ahead, and its shard has been dropped
                 fields = encode_batch(step.items, step.images, encoders) if step.items else {}
                 yield EncodedStep(step, build, counted, fields, encode_others(step.items, step.images, encoders))
                 counted += len(step.items) + len(step.rejected)
@@ -141,7 +141,7 @@ def encode_steps(
 
 
 class BatchDone(NamedTuple):
-    """`samples` of a shard were handled; these of them were rejected."""
+    """`samples` of a shard were processed; these of them were rejected."""
 
     shard: Shard
     samples: int
@@ -158,7 +158,7 @@ class ShardDone(NamedTuple):
 
 
 def write_step(paths: OutputPaths, encoded: EncodedStep) -> BatchDone | ShardDone:
-    """Put a batch into its shard; at a shard's end, publish it."""
+    """Add a batch to its shard; at a shard's end, publish it."""
     step, build, counted, fields, others = encoded
     if isinstance(step, AlreadyDone):
         return ShardDone(step.shard, step.record, by_others=step.record["listed"] - counted)
@@ -170,7 +170,7 @@ def write_step(paths: OutputPaths, encoded: EncodedStep) -> BatchDone | ShardDon
 
 
 class SplitProgress:
-    """What has come of a split's shards so far: notes of finished ones, rejected samples, and what this worker made."""
+    """The outcomes of a split's shards so far: notes of finished ones, rejected samples, and what this worker made."""
 
     def __init__(self, split: SplitToEncode, done: dict[str, DoneMarker]) -> None:
         self.done = dict(done)
@@ -192,7 +192,7 @@ class SplitProgress:
             self.made += [outcome.made] if outcome.made is not None else []
 
     def _add_rejects_of(self, shard: str, record: DoneMarker) -> None:
-        """Record the rejects in a note, once each, whoever wrote it."""
+        """Record the rejects listed in a note, once each, whichever worker wrote it."""
         for row in record["aside"]:
             if (mark := (shard, row["key"], row["reason"])) not in self.seen_rejects:
                 self.seen_rejects.add(mark)

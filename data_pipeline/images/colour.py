@@ -1,4 +1,4 @@
-"""Brings a picture's colours to sRGB: by its embedded ICC profile, or a PNG's gamma."""
+"""Converts a picture's colours to sRGB by its embedded ICC profile, or by a PNG's gamma."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms
 
-SAME = 2  # 8-bit levels: profiles that differ less from sRGB are sRGB, and the pixels stay as they are
-USUAL_GAMMA, TOLERANCE = 1 / 2.2, 0.02  # of a PNG's gAMA chunk: sRGB's
+SAME = 2  # 8-bit levels: a profile that differs less from sRGB counts as sRGB, and the pixels stay as they are
+USUAL_GAMMA, TOLERANCE = 1 / 2.2, 0.02  # of a PNG's gAMA chunk: the value for sRGB
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # a profile's colour space -> Pillow's mode
 BROKEN = "broken ICC profile ignored"
 
 
 class Colours(NamedTuple):
-    """A picture in sRGB, and what was done for it, in words; "": nothing."""
+    """A picture in sRGB, and the conversion that was made, in words; "": none."""
 
     image: Image.Image
     converted: str = ""
 
 
 def to_srgb(image: Image.Image, profile: bytes | None, gamma: float | None = None) -> Colours:
-    """An opaque picture (L, RGB, CMYK or LAB) in sRGB, as RGB or L. A profile that is broken, or is made for other
-    pixels, is ignored, and said."""
+    """An opaque picture (L, RGB, CMYK or LAB) in sRGB, as RGB or L. A profile that is broken, or is for other pixels,
+    is ignored and reported."""
     if not profile and image.mode != "LAB":
         return with_gamma(image, gamma)
     try:
@@ -68,14 +68,14 @@ def lab_profile() -> bytes:
 
 
 def colours_of(mode: str) -> Image.Image:
-    """All greys, or a grid of colours, as a picture of one row."""
+    """All grey levels, or a grid of colours, as a picture of one row."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     return Image.fromarray(np.array([list(itertools.product(range(0, 256, 17), repeat=3))], np.uint8))
 
 
 def with_gamma(image: Image.Image, gamma: float | None) -> Colours:
-    """Pixels that were stored with a PNG's gamma, in sRGB."""
+    """The pixels, which were stored with a PNG's gamma, in sRGB."""
     if not gamma or gamma <= 0 or abs(gamma / USUAL_GAMMA - 1) < TOLERANCE or image.mode not in ("L", "RGB"):
         return Colours(image)
     linear = np.linspace(0, 1, 256) ** (1 / gamma)

@@ -1,4 +1,4 @@
-"""Picture files to (H, W, 3) uint8 in sRGB; a picture that can't be used is named with the true reason."""
+"""Decodes picture files to (H, W, 3) uint8 in sRGB; for a picture that can't be used, the error names the cause."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from data_pipeline.images.colour import to_srgb
 from data_pipeline.images.formats import HEAD, RAW, READ, SAVE_AS, UNREAD, formats_for, kind_of, reads_heic
 
 MAX_PIXELS = 64 * 1024 * 1024
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # above twice this, Pillow raises before it decodes; below, `open_image` does
-# Pillow warns with a path of the environment. Sizes are checked here, and damaged metadata doesn't spoil a picture.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # above twice this, Pillow raises before it decodes; between, `open_image` raises
+# Pillow's warnings contain a path of the environment. Sizes are checked here; damaged metadata is tolerated.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -50,18 +50,18 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 MOVING = ("GIF", "WEBP", "PNG", "AVIF", "HEIF")  # formats whose frames are an animation, not pages
-LOW_BITS = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17}  # how Pillow scales a PNG's few bits to 8
+LOW_BITS = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17}  # Pillow's factors from a PNG's few bits to 8
 Box = tuple[int, int, int]
 
 
 class PictureError(ValueError):
-    """Why a picture can't be used: words that many pictures share, and details of this one in brackets."""
+    """Why a picture can't be used: words shared by many pictures, then details of this one in brackets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How pictures are read. background: under transparency. animated: "first" frame, or "reject". strict: whether a
-    picture that the decoder forgives some damage is refused."""
+    """How pictures are read. background: put under transparency. animated: "first" frame, or "reject". strict: whether
+    to refuse a damaged picture that the decoder would accept."""
 
     background: Box = (255, 255, 255)
     animated: str = "first"
@@ -76,14 +76,14 @@ class Decoding:
 
 
 class Picture(NamedTuple):
-    """Pixels (H, W, 3) uint8 in sRGB, and what had to be done to get them, in words that are counted."""
+    """Pixels (H, W, 3) uint8 in sRGB, and the conversions that were made, in words that are counted."""
 
     pixels: np.ndarray
     converted: tuple[str, ...] = ()
 
 
 def colour_of(value: Any) -> Box:
-    """A colour's name, or rrggbb with or without its #."""
+    """A colour from its name, or from rrggbb with or without #."""
     text = f"{value:06d}" if isinstance(value, int) else str(value)
     with contextlib.suppress(ValueError):
         return ImageColor.getrgb(f"#{text}" if re.fullmatch("[0-9a-fA-F]{6}", text) else text)[:3]
@@ -91,19 +91,19 @@ def colour_of(value: Any) -> Box:
 
 
 def decode_image(data: bytes, extension: str = "", strict: bool = True) -> np.ndarray:
-    """A picture's bytes -> (H, W, 3) uint8, transparency on white. PictureError: it can't be used."""
+    """A picture's bytes -> (H, W, 3) uint8, transparency on white. PictureError if it can't be used."""
     return decode_picture(io.BytesIO(data), extension, Decoding(strict=strict)).pixels
 
 
 def decode_picture(file: Path | IO[bytes], extension: str = "", how: Decoding = Decoding()) -> Picture:  # noqa: B008
-    """A picture from a file or from bytes. PictureError: it can't be used."""
+    """A picture from a file or from bytes. PictureError if it can't be used."""
     with naming_errors(file), open_image(file, extension) as image:
         return to_picture(image, how)
 
 
 def open_image(file: str | Path | IO[bytes], extension: str = "") -> Image.Image:
-    """Open a picture, recognised by its content; only its header is read. extension: of its name, for formats without
-    a signature. PictureError: too large, or not a picture that is read here."""
+    """Open a picture, recognised by its content; only its header is read. extension: that of its name, needed for
+    formats without a signature. PictureError if it is too large, or not a picture that is read here."""
     extension = extension or (Path(file).suffix[1:] if isinstance(file, str | Path) else "")
     if extension.lower() in RAW:
         raise PictureError(f"a camera's raw file, which is not read ({extension.upper()}: {SAVE_AS})")
@@ -126,7 +126,7 @@ def too_large(size: str) -> PictureError:
 
 @contextlib.contextmanager
 def naming_errors(file: str | Path | IO[bytes]) -> Iterator[None]:
-    """What goes wrong inside becomes a PictureError that says what the file is, and what is wrong with it."""
+    """Turns errors raised inside into a PictureError that says what the file is, and what is wrong with it."""
     try:
         yield
     except PictureError:
@@ -151,7 +151,7 @@ def reason_of(kind: str, error: BaseException) -> str:
         return f"{kind} picture, a format that is not read ({SAVE_AS})"
     if kind and kind not in (*READ, "HEIC"):
         return f"not a picture, but {kind}"
-    # Pillow's message about what it can't identify contains an address; MemoryError has none.
+    # Pillow's message for an unidentified file contains a memory address; MemoryError has no message.
     unknown = isinstance(error, UnidentifiedImageError | MemoryError) or "object at 0x" in str(error)
     detail = ("its header is damaged" if kind else "") if unknown else str(error)
     detail = detail.partition("\n")[0] or type(error).__name__
@@ -177,11 +177,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 def to_picture(image: Image.Image, how: Decoding) -> Picture:
     """An opened picture, decoded: its first frame, in sRGB, on the background, upright."""
     converted = [frames_of(image, how)]
-    stored = stored_mode(image)  # before `orientation`, which decodes a PNG to look for EXIF behind its pixels
+    stored = stored_mode(image)  # before `orientation`, which decodes a PNG to look for EXIF after its pixels
     turn, profile = TURNS.get(orientation(image)), image.info.get("icc_profile")
     gamma = image.info.get("gamma") if image.format == "PNG" and "srgb" not in image.info else None
     if image.mode == "RGB" and not profile and turn is None and (pixels := jpeg_pixels(image, how.strict)) is not None:
-        return Picture(pixels)  # most photographs: without a copy
+        return Picture(pixels)  # the usual case, most photographs: no copy
     image, alpha = planes(image, stored, how.strict)
     image, changed = to_srgb(image, profile, gamma)
     converted.append(changed)
@@ -196,8 +196,8 @@ def to_picture(image: Image.Image, how: Decoding) -> Picture:
 
 
 def frames_of(image: Image.Image, how: Decoding) -> str:
-    """What becomes of several frames, in words. PictureError if animated pictures are rejected."""
-    if not getattr(image, "is_animated", False) or image.format == "MPO":  # a photograph with its preview
+    """How several frames were handled, in words. PictureError if animated pictures are rejected."""
+    if not getattr(image, "is_animated", False) or image.format == "MPO":  # MPO: a photograph with its preview
         return ""
     if image.format not in MOVING:
         return "several pages, the first taken"
@@ -207,7 +207,7 @@ def frames_of(image: Image.Image, how: Decoding) -> str:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 if it can't be read: damaged metadata doesn't spoil a picture."""
+    """EXIF's orientation, 1 to 8; 1 if it can't be read: damaged metadata is tolerated."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except METADATA_ERRORS:
@@ -215,7 +215,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def planes(image: Image.Image, stored: str, strict: bool) -> tuple[Image.Image, Image.Image | None]:
-    """An opened picture's colours (L, RGB, CMYK or LAB, 8 bits) and its opacity (L); None: it is opaque. stored: its
+    """An opened picture's colours (L, RGB, CMYK or LAB, 8 bits) and its opacity (L; None: opaque). stored: its
     `stored_mode`."""
     mode = image.mode
     if (pixels := jpeg_pixels(image, strict)) is not None:
@@ -240,7 +240,7 @@ def planes(image: Image.Image, stored: str, strict: bool) -> tuple[Image.Image, 
 
 
 def as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Converted to `mode`; without a copy if it has it."""
+    """The picture in `mode`; without a copy if it already has it."""
     return image if image.mode == mode else image.convert(mode)
 
 
@@ -256,7 +256,7 @@ def jpeg_pixels(image: Image.Image, strict: bool) -> np.ndarray | None:
 
 
 def from_16_bits(image: Image.Image, clear: Any) -> tuple[Image.Image, Image.Image | None]:
-    """Grey of 16 bits, which Pillow would clip at 255, and its opacity."""
+    """16-bit grey, which Pillow would clip at 255, and its opacity."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise PictureError("grey picture of more than 16 bits (what is white is not stated: save it as PNG)")
@@ -266,15 +266,15 @@ def from_16_bits(image: Image.Image, clear: Any) -> tuple[Image.Image, Image.Ima
 
 
 def stored_mode(image: Image.Image) -> str:
-    """How a picture that is not decoded yet stores its pixels, in Pillow's words, such as L;2 or RGB;16B."""
+    """The mode of the pixels in the file, before decoding, in Pillow's words, such as L;2 or RGB;16B."""
     tiles = getattr(image, "tile", None)
     args = tiles[0].args if tiles else ""
     return args if isinstance(args, str) else str(args[0]) if args else ""
 
 
 def with_clear(image: Image.Image, clear: int | tuple[int, ...], stored: str) -> Image.Image:
-    """A picture with one colour that is transparent (a PNG's tRNS, a GIF's index), as RGBA or LA. tRNS has the depth of
-    the file, the pixels have 8 bits."""
+    """A picture with one transparent colour (a PNG's tRNS, a GIF's index), as RGBA or LA. tRNS has the bit depth of the
+    file; the pixels have 8 bits."""
     pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
     scale = LOW_BITS.get(stored, 255 if image.mode == "1" else 1)
     value = np.asarray(clear) >> 8 if "16" in stored else np.asarray(clear) * scale

@@ -1,4 +1,4 @@
-"""Which files are pictures: by what they hold, and for lists and messages by their extension."""
+"""Which files are pictures: recognised by content; in listings and messages, by extension."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import functools
 
 from PIL import Image
 
-# Read whatever the file's name says: each of these begins with a signature of its own.
+# Read whatever the file's extension is: each of these formats has its own signature.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICNS", "PPM", "PSD", "QOI", "DDS", "SGI")
-# Never opened: EPS starts a program, and Pillow has no decoder of its own for the rest.
+# Never opened: EPS starts a program, and Pillow can't decode the others by itself.
 REFUSED = ("EPS", "PDF", "WMF", "EMF", "BUFR", "GRIB", "HDF5", "MPEG")
-OLDEST = ("png", "jpg", "jpeg", "webp")  # of several pictures in one sample, these come first
-# Extensions under which pictures are looked for in folders and tars; whatever their content is, it is named.
+OLDEST = ("png", "jpg", "jpeg", "webp")  # of several pictures in one sample, these are preferred
+# Extensions by which pictures are found in folders and tars; a message names a file whose content is something else.
 IMAGES = (
     *OLDEST, "jpe", "jfif", "jif", "pjpeg", "pjp", "mpo", "apng", "gif", "bmp", "dib", "tif", "tiff", "avif", "avifs",
     "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "ico", "icns", "ppm", "pgm", "pbm", "pnm", "tga", "psd", "qoi", "dds",
     "pcx", "sgi", "heic", "heif", "heics", "hif", "img", "image", "jxl", "svg", "svgz", "exr", "xcf", "eps",
 )  # fmt: skip
-# Cameras' raw files are TIFFs whose first picture is a thumbnail.
+# Raw files of cameras are TIFFs whose first picture is a thumbnail.
 RAW = ("dng", "nef", "cr2", "cr3", "arw", "orf", "rw2", "pef", "raf", "srw", "nrw", "3fr", "iiq")
-HEAD = 512  # bytes that `kind_of` looks at
+HEAD = 512  # bytes that `kind_of` reads
 SAVE_AS = "save it as PNG, JPEG or WebP"
 
-# (offset, signature, what it is)
+# (offset, signature, format)
 SIGNATURES = (
     (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"\xff\xd8", "JPEG"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"),
     (0, b"BM", "BMP"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"II+\0", "TIFF"), (0, b"MM\0+", "TIFF"),
@@ -46,8 +46,8 @@ OTHERS = (
 
 
 def kind_of(head: bytes) -> str:
-    """What a file with these first bytes is: one of READ or UNREAD, "HEIC", or words such as "an HTML page"; "": not
-    known."""
+    """What a file with these first bytes is: one of READ or UNREAD, "HEIC", or words such as "an HTML page"; "":
+    unknown."""
     if not head:
         return "an empty file"
     if head[4:8] == b"ftyp":
@@ -71,7 +71,7 @@ def is_picture(head: bytes) -> bool:
 
 
 def formats_for(extension: str) -> tuple[str, ...]:
-    """The formats to try: those with a signature; a format without one (TGA, ICO, PCX, ...) only under its own
+    """The formats to try: those with a signature; a format without one (TGA, ICO, PCX, ...) only for its own
     extension."""
     extension = extension.lower()
     if extension in ("", *OLDEST):

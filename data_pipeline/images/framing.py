@@ -1,4 +1,4 @@
-"""How make_shards brings a picture to its size: a square, or the bucket of nearest aspect ratio."""
+"""How make_shards resizes a picture: to a square, or to the bucket of nearest aspect ratio."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ CROP, PAD, STRETCH = RESIZES = ("crop", "pad", "stretch")
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """crop: resize until the picture covers its size, and keep the middle; pad: until it fits, with `background` beside
-    it; stretch: to its size, whatever its aspect ratio. Drawings, which have no size, are squares of `size`."""
+    """crop: resize until the picture covers its target size, keep the middle; pad: resize until it fits, with
+    `background` beside it; stretch: resize whatever its aspect ratio. Drawings, which have no size, become squares of
+    `size`."""
 
     size: int
     buckets: Sizes = field(default_factory=Sizes)  # empty: squares
@@ -31,15 +32,15 @@ class Framing:
 
     @property
     def by_default(self) -> bool:
-        """Whether pictures become squares by cropping, as they do where nothing else is asked for."""
+        """Whether pictures are cropped to squares, as they are unless something else is asked for."""
         return self.resize == CROP and not self.buckets.sides
 
     def of(self, sides: Sides) -> Sides:
-        """The (height, width) of a picture of `sides`."""
+        """The target (height, width) of a picture with these `sides`."""
         return self.buckets.of(sides) if self.buckets.sides else (self.size, self.size)
 
     def applied(self, picture: Picture) -> Picture:
-        """The picture at its size, (h, w, 3) uint8."""
+        """The resized picture, (h, w, 3) uint8."""
         before = picture.pixels.shape[:2]
         after = self.of(before)
         if self.resize == CROP or before == after:
@@ -51,18 +52,19 @@ class Framing:
         return picture._replace(pixels=pixels)
 
     def facts(self, sides: Sides) -> dict[str, int]:
-        """What the json says of a picture whose aspect ratio or size was changed: as img2dataset, its own sides, which
-        micro-conditioning reads. Nothing by default: shards of earlier versions have the same bytes."""
+        """What the json records of a picture whose aspect ratio or size was changed: its original sides, as
+        img2dataset, for micro-conditioning. Nothing by default, so that shards have the same bytes as in earlier
+        versions."""
         return {} if self.by_default else {"original_height": sides[0], "original_width": sides[1]}
 
 
 def resized(pixels: np.ndarray, sides: Sides) -> np.ndarray:
-    """By Lanczos to (height, width), whatever the aspect ratio."""
+    """Resized by Lanczos to (height, width), whatever the aspect ratio."""
     return np.array(Image.fromarray(pixels).resize(sides[::-1], Image.Resampling.LANCZOS))
 
 
 def padded(pixels: np.ndarray, sides: Sides, background: str) -> np.ndarray:
-    """The whole picture in the middle of (height, width), with `background` beside it."""
+    """The whole picture in the middle of (height, width), with `background` around it."""
     scale = min(side / before for side, before in zip(sides, pixels.shape, strict=False))
     inner = tuple(min(max(1, round(before * scale)), side) for before, side in zip(pixels.shape, sides, strict=False))
     found = np.empty((*sides, 3), np.uint8)

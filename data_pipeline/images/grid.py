@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # matplotlib need not be imported for this; it brings a font with more than ASCII.
 FONT = str(Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")
-SIZES = (10, 9, 8, 7)  # of captions: the first at which their longest word fits
+SIZES = (10, 9, 8, 7)  # font sizes of captions: the first in which the longest word fits is used
 LINE, MOST_LINES, ELLIPSIS = 13, 4, "…"
 
 
@@ -33,8 +33,8 @@ def grid(
     narrowest: int = 0,
     title: str = "",
 ) -> Image.Image:
-    """(H, W, 3) uint8 pictures in rows, each with its label under it, and the title above all; cells are as large
-    as the largest picture and at least `narrowest` pixels wide, with smaller pictures centred."""
+    """(H, W, 3) uint8 pictures in rows, each with its label below, and the title at the top. Cells are as large as the
+    largest picture and at least `narrowest` pixels wide; smaller pictures are centred."""
     height = max(image.shape[0] for image in images) * scale
     width = max(narrowest, *(image.shape[1] * scale for image in images))
     shown = [fitted(label, width + gap - 2) for label in labels] if labels else [Label([], font_of(10))] * len(images)
@@ -56,7 +56,7 @@ def grid(
 
 
 def write(draw: ImageDraw.ImageDraw, label: Label, x: float, y: float, anchor: str) -> None:
-    """Write a label's lines from y downwards; x: their left edge or centre, by the anchor."""
+    """Write a label's lines from y downwards. x: their left edge or centre, depending on the anchor."""
     for row, line in enumerate(label.lines):
         draw.text((x, y + LINE * row), line, fill="black", font=label.font, anchor=anchor)
 
@@ -67,8 +67,8 @@ def font_of(size: int) -> ImageFont.FreeTypeFont:
 
 
 def fitted(text: str, width: float, most: int = MOST_LINES) -> Label:
-    """The text in at most `most` lines of `width` pixels, in the largest font in which each word fits; what is left
-    out becomes an ellipsis after a whole word."""
+    """The text in at most `most` lines of `width` pixels, in the largest font in which each word fits; the rest is
+    replaced by an ellipsis after a whole word."""
     words = text.split()
     fonts = [font_of(size) for size in SIZES]
     font = next((font for font in fonts if all(font.getlength(word) <= width for word in words)), fonts[-1])
@@ -82,7 +82,7 @@ def fitted(text: str, width: float, most: int = MOST_LINES) -> Label:
 
 
 def wrapped(words: Sequence[str], width: float, font: ImageFont.FreeTypeFont) -> Iterator[str]:
-    """Lines of whole words; only a word wider than a line is cut."""
+    """Lines of whole words; only a word wider than a line is split."""
     line = ""
     for word in words:
         if font.getlength(word) > width:

@@ -1,4 +1,4 @@
-"""Decodes a JPEG, and tells whether it is whole: libjpeg forgives damage with a warning, which Pillow hides."""
+"""Decodes a JPEG and checks that it is whole: libjpeg only warns of damage, and Pillow hides the warning."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import re
 import numpy as np
 import simplejpeg
 
-# libjpeg's warnings of missing or changed data; others concern only metadata.
+# libjpeg's warnings of missing or changed data; its other warnings concern only metadata.
 DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file", "Inconsistent progression sequence")
 PADDED = re.compile(r"extraneous bytes before marker 0xd9")
-ERASED = bytes(24)  # zeros that no encoder writes into a scan
+ERASED = bytes(24)  # a run of zeros that no encoder writes into a scan
 END, NEXT_MARKER = b"\xff\xd9", re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's modes
 SOF0, SOF1, SOF2, DHT, SOS, EOI = 0xC0, 0xC1, 0xC2, 0xC4, 0xDA, 0xD9
 
 
 def decoded(data: bytes, mode: str, strict: bool) -> np.ndarray | None:
-    """(H, W, 3) or (H, W) uint8, the same values as Pillow's, in half the time; None: leave it to Pillow.
+    """(H, W, 3) or (H, W) uint8, the same values as Pillow's, in half the time; None: Pillow must decode it.
 
-    strict: ValueError if data are missing or changed, as far as that shows: a lossy format has no checksum.
+    strict: ValueError if data are missing or changed, where this can be detected: a lossy format has no checksum.
     """
     if strict and (at := erased_at(data)) is not None:
         raise ValueError(f"its data are zeros from byte {at} on")
@@ -30,7 +30,7 @@ def decoded(data: bytes, mode: str, strict: bool) -> np.ndarray | None:
         if not strict or not why.startswith(DAMAGE):
             return None
     try:
-        if PADDED.search(why):  # some cameras fill up the end with zeros
+        if PADDED.search(why):  # some cameras pad the end with zeros
             return read(data[: data.rindex(END)].rstrip(b"\0") + END, mode)
     except ValueError:
         pass  # the first error counts
@@ -38,15 +38,15 @@ def decoded(data: bytes, mode: str, strict: bool) -> np.ndarray | None:
 
 
 def read(data: bytes, mode: str) -> np.ndarray | None:
-    """The pixels. CMYK is only checked, an eighth as large: Pillow knows which files store it inverted."""
+    """The pixels. CMYK is only checked, at an eighth of the size: Pillow knows which files store it inverted."""
     small = 1 if mode == "CMYK" else 0
     pixels = simplejpeg.decode_jpeg(data, SPACES[mode], min_height=small, min_width=small)
     return {"RGB": pixels, "L": pixels[..., 0]}.get(mode)
 
 
 def erased_at(data: bytes) -> int | None:
-    """Where a part of a scan was overwritten by zeros (an interrupted download or copy leaves that), which libjpeg
-    often decodes without a warning. Costs a search for zeros; the tables are read only if some are found."""
+    """Where a part of a scan was overwritten by zeros, as after an interrupted download or copy; libjpeg often decodes
+    that without a warning. Costs a search for zeros; the tables are read only if some are found."""
     if data.find(ERASED, max(data.find(b"\xff\xda"), 0)) < 0:
         return None
     at, progressive, tables = 2, False, {}
@@ -86,8 +86,8 @@ def first_symbols(segment: bytes) -> dict[int, int]:
 
 
 def may_be_zeros(segment: bytes, tables: dict[int, int], progressive: bool) -> bool:
-    """Whether an encoder can have written many zeros into a scan: flat blocks, if their code is all zeros; the bits
-    that refine a progressive picture. Otherwise zeros are the same coefficient again and again."""
+    """Whether an encoder can have written many zeros into a scan: flat blocks, if their code is all zeros; or the bits
+    that refine a progressive picture. Elsewhere, zeros decode to the same coefficient again and again."""
     count = segment[0] if segment else 0
     if len(segment) < 4 + 2 * count:
         return True

@@ -38,11 +38,11 @@ def fitted(pixels: np.ndarray, sides: Sides) -> Fitted:
 
 
 def upright_sides(image: Image.Image) -> tuple[int, int]:
-    """Width and height after the turn that to_picture makes; only the header is read."""
+    """Width and height after the rotation that to_picture makes; only the header is read."""
     width, height = image.size
     return (height, width) if orientation(image) in TURNED else (width, height)
 
 
 def centre_square(picture: Picture, size: int) -> Picture:
-    """Its middle, (size, size, 3) uint8."""
+    """The picture's middle, (size, size, 3) uint8."""
     return picture._replace(pixels=fitted(picture.pixels, (size, size)).pixels)

@@ -49,8 +49,8 @@ class ArrayLayout(NamedTuple):
 def stacked(
     members: Sequence[str], layout: ArrayLayout, found: Sequence[tuple[Bytes, IndexEntry]], pinned: bool
 ) -> Tensor | None:
-    """(B, *shape) of one member of each of B samples, given as its shard's bytes and its entry; None if one of them
-    does not match `layout`."""
+    """(B, *shape) of one member of each of B samples, each given as its shard's bytes and its entry; None if one of
+    them does not match `layout`."""
     values, tensor = empty((len(found), *layout.shape), layout.dtype, pinned)
     begin = len(layout.header)
     row_bytes = math.prod(layout.shape) * layout.dtype.itemsize

@@ -33,7 +33,7 @@ class Batch:
     step: int  # the global step that these samples belong to
     cursor: DataCursor  # what to save once this step is trained on
     of_streams: int = 0  # how many streams the global batch has
-    bucket: str = ""  # of a run on aspect-ratio buckets: the one that all samples of the step come from
+    bucket: str = ""  # on aspect-ratio buckets: the one that all samples of the step come from
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -1,8 +1,8 @@
 """Which bucket, and which of its samples, a global step trains on: a pure function of (manifests, seed, batch).
 
 A step takes one bucket, so that all its samples, on all ranks and in all micro-batches, have one shape. The m-th step
-of a bucket is step m of its own EpochPlan: each of its samples comes once per epoch of the bucket, and what does not
-fill a batch is carried into the bucket's next one. Buckets take turns in proportion to their samples.
+of a bucket is step m of its own EpochPlan: each of its samples comes once per epoch of the bucket, and samples that do
+not fill a batch are carried into the bucket's next one. Buckets take turns in proportion to their samples.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from data_pipeline.loading.joined_plans import JoinedPlans
 
 
 class Turns:
-    """Deals turns 0, 1, 2, ... in proportion to whole numbers `shares`: after any number of turns, each has had less
-    than one more or less than its exact part of them.
+    """Deals turns 0, 1, 2, ... in proportion to whole numbers `shares`: after any number of turns, the count of each
+    differs from its exact share by less than one.
 
-    Turn m of a share n of N may not come before turn floor(m N/n), and must come before ceil((m+1) N/n). Of those that
-    may come, the one that must come first is next, which keeps all these bounds (Tijdeman 1980, "The chairman
-    assignment problem"; Baruah et al. 1996, "Proportionate progress"). No formula gives this order, so it is made from
-    the first turn on, and kept: two seconds and 12 MB for a million turns.
+    Turn m of a share n of N may not come before turn floor(m N/n), and must come before ceil((m+1) N/n). Of the turns
+    that may come, the one with the earliest deadline is next, which keeps all these bounds (Tijdeman 1980, "The
+    chairman assignment problem"; Baruah et al. 1996, "Proportionate progress"). No formula gives this order, so it is computed
+    from the first turn on and kept: two seconds and 12 MB for a million turns.
     """
 
     def __init__(self, shares: Sequence[int], seed: int) -> None:
         self.shares, self.total = tuple(shares), sum(shares)
-        # Of two that must come before the same turn, the seed decides.
+        # The seed decides between two with the same deadline.
         sequence = np.random.SeedSequence([seed & (2**63 - 1), 4])
         self.ranks = np.random.default_rng(sequence).permutation(len(shares)).tolist()
         self.whose, self.numbers = array("i"), array("q")
@@ -37,13 +37,13 @@ class Turns:
         self.ready: list[tuple[int, int, int, int]] = []  # (end, rank, whose, number)
 
     def at(self, turn: int) -> tuple[int, int]:
-        """Whose turn it is, and how many it has had before."""
+        """Whose turn it is, and how many turns it has had before."""
         while len(self.whose) <= turn:
             self._deal()
         return self.whose[turn], self.numbers[turn]
 
     def counts(self, turns: int) -> list[int]:
-        """How many of the first turns each has had."""
+        """How many of the first turns went to each."""
         if turns:
             self.at(turns - 1)
         return np.bincount(np.frombuffer(self.whose, np.int32)[:turns], minlength=len(self.shares)).tolist()
@@ -61,7 +61,7 @@ class Turns:
 
 
 class BucketPlan(JoinedPlans):
-    """A plan (plan.py) each of whose steps takes from one set."""
+    """A plan (plan.py) in which each step takes from one data set."""
 
     def __init__(self, plans: Sequence[EpochPlan], starts: Sequence[int], seed: int) -> None:
         super().__init__(plans, starts)
@@ -81,6 +81,6 @@ class BucketPlan(JoinedPlans):
         return self.turns.at(step)[0]
 
     def epochs(self, step: int) -> list[float]:
-        """How often each bucket has been gone through after `step` global steps."""
+        """How many epochs of each bucket are done after `step` global steps."""
         counts = self.turns.counts(step)
         return [count * self.batch / plan.samples for count, plan in zip(counts, self.plans, strict=True)]

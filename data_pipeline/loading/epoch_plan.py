@@ -4,8 +4,8 @@ An epoch's shards are permuted and laid end to end; its N samples are cut into C
 stream. Within a stream, windows of a few shards' pieces are shuffled; then the samples between the middles of two
 neighbouring windows are shuffled again, so that windows overlap and no fixed border separates their samples.
 Every stream continues through epoch after epoch, and global step i takes from each stream its positions [i*b, (i+1)*b),
-b = global batch / C. So every sample comes exactly once an epoch, and a batch may span two epochs: the rest of an epoch
-is carried into the next batch, not lost.
+b = global batch / C. So every sample comes exactly once an epoch, and a batch may span two epochs: the samples left at
+the end of an epoch go into the next batch and are not lost.
 
 N need not be a multiple of C: the r = N mod C extra samples of each epoch are dealt round-robin, continuing where the
 last epoch stopped, so that streams never drift apart by more than one sample. N may be less than C: then a stream has
@@ -75,15 +75,15 @@ class EpochPlan:
         self._epoch_before: dict[int, int] = {}  # of the previous window: a step may end in the next one
 
     def __reduce__(self) -> tuple[type[EpochPlan], tuple[Any, ...]]:
-        """Copied, and sent to workers, as its arguments: each has windows of its own."""
+        """Copied and sent to workers as its arguments: each copy has its own windows."""
         return EpochPlan, self.arguments
 
     def set_of(self, step: int) -> int:
-        """There is one data set."""
+        """None: there is only one data set."""
         return 0
 
     def epochs(self, step: int) -> list[float]:
-        """How often it has been gone through after `step` global steps."""
+        """How many epochs of the data set are done after `step` global steps."""
         return [step * self.batch / self.samples]
 
     @property
@@ -207,7 +207,7 @@ class EpochPlan:
         if len(parts) > 1:
             positions = self._rng(2, epoch, stream, number).permutation(positions)
         following = (epoch, number + 1)
-        if number + 2 >= len(windows):  # in its next epoch that has samples for this stream
+        if number + 2 >= len(windows):  # in the next epoch that has samples for this stream
             following = (self.epoch_of(stream, self.stream_start(stream, epoch + 1)), 0)
         return Window(epoch, number, *self._places(epoch, positions), self._shards_of(stream, *following))
 

@@ -1,4 +1,4 @@
-"""What plans over several data sets share."""
+"""The parts that plans over several data sets share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from data_pipeline.loading.epoch_plan import EpochPlan, Place
 
 
 class JoinedPlans:
-    """The EpochPlan of each data set, with its shards numbered from `starts` on."""
+    """The EpochPlan of each data set, whose shards are numbered from `starts` on."""
 
     def __init__(self, plans: Sequence[EpochPlan], starts: Sequence[int]) -> None:
         self.plans, self.starts = tuple(plans), tuple(starts)
@@ -20,15 +20,15 @@ class JoinedPlans:
         return sum(plan.windows_made for plan in self.plans)
 
     def shards_in_use(self) -> set[int]:
-        """As EpochPlan's, of all sets."""
+        """As EpochPlan.shards_in_use, over all sets."""
         return {number + start for plan, start in self._numbered() for number in plan.shards_in_use()}
 
     def shards_next(self) -> set[int]:
-        """As EpochPlan's, of all sets."""
+        """As EpochPlan.shards_next, over all sets."""
         return {number + start for plan, start in self._numbered() for number in plan.shards_next()}
 
     def pieces(self, shard: int) -> list[tuple[int, int]]:
-        """As EpochPlan's, of the set that the shard belongs to."""
+        """As EpochPlan.pieces, for the set that the shard belongs to."""
         which = bisect_right(self.starts, shard) - 1
         return self.plans[which].pieces(shard - self.starts[which])
 
@@ -36,6 +36,6 @@ class JoinedPlans:
         return list(zip(self.plans, self.starts, strict=True))
 
     def _moved(self, which: int, places: Sequence[Place]) -> list[Place]:
-        """Places of one set, with their shards numbered through all sets."""
+        """Places of one set, with shard numbers that count through all sets."""
         start = self.starts[which]
         return [Place(shard + start, sample) for shard, sample in places]

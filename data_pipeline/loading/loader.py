@@ -28,27 +28,27 @@ WINDOWS_HELD = 3  # piles of a stream's shards that stay open: two for its windo
 
 @dataclass(frozen=True, slots=True)
 class LoaderConfig:
-    """How a data set is read (conf/data/): the same for all ranks, and for every position in the data."""
+    """How a data set is read (conf/data/): independent of rank and of the position in the data."""
 
     streams: int = 8  # canonical streams of the epoch plan
-    num_workers: int = 0  # processes that decode; 0: a thread
+    num_workers: int = 0  # decoding processes; 0: a thread
     prefetch: int = 2  # steps read ahead, by a thread or by each worker
     window_shards: int = 4
     overlap: bool = True
     cache_mb: float = 512.0
     verify: bool = True
     shuffle: bool = True
-    captions: CaptionOptions = field(default_factory=CaptionOptions)  # which one of several a step takes
+    captions: CaptionOptions = field(default_factory=CaptionOptions)  # which of several captions a step takes
 
     def loader(self, data: str | DataSets, batch_size: int, **position: Any) -> Loader:
-        """The loader of a data set, by its path, or of several. A subclass may return another one
+        """The loader of a data set, given by its path, or of several. A subclass may return another loader
         (`data._target_=my_package.MyLoaderConfig`)."""
         return Loader(data, batch_size, self, **position)
 
 
 class Loader:
     """Endless batches from `start` on. Rank r has streams [r*C/world, (r+1)*C/world); micro-batch m of a step has their
-    m-th part. Workers share a rank's streams, so that no byte is read twice and the result does not change.
+    m-th part. Workers share a rank's streams, so that no byte is read twice and the result is the same.
     batch_size is global: over all ranks and micro-batches."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Loader:
         world_size: int = 1,
         accumulation: int = 1,
         start: DataCursor = DataCursor(),  # noqa: B008  (frozen)
-        json_fields: Sequence[str] = (),  # what to read from each sample's json besides its caption, by FROM_JSON
+        json_fields: Sequence[str] = (),  # names in FROM_JSON: what to read from each sample's json besides its caption
     ) -> None:
         if config.streams % (world_size * accumulation):
             raise UserError(
@@ -74,7 +74,7 @@ class Loader:
         config.captions.refuse_unfit(self.data.root, [each.manifest for each in self.data])
         order = {"shuffle": config.shuffle, "overlap": config.overlap}
         self.plan: Plan = plan_of(self.data, seed, batch_size, config.streams, config.window_shards, **order)
-        self.counting = copy.deepcopy(self.plan)  # a thread uses the other
+        self.counting = copy.deepcopy(self.plan)  # for this thread; another thread uses self.plan
         own = config.streams // world_size
         self.streams = list(range(rank * own, (rank + 1) * own))
         if config.num_workers > own:
@@ -95,7 +95,7 @@ class Loader:
         return sorted({f"{each.name}/{shard.name}".lstrip("/") for _, each, shard in found})
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each data set has been gone through after `step` steps, by name; none for a single one."""
+        """How many epochs of each data set are done after `step` steps, by name; empty for a single data set."""
         if self.data.layout == ONE:
             return {}
         return dict(zip((each.name for each in self.data), self.counting.epochs(step), strict=True))
@@ -152,7 +152,7 @@ class StepPart(NamedTuple):
     keys: list[str]
     captions: list[str]
     tensors: dict[str, Tensor]
-    bucket: str  # name; "": the data set has none
+    bucket: str  # the bucket's name; "" if there are no buckets
 
 
 class _StreamParts:
@@ -199,7 +199,7 @@ def read_dataset(
     json_fields: Sequence[str] = (),
     captions: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
 ) -> list[dict[str, Any]]:
-    """The samples of a data set in order, decoded, each with its first caption; at most `limit`."""
+    """The samples of a data set in order, decoded, each with its first caption; at most `limit` samples."""
     data = DataSets.of(root)
     reader = SampleReader(data, cache_mb=0, json_fields=json_fields, captions=captions)
     shards = data.sets[0].manifest.shards

@@ -1,13 +1,13 @@
 """Which samples of a mix of data sets a global step trains on: a pure function of (manifests, weights, seed, batch).
 
-Each set has an EpochPlan of its own, with the same C streams. Position p of stream s takes the q-th sample of stream s
-of set k, where k and q follow from p alone: the sets are the leaves of a binary tree, and at each node the left half,
-with weight a of a + b, gets floor(r a/(a+b) + phase) of the first r samples that come there; the right half gets the
-rest. All of it is in whole numbers, and counts are closed formulas, so seeking to a step costs the same as starting.
+Each set has its own EpochPlan with the same C streams. Position p of stream s takes the q-th sample of stream s of set
+k, where k and q are functions of p: the sets are the leaves of a binary tree, and at each node the left half, with
+weight a of a + b, gets floor(r a/(a+b) + phase) of the first r samples that arrive there; the right half gets the rest.
+All numbers are whole, and counts are closed formulas, so seeking to a step costs the same as starting.
 
 The phases of a node are 1/2C, 3/2C, ..., (2C-1)/2C, dealt to the streams by the seed. So the left half of the root
-gets P a/(a+b), rounded, of the first P samples of all streams (Hermite's identity), and every set its part of each
-batch, within a few samples.
+gets P a/(a+b), rounded, of the first P samples of all streams (Hermite's identity), and every set gets its share of
+each batch, within a few samples.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from data_pipeline.loading.joined_plans import JoinedPlans
 
 
 class Node(NamedTuple):
-    """left and right: nodes, or numbers of sets; share of all that comes here: left_weight / weight for the left."""
+    """left and right: nodes, or numbers of sets; the left gets left_weight / weight of all samples that arrive here."""
 
     left: Node | int
     right: Node | int
     left_weight: int
     weight: int
-    phases: tuple[int, ...]  # of each stream, in 1/2C
+    phases: tuple[int, ...]  # of each stream, in units of 1/2C
 
 
 class Shares:
@@ -39,7 +39,7 @@ class Shares:
         self.root = self._node(tuple(shares), 0, seed)
 
     def at(self, stream: int, position: int) -> tuple[int, int]:
-        """The set that a stream's position takes from, and how many of its positions before did."""
+        """The set that a stream's position takes from, and how many earlier positions of the stream took from it."""
         node, rest = self.root, position
         while isinstance(node, Node):
             before = self._left(node, stream, rest)
@@ -67,7 +67,7 @@ class Shares:
         return dealt // (2 * node.weight * self.streams)
 
     def _node(self, shares: tuple[int, ...], first: int, seed: int) -> Node | int:
-        """The tree of the sets `first`, `first` + 1, ...: cut where both halves are as equal as can be."""
+        """The tree of the sets `first`, `first` + 1, ...: split where the two halves are most nearly equal."""
         if len(shares) == 1:
             return first
         weight = sum(shares)
@@ -95,15 +95,15 @@ class MixPlan(JoinedPlans):
         return [place for stream in chosen for place in self._span(stream, step * self.per_step)]
 
     def set_of(self, step: int) -> None:
-        """Of no single set."""
+        """None: a step takes from several sets."""
 
     def epochs(self, step: int) -> list[float]:
-        """How often each set has been gone through after `step` global steps."""
+        """How many epochs of each set are done after `step` global steps."""
         counts = np.sum([self.shares.counts(stream, step * self.per_step) for stream in range(self.streams)], 0)
         return [int(count) / plan.samples for count, plan in zip(counts, self.plans, strict=True)]
 
     def _span(self, stream: int, position: int) -> list[Place]:
-        """A step's samples of a stream: a run of the same stream of each set, in the order of the mix."""
+        """A step's samples of one stream: consecutive samples of this stream in each set, in the order of the mix."""
         order = [self.shares.at(stream, at) for at in range(position, position + self.per_step)]
         firsts: dict[int, int] = {}
         for which, number in order:

@@ -1,4 +1,4 @@
-"""What a loader needs to know of the order of samples: one data set, a mix and buckets each have their own plan."""
+"""The interface of plans, which give a loader the order of samples: for one data set, a mix, or buckets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from data_pipeline.loading.epoch_plan import EpochPlan, Place
 from data_pipeline.loading.mix_plan import MixPlan
 from data_pipeline.shards.data_sets import BUCKETS, MIX, DataSets
 
-EPOCHS_A_BATCH = 10  # a sample may well repeat within a batch, each time with its own noise; more repeats are a mistake
+EPOCHS_A_BATCH = 10  # a sample may repeat in a batch, each time with other noise; more repeats are a mistake
 
 
 class Plan(Protocol):
-    """Which samples each global step takes: `batch` of them, `per_step` of each of `streams` streams. Shards are
-    numbered through all data sets. It is pickled and copied without its windows."""
+    """Which samples each global step takes: `batch` in all, `per_step` from each of `streams` streams. Shards are
+    numbered through all data sets. Windows are not part of a pickle or copy."""
 
     streams: int
     batch: int
@@ -26,21 +26,21 @@ class Plan(Protocol):
 
     @property
     def windows_made(self) -> int:
-        """Grows whenever the shards in use change."""
+        """A counter that grows whenever the shards in use change."""
 
     def step(self, step: int, streams: Sequence[int] | None = None) -> list[Place]: ...
     def shards_in_use(self) -> set[int]: ...
     def shards_next(self) -> set[int]: ...
     def pieces(self, shard: int) -> list[tuple[int, int]]: ...
     def set_of(self, step: int) -> int | None:
-        """The data set that all samples of a step come from; None: it takes from several."""
+        """The data set that all samples of a step come from; None: the step takes from several."""
 
     def epochs(self, step: int) -> list[float]:
-        """How often each data set has been gone through after `step` global steps."""
+        """How many epochs of each data set are done after `step` global steps."""
 
 
 def plan_of(data: DataSets, seed: int, batch_size: int, streams: int, window_shards: int, **how: bool) -> Plan:
-    """The plan of one data set, a mix or buckets. how: shuffle and overlap, as of EpochPlan."""
+    """The plan for one data set, a mix or buckets. how: shuffle and overlap, as in EpochPlan."""
     plans = [
         EpochPlan([shard.samples for shard in each.manifest.shards], own, batch_size, streams, window_shards, **how)
         for each, own in zip(data, seeds(seed, len(data)), strict=True)
@@ -59,13 +59,13 @@ def plan_of(data: DataSets, seed: int, batch_size: int, streams: int, window_sha
 
 
 def seeds(seed: int, count: int) -> list[int]:
-    """A seed for each data set: the first has the run's own, so that alone it comes in the same order."""
+    """A seed for each data set. The first has the run's own seed, so that a single set keeps its order."""
     words = (np.random.SeedSequence([seed & (2**63 - 1), 5, i]).generate_state(2) for i in range(1, count))
     return [seed, *(int(high) << 31 ^ int(low) for high, low in words)]
 
 
 def refuse_small(data: DataSets, batch_size: int) -> None:
-    """UserError for a set of a mix whose part of a batch repeats it too often."""
+    """UserError for a set of a mix that is too small: each of its samples would repeat too often in a batch."""
     for each in data:
         if batch_size * data.fractions()[each.name] > EPOCHS_A_BATCH * each.manifest.samples:
             raise UserError(

@@ -39,9 +39,9 @@ class OpenShard(NamedTuple):
 
 class SampleReader:
     """Reads samples of data sets by place. Background threads open shards; decoded pictures are kept up to `cache_mb`,
-    enough for small sets. verify: each shard's digest is checked once, before any of its samples is handed out. The
-    dtype and shape of each array are checked on every read. finite: whether values that are not finite are refused.
-    json_fields: names of FROM_JSON that become arrays, too. captions: which one a batch takes of several."""
+    enough for small sets. verify: each shard's digest is checked once, before any of its samples is returned. The dtype
+    and shape of each array are checked on every read. finite: whether to refuse values that are not finite.
+    json_fields: names in FROM_JSON that also become arrays. captions: which of several captions a batch takes."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class SampleReader:
         _allow_many_open_files()
         self.numbered, self.kind, self.verify, self.finite = Numbered(data), data.kind, verify, finite
         self.captions, self.json_fields = captions, {name: FROM_JSON[name] for name in json_fields}
-        self.fields = fields_of(data.sets[0].manifest)  # the same in all (data_sets.py)
+        self.fields = fields_of(data.sets[0].manifest)  # all sets have the same (data_sets.py)
         self.arrays = [name for name in self.fields if name.endswith(".npy")]
         self.only_arrays = all(name in ("json", "txt") or name in self.arrays for name in self.fields)
-        self.layouts: dict[tuple[int, str], ArrayLayout | None] = {}  # of each set: buckets differ in shape
+        self.layouts: dict[tuple[int, str], ArrayLayout | None] = {}  # for each set: buckets differ in shape
         self.openers = ThreadPoolExecutor(min(OPENERS, os.cpu_count() or 1), "open shard")
         self.opening: dict[int, Future[OpenShard]] = {}
         self.shards: dict[int, OpenShard] = {}
@@ -70,9 +70,9 @@ class SampleReader:
     def batch(
         self, places: Sequence[Place], pinned: bool = False, draws: Sequence[int] | None = None
     ) -> tuple[list[str], list[str], dict[str, Tensor]]:
-        """Keys, captions and tensors by name. Arrays keep their stored dtype and are copied once, if all of a field
-        share one layout; otherwise they are decoded one by one, like pictures, to float32 or int64. draws: which of its
-        captions each sample takes (draws_of); None: the first."""
+        """Keys, captions and tensors by name. Arrays keep their stored dtype and are copied once, if all arrays of a
+        field share one layout; otherwise they are decoded one by one, like pictures, to float32 or int64. draws: the
+        number that selects each sample's caption (draws_of); None: the first caption."""
         tensors, draws = None, draws or [None] * len(places)
         if self.only_arrays:
             found = [(shard := self.shard(number), shard.entries[sample]) for number, sample in places]
@@ -113,7 +113,7 @@ class SampleReader:
         return tensors
 
     def _fields(self, place: Place) -> Mapping[str, Any]:
-        """The fields of a place's data set, as its manifest has them."""
+        """The fields of a place's data set, as listed in its manifest."""
         return self.numbered[place.shard][1].manifest.fields
 
     def _texts(self, place: Place, shard: OpenShard, entry: IndexEntry) -> dict[str, Any]:
@@ -122,20 +122,20 @@ class SampleReader:
         return as_sample(entry.key, self._decoded(place, shard, entry, text))
 
     def _in_json(self, place: Place, meta: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The fields that a sample's json holds; the json is decoded anyway, for its caption."""
+        """The fields in a sample's json, which is decoded anyway for the caption."""
         try:
             return {name: taken(meta) for name, taken in self.json_fields.items()}
         except DataError as error:
             raise self._naming(place, str(error)) from error
 
     def _of_caption(self, place: Place, member: str, caption: str) -> str:
-        """The member that has a field of a caption; caption: its name, "" for the first."""
+        """The member that holds a field of a caption; caption: its name, "" for the first."""
         own = caption and self._fields(place)[member].get("captions")
         return f"{member_of(member.removesuffix('.npy'), caption)}.npy" if own else member
 
     def read(self, place: Place, draw: int | None = None) -> dict[str, Any]:
-        """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}. draw: as in
-        `batch`."""
+        """{"key", "caption", "meta", and arrays by name: image, or moments, text and other stored fields}. draw: this
+        sample's number among the draws of `batch`."""
         sample = self._whole(place)
         caption = self.captions.chosen(captions_of(sample), draw)
         others = {own: name for name in self.arrays if (own := self._of_caption(place, name, caption.name)) != name}
@@ -242,7 +242,7 @@ def _allow_many_open_files() -> None:
 def decoded(name: str, data: bytes, field: Mapping[str, Any], finite: bool = True) -> Any:
     """A member's value. DataError if it can't be decoded, and for an array that does not match `field`, its line in the
     manifest, or is not `finite`."""
-    value = codec.decode(name, data, strict=False)  # what was taken when the data set was made stays usable
+    value = codec.decode(name, data, strict=False)  # a data set that was accepted when it was made stays usable
     if name.endswith(".npy"):
         for reason in differing(name, codec.array_header(data), field):
             raise DataError(reason)

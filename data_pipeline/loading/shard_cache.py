@@ -1,8 +1,8 @@
-"""Opens shards from a cache on the node's own disk; without one, those of a bucket in memory, only the needed parts.
+"""Opens shards through a cache on the node's own disk; without one, shards in a bucket are read in part, to memory.
 
-The cache is shared by all processes of a node, and by all data sets, of buckets and of file systems: a shard is stored
-there under its sha256, is fetched by one process while the others wait for it, and is mapped like a local file. The
-least recently used go first.
+All processes of a node share the cache, for all data sets in buckets and on file systems: a shard is stored there under
+its sha256; one process fetches it while the others wait, and it is then mapped like a local file. The least recently
+used shards are evicted first.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ seen: set[str] = set()  # digests of cached files that this process has checked
 
 
 def refuse_little_room(shards: Sequence[Shard]) -> None:
-    """UserError, before anything is read, if this node's disk can't hold what the cache may hold of these shards."""
+    """UserError, before anything is read, if this node's disk lacks room for the part of these shards to be cached."""
     if cache := ShardCache.configured():
         cache.refuse_little_room(shards)
 
 
 def fits_cache(shard: Shard) -> bool:
-    """Whether there is a cache, and it may hold this shard."""
+    """Whether there is a cache that may hold this shard."""
     cache = ShardCache.configured()
     return cache is not None and shard.bytes <= cache.capacity
 
@@ -102,7 +102,7 @@ class ShardCache(NamedTuple):
         return cls(place, int(capacity)) if place else None
 
     def refuse_little_room(self, shards: Sequence[Shard]) -> None:
-        """UserError if the disk lacks room for those of the shards that are not held yet, or for `capacity`."""
+        """UserError if the disk has no room for the shards that are not cached yet, at most `capacity` in all."""
         held = {path.name: status.st_size for status, path in self._files()}
         missing = sum(s.bytes for s in shards if s.bytes <= self.capacity and f"{s.sha256}.tar" not in held)
         needed = min(missing, max(self.capacity - sum(held.values()), 0))
@@ -175,10 +175,10 @@ class ShardCache(NamedTuple):
                 used -= status.st_size
 
     def _files(self) -> list[tuple[os.stat_result, Path]]:
-        """Shards, and those that are being fetched."""
+        """The files of cached shards, and of those being fetched."""
         found = []
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
                 if path.suffix != ".lock":
                     found.append((path.stat(), path))
         return found

@@ -1,4 +1,4 @@
-"""What is done to captions before they are encoded: words around them, and their comma-separated tags."""
+"""Edits of captions before they are encoded: words around them, and their comma-separated tags."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 from data_pipeline.common.option_checks import Count, Within, refuse_wrong
 
-TRIES = 10  # shuffles for each order wanted: a few tags may have fewer orders, and some come twice
+TRIES = 10  # shuffles tried per requested order: few tags may have fewer orders, and some shuffles repeat
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionEdits:
-    """first_tags: only so many tags are kept; fixed_tags: so many stay in front when tags are shuffled. prefix and
-    suffix are put around the result as they are, blanks included."""
+    """first_tags: keep only this many tags; fixed_tags: this many stay in front when tags are shuffled. prefix and
+    suffix are put around the result unchanged, including blanks."""
 
     prefix: str = ""
     suffix: str = ""
@@ -26,34 +26,34 @@ class CaptionEdits:
         refuse_wrong(self, "captions")
 
     def edited(self, text: str, order: str | None = None) -> str:
-        """The caption to encode. order: what the order of its tags depends on; None: their own order."""
+        """The edited caption. order: a seed of the order of its tags; None: their own order."""
         tags = [tag for part in text.split(",") if (tag := part.strip())]
         kept = tags[: self.first_tags]
         shuffled = kept if order is None else self._shuffled(kept, order)
         return f"{self.prefix}{text if shuffled == tags else ', '.join(shuffled)}{self.suffix}"
 
     def _shuffled(self, tags: list[str], order: str) -> list[str]:
-        """The same on every machine: sorted by a hash."""
+        """Shuffled alike on every machine: sorted by a hash."""
         ranks = [hashlib.blake2b(f"{order} {i}".encode(), digest_size=8).digest() for i in range(len(tags))]
         moved = sorted(range(self.fixed_tags, len(tags)), key=ranks.__getitem__)
         return tags[: self.fixed_tags] + [tags[i] for i in moved]
 
     def changed(self) -> dict[str, Any]:
-        """The options that are not their defaults, by name."""
+        """The options that differ from their defaults, by name."""
         defaults = {field.name: field.default for field in fields(self)}
         return {name: value for name, value in asdict(self).items() if value != defaults.get(name)}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEdits(CaptionEdits):
-    """Edits of captions that are encoded once and stored. tag_orders: so many orders of each caption's tags, the first
-    being its own; the others depend on the text and `seed` only."""
+    """Edits of captions that are encoded once and stored. tag_orders: the number of orders of each caption's tags, of
+    which the first is its own; the others are a function of the text and `seed`."""
 
     tag_orders: Count = 1
     seed: int = 0
 
     def applied(self, captions: Mapping[str, str]) -> dict[str, str]:
-        """The captions to encode, by name, in order; the orders of `long` are long.0, long.1, ... if they differ."""
+        """The captions to encode, by name, in order; different orders of `long` are long.0, long.1, ..."""
         found: dict[str, str] = {}
         for name, text in captions.items():
             texts = self._orders(text)
@@ -61,7 +61,7 @@ class StoredEdits(CaptionEdits):
         return found
 
     def _orders(self, text: str) -> list[str]:
-        """tag_orders different texts; fewer, if its tags have no more orders."""
+        """tag_orders different texts; fewer, if the tags have fewer orders."""
         texts = {self.edited(text): None}
         for number in range(1, TRIES * (self.tag_orders - 1) + 1):
             if len(texts) == self.tag_orders:

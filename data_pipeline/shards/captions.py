@@ -1,4 +1,4 @@
-"""Captions as text: decoded, cleaned and told apart in one way, wherever they are read."""
+"""Captions as text: all readers decode, clean and name them in the same way."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from data_pipeline.common.errors import DataError
 
-ONE = "caption"  # the name of a caption that is the only one of its sample
-# Removed wherever they stand: controls but tab and line ends, byte-order marks and blanks of no width. Joiners and
-# marks of direction stay: emoji and scripts need them.
+ONE = "caption"  # the name of a sample's only caption
+# Removed anywhere: control characters except tab and line ends, byte-order marks and zero-width spaces. Joiners and
+# direction marks stay: emoji and scripts need them.
 REMOVED = dict.fromkeys([*(c for c in (*range(32), *range(127, 160)) if c not in (9, 10, 13)), 0x200B, 0x2060, 0xFEFF])
 BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")
 FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | {
     chr(c) for c in range(0xFE00, 0xFE10)
 }
-MARKS = {  # byte-order marks; UTF-32's begins with UTF-16's
+MARKS = {  # byte-order marks; that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -27,8 +27,8 @@ MARKS = {  # byte-order marks; UTF-32's begins with UTF-16's
 
 
 def cleaned(text: str) -> tuple[str, int]:
-    """The text without what REMOVED lists and without blanks at its ends, "" if nothing of it can be seen; and how many
-    characters were removed."""
+    """The text without the characters in REMOVED and without blanks at its ends, "" if nothing visible is left; and the
+    number of removed characters."""
     kept = text if text.isprintable() else text.translate(REMOVED)
     removed = len(text) - len(kept)
     seen = any(unicodedata.category(c) not in BLANK and c not in FILLERS for c in kept)
@@ -36,12 +36,12 @@ def cleaned(text: str) -> tuple[str, int]:
 
 
 def marked_encoding(data: bytes) -> str | None:
-    """The encoding that a byte-order mark names."""
+    """The encoding given by a byte-order mark."""
     return next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
 
 
 def probable_encoding(data: bytes) -> str:
-    """What bytes that are not UTF-8 probably are, for a message."""
+    """The probable encoding of bytes that are not UTF-8, for a message."""
     if (marked := marked_encoding(data)) is not None and marked != "utf-8-sig":
         return marked
     zeros = data.count(0)
@@ -51,7 +51,7 @@ def probable_encoding(data: bytes) -> str:
 
 
 def decode_text(data: bytes, encoding: str | None = None) -> str:
-    """UTF-8, or `encoding`, without a byte-order mark. ValueError that names the encoding to try, if it is another."""
+    """Decodes UTF-8, or `encoding`, and drops a byte-order mark. ValueError names the encoding to try, if any."""
     marked = marked_encoding(data)
     if encoding is not None or marked == "utf-8-sig":
         return data.decode(marked or encoding or "utf-8")
@@ -67,9 +67,9 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
 
 
 def texts_in(values: Mapping[str, Any], where: str = "") -> dict[str, str]:
-    """The captions among named values, cleaned, in order: a value is a text, or a list of texts, which get numbers for
-    names ("0", "1", ...; of several values: "short.0"). None, NaN and empty texts are left out. DataError for anything
-    else: types never change. where: the file, for the message."""
+    """The captions among named values, cleaned, in order. A value is a text or a list of texts; the names of a list are
+    numbers ("0", "1", ...; with several values "short.0"). None, NaN and empty texts are left out. DataError for any
+    other type: types are never converted. where: the file, for the message."""
     found: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, list | tuple):
@@ -82,14 +82,14 @@ def texts_in(values: Mapping[str, Any], where: str = "") -> dict[str, str]:
 
 
 def text_of(value: Any, name: str = ONE, where: str = "") -> str:
-    """A caption's text, cleaned; "" for None and NaN. DataError for what is no text."""
+    """A caption's text, cleaned; "" for None and NaN. DataError for a value that is not text."""
     if value is None or (isinstance(value, float) and value != value):
         return ""
     if not isinstance(value, str):
         raise DataError(f"caption is no text ({name}{where and f' of {where}'} is {kind_of(value)})")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # which only JSON can hold
+    except UnicodeEncodeError as error:  # half a surrogate pair, which is possible in JSON only
         raise DataError(f"caption is no text ({name}{where and f' of {where}'} holds half a surrogate pair)") from error
     return cleaned(value)[0]
 
@@ -102,14 +102,14 @@ def kind_of(value: Any) -> str:
 
 
 def removed_from(values: Mapping[str, Any]) -> int:
-    """How many characters cleaning removes from the texts among these values."""
+    """The number of characters that cleaning removes from the texts among these values."""
     texts = [each for value in values.values() for each in (value if isinstance(value, list) else [value])]
     return sum(cleaned(text)[1] for text in texts if isinstance(text, str))
 
 
 def caption_in(members: Mapping[str, Any]) -> str:
-    """The caption of decoded members: the .txt, or if that is empty the json's "caption", of a list its first, cleaned;
-    "" if there is none or it is not text."""
+    """The caption among decoded members: the .txt or, if that is empty, the json's "caption" (the first of a list),
+    cleaned; "" if there is none or it is not text."""
     text = members.get("txt")
     if isinstance(text, str) and (found := cleaned(text)[0]):
         return found
@@ -117,7 +117,7 @@ def caption_in(members: Mapping[str, Any]) -> str:
 
 
 def lenient_texts(value: Any) -> dict[str, str]:
-    """texts_in of one value; {} for what is no text."""
+    """texts_in for one value; {} for a value that is not text."""
     try:
         return texts_in({ONE: value})
     except DataError:

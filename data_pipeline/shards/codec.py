@@ -42,7 +42,8 @@ def encode(name: str, value: Any) -> bytes:
 
 def decode(name: str, data: bytes, encoding: str | None = None, strict: bool = True) -> Any:
     """The inverse of `encode`; also reads other formats of pictures. DataError if the bytes can't be decoded. encoding:
-    of text that is not UTF-8. strict: also refuse what decoders forgive: a damaged picture, a name twice in a JSON."""
+    that of text that is not UTF-8. strict: also refuse errors that decoders tolerate: a damaged picture, a name twice
+    in a JSON."""
     kind = name.rsplit(".", 1)[-1].lower()
     if kind in IMAGES:
         return read_picture(kind, data, Decoding(strict=strict)).pixels
@@ -64,7 +65,7 @@ def decode(name: str, data: bytes, encoding: str | None = None, strict: bool = T
 
 
 def read_picture(extension: str, data: bytes, how: Decoding) -> Picture:
-    """A member that is a picture. DataError: why it can't be used."""
+    """Decode a member that is a picture. DataError says why it can't be used."""
     if len(data) > MAX_MEMBER_BYTES:
         raise DataError(f"too large picture ({len(data):,} bytes are more than {MAX_MEMBER_BYTES:,})")
     try:
@@ -74,11 +75,11 @@ def read_picture(extension: str, data: bytes, how: Decoding) -> Picture:
 
 
 class NoObject(ValueError):
-    """Sound JSON that is something else: a list, a number, ..."""
+    """Valid JSON that is not an object: a list, a number, ..."""
 
 
 def encode_object(value: Mapping[str, Any]) -> str:
-    """A JSON object with its names sorted, except those of "captions", whose order says which comes first."""
+    """A JSON object with its names sorted, except those in "captions", whose order says which caption is the first."""
     if "captions" not in value:
         return json.dumps(value, sort_keys=True)
     fields = (
@@ -88,8 +89,8 @@ def encode_object(value: Mapping[str, Any]) -> str:
 
 
 def decode_object(data: bytes, encoding: str | None = None, strict: bool = True) -> dict[str, Any]:
-    """A JSON object. NaN and Infinity, which JSON does not have and tables write for a missing number, become None. It
-    is UTF-8, -16 or -32, as JSON must be; `encoding` if it is not. strict: ValueError if a name comes twice."""
+    """A JSON object. NaN and Infinity, which are not JSON but which programs write for a missing number, become None.
+    The text is UTF-8, -16 or -32, as JSON must be, else `encoding`. strict: ValueError if a name comes twice."""
     how = {"parse_constant": lambda _: None} | ({"object_pairs_hook": object_once} if strict else {})
     try:
         value = json.loads(data, **how)
@@ -101,7 +102,7 @@ def decode_object(data: bytes, encoding: str | None = None, strict: bool = True)
 
 
 def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; ValueError if it has a name twice, one of which would be lost."""
+    """An object; ValueError if a name comes twice, as one of the values would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)

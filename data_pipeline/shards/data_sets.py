@@ -1,5 +1,5 @@
-"""What input= of a training names: one data set, a mix of several, or a folder of aspect-ratio buckets; and what the
-data sets of a split must have in common to be read as one."""
+"""The data sets named by a training's input=: one, a mix of several, or a folder of aspect-ratio buckets; and what
+the data sets of a split must have in common to be read as one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENCODERS = ("autoencoder", "text_encoder")
 
 
 class DataSet(NamedTuple):
-    """A data set, or a split of one. name: in metrics; weight: of its samples in a mix, None: as many as it has."""
+    """A data set, or a split of one. name: in metrics; weight: its share of a mix, None: its number of samples."""
 
     name: str
     root: str
@@ -33,14 +33,14 @@ class DataSet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DataSets:
-    """One or several data sets that are read as one. Their shards are numbered through, set after set."""
+    """One or several data sets that are read as one. Shards are numbered through, set after set."""
 
     sets: tuple[DataSet, ...]
     layout: str = ONE
 
     @classmethod
     def of(cls, root: str) -> DataSets:
-        """A single data set."""
+        """One data set."""
         return cls((DataSet("", str(root), Manifest.load(root)),))
 
     def __iter__(self) -> Iterator[DataSet]:
@@ -51,7 +51,7 @@ class DataSets:
 
     @property
     def root(self) -> str:
-        """The path of a single data set; of several, the paths in words."""
+        """The path of a single data set; for several, the paths in words."""
         return " and ".join(each.root for each in self.sets)
 
     @property
@@ -70,7 +70,7 @@ class DataSets:
 
     @property
     def shares(self) -> list[int]:
-        """The least whole numbers in proportion to the samples that training takes from each set."""
+        """The smallest whole numbers in proportion to the samples that training takes from each set."""
         natural = [each.manifest.samples for each in self.sets]
         parts = [
             Fraction(n) if each.weight is None else each.weight for n, each in zip(natural, self.sets, strict=True)
@@ -80,13 +80,14 @@ class DataSets:
         return [share // divisor for share in whole]
 
     def fractions(self) -> dict[str, float]:
-        """Each set's part of all samples that are trained on, by name."""
+        """The fraction of all training samples that comes from each set, by name."""
         shares = self.shares
         return {each.name: share / sum(shares) for each, share in zip(self.sets, shares, strict=True)}
 
     @property
     def fingerprint(self) -> str:
-        """A single set's own; of several, 16 hex digits for the layout and all of theirs, in order."""
+        """The fingerprint of a single set; for several, 16 hex digits of the layout and of all their fingerprints, in
+        order."""
         marks = [each.manifest.fingerprint for each in self.sets]
         if self.layout == ONE:
             return marks[0]
@@ -94,19 +95,19 @@ class DataSets:
 
     @property
     def mix(self) -> dict[str, list[int]]:
-        """What a resumed run must share with its checkpoint beside the fingerprint: the weights of a mix."""
+        """What a resumed run must share with its checkpoint in addition to the fingerprint: the weights of a mix."""
         return {"weights": self.shares} if self.layout == MIX else {}
 
     def for_loader(self) -> str | DataSets:
-        """The path of a single data set, which a loader of the user's own may expect; several as they are."""
+        """The path of a single data set, which a user's own loader may expect; several data sets unchanged."""
         return self.sets[0].root if self.layout == ONE else self
 
     def read(self, read: Callable[..., list[Any]], limit: int | None) -> dict[str, list[Any]]:
-        """The first samples of each set by its name, at most `limit` of each."""
+        """The first samples of each set by the set's name, at most `limit` from each."""
         return {each.name: read(root=each.root, limit=limit) for each in self.sets}
 
     def first(self, read: Callable[..., list[Any]], limit: int | None) -> list[Any]:
-        """The first samples of all sets, at most `limit` in all, as many of each as there are."""
+        """The first samples of all sets, at most `limit` in all, the same number from each if it has that many."""
         cuts = [None if limit is None else limit * i // len(self) for i in range(len(self) + 1)]
         parts = (
             read(root=each.root, limit=None if limit is None else cuts[i + 1] - cuts[i])
@@ -115,12 +116,12 @@ class DataSets:
         return [sample for part in parts for sample in part]
 
     def check_shards(self) -> None:
-        """As Manifest.check_shards, of each set."""
+        """As Manifest.check_shards, for each set."""
         for each in self.sets:
             each.manifest.check_shards(each.root)
 
     def describe(self, batch_size: int) -> str:
-        """The sets with their sizes and parts, in one line."""
+        """The sets with their sizes and shares, in one line."""
         parts, lines = self.fractions(), []
         for name, samples in ((each.name, each.manifest.samples) for each in self):
             line = f"{name} has {samples:,} samples, {parts[name]:.3%} of all that "
@@ -132,18 +133,18 @@ class DataSets:
 
 
 class Numbered:
-    """Finds the set and the shard of a number that counts through all sets."""
+    """Finds the set and the shard for a number that counts through all sets."""
 
     def __init__(self, data: DataSets) -> None:
         self.sets, self.starts = data.sets, data.starts
 
     def __getitem__(self, number: int) -> tuple[int, DataSet, Shard]:
-        which = bisect_right(self.starts, number) - 1  # of several that begin here, the last: others have no shards
+        which = bisect_right(self.starts, number) - 1  # the last of those that begin here: the others have no shards
         return which, self.sets[which], self.sets[which].manifest.shards[number - self.starts[which]]
 
 
 class Source(NamedTuple):
-    """An entry of input=: a folder that holds train/ and heldout/."""
+    """One entry of input=: a folder that holds train/ and heldout/."""
 
     path: str
     name: str = ""
@@ -152,14 +153,14 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What input= names, before anything is read."""
+    """The parsed input=, before anything is read."""
 
     sources: tuple[Source, ...]
     layout: str = ONE
 
     @classmethod
     def of(cls, given: Any) -> Input:
-        """From a path, or a list of paths or of {path, weight}. UserError for anything else."""
+        """From a path, or from a list of paths or of {path, weight}. UserError for anything else."""
         if isinstance(given, str):
             buckets = buckets_in(given)
             found = tuple(Source(storage.join(given, name), name) for name in buckets)
@@ -210,7 +211,7 @@ def _source(entry: Any) -> Source:
         raise UserError(
             f"input: weight={weight} of {entry['path']} is not valid: use a number above 0, or leave this data set out."
         )
-    return Source(entry["path"], weight=Fraction(str(weight)))  # 0.1 is a tenth
+    return Source(entry["path"], weight=Fraction(str(weight)))  # so that 0.1 is exactly a tenth
 
 
 def _refuse_twice(sources: Sequence[Source]) -> None:
@@ -230,7 +231,7 @@ def _refuse_some_weights(sources: Sequence[Source]) -> None:
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of the paths, whole folders, that tell them apart."""
+    """The shortest endings of the paths, in whole folders, that differ from one another."""
     parts = [storage.absolute(path).rstrip("/").split("/") for path in paths]
     for length in range(1, max(map(len, parts))):
         names = ["/".join(part[-length:]) for part in parts]
@@ -240,7 +241,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 
 def buckets_in(path: str) -> list[str]:
-    """The names of the aspect-ratio buckets in a folder that precompute_latents.py wrote; none: it holds none."""
+    """The names of the aspect-ratio buckets in a folder written by precompute_latents.py; empty: it has none."""
     if storage.exists(storage.join(path, "train", "manifest.json")):
         return []
     note = storage.join(path, "work", "train", "buckets.json")
@@ -260,7 +261,7 @@ def buckets_in(path: str) -> list[str]:
 
 
 def refuse_unlike(data: DataSets) -> None:
-    """UserError for data sets that can't be read as one; it names two of them, and what differs."""
+    """UserError for data sets that can't be read as one; it names two of them and the difference."""
     first = data.sets[0]
     if empty := [each.root for each in data if not each.manifest.samples and len(data) > 1]:
         raise DataError(f"{empty[0]} has no samples: leave it out, or make it again.")
@@ -275,7 +276,7 @@ def refuse_unlike(data: DataSets) -> None:
 
 
 def _differences(one: Manifest, other: Manifest, layout: str) -> Iterator[tuple[str, Any, Any]]:
-    """What must be the same and is not: its name, and what it is in both."""
+    """The properties that must be equal and are not: name, and both values."""
     yield from _unequal("the kind", one.kind, other.kind)
     if one.kind != "latents":
         yield from _unequal("the size of pictures", one.info.get("size"), other.info.get("size"))
@@ -295,7 +296,7 @@ def _unequal(what: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _field(field: Mapping[str, Any] | None, layout: str) -> str | None:
-    """dtype and shape of a field; of buckets, only the number of sides, as each has its own size."""
+    """dtype and shape of a field; for buckets, only the number of dimensions, as each bucket has its own size."""
     if field is None or "shape" not in field:
         return None if field is None else "there"
     shape = f"of {len(field['shape'])} dimensions" if layout == BUCKETS else field["shape"]

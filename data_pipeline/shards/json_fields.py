@@ -1,4 +1,4 @@
-"""Fields that a latent sample's json holds as numbers: read along with its caption, so that nothing is stored twice.
+"""Numeric fields in a latent sample's json: read along with its caption, so that they are not stored a second time.
 
 size (6,): original height and width, top and left of the crop, target height and width, in pixels: the
 micro-conditioning of SDXL (Podell et al. 2023, sec. 2.2), in the order of diffusers' time_ids.
@@ -20,14 +20,14 @@ from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.tar_index import IndexEntry, read_index
 
 GEOMETRY = ("original_size", "crop_top_left", "target_size")  # keys of the json, each with two numbers
-LARGEST = 2**31  # pixels a side
+LARGEST = 2**31  # pixels per side
 IN_MANIFEST = "size_conditioning"  # entry of a manifest's info: number of samples, and the means of their sizes
-MEASURED_ON = 1024  # samples that the means are taken of, where the manifest has none
-READERS = 8  # threads: a bucket takes tens of milliseconds for each sample
+MEASURED_ON = 1024  # number of samples to average, if the manifest has no means
+READERS = 8  # threads: reading one sample from a bucket takes tens of milliseconds
 
 
 def size_in(meta: Mapping[str, Any]) -> np.ndarray:
-    """size (6,) float32, which holds such whole numbers exactly; DataError if the json does not give it."""
+    """size (6,) float32, which is exact for such whole numbers; DataError if the json lacks it."""
     pairs = [meta.get(name) for name in GEOMETRY]
     if wrong := [name for name, pair in zip(GEOMETRY, pairs, strict=True) if not is_pair(pair)]:
         raise DataError(f"its json has no {', '.join(wrong)} of two numbers in pixels")
@@ -35,7 +35,7 @@ def size_in(meta: Mapping[str, Any]) -> np.ndarray:
 
 
 def is_pair(value: Any) -> bool:
-    """Whether `value` is a list of two numbers of pixels."""
+    """Whether `value` is a list of two pixel counts."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         return False
     return all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= LARGEST for v in value)
@@ -45,8 +45,8 @@ FROM_JSON: Mapping[str, Callable[[Mapping[str, Any]], np.ndarray]] = {"size": si
 
 
 def size_sums(metas: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The number of samples and the sums of their sizes: exact, so that they add up in any order. None if a json does
-    not give its size."""
+    """The number of samples and the sums of their sizes, which are exact, so the order of addition does not matter.
+    None if a json lacks its size."""
     try:
         sizes = np.stack([size_in(meta) for meta in metas]).astype(np.float64)
     except DataError:
@@ -55,7 +55,7 @@ def size_sums(metas: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def mean_in_manifest(sums: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """The entry of a manifest's info for the sums of its shards; none if a shard of an earlier version has no sums."""
+    """The entry of a manifest's info, from the sums of its shards; {} if a shard of an earlier version has no sums."""
     if not sums or not all(sums):
         return {}
     count = sum(each["count"] for each in sums)
@@ -64,8 +64,8 @@ def mean_in_manifest(sums: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]
 
 
 def mean_size(root: str, manifest: Manifest) -> tuple[list[float], int]:
-    """The means of a latent data set's sizes, and the number of samples that they are of: all samples, as precompute
-    measured; in data sets of earlier versions, at most MEASURED_ON evenly spaced ones. UserError if they have none."""
+    """The mean sizes of a latent data set, and the number of samples averaged: all samples, as measured by precompute;
+    for data sets of earlier versions, at most MEASURED_ON evenly spaced ones. UserError if the samples have none."""
     if known := manifest.info.get(IN_MANIFEST):
         where = f"{storage.join(root, 'manifest.json')}: {IN_MANIFEST}"
         refuse_wrong_kinds({"it": known}, {"it": Mapping[str, Any]}, where)
@@ -79,7 +79,7 @@ def mean_size(root: str, manifest: Manifest) -> tuple[list[float], int]:
 
 
 def _evenly_spaced(manifest: Manifest) -> list[tuple[Shard, list[int]]]:
-    """Shards, and positions in them, of at most MEASURED_ON samples; a function of the manifest."""
+    """Shards, and positions in them, of at most MEASURED_ON samples; determined by the manifest."""
     count = min(manifest.samples, MEASURED_ON)
     chosen = np.arange(count) * manifest.samples // max(count, 1)
     ends = np.cumsum([shard.samples for shard in manifest.shards])
@@ -92,7 +92,7 @@ def _evenly_spaced(manifest: Manifest) -> list[tuple[Shard, list[int]]]:
 
 
 def _metas(root: str, shard: Shard, positions: Sequence[int]) -> list[dict[str, Any]]:
-    """The jsons of some samples of a shard, read by themselves."""
+    """The jsons of some samples of a shard, read without their other members."""
     entries = read_index(root, shard)
     return [_meta(root, shard, entries[position]) for position in positions]
 

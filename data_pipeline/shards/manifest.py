@@ -145,7 +145,7 @@ def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> Non
 
 
 def refuse_buckets(root: str | Path) -> None:
-    """UserError if `root` is the folder of all buckets of a data set, in place of one of them."""
+    """UserError if `root` is the folder with all buckets of a data set, not one of them."""
     buckets = [name for name in storage.subfolders(root) if re.fullmatch(r"\d+x\d+", name)]
     if buckets:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 from data_pipeline.common.errors import UserError
 from data_pipeline.shards.manifest import Manifest
 
-# Options that came later, at values that change nothing: outputs of earlier versions stay finished.
+# Later options, with the values that change nothing: outputs of earlier versions still count as finished.
 LATER = {
     "source.background": "white", "source.of.background": "white", "source.animated": "first", "animated": "first",
     "source.caption": None, "source.encoding": None, "source.key": None, "source.unended": None, "key": None,
@@ -18,7 +18,7 @@ LATER = {
 
 
 def without_later(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options as earlier versions had them: those in LATER are left out at their defaults."""
+    """Options as in earlier versions: those in LATER are left out if they have their defaults."""
     kept = {name: value for name, value in options.items() if LATER.get(prefix + name, ...) != value}
     return {
         name: without_later(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value

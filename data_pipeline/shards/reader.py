@@ -13,7 +13,7 @@ from data_pipeline.shards import codec
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar_index import read_index, refuse_other_bytes, refuse_other_digest
 
-PIECE = 16 * 2**20  # bytes of a file that are in memory while it is copied
+PIECE = 16 * 2**20  # bytes of a file in memory at a time while it is copied
 
 
 def read_whole(root: str | Path, shard: Shard) -> bytes:
@@ -38,7 +38,7 @@ def copy_whole(root: str | Path, shard: Shard, target: BinaryIO) -> None:
 
 
 def _pieces(path: str) -> Iterator[bytes]:
-    """A file's bytes. An error of its file system is not taken for one of the target's; a new start may succeed."""
+    """A file's bytes. RuntimeError (not the target's OSError) if it can't be read: a new start may succeed."""
     try:
         with open(path, "rb") as file:
             while piece := file.read(PIECE):

@@ -35,7 +35,7 @@ class Rejects:
 
 
 class Conversions:
-    """What had to be done to samples that were taken: how often, in words without the part in brackets, which differs
+    """Conversions of accepted samples: the number of each, under its words without the part in brackets, which differs
     from sample to sample; and the first sample of each."""
 
     def __init__(self) -> None:
@@ -43,23 +43,23 @@ class Conversions:
         self.firsts: dict[str, str] = {}
 
     def add(self, converted: Iterable[str], where: str) -> None:
-        """What was done to one sample."""
+        """Record what was done to one sample."""
         for what in converted:
             words, _, details = what.partition(" (")
             self.counts[words] += 1
             self.firsts.setdefault(words, f"{where}, {details.removesuffix(')')}".removesuffix(", "))
 
     def as_info(self) -> dict[str, Any]:
-        """What a manifest holds of them: nothing, if there are none."""
+        """Its entry in a manifest; empty, if there were no conversions."""
         return {"converted": dict(self.counts)} if self.counts else {}
 
     def lines(self) -> list[str]:
-        """Each kind, in words."""
+        """One line of text for each kind."""
         return [f"converted {count} x {what}, first {self.firsts[what]}" for what, count in self.counts.most_common()]
 
 
 def passed_over_lines(counts: Counter[str]) -> list[str]:
-    """Files that are part of no sample, in words."""
+    """Lines of text on files that are part of no sample."""
     return [f"passed over {count} x {what}" for what, count in counts.most_common()]
 
 
@@ -73,14 +73,14 @@ def write_or_remove(root: str | Path, name: str, lines: bytes) -> None:
 
 
 def examples(rows: Iterable[Mapping[str, str]], reason: str = "", most: int = 3) -> str:
-    """The first rows (of a reason as `summary` has it; "": of any), in words: key, what was the matter, and where."""
+    """The first rows (with a reason as `summary` gives it; "": any), in words: key, reason and place."""
     shown = [row for row in rows if not reason or short(row) == reason][:most]
     said = [f"{row['key']}, {said_of(row, bool(reason))}".removesuffix(", ") for row in shown]
     return f"first {'; '.join(said)}" if said else ""
 
 
 def said_of(row: Mapping[str, str], brief: bool) -> str:
-    """Reason (brief: only the part in brackets) and place of a row."""
+    """Reason and place of a row (brief: of the reason, only the part in brackets)."""
     reason = row["reason"]
     if brief:
         reason = reason.removeprefix(short(row)).strip().removeprefix("(").removesuffix(")")
@@ -93,7 +93,7 @@ def short(row: Mapping[str, str]) -> str:
 
 
 def summary(rows: Iterable[Mapping[str, str]]) -> Counter[str]:
-    """Rows set aside, by reason, without what differs from sample to sample."""
+    """The numbers of rows set aside, by reason without the part that differs from sample to sample."""
     return Counter(short(row) for row in rows)
 
 

@@ -22,12 +22,12 @@ PICTURES = (*IMAGES, "txt", "json")
 
 
 def picture_in(entry: IndexEntry) -> str | None:
-    """The name of the member that is the picture: of several, the first in a usual format."""
+    """The name of the member that is the picture: if there are several, the first in a usual format."""
     return next((name for names in (OLDEST, IMAGES, RAW) for name in entry.members if name in names), None)
 
 
 def without_other_pictures(entry: IndexEntry) -> IndexEntry:
-    """A sample with one picture: readers decode no other."""
+    """A sample with only one picture: readers decode no other."""
     picture = picture_in(entry)
     return IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n == picture or n not in (*IMAGES, *RAW)})
 
@@ -36,7 +36,7 @@ def as_sample(key: str, members: dict[str, Any], size: int | None = None) -> dic
     """Members by extension -> a sample by field name; a picture as its centre square of `size`, if that is given."""
     sample = {"key": key, "caption": caption_in(members), "meta": members.get("json") or {}}
     if isinstance(sample["meta"].get("caption"), list) and len(several := captions_of(sample)) > 1:
-        sample["meta"] = {"captions": several, **sample["meta"]}  # latents keep "captions", but one "caption" only
+        sample["meta"] = {"captions": several, **sample["meta"]}  # latents keep only one "caption"
     for member, value in members.items():
         if member in IMAGES:
             sample["image"] = fitted(value, (size, size)).pixels if size else value
@@ -46,8 +46,8 @@ def as_sample(key: str, members: dict[str, Any], size: int | None = None) -> dic
 
 
 def captions_of(sample: Mapping[str, Any]) -> dict[str, str]:
-    """All captions of a sample ({"caption", "meta"}) by name, in order: those that its json has as "captions"; else a
-    list that its json has as "caption", "0", "1", ...; else {"caption": the caption}; {} if it has none."""
+    """All captions of a sample ({"caption", "meta"}) by name, in order: the json's "captions"; else a list under the
+    json's "caption", named "0", "1", ...; else {"caption": the caption}; {} if it has none."""
     caption, meta = sample["caption"], sample.get("meta") or {}
     stored = meta.get("captions")
     if isinstance(stored, dict):

@@ -31,8 +31,8 @@ class SplitWriter:
             self._publish()
 
     def close(self, left_out: str, aside: Sequence[Mapping[str, str]]) -> None:
-        """Publish the rest; shards left by an earlier run are removed. left_out, aside: what to say if nothing is left:
-        the counts of all splits, and the samples set aside."""
+        """Publish the last samples; shards of an earlier run are removed. left_out, aside: what the message says if no
+        sample is left: the counts of all splits, and the samples set aside."""
         if self.writer.count:
             self._publish()
         remove_leftovers(self.root, len(self.shards))

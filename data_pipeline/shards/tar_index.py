@@ -35,19 +35,19 @@ class IndexEntry(NamedTuple):
 
 
 class TarRules(NamedTuple):
-    """How tars that others wrote are read. full_keys: a key ends at the last dot of a file's name, not at the first, as
-    webdataset has it; it then has "_" for the dots. unended: the empty blocks that end an archive may be missing."""
+    """How to read tars written by others. full_keys: a key ends at the last dot of a file's name (webdataset: at the
+    first); its own dots become "_". unended: accept tars without the empty blocks that end an archive."""
 
     full_keys: bool = False
     unended: bool = False
 
     def as_info(self) -> dict[str, bool]:
-        """What a manifest holds of them: nothing, if they are as usual."""
+        """Its entry in a manifest; empty for the defaults."""
         return {name: True for name, value in self._asdict().items() if value}
 
     @classmethod
     def from_info(cls, info: Mapping[str, Any]) -> TarRules:
-        """Those that a manifest's info holds."""
+        """From a manifest's info."""
         held = info.get("tars")
         return cls(*(isinstance(held, dict) and held.get(name) is True for name in cls._fields))
 
@@ -58,7 +58,7 @@ USUAL = TarRules()
 def scan(
     data: bytes | mmap.mmap, name: str, rules: TarRules = USUAL, passed_over: Counter[str] | None = None
 ) -> list[IndexEntry]:
-    """The samples of a tar in memory or mapped, in order; a key that comes twice in full gives two of them.
+    """The samples of a tar in memory or mapped, in order; if a key comes twice in full, there are two samples.
 
     Extensions are in lower case; a file without one is not part of a sample. Links and devices are never followed and
     are not members. passed_over: counts files that are part of no sample.
@@ -83,7 +83,7 @@ def scan(
 
 
 def split_name(path: str, full: bool = False) -> tuple[str, str]:
-    """Key and extension, in lower case, of a file in a tar; ("", "") for one that belongs to no sample."""
+    """Key and extension (in lower case) of a file in a tar; ("", "") for a file that is part of no sample."""
     folder, slash, base = path.rpartition("/")
     stem, dot, extension = base.rpartition(".") if full else base.partition(".")
     if not stem or not dot or of_a_system(path):
@@ -92,7 +92,7 @@ def split_name(path: str, full: bool = False) -> tuple[str, str]:
 
 
 def of_a_system(path: str) -> bool:
-    """Whether a file in a tar is hidden, or one that macOS puts there."""
+    """Whether a file in a tar is hidden, or was added by macOS."""
     *folders, base = path.split("/")
     return base.startswith(".") or "__MACOSX" in folders
 
@@ -118,7 +118,7 @@ def members_of(data: bytes | mmap.mmap, name: str, unended: bool = False) -> Ite
 
 
 def _members_of_one(tar: tarfile.TarFile, start: int, length: int) -> Iterator[tuple[str, Member | None]]:
-    """What members_of gives, of the archive that begins at `start` of a file of `length` bytes."""
+    """The part of members_of for the archive that begins at `start`, in a file of `length` bytes."""
     at = start - 1
     for member in tar:
         if member.offset <= at or member.size < 0:
@@ -132,8 +132,8 @@ def _members_of_one(tar: tarfile.TarFile, start: int, length: int) -> Iterator[t
 
 
 def _next_archive(data: bytes | mmap.mmap, start: int, end: int, unended: bool) -> int:
-    """Where the tar after the one from `start` to its last member's `end` begins; the file's length if none does. It
-    follows the two empty blocks at once, or where they are filled up to a record: other empty blocks are damage."""
+    """Where the next tar begins, after the one from `start` to its last member's `end`; the file's length if there is
+    none. It follows the two empty blocks directly, or after padding to a full record; any other gap is damage."""
     at = end
     while at < len(data) and data[at : at + tarfile.BLOCKSIZE].count(0) == len(data[at : at + tarfile.BLOCKSIZE]):
         at = min(at + tarfile.BLOCKSIZE, len(data))
@@ -212,7 +212,7 @@ def refuse_other_bytes(data: bytes | mmap.mmap, path: str, shard: Shard) -> None
 
 
 def refuse_other_digest(digest: str, path: str, shard: Shard) -> None:
-    """The same by the digest of a shard's bytes."""
+    """As `refuse_other_bytes`, given the digest of a shard's bytes."""
     if digest != shard.sha256:
         raise DataError(
             f"shard {path} is damaged (its sha256 is not that of the manifest): copy it again, or delete it together "

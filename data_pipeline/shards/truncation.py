@@ -1,4 +1,4 @@
-"""Counts the captions that are longer than a text encoder reads: it cuts them without a word."""
+"""Counts the captions that are longer than a text encoder reads: it cuts them silently."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 
 class TokenCounter(Protocol):
-    """A text encoder, or its tokenizer alone: how many tokens it reads, and how many a caption has, both with those of
-    start and end."""
+    """A text encoder, or its tokenizer alone: how many tokens it reads and how many a caption has, both including start
+    and end."""
 
     context_length: int
 
@@ -16,11 +16,11 @@ class TokenCounter(Protocol):
 
 
 class CutCaptions:
-    """Captions that are longer than `counter` reads; none are counted if it does not tell."""
+    """Captions that are longer than `counter` reads; none are counted if it can't count tokens."""
 
     def __init__(self, counter: TokenCounter | None) -> None:
         self.counter = counter if hasattr(counter, "count_tokens") else None
-        self.lengths: dict[str, int] = {}  # texts repeat, and each is looked at once
+        self.lengths: dict[str, int] = {}  # texts repeat: each is tokenized once
         self.found: dict[str, Any] = {}
 
     def add(self, key: str, texts: Iterable[str]) -> None:
@@ -34,7 +34,7 @@ class CutCaptions:
 
 
 def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The counts of several parts together; the example is the longest caption's key."""
+    """The sum of the counts of several parts; the example is the key of the longest caption."""
     parts = [part for part in parts if part]
     if not parts:
         return {}

@@ -1,4 +1,4 @@
-"""What the captions of a new data set are, counted: which samples have which, and how many a text encoder would cut."""
+"""Counts the captions of a new data set: how many samples have each, and how many a text encoder would cut."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_pipeline.shards.truncation import CutCaptions, TokenCounter, sentence
 
 
 class CaptionCounts:
-    """Counts the captions of each split. tokens: tells how long they are to a text encoder; None: not counted."""
+    """Counts the captions of each split. tokens: counts their tokens for a text encoder; None: not counted."""
 
     def __init__(self, tokens: TokenCounter | None = None) -> None:
         self.names: dict[str, Counter[str]] = {}
@@ -25,12 +25,12 @@ class CaptionCounts:
         self.cut.add(key, captions.values())
 
     def info(self, split: str) -> dict[str, Any]:
-        """What a split's manifest says of them; nothing, if no sample has several."""
+        """A split's entry in its manifest; empty, if no sample has several captions."""
         several = counted(self.names.get(split, {}))
         return {"captions": several} if several else {}
 
     def sentences(self) -> list[str]:
-        """What to report."""
+        """The sentences to print."""
         total = counted(sum(self.names.values(), Counter()))
         found = ["captions: " + ", ".join(f"{name} of {count}" for name, count in total.items())] if total else []
         if self.cut.counter is not None:

@@ -1,4 +1,4 @@
-"""Which caption a sample has, of several places that may hold one; and why, if none does."""
+"""Chooses a sample's captions from the places that may hold them; or says why there is none."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ CLEANED = "invisible characters removed from the caption"
 
 
 class Captions(NamedTuple):
-    """texts: by name, the first is the sample's caption; empty: why there is none. converted: what was done to
-    them, in words that are counted."""
+    """texts: by name, the first is the sample's caption; empty: `why` says why. converted: the conversions made, in
+    words that are counted."""
 
     texts: dict[str, str]
     why: str = ""
@@ -26,16 +26,17 @@ class Captions(NamedTuple):
 
     @property
     def several(self) -> dict[str, str]:
-        """All of them, if they are more than one."""
+        """All of them, if there are several."""
         return self.texts if len(self.texts) > 1 else {}
 
     def as_fields(self) -> dict[str, Any]:
-        """What a SourceItem holds of them, beside the first."""
+        """The fields of a SourceItem for all captions but the first."""
         return {"uncaptioned": self.why, "captions": self.several, "converted": self.converted}
 
 
 class Place(NamedTuple):
-    """Where captions may be: named values; or the reason why it can't be read. none: what to say if it has no text."""
+    """A place that may hold captions: named values, or the reason why it can't be read. none: the message if it has no
+    text."""
 
     name: str
     values: Mapping[str, Any]
@@ -44,8 +45,8 @@ class Place(NamedTuple):
 
 
 def chosen(places: Iterable[Place], missing: str) -> Captions:
-    """The captions of the first place that has one. A place that can't be read, or holds no text, ends the search:
-    what it says may be what was meant. missing: what to say if there is no place at all."""
+    """The captions of the first place that has any. A place that can't be read, or holds a value that is not text, ends
+    the search: it may be the one that was meant. missing: the message if there is no place at all."""
     tried = []
     for place in places:
         if place.fault:
@@ -61,7 +62,7 @@ def chosen(places: Iterable[Place], missing: str) -> Captions:
 
 
 def of_object(name: str, facts: Mapping[str, Any], names: Sequence[str]) -> Place:
-    """A JSON object as a place: those of its entries that have these names."""
+    """The place for a JSON object: its entries with these names."""
     values = {each if len(names) > 1 else ONE: facts.get(each) for each in names}
     if any(value is not None for value in values.values()):
         return Place(name, values)
@@ -70,13 +71,13 @@ def of_object(name: str, facts: Mapping[str, Any], names: Sequence[str]) -> Plac
 
 
 def brief(text: str, most: int = 60) -> str:
-    """A name, printable and not too long for a sentence."""
+    """A name made printable, and short enough for a sentence."""
     shown = text if text.isprintable() else repr(text)
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
 def caption_names(option: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names that source.caption= gives; () for none."""
+    """The names given by source.caption=; () if there are none."""
     names = tuple(option or ()) if option is None or isinstance(option, list | tuple) else (option,)
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise UserError(f"source.caption={option} is not valid: use a name, or several as source.caption=[short,long].")
@@ -84,7 +85,7 @@ def caption_names(option: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def known_encoding(encoding: str | None) -> str | None:
-    """source.encoding=, checked."""
+    """The value of source.encoding=, checked."""
     try:
         if encoding is not None:
             "a".encode(codecs.lookup(encoding).name)

@@ -1,5 +1,5 @@
-"""A folder of pictures, each with its caption beside it, as cat.jpg with cat.txt: sidecars.py says where it is looked
-for."""
+"""A folder of pictures with their captions beside them, as cat.jpg with cat.txt; sidecars.py says where captions are
+looked for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from data_pipeline.sources.source import SourceItem
 
 # Files that lie beside pictures: captions and tables.
 BESIDE = (".txt", ".json", ".caption", ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
-# Files and folders that systems and programs leave behind, beside those whose name begins with a dot.
+# Files and folders that operating systems and programs create, besides those whose name begins with a dot.
 SYSTEM = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "$recycle.bin")
 
 
@@ -35,7 +35,7 @@ class PictureFile(SourceItem):
 
 
 class ImageFolder:
-    """Pictures below `path`, by name. passed_over: the other files that the last listing met, by extension."""
+    """Pictures below `path`, by name. passed_over: other files found by the last listing, counted by extension."""
 
     def __init__(
         self,
@@ -83,8 +83,8 @@ class ImageFolder:
 
 
 def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False) -> Iterator[Path]:
-    """All pictures below a folder, sorted by name in each; only one folder's names are held in memory at a time. Other
-    files are counted, except those that lie beside pictures; so are all files of hidden folders."""
+    """All pictures below a folder, sorted by name in each folder; only one folder's names are in memory at a time. Other
+    files are counted, except those that belong to pictures; so are all files in hidden folders."""
     for path in sorted(folder.iterdir()):
         here = hidden or path.name.startswith(".") or path.name.lower() in SYSTEM
         if path.is_dir():
@@ -101,12 +101,12 @@ def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False
 
 
 def looks_like_picture(path: Path) -> bool:
-    """Whether a file is one by its extension, or, under an extension that is not known, by its first bytes."""
+    """Whether a file is a picture by its extension or, if that is unknown, by its first bytes."""
     extension = path.suffix.lower()
     if extension in BESIDE or extension[1:] in (*IMAGES, *RAW):
         return extension not in BESIDE
     try:
-        if not path.is_file():  # a pipe would wait for ever
+        if not path.is_file():  # reading a pipe would wait forever
             return False
         with path.open("rb") as file:
             return is_picture(file.read(HEAD))
@@ -129,14 +129,14 @@ def why_unusable(path: Path, folder: Path, through_folders: bool = False) -> str
 
 
 def in_file(path: Path, how: Decoding) -> dict[str, Any]:
-    """load, sides and stamp of a picture in a file."""
+    """load, sides and stamp for a picture in a file."""
     facts = path.stat()
     look, stamp = functools.partial(load, path, how=how), (facts.st_size, facts.st_mtime_ns)
     return {"load": look, "sides": functools.partial(sides, path), "stamp": stamp}
 
 
 def load(path: Path, framing: Framing, how: Decoding = Decoding()) -> Picture:  # noqa: B008
-    """A picture in a file, at its size."""
+    """A picture from a file, resized by its framing."""
     return framing.applied(decode_picture(path, how=how))
 
 

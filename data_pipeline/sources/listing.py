@@ -61,7 +61,7 @@ def refuse_same_key(source: Source, again: Sequence[int]) -> None:
 
 
 def several(item: SourceItem) -> tuple[list[tuple[str, str]], ...]:
-    """What a mark covers of several captions: their names and their order, too."""
+    """The part of a mark that covers several captions, including their names and order."""
     return (list(item.captions.items()),) if item.captions else ()
 
 
@@ -78,14 +78,14 @@ def is_heldout(item: SourceItem, number: int, every: int | None) -> bool:
 
 
 class Prepared(NamedTuple):
-    """An item's members, and what had to be done to get them, in words."""
+    """An item's members, and the conversions that were made, in words."""
 
     members: dict[str, Any]
     converted: tuple[str, ...]
 
 
 def prepared_sample(item: SourceItem, framing: Framing, filters: Filters, rejects: Rejects) -> Prepared | None:
-    """An item to be written; None if it is filtered or set aside, which is recorded with the reason."""
+    """An item's sample to write; None if it is filtered or set aside, which is recorded with the reason."""
     if item.absent:
         filters.add(item.key, item.absent)
         return None

@@ -24,8 +24,8 @@ OVERSAMPLING = 2
 class OpenMoji:
     """Named drawings without skin-tone variants, about 1,900, by code point.
 
-    things: names by group ({"hearts": ["red heart", ...]}): only these, in this order; None: everything.
-    background: what the drawings lie on.
+    things: names by group ({"hearts": ["red heart", ...]}): only these, in this order; None: all.
+    background: the colour under the drawings.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ def hex_of(colour: Any) -> str:
 
 
 def framed(svg: Callable[[], str], framing: Framing, background: str) -> Picture:
-    """A drawing, which is square whatever the framing."""
+    """A drawing, which is square with any framing."""
     return drawn(svg(), framing.size, background)
 
 

@@ -42,7 +42,7 @@ class Pairs:
 
 
 def load(items: Sequence[SourceItem], boxes: Sequence[Sequence], framing: Framing) -> Picture:
-    """Each item drawn at its box's size, on white."""
+    """Each item drawn at the size of its box, on white."""
     size = framing.size
     picture = np.full((size, size, 3), 255, np.uint8)
     for item, (_, x0, y0, x1, _) in zip(items, boxes, strict=True):

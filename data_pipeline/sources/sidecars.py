@@ -1,5 +1,5 @@
-"""Captions in files beside pictures: cat.txt, cat.caption, cat.json; or metadata.jsonl (.csv, .parquet) of a folder, as
-diffusers and datasets' ImageFolder have it."""
+"""Captions in files beside pictures: cat.txt, cat.caption, cat.json; or in a folder's metadata.jsonl (.csv, .parquet), as
+for diffusers and datasets' ImageFolder."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from data_pipeline.sources.table_rows import Row, number_in, rows_of
 TEXTS = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"
-USUAL = (ONE, "text")  # where metadata usually has the caption
+USUAL = (ONE, "text")  # usual names of the caption in metadata
 
 
 class About(NamedTuple):
-    """What lies beside a picture: its captions, and the other entries of its json or of its row of the metadata."""
+    """What belongs to a picture: its captions, and the other entries of its json or of its row in the metadata."""
 
     captions: Captions
     meta: dict[str, Any]
 
 
 class Metadata(NamedTuple):
-    """A folder's metadata: its rows by the picture's path below the folder; why it has none."""
+    """A folder's metadata: its rows, by the picture's path below the folder; or why it can't be read."""
 
     name: str
     rows: Mapping[str, list[Row]]
@@ -37,7 +37,7 @@ class Metadata(NamedTuple):
 
 
 class Sidecars:
-    """Looks for captions below `root`. Names of one folder, and metadata that was needed, are held in memory."""
+    """Looks for captions below `root`. The names of one folder, and the metadata that was needed, are kept in memory."""
 
     def __init__(self, root: Path, names: tuple[str, ...], encoding: str | None) -> None:
         self.root, self.names, self.encoding = root, names, encoding
@@ -45,8 +45,8 @@ class Sidecars:
         self.listed: tuple[Path, list[str]] = (root.parent, [])
 
     def about(self, path: Path) -> About:
-        """The captions of a picture: of its .txt, its .caption, its .json, and then of the metadata of its folder or of
-        one above it. If source.caption= names entries, the json comes first."""
+        """The captions of a picture: from its .txt, its .caption, its .json, then the metadata of its folder or of one above
+        it. If source.caption= names entries, the json comes first."""
         facts, json_place = self._json(path)
         texts = [place for ending in TEXTS if (place := self._text(path, ending)) is not None]
         fields = [json_place] if json_place is not None else []
@@ -64,14 +64,14 @@ class Sidecars:
         return About(captions, meta)
 
     def _file(self, path: Path, ending: str) -> Path | None:
-        """The file beside a picture with this ending, in any case; None if there is none."""
+        """The file beside a picture with this ending, in upper or lower case; None if there is none."""
         for each in (ending, ending.upper()):
             if os.path.lexists(found := path.with_suffix(each)):
                 return found
         return None
 
     def _read(self, file: Path, kind: str) -> Any:
-        """A caption's or json's content. DataError, with the file's name, if it can't be read."""
+        """A caption or json. DataError, with the file's name, if it can't be read."""
         try:
             return codec.decode(kind, file.read_bytes(), self.encoding)
         except DataError as error:
@@ -93,7 +93,7 @@ class Sidecars:
             return Place(file.name, {}, str(error))
 
     def _json(self, path: Path) -> tuple[dict[str, Any], Place | None]:
-        """The json beside a picture, and what it is for captions."""
+        """The json beside a picture, and the place for captions in it."""
         file = self._file(path, ".json")
         if file is None:
             return {}, None
@@ -106,7 +106,7 @@ class Sidecars:
             return {}, Place(file.name, {}, str(error))
 
     def _looked_for(self, path: Path) -> str:
-        """What was looked for in vain, and what lies there instead."""
+        """For a message: the files that were looked for and not found, and what exists instead."""
         *names, last = [path.with_suffix(ending).name for ending in (*TEXTS, ".json")]
         beside = self._beside(path)
         faults = [each.fault for folder in self._folders(path) if (each := self._metadata_of(folder)) and each.fault]
@@ -114,13 +114,13 @@ class Sidecars:
         return "; ".join([f"no {', '.join(names)} or {last}, and no {METADATA[0]} names it", *there, *faults])
 
     def _beside(self, path: Path) -> list[str]:
-        """Some other names that begin as the picture's does; for a message, or if nothing was found by name."""
+        """Some other names that begin as the picture's does: for a message, or to find a name in mixed case."""
         all_names = self._names(path.parent)
         first = bisect.bisect_left(all_names, f"{path.stem}.")
         return [n for n in all_names[first : first + 5] if n.startswith(f"{path.stem}.") and n != path.name]
 
     def _texts_in_mixed_case(self, path: Path) -> list[Path]:
-        """As cat.Txt."""
+        """Caption files such as cat.Txt."""
         known = {(path.stem + ending).lower() for ending in TEXTS}
         return [path.with_name(name) for name in self._beside(path) if name.lower() in known]
 
@@ -156,7 +156,7 @@ class Sidecars:
         return Metadata(file.name, rows)
 
     def _row(self, path: Path) -> tuple[dict[str, Any], Place | None]:
-        """A picture's rows in the metadata nearest to it: their other entries, and what they are for captions."""
+        """A picture's rows in the nearest metadata: their other entries, and the place for captions in them."""
         for folder in self._folders(path):
             data = self._metadata_of(folder)
             rows = data.rows.get(path.relative_to(folder).as_posix(), []) if data else []
@@ -168,14 +168,14 @@ class Sidecars:
         return {}, None
 
     def _place_of(self, name: str, rows: list[dict[str, Any]]) -> Place:
-        """Captions of one row; those of several rows of one picture are a list."""
+        """The place for the captions of one row; several rows of one picture make a list."""
         names = self.names or tuple(each for each in USUAL if each in rows[0])[:1] or (ONE,)
         if len(rows) == 1:
             return of_object(f"its row of {name}", rows[0], names)
         return of_object(f"its {len(rows)} rows of {name}", {n: [row.get(n) for row in rows] for n in rows[0]}, names)
 
     def _facts(self, name: str, row: dict[str, Any]) -> dict[str, Any]:
-        """The other entries of a picture's row; of a text table or a Parquet, its numbers."""
+        """The other entries of a picture's row; in a text table or a Parquet, only numbers."""
         left_out = (FILE_NAME, *USUAL, *self.names)
         cells = {name: value for name, value in row.items() if name not in left_out}
         if name == METADATA[0]:
@@ -184,7 +184,7 @@ class Sidecars:
         return {name: value for name, value in numbers.items() if value is not None}
 
     def unmatched(self) -> Iterator[tuple[Path, str]]:
-        """(path, where) of each picture that metadata names and that is not there."""
+        """(path, where) of each picture that is listed in metadata but missing."""
         for folder, data in self.metadata.items():
             for name, rows in (data.rows if data else {}).items():
                 if not os.path.lexists(folder / name):
@@ -192,7 +192,7 @@ class Sidecars:
 
 
 def why_unreadable(file: Path, root: Path) -> str:
-    """Why a file is not read: it is missing, no file, or a link in `root` that leads out of it; "" if it is."""
+    """Why a file can't be read: it is missing, not a file, or a link that leads out of `root`; "" if it can."""
     try:
         if not file.is_file():
             return "a link to nothing" if file.is_symlink() else "no file"

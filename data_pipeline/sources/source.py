@@ -12,12 +12,12 @@ from data_pipeline.images.framing import Framing
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """load(framing) -> the picture, at its size; caption is None if there is none: uncaptioned says why.
+    """load(framing) -> the picture, resized; caption is None if there is none: uncaptioned says why.
 
     sides() -> width and height of the original picture; None: a drawing, of any size. heldout: None leaves it to
-    heldout_every. absent: why the source itself says that there is no picture. unusable: why the item must be set
+    heldout_every. absent: why, according to the source itself, there is no picture. unusable: why the item must be set
     aside; where: the picture's path. captions: all by name, if there are several; the first is `caption`. converted:
-    what was changed or left out of what lies beside the picture, in words that are counted.
+    what was changed in, or left out of, the picture's caption and metadata, in words that are counted.
     """
 
     key: str

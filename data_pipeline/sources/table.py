@@ -23,12 +23,12 @@ from data_pipeline.sources.table_rows import ENDINGS, LINES, Row, number_in, row
 
 
 class Table:
-    """One item per row of `table` (a name below `path`, or a pattern of several; None: the only table there), by row
+    """One item per row of `table` (a name below `path`, or a pattern for several; None: the only table there), by row
     number.
 
-    Columns `file` and `caption` (or several); numbers in all other columns go to the sample's json. A file is a name,
-    or in a Parquet the picture itself: bytes, or {bytes, path} as data sets on the hub have it. Several rows may name
-    one file. Rows whose file is missing, or lies outside the folder, are set aside.
+    Columns `file` and `caption` (or several); numbers in all other columns go to the sample's json. A file is a name or,
+    in a Parquet, the picture itself: bytes, or {bytes, path} as data sets on the hub have it. Several rows may name one
+    file. Rows whose file is missing, or lies outside the folder, are set aside.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Table:
         return found
 
     def _refuse_without_columns(self, table: Path, row: Mapping[str, Any]) -> None:
-        """Refuse a table by its first row; in JSON lines, a row without a caption may leave out its name."""
+        """Refuse a table by its first row; in JSON lines, a row without a caption may omit the column."""
         names = {self.file: "file"} | dict.fromkeys(() if table.suffix.lower() in LINES else self.names, "caption")
         for name, option in names.items():
             if name not in row:
@@ -109,7 +109,7 @@ class Table:
         )
 
     def _why_unusable(self, row: Row, name: str) -> tuple[str, str]:
-        """Why there is no file of this name that can be opened, and the path that was tried; "" and "" if there is."""
+        """Why no file of this name can be opened, and the path that was tried; "" and "" if one can."""
         value = row.cells.get(self.file)
         if not name and value is not None and not isinstance(value, str | float | dict):
             return f"{self.file} is no name of a picture (but {kind_of(value)})", ""
@@ -125,35 +125,35 @@ class Table:
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """The files of a name, or of a pattern such as data/train-*.parquet, sorted."""
+    """The files that match a name, or a pattern such as data/train-*.parquet, sorted."""
     if (folder / pattern).is_file() or not set(pattern) & set("*?["):
         return [folder / pattern] if (folder / pattern).is_file() else []
     return [] if Path(pattern).is_absolute() else sorted(p for p in folder.glob(pattern) if p.is_file())
 
 
 def picture_of(value: Any) -> tuple[bytes | None, str]:
-    """A picture's bytes, if the cell has them (alone, or as {"bytes", "path"}), and the name of its file, or ""."""
+    """A picture's bytes, if the cell has them (directly, or as {"bytes", "path"}), and the name of its file, or ""."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
     return (data if isinstance(data, bytes) else None), (name if isinstance(name, str) else "")
 
 
 def embedded(data: bytes, extension: str, how: Decoding) -> dict[str, Any]:
-    """load, sides and stamp of a picture that the table holds."""
+    """load, sides and stamp for a picture that the table contains."""
     look = functools.partial(framed, data, extension, how=how)
     return {"load": look, "sides": functools.partial(sides_of, data, extension), "stamp": (len(data), zlib.crc32(data))}
 
 
 def framed(data: bytes, extension: str, framing: Framing, how: Decoding) -> Picture:
-    """A picture in memory, at its size."""
+    """A picture in memory, resized by its framing."""
     return framing.applied(decode_picture(io.BytesIO(data), extension, how))
 
 
 def sides_of(data: bytes, extension: str) -> tuple[int, int]:
-    """Its width and height, from its header."""
+    """A picture's width and height, from its header."""
     with open_image(io.BytesIO(data), extension) as image:
         return upright_sides(image)
 
 
 def absent(path: Path, framing: Framing | None = None) -> Any:
-    """Stands in for a picture that the table names and the folder does not have."""
+    """The `load` of a picture that the table names but the folder lacks."""
     raise PictureError("missing picture")

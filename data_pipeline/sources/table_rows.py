@@ -1,4 +1,4 @@
-"""Rows of tables as people have them: CSV and TSV of any encoding and delimiter, JSON lines, Parquet."""
+"""Rows of users' tables: CSV and TSV with any encoding and delimiter, JSON lines, Parquet."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from data_pipeline.shards.codec import object_once
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LINES = (".jsonl", ".ndjson")
 ENDINGS = (*DELIMITERS, ".parquet", *LINES)
-PICTURE_ROWS = 64  # rows of a Parquet with pictures that are in memory at once; without: a few thousand
-# Cells of a CSV that stand for a missing value: what pandas writes, and reads as such.
+PICTURE_ROWS = 64  # rows of a Parquet with pictures in memory at a time; without pictures, a few thousand
+# CSV cells that mean a missing value: those that pandas writes and reads as missing.
 MISSING = frozenset(
     ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
      "NULL", "NaN", "None", "n/a", "nan", "null"]
 )  # fmt: skip
-SPACED = re.compile(r'[,;|] +["\w]')  # a header with blanks after delimiters: its rows have them before quotes, too
+SPACED = re.compile(r'[,;|] +["\w]')  # a header with blanks after delimiters: its rows may have them before quotes
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d{0,300})(\.\d*)?([eE][+-]?\d{1,3})?|[+-]?\.\d+")
 OTHER_KINDS = {
     b"PK\x03\x04": "is a spreadsheet or a zip: export it as CSV in UTF-8",
@@ -36,7 +36,7 @@ OTHER_KINDS = {
 
 
 class Row(NamedTuple):
-    """A row's cells by column, where it is in the table, and why it can't be used."""
+    """A row's cells by column, its place in the table, and why it can't be used."""
 
     cells: dict[str, Any]
     where: str
@@ -44,8 +44,8 @@ class Row(NamedTuple):
 
 
 def rows_of(table: Path, wanted: Sequence[str] = (), encoding: str | None = None) -> Iterator[Row]:
-    """The rows of a table in order, of the kind that its contents show. wanted: columns that will be asked for, by
-    which a CSV's delimiter is recognised."""
+    """The rows of a table in order; its contents decide its kind. wanted: columns that will be used, by which a CSV's
+    delimiter is recognised."""
     with table.open("rb") as file:
         start = file.read(4096)
     for magic, words in OTHER_KINDS.items():
@@ -65,7 +65,7 @@ def rows_of(table: Path, wanted: Sequence[str] = (), encoding: str | None = None
 
 
 def text_encoding(table: Path, start: bytes, encoding: str | None) -> str:
-    """The encoding of a text that begins so: that of its byte-order mark, else the given one, else UTF-8."""
+    """The encoding of a text with these first bytes: that of its byte-order mark, else the given one, else UTF-8."""
     marked = marked_encoding(start)
     if marked is None and encoding is None and (probable := probable_encoding(start)).startswith("utf-16"):
         raise DataError(f"{table} is probably UTF-16, not UTF-8: set source.encoding={probable}, or save it as UTF-8.")
@@ -73,8 +73,8 @@ def text_encoding(table: Path, start: bytes, encoding: str | None) -> str:
 
 
 def text_rows(table: Path, wanted: Sequence[str], encoding: str) -> Iterator[Row]:
-    """Rows of a CSV or TSV with a header. A cell that stands for a missing value is None. A row with more cells than
-    the header has is at fault, as an unquoted delimiter has cut one of them."""
+    """Rows of a CSV or TSV with a header. A cell that means a missing value is None. A row with more cells than the
+    header is faulty, as an unquoted delimiter has split one of them."""
     csv.field_size_limit(2**24)
     line = 0
     try:
@@ -103,7 +103,7 @@ def text_rows(table: Path, wanted: Sequence[str], encoding: str) -> Iterator[Row
 
 
 def first_not_in(table: Path, encoding: str) -> str:
-    """Where the first line is that is not of an encoding, of those whose line ends are one byte; "" of others."""
+    """The place of the first line that is not in an encoding whose line ends are one byte; "" for other encodings."""
     with table.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -123,7 +123,7 @@ def header_line(table: Path, encoding: str) -> tuple[str, int]:
 
 
 def delimiter_of(line: str, table: Path, wanted: Sequence[str]) -> str:
-    """The delimiter at which the header has the columns that are wanted; else the usual one of the file's ending."""
+    """The delimiter with which the header has the wanted columns; else the usual one for the file's extension."""
     usual = DELIMITERS.get(table.suffix.lower(), ",")
     headers = {each: next(csv.reader(io.StringIO(line, newline=""), delimiter=each), []) for each in (usual, *",;\t|")}
     for delimiter, header in headers.items():
@@ -133,14 +133,14 @@ def delimiter_of(line: str, table: Path, wanted: Sequence[str]) -> str:
 
 
 def refuse_twice(table: Path, columns: Sequence[str]) -> None:
-    """Refuse a table with two columns of one name: one of them would be lost."""
+    """Refuse a table with two columns of one name, as one of them would be lost."""
     twice = [name for name, count in Counter(columns).items() if count > 1 and name]
     if twice:
         raise UserError(f"{table} has two columns named {twice[0]}: rename one of them.")
 
 
 def text_row(header: Sequence[str], cells: Sequence[str], where: str) -> Row:
-    """A line's cells by column; fewer than the header has leave the others None."""
+    """A line's cells by column; if it has fewer cells than the header, the others are None."""
     values = [None if cell.strip() in MISSING else cell for cell in cells]
     row = dict.fromkeys(header) | dict(zip(header, values, strict=False))
     fault = ""
@@ -153,7 +153,7 @@ def text_row(header: Sequence[str], cells: Sequence[str], where: str) -> Row:
 
 
 def json_rows(table: Path, encoding: str) -> Iterator[Row]:
-    """Rows of JSON lines: one object on each."""
+    """Rows of JSON lines: one object per line."""
     number = 0
     try:
         with table.open(encoding=encoding) as file:
@@ -163,7 +163,7 @@ def json_rows(table: Path, encoding: str) -> Iterator[Row]:
                     if not isinstance(cells, dict):
                         raise ValueError("it is no object")
                     yield Row(cells, f"line {number} of {table}")
-    except (ValueError, RecursionError) as error:  # of which UnicodeDecodeError and JSONDecodeError are some
+    except (ValueError, RecursionError) as error:  # includes UnicodeDecodeError and JSONDecodeError
         raise DataError(
             f"{table} can't be read ({error}, in or after line {max(number, 1)}): it must have one JSON object on each "
             "line, in UTF-8."
@@ -191,13 +191,13 @@ def parquet_rows(table: Path) -> Iterator[Row]:
 
 
 def holds_bytes(kind: Any) -> bool:
-    """Whether a column's type is bytes, or has them as a part."""
+    """Whether a column's type is bytes or contains bytes."""
     parts = [kind.field(i).type for i in range(kind.num_fields)]
     return "binary" in str(kind) or any(holds_bytes(part) for part in parts)
 
 
 def number_in(value: Any) -> int | float | bool | None:
-    """A finite number as it is; one that a text table holds, if its digits are written as numbers usually are."""
+    """A finite number unchanged; a text table's cell as a number, if it is written as numbers usually are."""
     if isinstance(value, str):
         text = value.strip()
         if not NUMBER.fullmatch(text):

@@ -161,7 +161,7 @@ def keys_twice(entries: Sequence[IndexEntry]) -> set[str]:
 
 
 def reason_of(sample: Inspected, twice: set[str]) -> str:
-    """Why a sample is set aside: its own reason; that its tar has the key twice; or that the key came before."""
+    """Why a sample is set aside: its own reason, or its key comes twice in its tar or came in an earlier one."""
     if sample.entry.key not in twice:
         return sample.reason or AGAIN
     lacks = sample.reason.startswith("missing caption (")

@@ -1,4 +1,4 @@
-"""WebDataset tars that others wrote, such as img2dataset: <key>.jpg (.png, .webp, ...), <key>.txt, <key>.json."""
+"""WebDataset tars written by others, such as img2dataset: <key>.jpg (.png, .webp, ...), <key>.txt, <key>.json."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def contents(path: str) -> bytes | mmap.mmap:
 
 
 class Inspected(NamedTuple):
-    """A usable sample has a candidate, an unusable one a reason. absent: its json itself says that there is no picture,
-    as img2dataset writes for what it could not fetch. converted: what was changed or left out, in words."""
+    """A usable sample has a candidate, an unusable one a reason. absent: its json says that there is no picture, as
+    img2dataset does for one that could not be fetched. converted: what was changed or left out, in words."""
 
     entry: IndexEntry
     candidate: Candidate | None = None
@@ -85,7 +85,7 @@ def inspected(entry: IndexEntry, data: bytes | mmap.mmap, how: Decoding = Decodi
 
 
 class Described(NamedTuple):
-    """What a sample's .txt and .json say. meta: None for a json that is no object; fault: why it can't be read."""
+    """The contents of a sample's .txt and .json. meta: None if the json is not an object; fault: why it can't be read."""
 
     captions: Captions
     meta: dict[str, Any] | None
@@ -95,7 +95,7 @@ class Described(NamedTuple):
 def described(
     entry: IndexEntry, data: bytes | mmap.mmap, names: tuple[str, ...] = (), encoding: str | None = None
 ) -> Described:
-    """The caption is the .txt's, or if that is empty the json's; if `names` are given, first the json's under these."""
+    """The caption is from the .txt or, if that is empty, the json. Given `names`, these entries of the json come first."""
     text, facts, other, fault = [], {}, [], ""
     missing = f"no .txt or .json beside {', '.join(f'.{name}' for name in list(entry.members)[:5]) or 'nothing'}"
     if "txt" in entry.members:
@@ -118,7 +118,7 @@ def described(
 
 
 def others_left_out(entry: IndexEntry) -> tuple[str, ...]:
-    """What to say of a key with several pictures, as 0.jpg and 0.png: a sample has one."""
+    """What to report for a key with several pictures, as 0.jpg and 0.png: a sample has only one."""
     picture = picture_in(entry)
     others = [name for name in entry.members if name in NAMED and name != picture]
     taken = f".{picture} taken, {', '.join(f'.{name}' for name in others)} not"
@@ -126,8 +126,8 @@ def others_left_out(entry: IndexEntry) -> tuple[str, ...]:
 
 
 def without_picture(entry: IndexEntry, meta: dict[str, Any] | None, data: bytes | mmap.mmap) -> tuple[str, bool]:
-    """Why there is no picture, and whether that is so by its json: it was not fetched. If not, it was lost; or its name
-    has more dots than one, or an extension that is not looked for."""
+    """Why a sample has no picture, and whether its json says that it was not fetched. Other reasons: the picture is
+    missing, its name has several dots, or its extension is unknown."""
     status = (meta or {}).get("status", "success")
     if status != "success":
         return f"not fetched: {status}", True
@@ -146,8 +146,8 @@ def without_picture(entry: IndexEntry, meta: dict[str, Any] | None, data: bytes 
 
 
 def dotted_pictures(entry: IndexEntry) -> list[str]:
-    """Extensions such as 05.png: of pictures whose names have a dot in what was meant as their key. In a sample with a
-    picture of its own, only those that have their own caption, too: 0.mask.png beside 0.png is another member."""
+    """Extensions such as 05.png, of pictures whose intended key contains a dot. If the sample also has a picture of its
+    own, only those with their own caption: 0.mask.png beside 0.png is another member."""
     named = [name for name in entry.members if "." in name and name.rpartition(".")[2] in NAMED]
     if picture_in(entry) is None:
         return named
@@ -155,7 +155,7 @@ def dotted_pictures(entry: IndexEntry) -> list[str]:
 
 
 def told_apart(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
-    """The entries, with one for each picture that fell under another's key, so that each is accounted for."""
+    """The entries, and one for each picture that was grouped under another's key, so that each is accounted for."""
     found = []
     for entry in entries:
         names = dotted_pictures(entry)
@@ -168,7 +168,7 @@ def told_apart(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
 
 
 def tar_rules(key: str | None, unended: bool | None, option: str = "") -> TarRules:
-    """The options key= and unended=, checked. option: the group that they are in."""
+    """The options key= and unended=, checked. option: the prefix of their names in messages."""
     if key not in (None, "first", "full"):
         raise UserError(
             f"{option}key={key} is not valid: use first (of a name's dots, as webdataset) or full (the last)."
@@ -244,7 +244,7 @@ class Tars:
 
 
 def framed(path: str, place: Member, extension: str, framing: Framing, how: Decoding) -> Picture:
-    """A picture in a tar, at its size."""
+    """A picture in a tar, resized by its framing."""
     return framing.applied(decode_picture(io.BytesIO(storage.read_bytes(path, *place)), extension, how))
 
 

@@ -122,12 +122,12 @@ class Checkpoints:
         return copied_pieces(engine.fragments_to_save(), tensors, self.copies if self.config.asynchronous else {})
 
     def _bytes_to_save(self, engine: Engine, ema: Ema) -> int:
-        """What this rank's workplace holds during a save."""
+        """Bytes that this rank needs in its scratch folder during a save."""
         fragments, tensors = engine.fragments_to_save(), {**engine.tensors(), **ema.tensors()}
         part = sum(fragment.of(shards).nbytes for shards in tensors.values() for fragment in fragments)
         if not self.ranks.is_main:
             return part
-        # Rank 0 also gathers the averages: the pieces of all ranks, and the files made of them.
+        # Rank 0 also gathers the averages: the pieces of all ranks, and the files assembled from them.
         averages = sum(kind.startswith("ema") for kind in tensors)
         return part + 2 * averages * 4 * sum(math.prod(shape) for shape in engine.shapes.values())
 
@@ -170,7 +170,7 @@ class Checkpoints:
         return bool(resumed)
 
     def _refuse_none(self, how: str, any_there: bool) -> None:
-        """UserError if there must be an intact checkpoint, or if all are damaged."""
+        """UserError if an intact checkpoint is required but missing, or if all are damaged."""
         where = self.store.root
         if any_there:
             raise UserError(

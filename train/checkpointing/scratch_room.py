@@ -1,4 +1,4 @@
-"""Whether each node's scratch folder has room for what its ranks write there: checked before training begins."""
+"""Checks before training that each node's scratch folder has room for the files that its ranks write there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.distributed.collectives import gathered_objects
 
 
 def refuse_little_room(folder: Path, needed: int) -> None:
-    """UserError on all ranks if the disk of a node has less room than its ranks need. needed: bytes of this rank."""
+    """UserError on all ranks if a node's disk has less free space than its ranks need. needed: bytes for this rank."""
     found = gathered_objects((storage.HOST, needed, storage.free_bytes(folder)))
     for node in dict.fromkeys(host for host, *_ in found):
         of_node = sum(needed for host, needed, _ in found if host == node)

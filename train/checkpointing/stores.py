@@ -37,7 +37,7 @@ class Store:
 
     fetches: bool
     pause: float
-    scratch: Path | None = None  # where this node's ranks have files that are not yet, or no longer, in the store
+    scratch: Path | None = None  # this node's folder for files that are not yet, or no longer, in the store
     lacks_part: str  # why a part may be missing, for the error message
 
     def __init__(self, root: str) -> None:

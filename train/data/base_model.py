@@ -1,4 +1,4 @@
-"""The model to start from (start_from=): its U-Net's shape, and the refusal of runs that would train it wrongly."""
+"""The model to start from (start_from=): its U-Net's shape, and the refusal of runs that don't match it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from train.weights.published import unet_options_of
 from train.weights.scheduler import trained_on
 
 TARGET = f"{UNet.__module__}.{UNet.__qualname__}"
-ALIKE = 0.02  # largest difference of alpha or sigma; a last step with or without signal differs by 0.07
+ALIKE = 0.02  # tolerance of alpha and sigma; a last step with signal differs from one without by 0.07
 PRESETS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # beta_start, beta_end of conf/process
 
 
 def unet_to_train(
     unet: dict[str, Any], start_from: str | None, fine_tune: bool, learns_sizes: bool = False
 ) -> dict[str, Any]:
-    """The options of unet=, or start_from='s own for unet=from_start; UserError if the two are not alike.
+    """The options of unet=, or start_from='s own for unet=from_start; UserError if the two differ.
 
-    learns_sizes: whether the run is conditioned on sizes; start_from= may then have a vector condition without them.
+    learns_sizes: whether the run is conditioned on sizes; the vector condition of start_from= may then lack them.
     """
     if fine_tune and start_from is None:
         raise UserError(
@@ -45,12 +45,12 @@ def unet_to_train(
     options = unet_options_of(start_from, unet["heads"])
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     if unet.get("vector_dim") is not None:
-        options["vector_dim"] = unet["vector_dim"]  # with the sizes that the model to start from may not know
+        options["vector_dim"] = unet["vector_dim"]  # including the sizes, which the model to start from may lack
     return {**options, "_target_": unet["_target_"], "channels_last": unet["channels_last"]}
 
 
 def refuse_absent(start_from: str) -> None:
-    """UserError if nothing is at start_from."""
+    """UserError if start_from= does not exist."""
     if not Path(start_from).exists():
         raise UserError(
             f"start_from={start_from} does not exist: use the path of a run, a diffusers folder, or a single file."
@@ -58,12 +58,12 @@ def refuse_absent(start_from: str) -> None:
 
 
 def refuse_other_unet(unet: Mapping[str, Any], start_from: str, learns_sizes: bool = False) -> None:
-    """UserError, in place of one for each of some hundred tensors, if unet= has other widths than start_from=.
+    """UserError if unet= has other widths than start_from=: one message instead of hundreds, one for each tensor.
 
     learns_sizes: vector_dim may differ; loading the weights adds the sizes, or refuses other widths.
     """
     if unet.get("_target_") != TARGET:
-        return  # the user's own class: only its weights can tell
+        return  # a user's own class: only its weights can be compared
     refuse_absent(start_from)
     theirs, ours = (levelled(options) for options in (unet_options_of(start_from, unet["heads"]), unet))
     names = [name for name in theirs if name in ours and theirs[name] != ours[name]]
@@ -77,11 +77,11 @@ def refuse_other_unet(unet: Mapping[str, Any], start_from: str, learns_sizes: bo
 
 
 def levelled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A U-Net's arguments with one value per level where None or one number stands for all; without channels_last.
-    Heads are left out where nothing attends."""
+    """A U-Net's arguments with one value per level where None or one number applies to all; without channels_last. Heads
+    of levels without attention are left out."""
     count = len(options["channels"])
     heads, both = options["heads"], options["self_attention_levels"]
-    attending = [*options["attention_levels"][:-1], True]  # the middle block always does, with the last level's heads
+    attending = [*options["attention_levels"][:-1], True]  # the middle block always has attention, with the last level's heads
     heads = [heads] * count if isinstance(heads, int) else heads
     shown = {
         "channels": list(options["channels"]),
@@ -93,8 +93,8 @@ def levelled(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_noise(start_from: str | None, process: DiffusionProcess, parameterization: Any) -> None:
-    """UserError if start_from= was trained to predict something else, or on another noise schedule, than this run:
-    the loss would fall all the same, and the pictures would be ruined."""
+    """UserError if start_from= was trained on another prediction or noise schedule than this run's: the loss would fall
+    all the same, but the pictures would be ruined."""
     if start_from is None or (known := trained_on(Path(start_from))) is None:
         return
     said, options = [], []
@@ -102,7 +102,7 @@ def refuse_other_noise(start_from: str | None, process: DiffusionProcess, parame
         theirs = known.parameterization["name"]
         said.append(f"predicts {theirs}")
         options.append(f"parameterization={theirs}")
-    named = known.process and "name" in known.process  # else a class of the user's own
+    named = known.process and "name" in known.process  # otherwise a user's own class
     if named and not alike(build(known.process, "process", f"{known.where}: process"), process):
         options.insert(0, process_options(known.process))
         said.append(f"was trained with {options[0]}")
@@ -114,7 +114,7 @@ def refuse_other_noise(start_from: str | None, process: DiffusionProcess, parame
 
 
 def alike(a: DiffusionProcess, b: DiffusionProcess) -> bool:
-    """Whether two processes have the same alpha and sigma at the same inputs of the network's time embedding."""
+    """Whether two processes have the same alpha and sigma for the same inputs of the network's time embedding."""
     tables = []
     for process in (a, b):
         t = torch.linspace(1.0, 999.0, 500) / process.network_time(torch.tensor(1.0))
@@ -123,7 +123,7 @@ def alike(a: DiffusionProcess, b: DiffusionProcess) -> bool:
 
 
 def process_options(process: Mapping[str, Any]) -> str:
-    """The options that give this process, as text."""
+    """The options that select this process, as text."""
     name = process["name"]
     if name != "discrete_vp":
         return f"process={'continuous_cosine' if name == 'cosine_vp' else name}"

@@ -1,4 +1,4 @@
-"""Facts on the latents of several data sets that are trained on as one."""
+"""Facts on the latents of several data sets that are trained on together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from train.data.latent_facts import LatentFacts
 
 
 def facts_of(data: DataSets, fold: int, scaling_factor: float | None = None) -> LatentFacts:
-    """Facts on one data set, or on several as one: mean and standard deviation are those of all their samples together,
-    whatever the weights of a mix, as precompute would have measured them; the shapes are those of the set with the most
-    samples, and `buckets` has those of each bucket; fingerprints are those that all share."""
+    """Facts on one data set, or on several as one. Mean and standard deviation are those of all samples together, as
+    precompute would have measured them, independent of the weights of a mix; shapes are those of the set with the most
+    samples, and `buckets` has those of each bucket; fingerprints are those that all sets share."""
     each = [LatentFacts.of(one.root, one.manifest, fold, scaling_factor) for one in data]
     sizes = [one.manifest.samples for one in data]
     largest = each[max(range(len(sizes)), key=sizes.__getitem__)]
@@ -35,8 +35,8 @@ def facts_of(data: DataSets, fold: int, scaling_factor: float | None = None) -> 
 
 
 def pooled(each: Sequence[LatentFacts], counts: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of values of which `counts` have each of these; exactly theirs, if they
-    are equal, as in buckets, where precompute measured all together."""
+    """Mean and standard deviation per channel of sets pooled with the numbers of values `counts`. Exactly those of each
+    set if all are equal, as in buckets, for which precompute measures all together."""
     if all((facts.mean, facts.std) == (each[0].mean, each[0].std) for facts in each):
         return each[0].mean, each[0].std
     means, stds = (np.array([getattr(facts, name) for facts in each]) for name in ("mean", "std"))

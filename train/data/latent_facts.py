@@ -33,7 +33,7 @@ class LatentFacts:
     conditions: Mapping[str, Mapping[str, Any]]  # how to build each condition again
     null: Mapping[str, Tensor]  # null conditions from the encoders, by field
     codebook: Tensor | None = None
-    buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)  # shapes, if there are several
+    buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)  # shapes per bucket, if there are several
 
     @classmethod
     def of(cls, root: str, manifest: Manifest, fold: int, scaling_factor: float | None = None) -> LatentFacts:
@@ -64,7 +64,7 @@ class LatentFacts:
         return replace(self, mean=[0.0] * channels, std=[1.0 / scaling_factor] * channels)
 
     def of_bucket(self, name: str | None) -> LatentFacts:
-        """With the shapes of an aspect-ratio bucket; None: as they are. UserError if it has no such bucket."""
+        """The facts with the shapes of an aspect-ratio bucket; None: unchanged. UserError if there is no such bucket."""
         if name is None:
             return self
         if name not in self.buckets:
@@ -159,7 +159,7 @@ class LatentFacts:
         return cls(**about, null=tensors_in(str(run / "null.safetensors")), codebook=codebook_of(run))
 
 
-# Types of the fields in latents.json; `buckets` only if there are some.
+# Types of the fields in latents.json; `buckets` only if there are any.
 HINTS = get_type_hints(LatentFacts)
 KINDS = {name: hint for name, hint in HINTS.items() if name not in ("null", "codebook", "buckets")}
 BUCKETS = {"buckets": HINTS["buckets"]}

@@ -62,8 +62,8 @@ def refuse_other_encoders(
     instantiate: Instantiate,
     root: str,
 ) -> None:
-    """UserError if other encoders made these latents, as far as their folders and the loaded first stage can tell.
-    root: the data set that names the conditions."""
+    """UserError if other encoders made these latents, judged by their folders and by the loaded first stage. root: the
+    data set, for the message."""
     where = storage.join(root, "manifest.json")
     needed, path = uses_clip(used_conditions(config, facts, where)), config["clip"].get("path")
     if needed and path is None:

@@ -144,5 +144,5 @@ class EncodedBatches:
         return self.loader.shards_of(step)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """The loader's, of each data set."""
+        """As the loader's epochs, for each data set."""
         return self.loader.epochs(step)

@@ -1,4 +1,4 @@
-"""Sizes to condition on (conditioning=[size]): each sample's own in training; their means, by default, in drawing."""
+"""Sizes to condition on (conditioning=[size]): in training, each sample's own; in sampling, by default their means."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from train.data.latent_facts import LatentFacts
 
 
 def fields_in_json(config: Mapping[str, Any], facts: LatentFacts) -> tuple[str, ...]:
-    """What a run is conditioned on and its latents have in their jsons only; the loader is then asked for it."""
+    """The run's conditions that are stored in the latents' jsons only; the loader must read these."""
     return tuple(name for name in config["conditioning"] if name in FROM_JSON and name not in facts.shapes)
 
 
 def with_mean_size(facts: LatentFacts, data: DataSets) -> LatentFacts:
-    """Facts that say that samples have sizes, and which to draw at: the mean over all samples of all sets. UserError if
-    the samples have none."""
+    """Facts with the shape of sizes and their mean over all samples of all sets, at which sampling draws by default.
+    UserError if the samples have no sizes."""
     means = [mean_size(each.root, each.manifest)[0] for each in data]
     mean = np.average(means, axis=0, weights=[each.manifest.samples for each in data]).tolist()
     conditions = {**facts.conditions, "size": {"name": "size", "mean": means[0] if len(means) == 1 else mean}}
@@ -28,7 +28,7 @@ def with_mean_size(facts: LatentFacts, data: DataSets) -> LatentFacts:
 
 
 def at_mean_size(samples: Sequence[dict[str, Any]], facts: LatentFacts) -> list[dict[str, Any]]:
-    """The samples, with the mean size in place of their own, if they have one."""
+    """The samples with the mean size in place of their own; unchanged if there is no mean."""
     mean = facts.conditions.get("size", {}).get("mean")
     return list(samples) if mean is None else [{**s, "size": np.asarray(mean, np.float32)} for s in samples]
 

@@ -1,8 +1,8 @@
 """torchrun for a terminal: `python -m train.distributed.launch --nproc_per_node=2 train/train_ldm.py input=...`.
 
-Takes torchrun's options and is torchrun, with three differences. Ctrl-C and TERM wait until the ranks have saved, and a
-second Ctrl-C ends all of them at once; torchrun kills them after 30 seconds. The exit code is that of the ranks (2, 3,
-75, 76; torchrun: always 1). What a rank has said already is not followed by the launcher's own traceback and table.
+It is torchrun, with torchrun's options and three differences. After Ctrl-C or TERM it waits until the ranks have saved,
+and a second Ctrl-C ends all of them at once; torchrun kills them after 30 seconds. The exit code is that of the ranks (2,
+3, 75, 76; torchrun: always 1). The launcher prints no traceback or table of its own after a rank's message.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from data_pipeline.common.stop_request import EXIT_CODE, INTERRUPTED, say
 
-SAVING_S = 3600  # until ranks that were asked to stop are killed
+SAVING_S = 3600  # ranks that were asked to stop are killed after this time
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
 
 class StopOnce:
-    """torchrun's handler of signals, which stops it and the ranks; the second Ctrl-C kills them."""
+    """torchrun's signal handler, which stops it and the ranks; a second Ctrl-C kills them."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -21,7 +21,7 @@ class TrainState:
     run_id: str = ""
     passed_over: int = 0
     rollbacks: int = 0
-    first_total: int = 0  # total_steps of the run's first start, of which shares are (run_shares.py); 0: this is it
+    first_total: int = 0  # total_steps at the run's first start, to which shares refer (run_shares.py); 0: this is the first start
 
     def __post_init__(self) -> None:
         self.first_total = self.first_total or self.total_steps
@@ -45,7 +45,7 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, saved: dict[str, int | str]) -> None:
-        """Continue from `saved`; total_steps stays this start's own. Earlier versions did not save first_total."""
+        """Continue from `saved`; total_steps stays that of this start. Earlier versions did not save first_total."""
         for name in ("step", "applied_steps", "samples_seen", "run_id", "passed_over", "rollbacks"):
             setattr(self, name, saved[name])
         self.first_total = saved.get("first_total") or saved.get("total_steps") or self.total_steps

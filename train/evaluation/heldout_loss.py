@@ -23,7 +23,7 @@ BATCH = 64
 
 
 class HeldoutSet(NamedTuple):
-    """The held-out samples of a data set; weight: its part of what is trained on."""
+    """The held-out samples of a data set; weight: the set's share of the training samples."""
 
     name: str
     samples: Sequence[dict[str, Any]]
@@ -31,12 +31,12 @@ class HeldoutSet(NamedTuple):
 
     @classmethod
     def of(cls, samples: Mapping[str, Sequence[dict[str, Any]]], weights: Mapping[str, float]) -> list[HeldoutSet]:
-        """One for each data set, by its name in both."""
+        """One for each data set, matched by name."""
         return [cls(name, own, weights[name]) for name, own in samples.items()]
 
 
 class HeldoutLoss:
-    """Every sample at `times` evenly spaced times; each rank takes its share of the samples of each set."""
+    """Evaluates every sample at `times` evenly spaced times; each rank takes its share of the samples of each set."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class HeldoutLoss:
 
     @torch.no_grad()
     def measure(self, state: TrainState) -> None:
-        """Log heldout_loss, and heldout_loss_q1..q4 over the quarters of the process from data to noise: of several
-        sets, the means by weight, and heldout_loss/NAME of each."""
+        """Log heldout_loss, and heldout_loss_q1..q4 over the quarters of the process from data to noise. With several sets,
+        these are the weighted means, and heldout_loss/NAME is logged for each."""
         sums = torch.stack([self._sums(each.samples) for each in self.sets])  # (sets, 2, QUARTERS)
         sums = mean_over_ranks(sums.to(self.ranks.device)).cpu()
         quarters = [self._weighted(sums[:, 0, q] / sums[:, 1, q]) for q in range(QUARTERS)]
@@ -64,14 +64,14 @@ class HeldoutLoss:
         self.reporter.log(state.step, {"heldout_loss": self._weighted(each), **row})
 
     def _weighted(self, values: Tensor) -> float:
-        """The mean of one value per set."""
+        """The weighted mean of one value per set."""
         if len(self.sets) == 1:
             return float(values[0])
         weights = torch.tensor([each.weight for each in self.sets], dtype=torch.float64)
         return float((weights * values).sum() / weights.sum())
 
     def _sums(self, samples: Sequence[dict[str, Any]]) -> Tensor:
-        """The losses of this rank's share of the samples, and how many there are: (2, QUARTERS)."""
+        """The sums of losses over this rank's share of the samples, and the numbers of samples: (2, QUARTERS)."""
         jobs = [(i, t) for i in range(len(samples)) for t in range(self.times)]
         mine = jobs[self.ranks.rank :: self.ranks.world_size]
         fractions = evenly_spaced(self.times)

@@ -19,7 +19,7 @@ from train.engine.flops import peak
 
 @dataclass(slots=True)
 class BucketSums:
-    """Of the steps on one aspect-ratio bucket."""
+    """Sums over the steps on one aspect-ratio bucket."""
 
     steps: int = 0
     applied: int = 0
@@ -39,7 +39,7 @@ class Interval:
     skipped: int = 0
     lr: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each part of the loss, over the applied steps
-    buckets: dict[str, BucketSums] = field(default_factory=dict)  # by name; none in a run on one size
+    buckets: dict[str, BucketSums] = field(default_factory=dict)  # by name; empty in a run on one size
 
     @classmethod
     def now(cls) -> Interval:
@@ -117,8 +117,8 @@ class Meter:
 
 
 def of_buckets(buckets: Mapping[str, BucketSums]) -> dict[str, float]:
-    """loss/NAME and step_s/NAME (seconds) of each bucket that had a step. Collective: the names are the same on all
-    ranks, as a step takes one bucket on all of them."""
+    """loss/NAME and step_s/NAME (seconds) of each bucket with at least one step. Collective; the names are the same on
+    all ranks, as a step takes one bucket on all of them."""
     if not buckets:
         return {}
     names = sorted(buckets)

@@ -128,7 +128,8 @@ class Training:
 
 
 def captions_of(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides which captions a step takes, and what is done to them: only what differs from the defaults."""
+    """Options that decide which captions a step takes and how they are edited: only those that differ from the
+    defaults."""
     options = {name: value for name, value in (data.get("captions") or {}).items() if name != "_target_"}
     given = {name: value for name, value in options.items() if value not in (None, "", 0, False)}
     if "weights" in given:

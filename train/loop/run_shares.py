@@ -1,4 +1,4 @@
-"""Steps at which something ends or begins, given as numbers or as shares of the run; a warning for those beyond it."""
+"""Steps at which something begins or ends, given as numbers or as shares of the run; a warning if beyond its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.distributed.collectives import broadcast_object
 from train.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
-# Option -> what happens in a run that has no more steps than it says.
+# Option -> what happens if the run ends before that step.
 STEPS = {
     "optimizer.schedule.warmup": "the learning rate never reaches optimizer.lr",
     "optimizer.schedule.start": "the learning rate never falls",
@@ -22,14 +22,14 @@ STEPS = {
 
 
 def with_shares_as_steps(cfg: Any, ranks: Ranks) -> Any:
-    """The configuration with numbers of steps in place of shares, of the steps that the run began with. Collective.
+    """The configuration with shares replaced by numbers of steps, relative to the run's first training.steps. Collective.
 
-    So what has begun in a resumed run does not end, nor begin again, when training.steps is changed.
+    So a later change of training.steps does not end or restart anything that has begun.
     """
     given = {name: value for name in STEPS if (value := _option(cfg, name)) is not None}
     shares = {name: value for name, value in given.items() if isinstance(value, float) and 0 < value < 1}
     if not isinstance(cfg.training.steps, int):
-        return cfg  # refused later, with all other options of training
+        return cfg  # refused later, together with other mistakes in training's options
     if shares:
         _set_shares(cfg, shares, steps_at_first(cfg, ranks), ranks)
     for name in given.keys() - shares.keys():
@@ -46,7 +46,7 @@ def _set_shares(cfg: Any, shares: dict[str, float], total: int, ranks: Ranks) ->
 
 
 def _check_number(cfg: Any, name: str, value: Any, ranks: Ranks) -> None:
-    """UserError for what is no number of steps; a warning for one that lies beyond the run."""
+    """UserError if the value is not a number of steps; a warning if it is beyond the run's end."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise UserError(f"{name}={value} is not valid: use a whole number of steps, or a share of the run such as 0.1.")
     if 0 < cfg.training.steps <= value and _is_used(cfg, name) and ranks.is_main:
@@ -55,7 +55,7 @@ def _check_number(cfg: Any, name: str, value: Any, ranks: Ranks) -> None:
 
 
 def steps_at_first(cfg: Any, ranks: Ranks) -> int:
-    """training.steps of the run's first start, by its newest checkpoint; without one, training.steps."""
+    """training.steps at the run's first start, from its newest checkpoint; without one, training.steps."""
     found = None
     if ranks.is_main and cfg.training.resume != "never":
         found = newest_whole(CheckpointPaths.of(Path(cfg.output), cfg.training.checkpoints).checkpoints)
@@ -64,7 +64,7 @@ def steps_at_first(cfg: Any, ranks: Ranks) -> int:
 
 
 def _is_used(cfg: Any, name: str) -> bool:
-    """Whether the other options let this one have a say."""
+    """Whether the other options make use of this one."""
     if name.endswith("schedule.start"):
         return cfg.optimizer.schedule.kind == "inverse_sqrt"
     return bool(cfg.objective.get("crop")) if name.endswith("crop_until") else True

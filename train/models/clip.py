@@ -22,12 +22,12 @@ def tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
 
 
 def token_counts(captions: Sequence[str]) -> list[int]:
-    """How many of CLIP's tokens captions have, with those of start and end."""
+    """The number of CLIP tokens of each caption, including start and end."""
     return [len(tokenizer(77).encode(caption)) + 2 for caption in captions]
 
 
 class CaptionTokens:
-    """CLIP's tokenizer without the model: counts tokens, for a text encoder that reads `context_length` of them."""
+    """CLIP's tokenizer without the model; counts tokens for a text encoder that reads `context_length` of them."""
 
     def __init__(self, context_length: int = 77) -> None:
         self.context_length = context_length
@@ -97,14 +97,14 @@ class CLIP(nn.Module):
         self.tokenizer = tokenizer(self.context_length)
 
     def forward(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) in [-1, 1], resized if need be, and B captions -> unit image and text features (B, E), and the
+        """(B, 3, H, W) in [-1, 1], resized if necessary, and B captions -> unit image and text features (B, E), and the
         logit scale."""
         tokens = self.tokenizer(list(captions)).to(images.device)
         out = self.towers(self._resized(images).to(self.dtype), tokens)
         return out if isinstance(out, tuple) else (out["image_features"], out["text_features"], out["logit_scale"])
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """How many tokens captions have, with those of start and end, before they are cut to context_length."""
+        """The number of tokens of each caption, including start and end, before truncation to context_length."""
         return token_counts(captions)
 
     @property
@@ -128,7 +128,7 @@ class CLIP(nn.Module):
         return (features * self.embed_dim**0.5).float()
 
     def _resized(self, images: Tensor) -> Tensor:
-        """At the image tower's own size."""
+        """Resized to the image tower's size."""
         size = tuple(self.towers.visual.image_size)
         if tuple(images.shape[-2:]) == size:
             return images

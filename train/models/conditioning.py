@@ -73,7 +73,7 @@ class Conditioner(nn.Module):
     """needs: the stored fields that it reads; context_dim, vector_dim, concat_channels: sizes of its outputs, if any.
 
     of_text: whether a negative prompt replaces its null; needs_vector: whether a U-Net without vector_dim is refused;
-    one_size: whether it is for latents of one height and width only.
+    one_size: whether it supports only latents of one height and width.
     """
 
     of_text = needs_vector = one_size = False
@@ -87,7 +87,7 @@ class Conditioner(nn.Module):
 
 
 class StoredText(Conditioner):
-    """Text states stored by precompute: tokens (B, T, D), and the pooled vector (B, P) if stored; with their null.
+    """Text states stored by precompute: tokens (B, T, D), the pooled vector (B, P) if it is stored, and their null.
 
     captions: weights of a sample's captions, if it has several; the loader draws by them (conf/data/shards.yaml).
     """
@@ -227,7 +227,7 @@ class Conditioners(Conditioner):
 
     def __init__(self, facts: DataFacts, parts: Mapping[str, Callable[[DataFacts], Conditioner]]) -> None:
         super().__init__()
-        # Sizes come last, as in SDXL, whichever the user named first: the U-Net's weights depend on it.
+        # Sizes come last, as in SDXL, in any order of conditioning=: the U-Net's weights depend on it.
         parts = dict(sorted(parts.items(), key=lambda part: getattr(part[1], "func", part[1]).needs_vector))
         for name, make in parts.items():
             needs = getattr(make, "func", make).needs

@@ -12,14 +12,14 @@ from train.models.unet import sinusoidal_embedding
 
 
 class SizeFeatures(Conditioner):
-    """Six numbers of pixels (B, 6), each as 256 sinusoids, in one vector (B, 1536) (Podell et al. 2023, sec. 2.2).
+    """Six pixel counts (B, 6), each as 256 sinusoids, in one vector (B, 1536) (Podell et al. 2023, sec. 2.2).
 
-    After the pooled text state, it goes through the U-Net's vector_embedding: diffusers' add_embedding for
-    addition_embed_type=text_time. Its null is itself, as in SDXL; drop: dropout and guidance replace it by zeros.
+    Concatenated after the pooled text state, it goes through the U-Net's vector_embedding: diffusers' add_embedding for
+    addition_embed_type=text_time. Its null is the size itself, as in SDXL; drop: dropout and guidance use zeros instead.
     """
 
     needs, needs_vector = ("size",), True
-    WIDTH = 256  # of each number
+    WIDTH = 256  # per number
 
     def __init__(self, facts: DataFacts, drop: bool = False) -> None:
         super().__init__()

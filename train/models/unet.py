@@ -21,7 +21,7 @@ from data_pipeline.common.errors import UserError
 from train.models.attention import PixelAttention, SpatialTransformer, attention_backend
 from train.models.resblocks import Downsample, ResnetBlock, Upsample
 
-GRAPHS_A_SHAPE = 2  # with gradients, and without, to count FLOPs
+GRAPHS_A_SHAPE = 2  # one with gradients, one without (to count FLOPs)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -239,7 +239,7 @@ class UNet(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         if compiled:  # else torch.compile would trace into the probe and break the graph at each attention
             torch.compiler.assume_constant_result(attention_backend)
-            self.compile(dynamic=False)  # a graph a shape: as fast for each as in a run on one
+            self.compile(dynamic=False)  # one graph per shape: each is as fast as in a run on one shape
 
     def _through(self, block: nn.Module, *arguments: Any) -> Any:
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -248,9 +248,9 @@ class UNet(nn.Module):
 
 
 def allow_graphs(shapes: int) -> None:
-    """Let torch.compile keep the graphs of so many latent shapes: beyond its limit of 8 graphs it would run the network
-    uncompiled, with a warning only."""
-    import torch._dynamo  # seconds
+    """Let torch.compile keep the graphs of this many latent shapes: beyond its limit of 8 graphs, it would only warn and
+    run the network uncompiled."""
+    import torch._dynamo  # takes seconds to import
 
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS_A_SHAPE * shapes)

@@ -40,7 +40,7 @@ class Contrastive(nn.Module):
         return LossTerms(loss, parts, loss.detach().expand(len(image)))
 
     def _cross_entropy(self, image: Tensor, text: Tensor, scale: Tensor, keys: Sequence[str]) -> Tensor:
-        """ClipLoss.forward, but copies of a pair, as in a batch that spans two epochs, are no negatives."""
+        """ClipLoss.forward, except that copies of a pair, as in a batch that spans two epochs, are not negatives."""
         logits = self.clip_loss.get_logits(image, text, scale)
         labels = self.clip_loss.get_ground_truth(image.device, len(image))
         everyones = [key for of_rank in gathered_objects(tuple(keys)) for key in of_rank]

@@ -27,7 +27,7 @@ from train.objectives.latent_diffusion import LatentDiffusion
 
 
 class NotFinite(UserError):
-    """Drawing ended in NaN or infinity: the weights, or a guidance that is too strong."""
+    """Drawing ended in NaN or infinity, because of the weights or too strong a guidance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Sampler:
 
     @property
     def name(self) -> str:
-        """As in sampler=."""
+        """The sampler's name, as in sampler=."""
         function = getattr(self.function, "func", self.function)
         return getattr(function, "__name__", type(function).__name__).removeprefix("sample_")
 
@@ -75,7 +75,7 @@ def rises_within_1(interval: Any) -> bool:
 
 
 def how_drawn(step: int | str, sampler: Sampler, guidance: Guidance, seed: int) -> str:
-    """The title of a grid. step: of training."""
+    """The title of a grid. step: that of the training."""
     trained = f"step {step}" if isinstance(step, int) else step
     return f"{trained}, {sampler.name} with {sampler.steps} steps, guidance {guidance.scale:g}, seed {seed}"
 

@@ -37,8 +37,8 @@ def preview_parts(
     read_samples: Callable[..., list[dict[str, Any]]],
     count: int,
 ) -> list[PreviewPart]:
-    """Every eighth of the first training samples of each data set, `count` in all: what can't be shared equally comes
-    from the largest sets. Each bucket is a part, all other sets are one."""
+    """Every eighth of the first training samples of each data set, `count` in all, shared equally; the remainder comes
+    from the largest sets. Each bucket is a part; all other sets form one part."""
     ordered = sorted(data, key=lambda each: -each.manifest.samples)
     found = {}
     for i, each in enumerate(ordered):
@@ -54,7 +54,7 @@ def preview_parts(
 
 
 class Preview:
-    """A grid for the conditions of all parts' samples with a fixed seed, drawn by rank 0 with the EMA weights."""
+    """A grid of samples for the conditions of all parts, with a fixed seed, drawn by rank 0 with the EMA weights."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Preview:
                 drawn = part.generator.draw(conditions, self.sampler, self.guidance, self.seed)
                 shown += list(part.generator.with_conditioning_images(conditions, drawn))
                 captions += conditions.captions
-        except NotFinite as error:  # training may yet recover
+        except NotFinite as error:  # training may still recover
             log.warning("no sample grid at step %d: %s", state.step, error)
             return
         path = self.run.samples / f"step-{state.step:08d}.png"

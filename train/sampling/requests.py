@@ -16,12 +16,12 @@ from data_pipeline.shards.json_fields import is_pair
 from train.sampling.trained_run import TrainedRun
 
 REQUEST_OPTIONS = ("prompts", "labels", "layouts", "images", "holes")
-PROMPT_NAMES = ("prompt", "caption", "text")  # in a .jsonl of prompts
+PROMPT_NAMES = ("prompt", "caption", "text")  # names of the prompt in a .jsonl
 SIZE_PARTS = ("original", "crop", "target")
 
 
 def size_options(given: Any, name: str = "size") -> dict[str, Any]:
-    """The option `size` (or negative_size) by its parts: size.original, size.crop, size.target."""
+    """The option `size` (or negative_size) as its parts: size.original, size.crop, size.target."""
     given = {} if given is None else given
     if not isinstance(given, Mapping) or not set(given) <= set(SIZE_PARTS):
         parts = ", ".join(f"{name}.{part}=" for part in SIZE_PARTS)
@@ -46,7 +46,7 @@ def request_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any
 
 
 def prompts_in(path: str) -> list[str]:
-    """The prompts of a file, one a line, without blank lines. In .jsonl: texts, or rows with one of PROMPT_NAMES."""
+    """The prompts in a file, one per line; blank lines are skipped. In .jsonl: texts, or rows with one of PROMPT_NAMES."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -61,7 +61,7 @@ def prompts_in(path: str) -> list[str]:
 
 
 def _prompt_of(line: str, where: str) -> str:
-    """The prompt in one line of JSON."""
+    """The prompt in one line of a .jsonl."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -73,8 +73,8 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def as_list(name: str, value: Any) -> list[Any]:
-    """`value` as a list of values: one layout is itself a list of boxes, one hole a list of four numbers, one size of
-    two."""
+    """`value` as a list of values: a single layout is itself a list of boxes, a single hole a list of four numbers, a
+    single size a list of two."""
     nested = 2 if name == "layouts" else int(name == "holes" or name.startswith("size."))
     probe = value
     for _ in range(nested):
@@ -96,7 +96,7 @@ def negative_rows(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dict
 def with_negative_size(
     size: Mapping[str, Any], run: TrainedRun, away: list[dict[str, Any]], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows to steer away from, with what is given of the negative size; without a negative prompt, those of the
+    """The rows to steer away from, with the given parts of the negative size; without a negative prompt, the rows of the
     empty prompt."""
     given = {name: value for name, value in size.items() if value is not None}
     if not given:

@@ -37,7 +37,7 @@ class TrainedRun:
 
     @property
     def step(self) -> int | str:
-        """The step of its checkpoint, or the name of a file of rebuild_ema.py."""
+        """The step of the checkpoint, or the name of a file from rebuild_ema.py."""
         path = Path(self.weights)
         return int(path.parent.name.removeprefix("step-")) if path.parent.name.startswith("step-") else path.stem
 
@@ -70,8 +70,8 @@ def open_run(
     clip_path: str | None = None,
     bucket: str | None = None,
 ) -> TrainedRun:
-    """Loads a run with its EMA weights in fp32. Encoder paths default to those that it was trained with. bucket: the
-    size that it draws, of a run on aspect-ratio buckets; None: that of most of its samples.
+    """Loads a run with its EMA weights in fp32. Encoder paths default to those used in training. bucket: the size to draw
+    in a run on aspect-ratio buckets; None: that of most of its samples.
 
     The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """
@@ -106,7 +106,7 @@ def open_run(
 
 
 def made_by(folder: Path) -> str | None:
-    """The program that made a run's folder; None if that is not recorded."""
+    """The program that made a run's folder; None if it is not recorded."""
     marker = folder / "run_id"
     words = marker.read_text(errors="replace").split() if marker.exists() else []
     return words[0] if words else None

@@ -50,7 +50,7 @@ _IGNORED = {
 
 def unet_config(options: Mapping[str, Any], with_sizes: bool = False) -> dict[str, Any]:
     """diffusers' config.json for a U-Net with our keyword arguments (as from shapes.unet_options). with_sizes: whether
-    its vector condition is SDXL's, a pooled text state and then the six sizes."""
+    its vector condition is SDXL's: a pooled text state followed by the six sizes."""
     if options["vector_dim"] is not None and not with_sizes:
         raise UserError(
             "diffusers' U-Nets have no vector condition, except text and sizes: train with unet.vector_dim=null, or "
@@ -92,7 +92,7 @@ def _transformer_config(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_time(vector_dim: int) -> dict[str, Any]:
-    """SDXL's vector condition: the pooled text, then the sinusoids of six sizes (time_ids)."""
+    """The fields of SDXL's vector condition: pooled text, then the sinusoids of six sizes (time_ids)."""
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": SizeFeatures.WIDTH,
@@ -260,7 +260,7 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
 
 
 def _present_name(name: str) -> str:
-    """Our name of a parameter: pixel attention had other names when most published first stages were saved."""
+    """The present name of a parameter: pixel attention had other names when most published first stages were saved."""
     name = re.sub(r"^add_embedding\.", "vector_embedding.", name)
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{older[m[2]]}.", name)
@@ -298,7 +298,7 @@ def load_scaling(path: str | Path) -> LatentScaling:
 
 
 def save_unet(folder: Path, unet: UNet, with_sizes: bool = False) -> None:
-    """Writes <folder>/config.json and weights, for UNet2DConditionModel or UNet2DModel; with_sizes: as unet_config."""
+    """Writes <folder>/config.json and weights for UNet2DConditionModel or UNet2DModel. with_sizes: as in unet_config."""
     config = unet_config(unet_options(unet), with_sizes)
     state = {re.sub(r"^vector_embedding\.", "add_embedding.", name): v for name, v in unet.state_dict().items()}
     _save(folder, config, state)

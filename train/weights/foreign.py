@@ -105,7 +105,7 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Te
 
 
 def tensor_shapes(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file's tensors on the meta device, and its header's notes; of safetensors, only the header is read."""
+    """A file's tensors on the meta device, and the metadata of its header; for safetensors, only the header is read."""
     if path.suffix != ".safetensors":
         return {name: value.to("meta") for name, value in read_tensors(path).items()}, {}
     try:

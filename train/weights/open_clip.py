@@ -73,7 +73,7 @@ class TextEncoder(nn.Module):
         return ids.masked_fill(behind_the_end, self.pad_id).to(self.tower.ln_final.weight.device)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """How many tokens captions have, with those of start and end, before they are cut to context_length."""
+        """The number of tokens of each caption, including start and end, before truncation to context_length."""
         return token_counts(captions)
 
     @torch.no_grad()

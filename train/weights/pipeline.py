@@ -34,7 +34,7 @@ class Pipeline:
     scaling_factor: float
     vae_facts: Mapping[str, Any]
     drawn_by_theirs: bool  # whether diffusers' StableDiffusionPipeline can sample with it
-    with_sizes: bool = False  # whether the U-Net's vector condition is the pooled text and then the six sizes
+    with_sizes: bool = False  # whether the U-Net's vector condition is the pooled text followed by the six sizes
 
     @classmethod
     def of(

@@ -23,8 +23,8 @@ _UNSEEN = ("heads", "norm_groups")  # options that change a U-Net's function but
 
 
 def unet_options_of(path: str | Path, heads: Any = None) -> dict[str, Any]:
-    """The U-Net's keyword arguments, of a diffusers folder, a CompVis single file or a run of train_ldm.py, without
-    reading its weights. heads: of a single file of no published model, as no shape shows them."""
+    """The U-Net's keyword arguments for a diffusers folder, a CompVis single file or a run of train_ldm.py, without
+    reading its weights. heads: needed for a single file of an unpublished model, as shapes don't determine them."""
     path = Path(path)
     if path.is_file():
         options = {"vector_dim": None, "self_attention_levels": None, "norm_groups": stable_diffusion.NORM_GROUPS}
@@ -54,9 +54,9 @@ def load_weights(network: ConditionedUNet, path: str) -> None:
 
 
 def load_unet_weights(unet: UNet, path: str, learns_sizes: bool = False) -> None:
-    """Loads the U-Net only. learns_sizes: whether it is conditioned on sizes, which the one at `path` may not be."""
+    """Loads the U-Net only. learns_sizes: whether it is conditioned on sizes; the one at `path` need not be."""
     if Path(path).is_file():
-        with torch.device("meta"):  # these files hold no vector condition
+        with torch.device("meta"):  # single files have no vector condition
             known = UNet(**{**unet_options(unet), "vector_dim": None}) if learns_sizes else unet
         state = stable_diffusion.unet_state(known, stable_diffusion.read_unet(path), path)
     elif (Path(path) / "config.yaml").exists():
@@ -70,7 +70,7 @@ def load_unet_weights(unet: UNet, path: str, learns_sizes: bool = False) -> None
 
 
 def _with_sizes(unet: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a U-Net that knows no sizes, for one that does: with zeros, so that it gives the same at first."""
+    """The state of a U-Net without sizes, extended by zeros for one with sizes, so that both give the same at first."""
     into, ours = "vector_embedding.linear_1.weight", unet.state_dict()
     if into not in state:
         new = {name: value for name, value in ours.items() if name.startswith("vector_embedding.")}
@@ -80,7 +80,7 @@ def _with_sizes(unet: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if lacking != 6 * SizeFeatures.WIDTH:
         return dict(state)
     zeros = state[into].new_zeros(len(state[into]), lacking)
-    return {**state, into: torch.cat([state[into], zeros], 1)}  # sizes come after the pooled text
+    return {**state, into: torch.cat([state[into], zeros], 1)}  # the sizes come after the pooled text
 
 
 def _of_run(unet: UNet, run: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a published model was trained to predict, and on which noise: read from the files beside its weights."""
+"""Reads from the files beside a published model's weights which prediction and noise schedule it was trained on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ OURS = {theirs: ours for table in (PREDICTION_TYPES, BETA_SCHEDULES) for ours, t
 
 
 class Trained(NamedTuple):
-    """Entries of `process` and `parameterization` as in a run's config.yaml; None: its files don't tell. where: the
-    file that says so."""
+    """`process` and `parameterization` as in a run's config.yaml; None: unknown. where: the file that says so."""
 
     where: Path
     process: Mapping[str, Any] | None
@@ -25,13 +24,13 @@ class Trained(NamedTuple):
 
 
 def trained_on(path: Path) -> Trained | None:
-    """What a run, a diffusers folder or a CompVis file was trained on; None if nothing beside it says."""
+    """What a run, a diffusers folder or a CompVis file was trained on; None if no file beside it says so."""
     if (path / "config.yaml").exists():
         objective = named(read_config(path / "config.yaml").get("objective") or {})
         return Trained(path / "config.yaml", objective.get("process"), objective.get("parameterization"))
     if path.is_file():
         return _beside_single_file(path)
-    for folder in (path, path.parent):  # the whole model's folder, or that of its U-Net
+    for folder in (path, path.parent):  # `path` is the folder of the whole model, or of its U-Net
         scheduler = folder / "scheduler" / "scheduler_config.json"
         if scheduler.is_file():
             return _of_diffusers(read_json(scheduler), scheduler)
@@ -39,7 +38,7 @@ def trained_on(path: Path) -> Trained | None:
 
 
 def _of_diffusers(config: Mapping[str, Any], where: Path) -> Trained:
-    """diffusers' own defaults where the file leaves something out."""
+    """From a scheduler's config.json; missing entries have diffusers' defaults."""
     if "FlowMatch" in str(config.get("_class_name")):
         return Trained(where, {"name": "rectified_flow"}, {"name": "flow"})
     predicts = config.get("prediction_type", "epsilon")
@@ -57,10 +56,10 @@ def _of_diffusers(config: Mapping[str, Any], where: Path) -> Trained:
 
 
 def _beside_single_file(path: Path) -> Trained | None:
-    """Markers in the file itself, or the CompVis configuration of the same name."""
+    """From markers in the file itself, or from the CompVis configuration of the same name."""
     names, about = tensor_shapes(path)
     said = about.get("modelspec.predict_key")
-    if said or "v_pred" in names:  # the keys by which Stability's and others' files mark themselves
+    if said or "v_pred" in names:  # keys with which Stability AI and others mark their files
         return Trained(path, None, {"name": "velocity" if said != "epsilon" else "epsilon"})
     config = path.with_suffix(".yaml")
     if not config.is_file():
@@ -72,6 +71,6 @@ def _beside_single_file(path: Path) -> Trained | None:
         "beta_end": params.get("linear_end", 0.02),
         "steps": params.get("timesteps", 1000),
         "schedule": "scaled_linear" if params.get("beta_schedule", "linear") == "linear" else "",
-    }  # what CompVis calls linear is linear in the square roots of the betas
+    }  # CompVis' "linear" is linear in the square roots of the betas
     kind = {"eps": "epsilon", "v": "velocity", "x0": "sample"}.get(params.get("parameterization", "eps"))
     return Trained(config, process if process["schedule"] else None, kind and {"name": kind})

@@ -156,7 +156,7 @@ def read_unet(path: str | Path, averaged: bool = False) -> dict[str, Tensor]:
 
 
 def unet_shapes(path: str | Path) -> dict[str, Tensor]:
-    """As `read_unet`, on the meta device: of a .safetensors file, only the header is read."""
+    """As `read_unet`, on the meta device; for a .safetensors file, only the header is read."""
     state, _ = tensor_shapes(Path(path))
     found = {name.removeprefix(UNET): value for name, value in state.items() if name.startswith(UNET)}
     if not found:
