@@ -137,7 +137,8 @@ def report(
 
 
 def pairs_of(originals: np.ndarray, again: np.ndarray, mean: float) -> Image.Image:
-    """Each picture beside its reconstruction, with its PSNR; both (N, H, W, 3) uint8. mean: over all pictures, in dB."""
+    """Each picture beside its reconstruction, with its PSNR; both (N, H, W, 3) uint8. mean: over all pictures, in
+    dB."""
     pictures = [picture for pair in zip(originals, again, strict=True) for picture in pair]
     labels = [label for decibels in psnr(originals, again) for label in ("original", f"{decibels:.1f} dB")]
     title = f"Held-out pictures and their reconstructions, with PSNR; mean {mean:.2f} dB"

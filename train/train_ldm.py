@@ -132,7 +132,9 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
-    parts = config["conditioning"].items()  # "captions" is part of the recipe's identity, but was not in earlier versions
+    parts = config[
+        "conditioning"
+    ].items()  # "captions" is part of the recipe's identity, but was not in earlier versions
     same["conditioning"] = {name: {k: v for k, v in part.items() if k != "captions"} for name, part in parts}
     encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
     return {"data": data.fingerprint, **data.mix, **encoders, "streams": config["data"]["streams"], **same}

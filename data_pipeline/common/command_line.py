@@ -1,8 +1,8 @@
 """Arguments as people type them, before Hydra's grammar reads them: plain texts and paths, blanks, dashes.
 
 Hydra gives ( ) [ ] { } , = ' # $ and non-ASCII letters a special meaning, or refuses them. The value of a text option
-is taken literally where the grammar would refuse it, or would read a sweep or a number. A value that begins like a list or
-a quoted text is not guessed at: one sentence shows how to quote it.
+is taken literally where the grammar would refuse it, or would read a sweep or a number. A value that begins like a list
+or a quoted text is not guessed at: one sentence shows how to quote it.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class Turns:
 
     Turn m of a share n of N may not come before turn floor(m N/n), and must come before ceil((m+1) N/n). Of the turns
     that may come, the one with the earliest deadline is next, which keeps all these bounds (Tijdeman 1980, "The
-    chairman assignment problem"; Baruah et al. 1996, "Proportionate progress"). No formula gives this order, so it is computed
-    from the first turn on and kept: two seconds and 12 MB for a million turns.
+    chairman assignment problem"; Baruah et al. 1996, "Proportionate progress"). No formula gives this order, so it is
+    computed from the first turn on and kept: two seconds and 12 MB for a million turns.
     """
 
     def __init__(self, shares: Sequence[int], seed: int) -> None:

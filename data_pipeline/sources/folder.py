@@ -83,8 +83,8 @@ class ImageFolder:
 
 
 def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False) -> Iterator[Path]:
-    """All pictures below a folder, sorted by name in each folder; only one folder's names are in memory at a time. Other
-    files are counted, except those that belong to pictures; so are all files in hidden folders."""
+    """All pictures below a folder, sorted by name in each folder; only one folder's names are in memory at a time.
+    Other files are counted, except those that belong to pictures; so are all files in hidden folders."""
     for path in sorted(folder.iterdir()):
         here = hidden or path.name.startswith(".") or path.name.lower() in SYSTEM
         if path.is_dir():

@@ -1,5 +1,5 @@
-"""Captions in files beside pictures: cat.txt, cat.caption, cat.json; or in a folder's metadata.jsonl (.csv, .parquet), as
-for diffusers and datasets' ImageFolder."""
+"""Captions in files beside pictures: cat.txt, cat.caption, cat.json; or in a folder's metadata.jsonl (.csv, .parquet),
+as for diffusers and datasets' ImageFolder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Metadata(NamedTuple):
 
 
 class Sidecars:
-    """Looks for captions below `root`. The names of one folder, and the metadata that was needed, are kept in memory."""
+    """Looks for captions below `root`. The names of one folder, and the metadata that was needed, are kept in
+    memory."""
 
     def __init__(self, root: Path, names: tuple[str, ...], encoding: str | None) -> None:
         self.root, self.names, self.encoding = root, names, encoding
@@ -45,8 +46,8 @@ class Sidecars:
         self.listed: tuple[Path, list[str]] = (root.parent, [])
 
     def about(self, path: Path) -> About:
-        """The captions of a picture: from its .txt, its .caption, its .json, then the metadata of its folder or of one above
-        it. If source.caption= names entries, the json comes first."""
+        """The captions of a picture: from its .txt, its .caption, its .json, then the metadata of its folder or of one
+        above it. If source.caption= names entries, the json comes first."""
         facts, json_place = self._json(path)
         texts = [place for ending in TEXTS if (place := self._text(path, ending)) is not None]
         fields = [json_place] if json_place is not None else []

@@ -26,9 +26,9 @@ class Table:
     """One item per row of `table` (a name below `path`, or a pattern for several; None: the only table there), by row
     number.
 
-    Columns `file` and `caption` (or several); numbers in all other columns go to the sample's json. A file is a name or,
-    in a Parquet, the picture itself: bytes, or {bytes, path} as data sets on the hub have it. Several rows may name one
-    file. Rows whose file is missing, or lies outside the folder, are set aside.
+    Columns `file` and `caption` (or several); numbers in all other columns go to the sample's json. A file is a name
+    or, in a Parquet, the picture itself: bytes, or {bytes, path} as data sets on the hub have it. Several rows may name
+    one file. Rows whose file is missing, or lies outside the folder, are set aside.
     """
 
     def __init__(

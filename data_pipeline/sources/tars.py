@@ -85,7 +85,8 @@ def inspected(entry: IndexEntry, data: bytes | mmap.mmap, how: Decoding = Decodi
 
 
 class Described(NamedTuple):
-    """The contents of a sample's .txt and .json. meta: None if the json is not an object; fault: why it can't be read."""
+    """The contents of a sample's .txt and .json. meta: None if the json is not an object; fault: why it can't be
+    read."""
 
     captions: Captions
     meta: dict[str, Any] | None
@@ -95,7 +96,8 @@ class Described(NamedTuple):
 def described(
     entry: IndexEntry, data: bytes | mmap.mmap, names: tuple[str, ...] = (), encoding: str | None = None
 ) -> Described:
-    """The caption is from the .txt or, if that is empty, the json. Given `names`, these entries of the json come first."""
+    """The caption is from the .txt or, if that is empty, the json. Given `names`, these entries of the json come
+    first."""
     text, facts, other, fault = [], {}, [], ""
     missing = f"no .txt or .json beside {', '.join(f'.{name}' for name in list(entry.members)[:5]) or 'nothing'}"
     if "txt" in entry.members:

@@ -77,11 +77,14 @@ def refuse_other_unet(unet: Mapping[str, Any], start_from: str, learns_sizes: bo
 
 
 def levelled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A U-Net's arguments with one value per level where None or one number applies to all; without channels_last. Heads
-    of levels without attention are left out."""
+    """A U-Net's arguments with one value per level where None or one number applies to all; without channels_last.
+    Heads of levels without attention are left out."""
     count = len(options["channels"])
     heads, both = options["heads"], options["self_attention_levels"]
-    attending = [*options["attention_levels"][:-1], True]  # the middle block always has attention, with the last level's heads
+    attending = [
+        *options["attention_levels"][:-1],
+        True,
+    ]  # the middle block always has attention, with the last level's heads
     heads = [heads] * count if isinstance(heads, int) else heads
     shown = {
         "channels": list(options["channels"]),

@@ -33,7 +33,9 @@ class LatentFacts:
     conditions: Mapping[str, Mapping[str, Any]]  # how to build each condition again
     null: Mapping[str, Tensor]  # null conditions from the encoders, by field
     codebook: Tensor | None = None
-    buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)  # shapes per bucket, if there are several
+    buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(
+        default_factory=dict
+    )  # shapes per bucket, if there are several
 
     @classmethod
     def of(cls, root: str, manifest: Manifest, fold: int, scaling_factor: float | None = None) -> LatentFacts:
@@ -64,7 +66,8 @@ class LatentFacts:
         return replace(self, mean=[0.0] * channels, std=[1.0 / scaling_factor] * channels)
 
     def of_bucket(self, name: str | None) -> LatentFacts:
-        """The facts with the shapes of an aspect-ratio bucket; None: unchanged. UserError if there is no such bucket."""
+        """The facts with the shapes of an aspect-ratio bucket; None: unchanged. UserError if there is no such
+        bucket."""
         if name is None:
             return self
         if name not in self.buckets:

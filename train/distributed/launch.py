@@ -1,8 +1,8 @@
 """torchrun for a terminal: `python -m train.distributed.launch --nproc_per_node=2 train/train_ldm.py input=...`.
 
 It is torchrun, with torchrun's options and three differences. After Ctrl-C or TERM it waits until the ranks have saved,
-and a second Ctrl-C ends all of them at once; torchrun kills them after 30 seconds. The exit code is that of the ranks (2,
-3, 75, 76; torchrun: always 1). The launcher prints no traceback or table of its own after a rank's message.
+and a second Ctrl-C ends all of them at once; torchrun kills them after 30 seconds. The exit code is that of the ranks
+(2, 3, 75, 76; torchrun: always 1). The launcher prints no traceback or table of its own after a rank's message.
 """
 
 from __future__ import annotations

@@ -139,8 +139,8 @@ class Engine(ZeroState):
                 master.data.copy_(original)
 
     def flops(self, batch: Batch) -> int:
-        """FLOPs of one step on this rank; `batch` is one of its micro-batches. 0 (unknown) in a run on several buckets, as
-        their steps differ. Collective at stage 3."""
+        """FLOPs of one step on this rank; `batch` is one of its micro-batches. 0 (unknown) in a run on several buckets,
+        as their steps differ. Collective at stage 3."""
         if batch.bucket:
             return 0
         batch = batch.to(self.ranks.device)

@@ -52,8 +52,8 @@ class HeldoutLoss:
 
     @torch.no_grad()
     def measure(self, state: TrainState) -> None:
-        """Log heldout_loss, and heldout_loss_q1..q4 over the quarters of the process from data to noise. With several sets,
-        these are the weighted means, and heldout_loss/NAME is logged for each."""
+        """Log heldout_loss, and heldout_loss_q1..q4 over the quarters of the process from data to noise. With several
+        sets, these are the weighted means, and heldout_loss/NAME is logged for each."""
         sums = torch.stack([self._sums(each.samples) for each in self.sets])  # (sets, 2, QUARTERS)
         sums = mean_over_ranks(sums.to(self.ranks.device)).cpu()
         quarters = [self._weighted(sums[:, 0, q] / sums[:, 1, q]) for q in range(QUARTERS)]

@@ -57,8 +57,8 @@ class NoWatchdog:
         """Report that a phase begins, which counts as progress."""
 
     def watched(self, batches: Iterator[Batch], state: TrainState, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yields the batches unchanged; waiting for one is phase "data", processing it phase "step". The first batch of each
-        shape may be compiled, which takes long."""
+        """Yields the batches unchanged; waiting for one is phase "data", processing it phase "step". The first batch of
+        each shape may be compiled, which takes long."""
         known = set()
         while True:
             self.beat("data", state.step)

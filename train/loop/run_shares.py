@@ -22,7 +22,8 @@ STEPS = {
 
 
 def with_shares_as_steps(cfg: Any, ranks: Ranks) -> Any:
-    """The configuration with shares replaced by numbers of steps, relative to the run's first training.steps. Collective.
+    """The configuration with shares replaced by numbers of steps, relative to the run's first training.steps.
+    Collective.
 
     So a later change of training.steps does not end or restart anything that has begun.
     """

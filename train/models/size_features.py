@@ -15,7 +15,8 @@ class SizeFeatures(Conditioner):
     """Six pixel counts (B, 6), each as 256 sinusoids, in one vector (B, 1536) (Podell et al. 2023, sec. 2.2).
 
     Concatenated after the pooled text state, it goes through the U-Net's vector_embedding: diffusers' add_embedding for
-    addition_embed_type=text_time. Its null is the size itself, as in SDXL; drop: dropout and guidance use zeros instead.
+    addition_embed_type=text_time. Its null is the size itself, as in SDXL; drop: dropout and guidance use zeros
+    instead.
     """
 
     needs, needs_vector = ("size",), True

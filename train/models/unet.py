@@ -248,8 +248,8 @@ class UNet(nn.Module):
 
 
 def allow_graphs(shapes: int) -> None:
-    """Let torch.compile keep the graphs of this many latent shapes: beyond its limit of 8 graphs, it would only warn and
-    run the network uncompiled."""
+    """Let torch.compile keep the graphs of this many latent shapes: beyond its limit of 8 graphs, it would only warn
+    and run the network uncompiled."""
     import torch._dynamo  # takes seconds to import
 
     config = torch._dynamo.config

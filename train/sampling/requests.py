@@ -46,7 +46,8 @@ def request_rows(options: Mapping[str, Any], repeats: int) -> list[dict[str, Any
 
 
 def prompts_in(path: str) -> list[str]:
-    """The prompts in a file, one per line; blank lines are skipped. In .jsonl: texts, or rows with one of PROMPT_NAMES."""
+    """The prompts in a file, one per line; blank lines are skipped. In .jsonl: texts, or rows with one of
+    PROMPT_NAMES."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -96,8 +97,8 @@ def negative_rows(negative_prompt: Any, rows: list[dict[str, Any]]) -> list[dict
 def with_negative_size(
     size: Mapping[str, Any], run: TrainedRun, away: list[dict[str, Any]], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows to steer away from, with the given parts of the negative size; without a negative prompt, the rows of the
-    empty prompt."""
+    """The rows to steer away from, with the given parts of the negative size; without a negative prompt, the rows of
+    the empty prompt."""
     given = {name: value for name, value in size.items() if value is not None}
     if not given:
         return away

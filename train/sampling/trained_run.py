@@ -70,8 +70,8 @@ def open_run(
     clip_path: str | None = None,
     bucket: str | None = None,
 ) -> TrainedRun:
-    """Loads a run with its EMA weights in fp32. Encoder paths default to those used in training. bucket: the size to draw
-    in a run on aspect-ratio buckets; None: that of most of its samples.
+    """Loads a run with its EMA weights in fp32. Encoder paths default to those used in training. bucket: the size to
+    draw in a run on aspect-ratio buckets; None: that of most of its samples.
 
     The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """

@@ -298,7 +298,8 @@ def load_scaling(path: str | Path) -> LatentScaling:
 
 
 def save_unet(folder: Path, unet: UNet, with_sizes: bool = False) -> None:
-    """Writes <folder>/config.json and weights for UNet2DConditionModel or UNet2DModel. with_sizes: as in unet_config."""
+    """Writes <folder>/config.json and weights for UNet2DConditionModel or UNet2DModel. with_sizes: as in
+    unet_config."""
     config = unet_config(unet_options(unet), with_sizes)
     state = {re.sub(r"^vector_embedding\.", "add_embedding.", name): v for name, v in unet.state_dict().items()}
     _save(folder, config, state)
