@@ -1,4 +1,5 @@
-"""The ids of every global batch over three epochs, at 1 to 8 ranks and 0 to 3 workers; few shards, and none."""
+"""The ids of every global batch over three epochs, at 1 to 8 ranks and 0 to 3 workers: of one data set, of a mix, and
+of buckets; few shards, and none."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from loaders import loader_of
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.loading import loader
 from data_pipeline.loading.batch import Batch
+from data_pipeline.shards.data_sets import Input
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 
@@ -25,16 +27,18 @@ STEPS = 19  # 456 samples, three epochs and a little
 REAL = [(2, 1, 3), *(pytest.param(*real, marks=pytest.mark.exhaustive) for real in ((1, 0, 1), (8, 7, 3)))]
 
 
-def write_latents(root: Path, sizes: list[int]) -> str:
-    shards, number = [], 0
+def write_latents(root: Path, sizes: list[int], number: int = 0, width: int = 2) -> str:
+    """number: of the first sample."""
+    shards = []
     for i, size in enumerate(sizes):
         writer = ShardWriter()
         for _ in range(size):
-            moments = np.full((8, 2, 2), number, np.float16)
+            moments = np.full((8, 2, width), number, np.float16)
             writer.add(f"{number:04d}", {"moments.npy": moments, "json": {"caption": f"picture {number}"}})
             number += 1
         shards.append(writer.publish(root, f"shards/{i:06d}.tar"))
-    Manifest("latents", tuple(shards), {"moments.npy": {}, "json": {}}).save(root)
+    field = {"dtype": "float16", "shape": [8, 2, width]}
+    Manifest("latents", tuple(shards), {"moments.npy": field, "json": {}}).save(root)
     return str(root)
 
 
@@ -43,7 +47,21 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_latents(tmp_path_factory.mktemp("set"), SIZES)
 
 
-def batches(root: str, ranks: int, rank: int, workers: int, steps: int = STEPS, **how: Any) -> list[Batch]:
+@pytest.fixture(scope="module", params=["one", "mix", "buckets"])
+def data(request: pytest.FixtureRequest, latents: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One data set; three of 146, 30 and 5 samples mixed 3 : 2 : 1; the same three as buckets of different shapes."""
+    if request.param == "one":
+        return latents
+    folder, numbers = tmp_path_factory.mktemp(request.param), itertools.count(0, 1000)
+    for (name, sizes), number in zip({"2x2": SIZES, "2x4": [20, 10], "2x6": [5]}.items(), numbers, strict=False):
+        width = 2 if request.param == "mix" else int(name[2:])
+        write_latents(folder / name / "train", sizes, number, width)
+    weights = {"2x2": 3, "2x4": 2, "2x6": 1}
+    listed = [{"path": str(folder / name), "weight": weight} for name, weight in weights.items()]
+    return Input.of(listed if request.param == "mix" else str(folder)).split("train")
+
+
+def batches(root: Any, ranks: int, rank: int, workers: int, steps: int = STEPS, **how: Any) -> list[Batch]:
     how = {"window_shards": 2} | how
     loader = loader_of(root, BATCH, STREAMS, seed=5, rank=rank, world_size=ranks, num_workers=workers, **how)
     return list(itertools.islice(loader, steps))
@@ -54,8 +72,8 @@ def ids(parts: list[Batch]) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def alone(latents: str) -> list[list[str]]:
-    return ids(batches(latents, 1, 0, 0))
+def alone(data: Any) -> list[list[str]]:
+    return ids(batches(data, 1, 0, 0))
 
 
 class WorkersHere:
@@ -84,21 +102,22 @@ def test_each_id_once_an_epoch(latents: str) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_ranks_and_workers_change_no_global_batch(
-    latents: str, alone: list[list[str]], ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
+    data: Any, alone: list[list[str]], ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "Workers", WorkersHere)
-    of_ranks = [ids(batches(latents, ranks, rank, workers)) for rank in range(ranks)]
+    of_ranks = [ids(batches(data, ranks, rank, workers)) for rank in range(ranks)]
     assert [list(itertools.chain(*step)) for step in zip(*of_ranks, strict=True)] == alone
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("ranks", "rank", "workers"), REAL)
-def test_so_do_worker_processes(latents: str, alone: list[list[str]], ranks: int, rank: int, workers: int) -> None:
+def test_so_do_worker_processes(data: Any, alone: list[list[str]], ranks: int, rank: int, workers: int) -> None:
     own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-    parts = batches(latents, ranks, rank, workers)
+    parts = batches(data, ranks, rank, workers)
     assert ids(parts) == [step[own] for step in alone]
     for part in parts:
         assert part.tensors["moments"][:, 0, 0, 0].tolist() == [float(key) for key in part.keys]
+        assert not part.bucket or part.tensors["moments"].shape[-1] == int(part.bucket[2:])
 
 
 @pytest.mark.timeout(60)

@@ -8,12 +8,15 @@ import random
 import signal
 import time
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 from loaders import loader_of
 
 from data_pipeline.loading.batch import DataCursor
 from data_pipeline.loading.worker_pool import WorkerDied
+from data_pipeline.shards.data_sets import DataSet, DataSets
+from data_pipeline.shards.manifest import Manifest
 
 SIZES = [7, 5, 9, 6, 12]  # 39 samples
 STEPS = 120  # of 8: 24 epochs and a bit
@@ -61,6 +64,39 @@ WITH_WORKERS = {6: {3: 2}, 20: {7: 1, 13: 3}}  # kills -> in which lives there a
 def test_random_kills_change_no_batch(tmp_path, make_images, kills):
     """Real processes and SIGKILLs."""
     root = make_images(tmp_path / "set", SIZES)
+    steps = steps_of_killed_lives(root, tmp_path, kills)
+    undisturbed = loader_of(root, 8, 4, seed=3, window_shards=1)
+    assert steps == [list(b.keys) for b in itertools.islice(undisturbed, STEPS)]
+    plan = undisturbed.plan
+    for epoch in range(3):
+        came = Counter()
+        for stream in range(4):
+            for at in range(plan.stream_start(stream, epoch), plan.stream_start(stream, epoch + 1)):
+                came[steps[at // 2][2 * stream + at % 2]] += 1
+        assert len(came) == sum(SIZES)
+        assert set(came.values()) == {1}
+
+
+@pytest.mark.processes
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["mix", "buckets"])
+def test_random_kills_change_no_batch_of_several_sets(tmp_path, make_images, kind):
+    sets = [SIZES, [11, 3], [2]]
+    data = DataSets(
+        tuple(
+            DataSet(f"{i}", root, Manifest.load(root), Fraction(i + 1, 6))
+            for i, root in enumerate(make_images(tmp_path / str(i), sizes) for i, sizes in enumerate(sets))
+        ),
+        kind,
+    )
+    steps = steps_of_killed_lives(data, tmp_path, 20)
+    undisturbed = loader_of(data, 8, 4, seed=3, window_shards=1)
+    assert steps == [list(b.keys) for b in itertools.islice(undisturbed, STEPS)]
+
+
+def steps_of_killed_lives(root, tmp_path, kills):
+    """The keys of each step, over `kills` lives that are killed, and a last one."""
     random.seed(0)
     lives = 0
     for life in range(kills):
@@ -72,16 +108,7 @@ def test_random_kills_change_no_batch(tmp_path, make_images, kills):
     for line in lines(tmp_path):
         number, *keys = line.split()
         assert steps.setdefault(int(number), keys) == keys  # noted twice where it was killed before it saved
-    undisturbed = loader_of(root, 8, 4, seed=3, window_shards=1)
-    assert [steps[i] for i in range(STEPS)] == [list(b.keys) for b in itertools.islice(undisturbed, STEPS)]
-    plan = undisturbed.plan
-    for epoch in range(3):
-        came = Counter()
-        for stream in range(4):
-            for at in range(plan.stream_start(stream, epoch), plan.stream_start(stream, epoch + 1)):
-                came[steps[at // 2][2 * stream + at % 2]] += 1
-        assert len(came) == sum(SIZES)
-        assert set(came.values()) == {1}
+    return [steps[i] for i in range(STEPS)]
 
 
 @pytest.mark.processes
