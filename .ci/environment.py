@@ -25,12 +25,13 @@ from pathlib import Path
 from pip_run import Refused, run_pip
 
 ROOT = Path(__file__).resolve().parents[1]
-FETCHED_GB, ON_DISK_GB = 0.4, 2.0  # with torch's CPU build
-WITHOUT_TORCH_FETCHED_GB = 0.2
-WITHOUT_TORCH_GB = 1.2  # on disk
+FETCHED_GB, ON_DISK_GB = 0.6, 2.4  # with torch's CPU build
+WITHOUT_TORCH_FETCHED_GB = 0.4
+WITHOUT_TORCH_GB = 1.6  # on disk
 SCANT = 30e6  # bytes: Python's own part of a .venv
 GPU = Path("/proc/driver/nvidia/version")
 TORCH_FAMILY = ("torch", "torchvision", "xformers", "triton")
+WEIGHTS = ".ci/weights.txt"
 VENV_OPTIONS: tuple[str, ...] = ()
 KEPT = {"lock", "unfinished"}  # files of .venv that stay when it is made again
 
@@ -78,9 +79,10 @@ def this_python(root: Path) -> str:
 
 
 def hash_of_needs(root: Path) -> str:
-    """Hash of dependencies, extras and constraints: other settings in pyproject.toml install nothing."""
+    """Hash of dependencies, extras, constraints and weights: other settings in pyproject.toml install nothing."""
     project = tomllib.loads((root / "pyproject.toml").read_text())
-    needs = [project["project"], project["tool"]["setuptools"], (root / "constraints.txt").read_text()]
+    files = [path.read_text() for path in (root / "constraints.txt", root / WEIGHTS) if path.exists()]
+    needs = [project["project"], project["tool"]["setuptools"], *files]
     return hashlib.sha256(json.dumps(needs, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -175,6 +177,8 @@ def build(venv: Path, before: Made | None, want: Made, reason: str | None, lock:
 def install(venv: Path, want: Made, system: SystemTorch | None, lock: int) -> None:
     constraints = constraints_beside(venv, want, system)
     run_pip(venv, ["install", "-c", str(constraints), "-e", ".[test]"], want.root, lock)
+    if Path(want.root, WEIGHTS).exists():
+        run_pip(venv, ["install", "--no-deps", "-r", WEIGHTS], want.root, lock)
 
 
 def leave(venv: Path, made: Made | None) -> None:
