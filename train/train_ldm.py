@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data_pipeline.common import storage
-from data_pipeline.shards.data_sets import DataSets, Input
+from data_pipeline.shards.data_sets import DataSets
+from data_pipeline.shards.input_option import Input
 from train.data.base_model import refuse_other_noise, unet_to_train
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
