@@ -60,7 +60,8 @@ FOLDERS = {
 FOR_TRAINING = (
     "common",
     "images",
-    "shards.data_sets",  # what input= of a training names
+    "shards.data_sets",  # one or several data sets that are read as one
+    "shards.input_option",  # what input= of a training names
     "shards.manifest",
     "shards.samples",
     "shards.json_fields",  # the sizes that a run is conditioned on, and their means

@@ -24,7 +24,7 @@ from train.data.base_model import refuse_other_noise, unet_to_train
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.data.ldm_inputs import latents_of, refuse_other_encoders, with_base_model_scaling
-from train.data.sizes import at_mean_size, mean_in_words
+from train.data.sizes import mean_in_words
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES
 from train.evaluation.heldout_loss import HeldoutLoss, HeldoutSet
@@ -79,7 +79,6 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         if cfg.preview_every:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
             parts = preview_parts(generator, facts, data, read_samples, cfg.preview_samples)
-            parts = [part._replace(samples=at_mean_size(part.samples, facts)) for part in parts]
             preview = Preview(parts, sampler, guidance, cfg.seed, run, context.reporter)
             found.append(Action(cfg.preview_every, with_averaged_weights(context, averaged, preview.draw)))
         return found
