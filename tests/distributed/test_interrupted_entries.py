@@ -15,7 +15,9 @@ pytestmark = pytest.mark.processes
 
 # Entry -> its options, and the file of `folder` that it waits for: a pipe to which nobody writes.
 WAITING = {
-    "data_pipeline/make_shards.py": ("source=folder input={folder}/pictures output={folder}/out", "out/train/manifest.json"),
+    "data_pipeline/make_shards.py": (
+        "source=folder input={folder}/pictures output={folder}/out", "out/train/manifest.json",
+    ),
     "data_pipeline/index_shards.py": ("input={folder} output={folder}/out", "out/manifest.json"),
     "data_pipeline/verify_shards.py": ("input={folder} output={folder}/out", "train/manifest.json"),
     "data_pipeline/plan_storage.py": ("autoencoder=trained autoencoder.path={folder}", "config.json"),
