@@ -13,7 +13,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from data_pipeline.common.entry import CONF, _user_error_behind
+from data_pipeline.common.composition import _user_error_behind
+from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.hydra_messages import loaded, names_in
 from data_pipeline.common.option_checks import fits
