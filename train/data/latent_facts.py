@@ -33,8 +33,9 @@ class LatentFacts:
     conditions: Mapping[str, Mapping[str, Any]]  # how to build each condition again
     null: Mapping[str, Tensor]  # null conditions from the encoders, by field
     codebook: Tensor | None = None
-    # Shapes per bucket, if there are several.
-    buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(
+        default_factory=dict
+    )  # shapes per bucket, if there are several
 
     @classmethod
     def of(cls, root: str, manifest: Manifest, fold: int, scaling_factor: float | None = None) -> LatentFacts:
