@@ -17,6 +17,7 @@ from data_pipeline.loading.batch import Batch
 from data_pipeline.shards.samples import collated
 from train.data.build import Instantiate
 from train.data.latent_facts import LatentFacts
+from train.models.latents import OneFactor
 
 # Conditions to encode, by conditioning; all others need facts that precompute learns from a whole data set.
 CONDITIONS: Mapping[str, dict[str, Any]] = {
@@ -83,7 +84,7 @@ class OnlineLatents:
                 plain = {name: sample[name] for name in ("key", "caption", "meta")}
                 yield plain | {name: value[i] for name, value in arrays.items()}
 
-    def facts(self, batches: Iterable[Batch], fold: int, scaling_factor: float | None = None) -> LatentFacts:
+    def facts(self, batches: Iterable[Batch], fold: int, scaling: OneFactor | None = None) -> LatentFacts:
         """Facts on the latents; shapes, mean and standard deviation come from these batches of pictures."""
         sums, count, fields = torch.zeros(2, 1, dtype=torch.float64), 0, {}
         for batch in batches:
@@ -101,8 +102,9 @@ class OnlineLatents:
             conditions=self.conditions_config,
             null=self._null(),
             codebook=self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None,
+            stated=self.image.stated_scaling or {},
         )
-        return facts.checked(scaling_factor)
+        return facts.checked(scaling)
 
     @property
     def fingerprints(self) -> dict[str, str]:
