@@ -55,7 +55,7 @@ FOLDERS = {
     "train/loop": "engine checkpointing runs distributed",
     "train/data": "models weights diffusion",  # diffusion: whether a model to start from knows the run's process
     "train/evaluation": "objectives models diffusion runs distributed engine",
-    "train/sampling": "data objectives models diffusion checkpointing runs engine",
+    "train/sampling": "data objectives models diffusion checkpointing runs engine weights",  # weights: of decoder=
 }
 # train/ may import only modules of data_pipeline/ whose names begin with one of these.
 FOR_TRAINING = (

@@ -33,7 +33,7 @@ DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{REC
 
 
 def main(cfg: DictConfig) -> None:
-    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path, cfg.bucket)
+    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path, cfg.bucket, cfg.decoder)
     if not cfg.other_shards:
         refuse_other_shards(run, cfg.shards)
     given = OmegaConf.to_container(cfg, resolve=True)

@@ -39,6 +39,7 @@ from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
+from train.sampling.decoders import with_decoder
 from train.sampling.generator import Sampler, generator_of
 from train.sampling.preview import Preview, preview_parts
 from train.weights.published import load_weights
@@ -75,6 +76,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         found = [Action(cfg.validate_every, with_averaged_weights(context, averaged, validation.measure))]
         if cfg.preview_every:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
+            generator = with_decoder(generator, cfg.preview_decoder, autoencoder, facts)
             parts = preview_parts(generator, facts, data, read_samples, cfg.preview_samples)
             parts = [part._replace(samples=at_mean_size(part.samples, facts)) for part in parts]
             preview = Preview(parts, sampler, guidance, cfg.seed, run, context.reporter)
@@ -120,7 +122,7 @@ def initial_network(config: dict[str, Any], facts: LatentFacts) -> ConditionedUN
     torch.manual_seed(config["seed"])
     network = build_network(config, facts, instantiate)
     if config["start_from"] is not None:
-        load_weights(network, config["start_from"])
+        load_weights(network, config["start_from"], config["start_from_ema"])
     return network
 
 
@@ -130,6 +132,7 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
+    same |= {name: config[name] for name in ("shift_factor", "start_from_ema") if config[name]}  # later options
     # "captions" is part of the recipe's identity, but was not in earlier versions.
     parts = config["conditioning"].items()
     same["conditioning"] = {name: {k: v for k, v in part.items() if k != "captions"} for name, part in parts}

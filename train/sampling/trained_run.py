@@ -19,6 +19,7 @@ from data_pipeline.shards.samples import collated
 from train.checkpointing.ema_weights import EmaWeights, ema_weights
 from train.data.build import network_of, used_conditions, uses_clip
 from train.data.latent_facts import LatentFacts
+from train.sampling.decoders import with_decoder
 from train.sampling.generator import ConditionBatch, Generator, generator_of
 
 SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler", "guidance")
@@ -80,9 +81,10 @@ def open_run(
     autoencoder_path: str | None = None,
     clip_path: str | None = None,
     bucket: str | None = None,
+    decoder: str | None = None,
 ) -> TrainedRun:
     """Loads a run with its EMA weights in fp32. Encoder paths default to those used in training. bucket: the size to
-    draw in a run on aspect-ratio buckets; None: that of most of its samples.
+    draw in a run on aspect-ratio buckets; None: that of most of its samples. decoder: path of one to draw with instead.
 
     The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """
@@ -113,6 +115,7 @@ def open_run(
     network.to(device).eval().requires_grad_(False)
     objective = make_objective(network=network, latents=facts.latents)
     generator = generator_of(network, objective, facts, autoencoder, device)
+    generator = with_decoder(generator, decoder, autoencoder, facts)
     return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
 
 
