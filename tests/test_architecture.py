@@ -23,15 +23,16 @@ OWNERS = {
     # runs; the others look up their own package's files.
     "importlib": {
         "data_pipeline/common/saved_objects.py",
-        "data_pipeline/common/entry.py",
+        "data_pipeline/common/composition.py",
         "data_pipeline/images/grid.py",
         "data_pipeline/sources/openmoji.py",
         "data_pipeline/sources/emoji_styles.py",
+        "train/weights/perceptual.py",
     },
     "transformers": set(),
 }
 # Beside the entry scripts, the only files that may import hydra: what stands before them.
-COMMAND_LINE = ("data_pipeline/common/entry.py", "data_pipeline/common/command_line.py")
+COMMAND_LINE = ("data_pipeline/common/composition.py", "data_pipeline/common/command_line.py")
 OPENS_URLS = ("fsspec", "s3fs", "aiohttp", "botocore", "aiobotocore", "boto3", "urllib", "urllib3", "requests", "httpx")
 OWNERS |= {package: {"data_pipeline/common/s3.py"} for package in (*OPENS_URLS, "http", "smart_open")}
 # Folder -> folders of the same package that it may import. An entry script may import any folder, but no other script.
@@ -54,7 +55,7 @@ FOLDERS = {
     "train/loop": "engine checkpointing runs distributed",
     "train/data": "models weights diffusion",  # diffusion: whether a model to start from knows the run's process
     "train/evaluation": "objectives models diffusion runs distributed engine",
-    "train/sampling": "data objectives models diffusion checkpointing runs engine",
+    "train/sampling": "data objectives models diffusion checkpointing runs engine weights",  # weights: of decoder=
 }
 # train/ may import only modules of data_pipeline/ whose names begin with one of these.
 FOR_TRAINING = (
@@ -64,6 +65,7 @@ FOR_TRAINING = (
     "shards.input_option",  # what input= of a training names
     "shards.manifest",
     "shards.samples",
+    "shards.caption_edits",  # evaluation edits captions as they were for training
     "shards.json_fields",  # the sizes that a run is conditioned on, and their means
     "shards.provenance",
     "loading.batch",
