@@ -48,12 +48,12 @@ def main(cfg: DictConfig) -> None:
     image, text = instantiate(cfg.autoencoder).to(device), clip_for(cfg, conditions)
     text = CaptionCache(text.to(device), cfg.batch_size, cfg.caption_cache_size) if text is not None else None
     encoders = Encoders(image, text, conditions, device, cfg.batch_size, cfg.dtype, cfg.flips, edits)
+    ordered = sorted(splits.items(), reverse=True)  # train before heldout
+    for condition in conditions.values():
+        condition.learn(facts_of_samples(ordered[0][1], Manifest.load(ordered[0][1], "image-text")))
     stop = StopRequest()
-    for number, (name, path) in enumerate(sorted(splits.items(), reverse=True)):  # train before heldout
+    for name, path in ordered:
         source = Manifest.load(path, "image-text")
-        if number == 0:
-            for condition in conditions.values():
-                condition.learn(facts_of_samples(path, source))
         cut_to = source.fields.get("png", {}).get("shape")
         if cfg.buckets and cut_to:
             print(

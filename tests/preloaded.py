@@ -10,7 +10,6 @@ import builtins
 import ctypes
 import gc
 import importlib
-import io
 import json
 import os
 import random
@@ -92,6 +91,7 @@ class Server:
 
     def _leave(self, out: int, err: int, end: int) -> None:
         """In a child: drops the server's signals and descriptors, and lets the child die with the server."""
+        os.setpgid(0, 0)  # as from a shell: a terminal's Ctrl-C reaches it and what it starts, and no test
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -142,7 +142,8 @@ def first_uses() -> None:
 
     with initialize_config_dir(CONF, version_base="1.3"):
         compose("train_ldm", ["input=a", "output=b"], return_hydra_config=True)
-    plot_curves([{"step": 1, "loss": 1.0}], ["loss"], io.BytesIO())
+    with tempfile.TemporaryDirectory() as folder:
+        plot_curves([{"step": 1, "loss": 1.0}], ["loss"], Path(folder) / "curves.png")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def finished_code(command: Sequence[str]) -> int:
 
     The stage also gets Ctrl-C, and says how to continue. It does not get SIGTERM, which is passed on.
     """
-    stop, passed_on = StopRequest(), False
+    stop, passed_on = StopRequest().hear_interrupts(), False
     stage = subprocess.Popen(command, cwd=REPO)
     while stage.poll() is None:
         try:

@@ -58,6 +58,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
     if ranks.is_main:
         print(units_line(config["in_compvis_units"], heldout.shape[1:3]), flush=True)
+    run.config["objective"]["perceptual_space"] = objective.perceptual_space
 
     def actions(context: TrainingContext) -> list[Action]:
         def decibels() -> dict[str, float]:
@@ -67,6 +68,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
     identity = {"images": images.fingerprint, **images.mix, "autoencoder": config["autoencoder"], "seed": cfg.seed}
     identity |= discriminator_of(config)
+    identity |= {"perceptual": objective.perceptual.distance.fingerprint} if objective.perceptual else {}
     weights = fit(TrainedModel("autoencoder", objective, "autoencoder."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)

@@ -75,7 +75,8 @@ def read_bytes(path: str | Path, start: int = 0, length: int | None = None) -> b
     if is_s3(path):
         return s3.read(str(path), start, length)
     with open(path, "rb") as file:
-        file.seek(start)
+        if start:  # a pipe has no places
+            file.seek(start)
         data = file.read() if length is None else file.read(length)
     if length is not None and len(data) != length:
         raise OSError(f"{path}: only {len(data)} of {length} bytes could be read from byte {start}")

@@ -16,7 +16,9 @@ import torch
 import torch.multiprocessing  # it sends tensors through shared memory, not through the pipe
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.stop_request import held_back
 
+REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 Make = Callable[[int, int], Iterator[Any]]  # worker, number of workers -> its items
 
 
@@ -39,7 +41,8 @@ class Workers:
             process = context.Process(
                 target=_serve, args=(theirs, make, worker, count), daemon=True, name=f"loader worker {worker}"
             )
-            process.start()
+            with held_back(REQUESTS_TO_STOP):  # until the process ignores them: it imports for seconds before
+                process.start()
             theirs.close()  # so that its end is noticed here
             self.processes.append(process)
             self.connections.append(ours)
@@ -111,7 +114,7 @@ def _serve(connection: Connection, make: Make, worker: int, count: int) -> None:
 
 def _ignore_requests_to_stop() -> None:
     """A signal to the process group reaches workers, too: they must continue, so that the run can save and end them."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in REQUESTS_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.temp_files import sweep
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.rejects import examples, format_counts, summary
 from data_pipeline.shards.writer import ShardWriter
@@ -36,6 +37,7 @@ class SplitWriter:
         if self.writer.count:
             self._publish()
         remove_leftovers(self.root, len(self.shards))
+        sweep(storage.join(self.root, "shards"))
         if not self.shards:
             why = "; ".join(part for part in (left_out, format_counts(summary(aside), 3), examples(aside)) if part)
             raise UserError(

@@ -21,7 +21,7 @@ HELD = """
 import sys, threading
 from data_pipeline.common.stop_request import InterruptWatch, StopRequest
 InterruptWatch.begin("program")
-stop = StopRequest() if sys.argv[1] == "asks" else None
+stop = StopRequest().hear_interrupts() if sys.argv[1] == "asks" else None
 print("ready", flush=True)
 lock = threading.Lock()
 lock.acquire()

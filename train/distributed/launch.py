@@ -7,18 +7,25 @@ and a second Ctrl-C ends all of them at once; torchrun kills them after 30 secon
 
 from __future__ import annotations
 
+from data_pipeline.common.stop_request import EXIT_CODE, INTERRUPTED, held_back, leave_on_interrupt, say
+
+if __name__ == "__main__":
+    leave_on_interrupt("launch")  # until torchrun starts the ranks; torch takes seconds to import
+
 import logging
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-from data_pipeline.common.stop_request import EXIT_CODE, INTERRUPTED, say
+from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
 SAVING_S = 3600  # ranks that were asked to stop are killed after this time
 
@@ -30,6 +37,7 @@ def main(arguments: list[str]) -> int:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     api._terminate_process_handler = StopOnce()
+    SubprocessHandler._popen = held_back_in_ranks(SubprocessHandler._popen)
     try:
         run.main(arguments)
     except api.SignalException:
@@ -40,6 +48,16 @@ def main(arguments: list[str]) -> int:
             print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
+
+
+def held_back_in_ranks(start: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.Popen]:
+    """Starts a rank that holds SIGINT back until it can answer it (InterruptWatch), after half a second of imports."""
+
+    def started(*arguments: Any) -> subprocess.Popen:
+        with held_back([signal.SIGINT]):
+            return start(*arguments)
+
+    return started
 
 
 class StopOnce:

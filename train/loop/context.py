@@ -37,7 +37,7 @@ class TrainingContext:
     checkpoints: Checkpoints
     reporter: Reporter
     watchdog: NoWatchdog
-    preemption: Preemption = field(default_factory=Preemption)  # catches signals from now on
+    preemption: Preemption = field(default_factory=Preemption)  # catches TERM and USR1 from now on
 
     @property
     def ranks(self) -> Ranks:

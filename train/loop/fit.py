@@ -51,7 +51,9 @@ def fit(
         watchdog.beat("finish", state.step)
         context.reporter.close()
         report_skipped_steps(context, monitor)
-        return context.averaged_weights()
+        weights = context.averaged_weights()
+        context.preemption.over()
+        return weights
 
 
 def resumed(

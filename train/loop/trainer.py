@@ -61,6 +61,7 @@ class Trainer:
         with Progress(context.model.name, state.total_steps, "steps", initial=state.step, shown=main) as bar:
             while not state.finished:
                 self._step(batches)
+                self.context.preemption.begun()
                 bar.advance(1, **meter.shown)
                 self._log_when_due()
                 self._act_when_due()

@@ -12,6 +12,7 @@ from data_pipeline.loading.batch import Batch
 from train.diffusion.randomness import StreamRandom, generator_at
 from train.distributed.collectives import mean_over_ranks
 from train.models.autoencoder import Autoencoder, VQModel
+from train.models.perceptual import PerceptualTerm
 from train.models.quantizer import Quantized, counts_of, usage
 from train.objectives.adversary import Adversary, no_gradient
 from train.objectives.terms import LossTerms
@@ -31,8 +32,10 @@ class FirstStageOutput(NamedTuple):
 
 
 class AutoencoderObjective(nn.Module):
-    """L1 + gradient_weight * L1 of finite differences + regularisation [+ adversary]. Everything is a mean per value of
-    a picture or latent; docs/first_stages.md has CompVis' units.
+    """L1 + gradient_weight * L1 of finite differences [+ perceptual distance] + regularisation [+ adversary].
+
+    Everything is a mean per value of a picture or latent; docs/first_stages.md has CompVis' units. The finite
+    differences stand in for a perceptual distance where there are no weights of one.
 
     reconstruction="l2": mean squares in place of L1. log_variance="learned": the reconstruction loss e becomes
     e / exp(s) + s with a learned scalar s, from 0 (Dai & Wipf 2019; CompVis' form, whose own runs left s at 0).
@@ -55,6 +58,7 @@ class AutoencoderObjective(nn.Module):
         crop: int = 0,
         crop_until: int = 0,
         adversary: Adversary | None = None,
+        perceptual: PerceptualTerm | None = None,
         seed: int = 0,
         reconstruction: str = "l1",
         vq_loss: str | None = None,
@@ -65,8 +69,9 @@ class AutoencoderObjective(nn.Module):
         _refuse_choices({"reconstruction": reconstruction, "vq_loss": vq_loss, "log_variance": log_variance})
         vq = {"commitment_weight": commitment_weight, "revival_weight": revival_weight, "vq_loss": vq_loss}
         _refuse_weights_of_others(autoencoder, {"kl_weight": kl_weight} if self.quantizes else vq)
-        _refuse_crops_without_patches(adversary, crop)
+        _refuse_small_crops(adversary, perceptual, crop)
         self.autoencoder, self.gradient_weight, self.adversary = autoencoder, gradient_weight, adversary
+        self.perceptual = perceptual
         self.kl_weight = KL_WEIGHT if kl_weight is None else kl_weight
         self.commitment_weight = COMMITMENT_WEIGHT if commitment_weight is None else commitment_weight
         self.revival_weight = REVIVAL_WEIGHT if revival_weight is None else revival_weight
@@ -83,6 +88,14 @@ class AutoencoderObjective(nn.Module):
         """Prefixes of the parameters that an optimizer must be able to leave out of a step: those of both players, if
         they learn in turn. "" has what no other prefix has."""
         return ("", "adversary.") if self.adversary is not None and self.adversary.turns == "alternate" else ()
+
+    @property
+    def perceptual_space(self) -> str:
+        """What stands for perceptual distance in the loss, for records."""
+        if self.perceptual is not None:
+            return self.perceptual.distance.space
+        stand_in = f"L1 of finite differences, weight {self.gradient_weight:g}, stands in"
+        return f"none: {stand_in}" if self.gradient_weight else "none"
 
     def forward(self, batch: Batch) -> LossTerms:
         images = batch.tensors["image"]
@@ -119,7 +132,11 @@ class AutoencoderObjective(nn.Module):
         pixels = difference.abs() if self.reconstruction == "l1" else difference.square()
         error, edges = pixels.mean((1, 2, 3)), gradient_l1(reconstruction, images)
         parts = {self.reconstruction: error, "gradient_l1": edges, **parts}
-        return reconstruction, error + self.gradient_weight * edges, penalty, parts
+        error = error + self.gradient_weight * edges
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual.distance(images, reconstruction)
+            error = error + self.perceptual.weight * parts["perceptual"]
+        return reconstruction, error, penalty, parts
 
     def _likelihood(self, error: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The error, or with a learned variance the negative log-likelihood, both per value and (B,)."""
@@ -190,9 +207,12 @@ def _refuse_choices(given: dict[str, str | None]) -> None:
             raise UserError(f"objective.{name}={value} is not valid: use {allowed}.")
 
 
-def _refuse_crops_without_patches(adversary: Adversary | None, crop: int) -> None:
-    least = adversary.discriminator.smallest_picture if adversary is not None else 0
-    if crop and crop < least:
-        raise UserError(
-            f"objective.crop={crop} is too small for the discriminator: use at least {least}, or 0 for no crop."
-        )
+def _refuse_small_crops(adversary: Adversary | None, perceptual: PerceptualTerm | None, crop: int) -> None:
+    users = {"discriminator": adversary.discriminator} if adversary is not None else {}
+    users |= {"perceptual distance": perceptual.distance} if perceptual is not None else {}
+    for name, user in users.items():
+        if crop and crop < user.smallest_picture:
+            raise UserError(
+                f"objective.crop={crop} is too small for the {name}: use at least {user.smallest_picture}, or 0 for no "
+                "crop."
+            )

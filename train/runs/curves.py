@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from data_pipeline.common.storage import write_atomically
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -37,5 +40,7 @@ def plot_curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], path: 
         axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o" if len(points) == 1 else None)
         axis.set(xlabel="step", title=key)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=90)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90)
+    write_atomically(path, drawn.getvalue())
     return path

@@ -13,7 +13,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from data_pipeline.common.entry import CONF, _user_error_behind
+from data_pipeline.common.composition import _user_error_behind
+from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.hydra_messages import loaded, names_in
 from data_pipeline.common.option_checks import fits
@@ -23,7 +24,10 @@ from train.engine.config import EngineConfig
 ALL = sorted(path.stem for path in Path(CONF).glob("*.yaml") if path.stem != "quiet")
 WRONG = ("abc", math.nan, math.inf, -1, 0, [], True)
 # Files of a group that are placed elsewhere than below the group's name.
-PACKAGES = {"objective/adversary": "", "experiment": None, "demo": None, "spacing": None}
+PACKAGES = {
+    "objective/adversary": "", "objective/perceptual": "objective.perceptual.", "experiment": None, "demo": None,
+    "spacing": None,
+}  # fmt: skip
 
 
 def composed(program: str, *overrides: str) -> dict[str, Any]:

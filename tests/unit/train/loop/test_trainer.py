@@ -85,7 +85,7 @@ def make_trainer(tmp_path):
         saves = saves or Saves()
         batches = range(start + 1, total + 1)
         monitor = StabilityMonitor(StabilityConfig(), ALONE, tmp_path / "skipped.jsonl", good_step=start)
-        never = SimpleNamespace(agreed=lambda step, device: False)
+        never = SimpleNamespace(agreed=lambda step, device: False, begun=lambda: None)
         model, engine = TrainedModel("test", None, ""), Steps(skipped)
         context = TrainingContext(model, engine, ema, state, saves, reporter, NoWatchdog(), never)
         return Trainer(context, batches, monitor, cadence, listed), saves
