@@ -109,7 +109,7 @@ class Plain(nn.Module):
         norms = [torch.autograd.grad(each, last, retain_graph=True)[0].norm() for each in (nll, gan)]
         adaptive = (norms[0] / (norms[1] + game.get("adaptive_delta", 1e-6))).clamp(max=game.get("adaptive_max", 1e4))
         weight = 0.4 * min(1.0, (step - START + 1) / game.get("ramp", 1))
-        parts = {"loss": float(loss), "gan": float(gan), "adaptive_weight": float(adaptive)}
+        parts = {"loss": loss.item(), "gan": gan.item(), "adaptive_weight": float(adaptive)}
         return loss + weight * adaptive.detach() * gan, parts
 
     def discriminators_loss(self, step: int) -> tuple[Tensor, float]:
