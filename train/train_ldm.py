@@ -39,6 +39,7 @@ from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
+from train.sampling.decoders import with_decoder
 from train.sampling.generator import Sampler, generator_of
 from train.sampling.preview import Preview, preview_parts
 from train.weights.published import load_weights
@@ -64,9 +65,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
     run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
-        print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
-        for line in (mean_in_words(facts), data.describe(cfg.training.batch_size) if len(data) > 1 else ""):
-            print(f"{line}\n" if line else "", end="", flush=True)
+        describe(data, cfg.training.batch_size, facts, attention_used(network.unet, dtype, ranks))
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
     heldout = HeldoutSet.of(unseen.read(read_samples, cfg.validation_samples), data.fractions())
 
@@ -77,6 +76,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         found = [Action(cfg.validate_every, with_averaged_weights(context, averaged, validation.measure))]
         if cfg.preview_every:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
+            generator = with_decoder(generator, cfg.preview_decoder, autoencoder, facts)
             parts = preview_parts(generator, facts, data, read_samples, cfg.preview_samples)
             parts = [part._replace(samples=at_mean_size(part.samples, facts)) for part in parts]
             preview = Preview(parts, sampler, guidance, cfg.seed, run, context.reporter)
@@ -122,7 +122,7 @@ def initial_network(config: dict[str, Any], facts: LatentFacts) -> ConditionedUN
     torch.manual_seed(config["seed"])
     network = build_network(config, facts, instantiate)
     if config["start_from"] is not None:
-        load_weights(network, config["start_from"])
+        load_weights(network, config["start_from"], config["start_from_ema"])
     return network
 
 
@@ -132,12 +132,19 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
-    parts = config[
-        "conditioning"
-    ].items()  # "captions" is part of the recipe's identity, but was not in earlier versions
+    same |= {name: config[name] for name in ("shift_factor", "start_from_ema") if config[name]}  # later options
+    # "captions" is part of the recipe's identity, but was not in earlier versions.
+    parts = config["conditioning"].items()
     same["conditioning"] = {name: {k: v for k, v in part.items() if k != "captions"} for name, part in parts}
     encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
     return {"data": data.fingerprint, **data.mix, **encoders, "streams": config["data"]["streams"], **same}
+
+
+def describe(data: DataSets, batch_size: int, facts: LatentFacts, attention: str) -> None:
+    """Print what a run is trained with, before it begins."""
+    for line in (f"attention: {attention}", mean_in_words(facts), data.describe(batch_size) if len(data) > 1 else ""):
+        if line:
+            print(line, flush=True)
 
 
 def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:

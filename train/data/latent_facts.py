@@ -18,7 +18,7 @@ from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import read_json, refuse_wrong_kinds
 from data_pipeline.shards.manifest import Manifest
 from train.models.conditioning import Conditioners
-from train.models.latents import STORED_AS, LatentScaling, StoredLatents
+from train.models.latents import STORED_AS, LatentScaling, OneFactor, StoredLatents
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,15 @@ class LatentFacts:
     buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(
         default_factory=dict
     )  # shapes per bucket, if there are several
+    stated: Mapping[str, Sequence[float]] = field(
+        default_factory=dict
+    )  # mean and std that the first stage's files state
 
     @classmethod
-    def of(cls, root: str, manifest: Manifest, fold: int, scaling_factor: float | None = None) -> LatentFacts:
+    def of(cls, root: str, manifest: Manifest, fold: int, scaling: OneFactor | None = None) -> LatentFacts:
         """Read from a latent data set, with the statistics that precompute measured on all of it.
 
-        scaling_factor: as in Stable Diffusion instead, mean 0 and standard deviation 1 / factor for all channels.
+        scaling: as of a published model instead, the same for all channels.
         """
         shapes = {
             name.removesuffix(".npy"): field["shape"] for name, field in manifest.fields.items() if "shape" in field
@@ -52,18 +55,17 @@ class LatentFacts:
         facts |= {"conditions": named(manifest.info.get("conditions", {}))}
         refuse_wrong_kinds(facts, KINDS, f"{where}: info")
         refuse_no_latents(shapes, where)
+        refuse_wrong_kinds({"stated": {}, **facts}, STATED, f"{where}: info")
         null, codebook = tensors_in(storage.join(root, "null.safetensors")), codebook_of(root)
-        return cls(**{name: facts[name] for name in KINDS}, null=null, codebook=codebook).checked(scaling_factor)
+        own = {name: facts[name] for name in KINDS} | {"stated": facts.get("stated", {})}
+        return cls(**own, null=null, codebook=codebook).checked(scaling)
 
-    def checked(self, scaling_factor: float | None) -> LatentFacts:
-        """With scaling_factor, if given, in place of measured statistics; UserError for a fold that does not fit."""
+    def checked(self, scaling: OneFactor | None) -> LatentFacts:
+        """With `scaling`, if given, in place of measured statistics; UserError for a fold that does not fit."""
         _, h, w = self.latent_shape
         if h % self.fold or w % self.fold:
             raise UserError(f"fold={self.fold} does not divide latents of {h}x{w}: choose one that does.")
-        if scaling_factor is None:
-            return self
-        channels = len(self.mean)
-        return replace(self, mean=[0.0] * channels, std=[1.0 / scaling_factor] * channels)
+        return self if scaling is None else replace(self, **scaling.per_channel(len(self.mean)))
 
     def of_bucket(self, name: str | None) -> LatentFacts:
         """The facts with the shapes of an aspect-ratio bucket; None: unchanged. UserError if there is no such
@@ -164,7 +166,8 @@ class LatentFacts:
 
 # Types of the fields in latents.json; `buckets` only if there are any.
 HINTS = get_type_hints(LatentFacts)
-KINDS = {name: hint for name, hint in HINTS.items() if name not in ("null", "codebook", "buckets")}
+KINDS = {name: hint for name, hint in HINTS.items() if name not in ("null", "codebook", "buckets", "stated")}
+STATED = {"stated": HINTS["stated"]}
 BUCKETS = {"buckets": HINTS["buckets"]}
 
 

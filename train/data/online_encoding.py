@@ -17,6 +17,7 @@ from data_pipeline.loading.batch import Batch
 from data_pipeline.shards.samples import collated
 from train.data.build import Instantiate
 from train.data.latent_facts import LatentFacts
+from train.models.latents import OneFactor
 
 # Conditions to encode, by conditioning; all others need facts that precompute learns from a whole data set.
 CONDITIONS: Mapping[str, dict[str, Any]] = {
@@ -83,8 +84,15 @@ class OnlineLatents:
                 plain = {name: sample[name] for name in ("key", "caption", "meta")}
                 yield plain | {name: value[i] for name, value in arrays.items()}
 
-    def facts(self, batches: Iterable[Batch], fold: int, scaling_factor: float | None = None) -> LatentFacts:
+    def facts(self, batches: Iterable[Batch], fold: int, scaling: OneFactor | None = None) -> LatentFacts:
         """Facts on the latents; shapes, mean and standard deviation come from these batches of pictures."""
+        codebook = self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None
+        found = self._measured(batches)
+        facts = LatentFacts(*found, fold, self.fingerprints, self.conditions_config, self._null(), codebook)
+        return replace(facts, stated=self.image.stated_scaling or {}).checked(scaling)
+
+    def _measured(self, batches: Iterable[Batch]) -> tuple[dict[str, list[int]], list[float], list[float]]:
+        """Shapes of the fields; mean and standard deviation of the latents per channel."""
         sums, count, fields = torch.zeros(2, 1, dtype=torch.float64), 0, {}
         for batch in batches:
             fields = self.encoded(batch.tensors["image"], batch.captions)
@@ -92,17 +100,8 @@ class OnlineLatents:
             sums = sums + torch.stack([mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))])
             count += mean.numel() // mean.shape[1]
         mean, square = sums / count
-        facts = LatentFacts(
-            shapes={name: list(value.shape[1:]) for name, value in fields.items()},
-            mean=mean.tolist(),
-            std=(square - mean.square()).sqrt().tolist(),
-            fold=fold,
-            fingerprints=self.fingerprints,
-            conditions=self.conditions_config,
-            null=self._null(),
-            codebook=self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None,
-        )
-        return facts.checked(scaling_factor)
+        shapes = {name: list(value.shape[1:]) for name, value in fields.items()}
+        return shapes, mean.tolist(), (square - mean.square()).sqrt().tolist()
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import nn
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import build, checked, read_config, targets_in
+from data_pipeline.shards.caption_edits import CaptionEdits
 from data_pipeline.shards.samples import collated
 from train.checkpointing.ema_weights import EmaWeights, ema_weights
 from train.data.build import network_of, used_conditions, uses_clip
 from train.data.latent_facts import LatentFacts
+from train.sampling.decoders import with_decoder
 from train.sampling.generator import ConditionBatch, Generator, generator_of
 
 SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler", "guidance")
@@ -40,6 +43,15 @@ class TrainedRun:
         """The step of the checkpoint, or the name of a file from rebuild_ema.py."""
         path = Path(self.weights)
         return int(path.parent.name.removeprefix("step-")) if path.parent.name.startswith("step-") else path.stem
+
+    @property
+    def caption_edits(self) -> CaptionEdits:
+        """How the captions of the pictures were edited before the run was trained on them: by precompute_latents.py, or
+        during training. Tags stay in their own order."""
+        stored = json.loads(self.facts.fingerprints.get("caption_edits", "{}"))
+        online = self.config.get("data", {}).get("captions") or {}
+        names = {field.name for field in fields(CaptionEdits)}
+        return CaptionEdits(**{name: value for name, value in {**online, **stored}.items() if name in names})
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -69,9 +81,10 @@ def open_run(
     autoencoder_path: str | None = None,
     clip_path: str | None = None,
     bucket: str | None = None,
+    decoder: str | None = None,
 ) -> TrainedRun:
     """Loads a run with its EMA weights in fp32. Encoder paths default to those used in training. bucket: the size to
-    draw in a run on aspect-ratio buckets; None: that of most of its samples.
+    draw in a run on aspect-ratio buckets; None: that of most of its samples. decoder: path of one to draw with instead.
 
     The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """
@@ -102,6 +115,7 @@ def open_run(
     network.to(device).eval().requires_grad_(False)
     objective = make_objective(network=network, latents=facts.latents)
     generator = generator_of(network, objective, facts, autoencoder, device)
+    generator = with_decoder(generator, decoder, autoencoder, facts)
     return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
 
 

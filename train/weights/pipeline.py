@@ -33,7 +33,6 @@ class Pipeline:
     scheduler: Mapping[str, Any]
     scaling_factor: float
     vae_facts: Mapping[str, Any]
-    drawn_by_theirs: bool  # whether diffusers' StableDiffusionPipeline can sample with it
     with_sizes: bool = False  # whether the U-Net's vector condition is the pooled text followed by the six sizes
 
     @classmethod
@@ -51,12 +50,17 @@ class Pipeline:
         factor, facts = diffusers.SCALING_FACTOR, {}
         if autoencoder is not None:
             autoencoder, factor, facts = with_one_factor(autoencoder, scaling)
-        whole = autoencoder is not None and not is_vq(autoencoder) and text is not None and scaling.fold == 1
-        fits = (
-            unet.context_dim == (text.context_dim if text else None) and unet.in_channels == unet.conv_out.out_channels
-        )
-        drawn = whole and fits and scheduler["_class_name"] == "DDIMScheduler" and unet.vector_dim is None
-        return cls(unet, autoencoder, text, scheduler, factor, facts, drawn, with_sizes)
+        return cls(unet, autoencoder, text, scheduler, factor, facts, with_sizes)
+
+    @property
+    def drawn_by_theirs(self) -> bool:
+        """Whether diffusers' StableDiffusionPipeline can sample with it; so latents may not be folded."""
+        unet, first_stage = self.unet, self.autoencoder
+        if first_stage is None or is_vq(first_stage) or self.text is None or unet.vector_dim is not None:
+            return False
+        channels = {unet.in_channels, unet.conv_out.out_channels, first_stage.latent_channels}
+        fits = len(channels) == 1 and unet.context_dim == self.text.context_dim
+        return fits and self.scheduler["_class_name"] == "DDIMScheduler"
 
     def refuse_unfit(self, single_file: bool) -> None:
         """One UserError, before anything is written, for all that diffusers or a single file can't represent."""
@@ -164,6 +168,8 @@ def with_one_factor(autoencoder: nn.Module, scaling: LatentScaling) -> tuple[nn.
 def _rescaled(autoencoder: nn.Module, mean: Tensor, gain: Tensor) -> nn.Module:
     """Changes latents z to (z - mean) * gain, in the posterior's mean and log-variance; inverted before the decoder."""
     into, out, channels = autoencoder.quant_conv, autoencoder.post_quant_conv, len(mean)
+    if isinstance(into, nn.Identity):  # SD3's and FLUX' form has no place for a scale
+        into, out = autoencoder.quant_conv, autoencoder.post_quant_conv = _unit_conv(2 * channels), _unit_conv(channels)
     mean, gain = mean.to(into.weight), gain.to(into.weight)
     into.bias[:channels] = (into.bias[:channels] - mean) * gain
     into.bias[channels:] += 2 * gain.log()
@@ -171,6 +177,14 @@ def _rescaled(autoencoder: nn.Module, mean: Tensor, gain: Tensor) -> nn.Module:
     out.bias += out.weight[:, :, 0, 0] @ mean
     out.weight /= gain.view(1, -1, 1, 1)
     return autoencoder
+
+
+def _unit_conv(channels: int) -> nn.Conv2d:
+    """A 1x1 convolution that changes nothing."""
+    conv = nn.Conv2d(channels, channels, 1)
+    nn.init.dirac_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 def reads_back(pipeline: Pipeline, path: Path, shape: tuple[int, int, int], caption: str = "a red heart") -> None:
