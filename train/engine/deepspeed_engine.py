@@ -20,7 +20,7 @@ from data_pipeline.loading.batch import Batch, DataCursor
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES, EngineConfig
 from train.engine.flops import of_training
-from train.engine.optimizer import AdamW, set_lr
+from train.engine.optimizer import AdamW, set_idle, set_lr
 from train.engine.zero_state import ZeroState
 
 
@@ -77,6 +77,7 @@ class Engine(ZeroState):
             # An infinite loss may have finite gradients: make them NaN too, so that no rank applies the step.
             self.deepspeed.backward(terms.total * torch.where(terms.total.detach().isfinite(), 1.0, torch.nan))
             finite = self._clip_or_drop_gradients()
+            set_idle(self.zero.param_groups, getattr(terms, "idle", None))
             self.deepspeed.step()
             keys += batch.keys
             sums = {name: sums.get(name, 0.0) + value / self.accumulation for name, value in terms.parts.items()}
