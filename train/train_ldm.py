@@ -137,7 +137,7 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
     parts = config["conditioning"].items()
     same["conditioning"] = {name: {k: v for k, v in part.items() if k != "captions"} for name, part in parts}
     encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
-    return {"data": data.fingerprint, **data.mix, **encoders, "streams": config["data"]["streams"], **same}
+    return {**data.identity("data"), **encoders, "streams": config["data"]["streams"], **same}
 
 
 def describe(data: DataSets, batch_size: int, facts: LatentFacts, attention: str) -> None:
