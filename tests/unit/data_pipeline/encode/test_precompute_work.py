@@ -53,7 +53,7 @@ from train.models.conditioning import StoredText
 class Counted:
     """A first stage and a CLIP in one that say how many pictures and captions they were given."""
 
-    stored_as, factor = "moments", 2
+    stored_as, factor, stated_scaling = "moments", 2, None
 
     def __init__(self, fingerprint="a"):
         self.fingerprint, self.pictures, self.captions = fingerprint, 0, []

@@ -17,7 +17,7 @@ from data_pipeline.images import decode
 from data_pipeline.images.decode import UNDECODABLE, to_rgb
 from data_pipeline.images.resize import fitted
 from data_pipeline.shards import codec
-from data_pipeline.shards.data_sets import Input
+from data_pipeline.shards.input_option import Input
 from data_pipeline.shards.manifest import Manifest, find_splits, refuse_latents, refuse_no_heldout
 from data_pipeline.shards.reader import read_shard, read_whole
 from data_pipeline.shards.tar_index import read_index
