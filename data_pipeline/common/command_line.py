@@ -131,8 +131,8 @@ def refusal(name: str, value: str) -> str:
         return f"{name}={value} can't be read, as {unclosed or why}: write {way} for a list, or {as_text} for a text."
     if "," in value and not unclosed:
         return f"{name}={value} can't be read: write a list in brackets, as '{name}=[{value}]'."
-    ways = f'{"close it, or " if unclosed else ""}write "{name}={quoted(value)}" for a text'
-    return f"{name}={value} can't be read, as {unclosed or why}: {ways}."
+    close = "close it, or " if unclosed.endswith("not closed") else ""
+    return f'{name}={value} can\'t be read, as {unclosed or why}: {close}write "{name}={quoted(value)}" for a text.'
 
 
 def why_unclosed(value: str) -> str:
