@@ -20,7 +20,8 @@ from PIL import Image
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
-from data_pipeline.shards.data_sets import DataSets, Input
+from data_pipeline.shards.data_sets import DataSets
+from data_pipeline.shards.input_option import Input
 from train.distributed.ranks import Ranks
 from train.evaluation.reconstruction import latent_statistics, reconstructed, summary_line
 from train.loop.context import TrainedModel, TrainingContext

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -140,12 +140,12 @@ class Engine(ZeroState):
                 master.data.copy_(original)
 
     def flops(self, batch: Batch) -> int:
-        """FLOPs of one step on this rank; `batch` is one of its micro-batches. 0 (unknown) in a run on several buckets,
-        as their steps differ. Collective at stage 3."""
-        if batch.bucket:
-            return 0
+        """FLOPs of one step on this rank; `batch` is one of its micro-batches. Collective at stage 3."""
         batch = batch.to(self.ranks.device)
-        return self.accumulation * of_training(lambda: self.module(batch))
+        # Compiled code can't be counted, and its forward pass without gradients would be another graph.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with eager:
+            return self.accumulation * of_training(lambda: self.module(batch))
 
     @property
     def dtype(self) -> torch.dtype:
