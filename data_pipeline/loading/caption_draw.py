@@ -63,7 +63,7 @@ class CaptionOptions(CaptionEdits):
         if unknown:
             there = f"of {', '.join(names)}" if names else "one caption a sample, without a name"
             have = "has" if len(manifests) == 1 else "have"
-            raise UserError(f"captions: {root} {have} no caption {' and no '.join(unknown)}, but {there}: give those.")
+            raise UserError(f"captions: {root} {have} no caption {' and no '.join(unknown)}, but {there}: use those.")
         edits = [name for name in self.changed() if name != "weights"]
         if edits and any(each.kind == "latents" for each in manifests):
             raise UserError(
