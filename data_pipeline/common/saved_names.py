@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 _MODELS, _CONDITIONERS = "train.models", "train.models.conditioning"
+_PLANES = f"{_MODELS}.plane_conditioners"
+_TEXTS = "data_pipeline.encode.text_conditions"
 _PROCESSES, _PREDICTIONS = "train.diffusion.process", "train.diffusion.parameterization"
 _LOSSES, _SAMPLERS = "train.diffusion.losses", "train.diffusion.samplers"
 
 LIST: Mapping[str, Mapping[str, str]] = {
     "conditions": {
-        "text": "data_pipeline.encode.conditions.Text",
+        "text": f"{_TEXTS}.Text",
+        "text_t5": f"{_TEXTS}.SecondText",
         "label": "data_pipeline.encode.conditions.Label",
         "layout": "data_pipeline.encode.conditions.Layout",
         "image_embedding": "data_pipeline.encode.conditions.ImageEmbedding",
@@ -26,12 +29,13 @@ LIST: Mapping[str, Mapping[str, str]] = {
     },
     "conditioning": {
         "text": f"{_CONDITIONERS}.StoredText",
+        "text_t5": f"{_CONDITIONERS}.SecondStoredText",
         "joint_text": "train.models.text_transformer.JointText",
         "label": f"{_CONDITIONERS}.ClassLabel",
         "layout": f"{_CONDITIONERS}.LayoutTokens",
         "image_embedding": f"{_CONDITIONERS}.ImageTokens",
-        "low_resolution": f"{_CONDITIONERS}.LowResolutionImage",
-        "hole": f"{_CONDITIONERS}.HoleAndRest",
+        "low_resolution": f"{_PLANES}.LowResolutionImage",
+        "hole": f"{_PLANES}.HoleAndRest",
         "size": f"{_MODELS}.size_features.SizeFeatures",
     },
     "unet": {"unet": f"{_MODELS}.unet.UNet"},
@@ -43,6 +47,7 @@ LIST: Mapping[str, Mapping[str, str]] = {
     "clip": {
         "trained": "train.weights.saved.load_clip",
         "stable_diffusion": "train.weights.published.load_text_encoder",
+        "hf": "train.weights.hf_text.load_text_encoder",
     },
     "objective": {"latent_diffusion": "train.objectives.latent_diffusion.LatentDiffusion"},
     "process": {
@@ -81,6 +86,10 @@ LIST: Mapping[str, Mapping[str, str]] = {
 }
 # What has moved: a module, or a name in it, as written in files of earlier versions -> as LIST has it.
 MOVED: Mapping[str, str] = {
+    "train.models.conditioning.LowResolutionImage": f"{_PLANES}.LowResolutionImage",
+    "train.models.conditioning.HoleAndRest": f"{_PLANES}.HoleAndRest",
+    "data_pipeline.conditions.Text": f"{_TEXTS}.Text",
+    "data_pipeline.encode.conditions.Text": f"{_TEXTS}.Text",
     "data_pipeline.conditions": "data_pipeline.encode.conditions",
     "data_pipeline.filters": "data_pipeline.sources.filters",
     "data_pipeline.loader": "data_pipeline.loading.loader",

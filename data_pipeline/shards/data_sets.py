@@ -19,7 +19,7 @@ from data_pipeline.shards.manifest import Manifest, Shard, refuse_no_heldout
 
 ONE, MIX, BUCKETS = "one", "mix", "buckets"  # layouts
 EXAMPLE = "input=[{path: A, weight: 3}, {path: B, weight: 1}]"
-ENCODERS = ("autoencoder", "text_encoder")
+ENCODERS = ("autoencoder", "text_encoder", "text_encoder_2")
 
 
 class DataSet(NamedTuple):

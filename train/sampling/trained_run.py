@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import nn
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import build, checked, read_config, targets_in
+from data_pipeline.encode.encoders import TEXT_ENCODERS
 from data_pipeline.shards.samples import collated
 from train.checkpointing.ema_weights import EmaWeights, ema_weights
-from train.data.build import network_of, used_conditions, uses_clip
+from train.data.build import encoders_used, network_of, used_conditions
 from train.data.latent_facts import LatentFacts
 from train.sampling.generator import ConditionBatch, Generator, generator_of
 
@@ -24,12 +26,13 @@ SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """generator draws pictures; conditions turn samples into the network's conditions, with `image` and `text` as their
-    encoders; config is the run's configuration."""
+    """generator draws pictures; conditions turn samples into the network's conditions, with `image`, `text` (clip=) and
+    `text_encoder` as their encoders; config is the run's configuration."""
 
     generator: Generator
     image: nn.Module
     text: nn.Module | None
+    text_encoder: nn.Module | None
     conditions: Mapping[str, Any]
     facts: LatentFacts
     config: dict[str, Any]
@@ -64,14 +67,10 @@ class TrainedRun:
 
 
 def open_run(
-    run: str,
-    step: str | int,
-    autoencoder_path: str | None = None,
-    clip_path: str | None = None,
-    bucket: str | None = None,
+    run: str, step: str | int, paths: Mapping[str, str | None] = MappingProxyType({}), bucket: str | None = None
 ) -> TrainedRun:
-    """Loads a run with its EMA weights in fp32. Encoder paths default to those used in training. bucket: the size to
-    draw in a run on aspect-ratio buckets; None: that of most of its samples.
+    """Loads a run with its EMA weights in fp32. paths: of encoders, by their groups in conf/, if they have moved since
+    training. bucket: the size to draw in a run on aspect-ratio buckets; None: that of most of its samples.
 
     The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """
@@ -93,16 +92,17 @@ def open_run(
     given = config["conditioning"].items()
     parts = {name: build(entry, "conditioning", f"{where}conditioning.{name}") for name, entry in given}
     network = network_of(unet.arguments, unet.build, parts, facts)
-    autoencoder, clip = (
-        build(with_path(config[name], path), name, name if path else where + name).to(device) if needed else None
-        for name, path, needed in (("autoencoder", autoencoder_path, True), ("clip", clip_path, uses_clip(conditions)))
-    )
-    facts.refuse_other_encoders(autoencoder.fingerprint, clip.fingerprint if clip else None)
+    encoders = {
+        name: encoder_of(config, name, paths.get(name), where).to(device)
+        for name in ("autoencoder", *encoders_used(conditions))
+    }
+    facts.refuse_other_encoders({name: encoder.fingerprint for name, encoder in encoders.items()})
     load(network, weights, where)
     network.to(device).eval().requires_grad_(False)
     objective = make_objective(network=network, latents=facts.latents)
-    generator = generator_of(network, objective, facts, autoencoder, device)
-    return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
+    generator = generator_of(network, objective, facts, encoders["autoencoder"], device)
+    by_role = (encoders["autoencoder"], *(encoders.get(name) for name in TEXT_ENCODERS))
+    return TrainedRun(generator, *by_role, conditions, facts, config, weights.path)
 
 
 def made_by(folder: Path) -> str | None:
@@ -144,6 +144,12 @@ def merged_with_run_config(config: Mapping[str, Any], group: str, given: Mapping
         raise UserError(str(error)) from error
 
 
-def with_path(config: Mapping[str, Any], path: str | None) -> dict[str, Any]:
-    """An encoder's entry, with another path if one is given."""
-    return {**config, **({"path": path} if path else {})}
+def encoder_of(config: Mapping[str, Any], name: str, path: str | None, where: str) -> nn.Module:
+    """An encoder of a run's configuration, from another path if one is given."""
+    entry = {**config.get(name, {}), **({"path": path} if path else {})}
+    return build(entry, "clip" if name in TEXT_ENCODERS else name, name if path else where + name)
+
+
+def encoder_paths(options: Mapping[str, Any]) -> dict[str, str | None]:
+    """The options that say where a run's encoders are now, by their groups in conf/."""
+    return {name: options[f"{name}_path"] for name in ("autoencoder", *TEXT_ENCODERS)}

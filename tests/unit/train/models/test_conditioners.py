@@ -12,13 +12,12 @@ from train.models.conditioning import (
     ClassLabel,
     ConditionedUNet,
     Conditioners,
-    HoleAndRest,
     ImageTokens,
     LayoutTokens,
-    LowResolutionImage,
     StoredText,
     fourier,
 )
+from train.models.plane_conditioners import HoleAndRest, LowResolutionImage
 from train.models.text_transformer import JointText
 from train.models.unet import UNet
 
