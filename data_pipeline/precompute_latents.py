@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> None:
     ordered = sorted(splits.items(), reverse=True)  # train before heldout
     for condition in conditions.values():
         condition.learn(facts_of_samples(ordered[0][1], Manifest.load(ordered[0][1], "image-text")))
-    stop = StopRequest().hear_interrupts()  # now, as what is above may take long and has nothing to save
+    stop = StopRequest()
     for name, path in ordered:
         source = Manifest.load(path, "image-text")
         cut_to = source.fields.get("png", {}).get("shape")

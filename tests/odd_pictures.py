@@ -55,6 +55,38 @@ def erased(data, count=60):
     return data[:middle] + bytes(count) + data[middle + count :]
 
 
+def tiff(bits, white, sample_format, row):
+    """An uncompressed grey TIFF of equal rows. white: its PhotometricInterpretation, 0 (0 is white) or 1."""
+    data = row * SIZE[1]
+    tags = [(256, SIZE[0]), (257, SIZE[1]), (258, bits), (259, 1), (262, white), (273, 8), (277, 1), (278, SIZE[1]),
+            (279, len(data)), (339, sample_format)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def with_nclx(primaries, transfer):
+    """An AVIF with these numbers of ITU-T H.273, and no profile."""
+    data = saved(flat(), "AVIF", quality=100, subsampling="4:4:4")
+    at = data.index(b"colrnclx") + 8
+    return data[:at] + struct.pack(">HH", primaries, transfer) + data[at + 4 :]
+
+
+def adobe_exif(space=65535, index=b"R03\0"):
+    """Exif with a colour space and an interoperability index, as cameras write it for Adobe RGB."""
+    first = struct.pack("<HHHIII", 1, 0x8769, 4, 1, 26, 0)
+    second = struct.pack("<HHHIIHHIII", 2, 0xA001, 3, 1, space, 0xA005, 4, 1, 56, 0)
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + first + second + struct.pack("<HHHI4sI", 1, 1, 2, 4, index, 0)
+
+
+def chromaticities(primaries, white=icc.D65):
+    values = [round(100000 * value) for xy in (white, *primaries) for value in xy]
+    return chunk(b"cHRM", struct.pack(">8I", *values))
+
+
+def embedded(profile):
+    return chunk(b"iCCP", b"p\0\0" + zlib.compress(profile))
+
+
 def frames(kind, **how):
     first, *rest = (flat(colour=c) for c in (PIXEL, (0, 255, 0), (0, 0, 255)))
     return saved(first, kind, save_all=True, append_images=rest, **how)
@@ -103,6 +135,25 @@ TAKEN = {
     "cmyk.jpg": (saved(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (254, 0, 0), ""),
     "linear.png": (
         png(8, 2, bytes(PIXEL) * 16, chunk(b"gAMA", struct.pack(">I", 100000))), (229, 95, 109), "gamma to sRGB"),
+    "no_gamma.png": (
+        png(8, 2, bytes(PIXEL) * 16, chunk(b"gAMA", struct.pack(">I", 1))), PIXEL, "impossible gamma ignored"),
+    "chrm.png": (
+        png(8, 2, bytes(PIXEL) * 16, chunk(b"gAMA", struct.pack(">I", 45455)), chromaticities(icc.P3)), IN_P3,
+        "cHRM to sRGB"),
+    "chrm_of_nothing.png": (png(8, 2, bytes(PIXEL) * 16, chunk(b"cHRM", bytes(32))), PIXEL, ""),
+    "chrm_beside_srgb.png": (
+        png(8, 2, bytes(PIXEL) * 16, chunk(b"sRGB", b"\0"), chromaticities(icc.P3)), PIXEL, ""),
+    "cicp.png": (png(8, 2, bytes(PIXEL) * 16, chunk(b"cICP", b"\x0c\x0d\0\1")), IN_P3, "cICP to sRGB"),
+    "cicp_before_profile.png": (
+        png(8, 2, bytes(PIXEL) * 16, chunk(b"cICP", b"\1\x0d\0\1"), embedded(P3)), PIXEL, ""),
+    "nclx.avif": (with_nclx(12, 13), IN_P3, "nclx to sRGB"),
+    "nclx_video.avif": (with_nclx(1, 1), PIXEL, ""),
+    "adobe_exif.jpg": (saved(flat(), "JPEG", exif=adobe_exif(), **FULL), (233, 24, 34), "Exif's Adobe RGB to sRGB"),
+    "srgb_exif.jpg": (saved(flat(), "JPEG", exif=adobe_exif(1, b"R98\0"), **FULL), PIXEL, ""),
+    "la_16_profile.png": (
+        png(16, 4, b"\x64\x64\xff\xff" * 16, embedded(icc.grey_profile(1.0))), (168,) * 3, ICC),
+    "white_is_0.tif": (tiff(16, 0, 1, bytes(32)), WHITE, ""),
+    "bits_12.tif": (tiff(12, 1, 1, b"\xff" * 24), WHITE, ""),
     "usual_gamma.png": (png(8, 2, bytes(PIXEL) * 16, chunk(b"gAMA", struct.pack(">I", 45455))), PIXEL, ""),
     "rgba.png": (saved(flat("RGBA", (0, 0, 0, 0)), "PNG"), WHITE, "transparency"),
     "half_clear.png": (saved(flat("RGBA", (0, 0, 0, 128)), "PNG"), (127,) * 3, "transparency"),
@@ -166,6 +217,10 @@ ASIDE = {
         b"version https://git-lfs.github.com/spec/v1\n", "not a picture, but a Git LFS pointer: run git lfs"),
     "text.png": (b"not a picture", "not a picture of a known format"),
     "raw.nef": (saved(flat(), "TIFF"), "a camera's raw file, which is not read (NEF"),
+    "hdr.png": (png(8, 2, bytes(PIXEL) * 16, chunk(b"cICP", b"\x09\x10\0\1")), "HDR picture (PQ, in which white"),
+    "hdr.avif": (with_nclx(9, 18), "HDR picture (HLG"),
+    "signed.tif": (tiff(16, 1, 2, b"\xff\x7f" * 16), "picture of signed numbers (what is black"),
+    "bits_32.tif": (tiff(32, 1, 1, b"\xc8\0\0\0" * 16), "grey picture of more than 16 bits"),
     "float.tif": (saved(Image.new("F", SIZE, 0.5), "TIFF"), "picture of floating-point numbers"),
 }  # fmt: skip
 if reads_heic():

@@ -27,6 +27,7 @@ OWNERS = {
         "data_pipeline/images/grid.py",
         "data_pipeline/sources/openmoji.py",
         "data_pipeline/sources/emoji_styles.py",
+        "train/weights/perceptual.py",
     },
     "transformers": {"train/weights/hf_text.py"},
 }

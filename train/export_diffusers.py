@@ -59,14 +59,18 @@ def main(cfg: DictConfig) -> None:
 
 @contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `output` at the end, so that a kill leaves nothing that stops the next start."""
-    for left in output.parent.glob(f"{glob.escape(output.name)}.tmp.*"):
-        if abandoned(left):
-            shutil.rmtree(left)
+    """A temporary folder that becomes `output` at the end, so that a kill leaves nothing that stops the next start; it
+    is removed after an error."""
     folder = output.with_name(f"{output.name}.tmp.{HOST}.{os.getpid()}")
+    for left in output.parent.glob(f"{glob.escape(output.name)}.tmp.*"):
+        if abandoned(left) or left == folder:  # in containers, numbers of processes repeat
+            shutil.rmtree(left)
     folder.mkdir(parents=True)
-    yield folder
-    folder.replace(output)
+    try:
+        yield folder
+        folder.replace(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # not there any more unless something failed
 
 
 def pipeline_of(run: TrainedRun) -> Pipeline:

@@ -52,6 +52,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     refuse_sizes(heldout.shape[1:3], objective.crop if objective.crop_until else 0, autoencoder.factor)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
+    run.config["objective"]["perceptual_space"] = objective.perceptual_space
 
     def actions(context: TrainingContext) -> list[Action]:
         def decibels() -> dict[str, float]:
@@ -62,6 +63,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     adversary = config["objective"].get("adversary") or {}
     identity = {"images": images.fingerprint, **images.mix, "autoencoder": config["autoencoder"], "seed": cfg.seed}
     identity |= {"discriminator": adversary["discriminator"]} if adversary else {}
+    identity |= {"perceptual": objective.perceptual.distance.fingerprint} if objective.perceptual else {}
     weights = fit(TrainedModel("autoencoder", objective, "autoencoder."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)

@@ -65,9 +65,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     objective = make_objective(network=network, latents=facts.latents, seed=cfg.seed)
     run, dtype = RunFolder(cfg.output, "train_ldm", config, ranks), DTYPES[recipe.engine.dtype]
     if ranks.is_main:
-        print(f"attention: {attention_used(network.unet, dtype, ranks)}", flush=True)
-        for line in (mean_in_words(facts), data.describe(cfg.training.batch_size) if len(data) > 1 else ""):
-            print(f"{line}\n" if line else "", end="", flush=True)
+        describe(data, cfg.training.batch_size, facts, attention_used(network.unet, dtype, ranks))
     averaged = copy.deepcopy(network).to(ranks.device, dtype).eval().requires_grad_(False)
     heldout = HeldoutSet.of(unseen.read(read_samples, cfg.validation_samples), data.fractions())
 
@@ -133,16 +131,20 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
-    parts = config[
-        "conditioning"
-    ].items()  # "captions" is part of the recipe's identity, but was not in earlier versions
-    # and so are masks where the data decides
+    # "captions" is part of the recipe's identity, but was not in earlier versions; nor were masks, where the data decides
     same["conditioning"] = {
         name: {k: v for k, v in part.items() if k != "captions" and (k != "mask" or v is not None)}
-        for name, part in parts
+        for name, part in config["conditioning"].items()
     }
     encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
     return {"data": data.fingerprint, **data.mix, **encoders, "streams": config["data"]["streams"], **same}
+
+
+def describe(data: DataSets, batch_size: int, facts: LatentFacts, attention: str) -> None:
+    """Print what a run is trained with, before it begins."""
+    for line in (f"attention: {attention}", mean_in_words(facts), data.describe(batch_size) if len(data) > 1 else ""):
+        if line:
+            print(line, flush=True)
 
 
 def attention_used(unet: nn.Module, dtype: torch.dtype, ranks: Ranks) -> str:

@@ -152,6 +152,8 @@ COMMON: Mapping[str, Any] = {
     "objective.crop": Number,
     "objective.crop_until": NotNegative,
     "objective.shift": Number,
+    "objective.perceptual.weight": NotNegative,
+    "objective.perceptual.weights": Texts,
     "objective.adversary.weight": NotNegative,
     "objective.adversary.start": NotNegative,
     "objective.adversary.discriminator.channels": Count,

@@ -62,6 +62,8 @@ def encode_split(split: SplitToEncode, worker: Worker = Worker(), stop: StopRequ
     done = read_done_markers(split)
     if done:
         print(f"{split.title}: {len(done)} of {len(source.shards)} shards are there already")
+    if stop is not None:
+        stop.hear_interrupts()  # from here on, there is something to save
     progress = encode_missing(split, worker, done, stop)
     if len(progress.done) < len(source.shards):
         if speaks():

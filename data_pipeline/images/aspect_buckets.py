@@ -87,16 +87,27 @@ def automatic(size: int, step: int, widest: float = 2.0) -> tuple[Sides, ...]:
 def geometry(meta: Mapping[str, Any], before: Sides, fit: Fitted) -> dict[str, Any]:
     """A sample's json entries on its picture, (height, width) and (top, left) in pixels, as in SDXL's conditioning.
 
-    original_size is that of the source, if whoever made the shards resized it and recorded it, as img2dataset does.
+    original_size is that of the source, if whoever made the shards resized it and recorded it, as img2dataset does;
+    crop_top_left includes an earlier crop, if make_shards.py recorded it.
     """
     source = meta.get("original_height"), meta.get("original_width")
     original = source if all(isinstance(side, int) and side > 0 for side in source) else before
     return {
         "original_size": list(original),
-        "crop_top_left": list(fit.offset),
+        "crop_top_left": [
+            new + round(old * side / own)
+            for new, old, side, own in zip(fit.offset, earlier_crop(meta), fit.resized, before, strict=True)
+        ],
         "target_size": list(fit.pixels.shape[:2]),
         **{name: moved(meta[name], fit) for name in ("boxes", "hole") if name in meta and cut(fit)},
     }
+
+
+def earlier_crop(meta: Mapping[str, Any]) -> tuple[float, float]:
+    """The (top, left) that was cut off before, as the json records it; (0, 0) if it does not."""
+    found = meta.get("crop_top_left")
+    ok = isinstance(found, list) and len(found) == 2 and all(type(v) in (int, float) and v >= 0 for v in found)
+    return (found[0], found[1]) if ok else (0, 0)
 
 
 def cut(fit: Fitted) -> bool:

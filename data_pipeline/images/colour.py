@@ -1,4 +1,4 @@
-"""Converts a picture's colours to sRGB by its embedded ICC profile, or by a PNG's gamma."""
+"""Converts a picture's colours to sRGB by its ICC profile, or by a PNG's gamma."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms
 
+from data_pipeline.images.colour_tags import TOLERANCE, USUAL_GAMMA, Stated, is_plausible
+
 SAME = 2  # 8-bit levels: a profile that differs less from sRGB counts as sRGB, and the pixels stay as they are
-USUAL_GAMMA, TOLERANCE = 1 / 2.2, 0.02  # of a PNG's gAMA chunk: the value for sRGB
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # a profile's colour space -> Pillow's mode
 BROKEN = "broken ICC profile ignored"
 
@@ -23,23 +24,23 @@ class Colours(NamedTuple):
     converted: str = ""
 
 
-def to_srgb(image: Image.Image, profile: bytes | None, gamma: float | None = None) -> Colours:
+def to_srgb(image: Image.Image, stated: Stated) -> Colours:
     """An opaque picture (L, RGB, CMYK or LAB) in sRGB, as RGB or L. A profile that is broken, or is for other pixels,
     is ignored and reported."""
-    if not profile and image.mode != "LAB":
-        return with_gamma(image, gamma)
+    if not stated.profile and image.mode != "LAB":
+        return with_gamma(image, stated.gamma)
     try:
-        mode, transform = transform_of(profile or lab_profile())
+        mode, transform = transform_of(stated.profile or lab_profile())
         if mode == "RGB" and image.mode == "L":
             if transform is None:
                 return Colours(image)
             image = image.convert("RGB")
         if mode != image.mode:
             raise ImageCms.PyCMSError(f"a profile of {mode} pixels")
-        return Colours(image) if transform is None else Colours(transform.apply(image), "ICC profile to sRGB")
+        return Colours(image) if transform is None else Colours(transform.apply(image), f"{stated.by} to sRGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, KeyError):
         if image.mode == "LAB":
-            return to_srgb(image, lab_profile())._replace(converted=BROKEN)
+            return to_srgb(image, Stated(lab_profile()))._replace(converted=BROKEN)
         return Colours(image, BROKEN)
 
 
@@ -76,8 +77,10 @@ def colours_of(mode: str) -> Image.Image:
 
 def with_gamma(image: Image.Image, gamma: float | None) -> Colours:
     """The pixels, which were stored with a PNG's gamma, in sRGB."""
-    if not gamma or gamma <= 0 or abs(gamma / USUAL_GAMMA - 1) < TOLERANCE or image.mode not in ("L", "RGB"):
+    if gamma is None or abs(gamma / USUAL_GAMMA - 1) < TOLERANCE or image.mode not in ("L", "RGB"):
         return Colours(image)
+    if not is_plausible(gamma):
+        return Colours(image, "impossible gamma ignored")
     linear = np.linspace(0, 1, 256) ** (1 / gamma)
     encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     table = np.round(255 * encoded).astype(np.uint8).tolist()

@@ -21,6 +21,8 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from data_pipeline.common.errors import UserError
 from data_pipeline.images import jpeg
 from data_pipeline.images.colour import to_srgb
+from data_pipeline.images.colour_tags import Stated, stated_colours
+from data_pipeline.images.exif import TURNS, orientation
 from data_pipeline.images.formats import HEAD, RAW, READ, SAVE_AS, UNREAD, formats_for, kind_of, reads_heic
 
 MAX_PIXELS = 64 * 1024 * 1024
@@ -42,13 +44,7 @@ UNDECODABLE = (
     MemoryError,
     Image.DecompressionBombError,
 )
-METADATA_ERRORS = (*UNDECODABLE, TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError)
-ORIENTATION = 0x0112  # EXIF
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+BITS, PHOTOMETRIC, SAMPLE_FORMAT, SIGNED = 258, 262, 339, 2  # TIFF's tags, and a value of the last
 MOVING = ("GIF", "WEBP", "PNG", "AVIF", "HEIF")  # formats whose frames are an animation, not pages
 LOW_BITS = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17}  # Pillow's factors from a PNG's few bits to 8
 Box = tuple[int, int, int]
@@ -76,10 +72,13 @@ class Decoding:
 
 
 class Picture(NamedTuple):
-    """Pixels (H, W, 3) uint8 in sRGB, and the conversions that were made, in words that are counted."""
+    """Pixels (H, W, 3) uint8 in sRGB, and the conversions that were made, in words that are counted. original: (H, W)
+    before it was resized, if it was; offset: (top, left) of what was kept after that."""
 
     pixels: np.ndarray
     converted: tuple[str, ...] = ()
+    original: tuple[int, int] | None = None
+    offset: tuple[int, int] = (0, 0)
 
 
 def colour_of(value: Any) -> Box:
@@ -177,13 +176,15 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 def to_picture(image: Image.Image, how: Decoding) -> Picture:
     """An opened picture, decoded: its first frame, in sRGB, on the background, upright."""
     converted = [frames_of(image, how)]
-    stored = stored_mode(image)  # before `orientation`, which decodes a PNG to look for EXIF after its pixels
-    turn, profile = TURNS.get(orientation(image)), image.info.get("icc_profile")
-    gamma = image.info.get("gamma") if image.format == "PNG" and "srgb" not in image.info else None
-    if image.mode == "RGB" and not profile and turn is None and (pixels := jpeg_pixels(image, how.strict)) is not None:
+    stored, stated = stored_mode(image), stated_colours(image)  # before `orientation`, which may decode the picture
+    turn = TURNS.get(orientation(image))
+    if stated.hdr:
+        raise PictureError(f"HDR picture ({stated.hdr}, in which white is not stated: save it as sRGB)")
+    plain = image.mode == "RGB" and stated == Stated() and turn is None
+    if plain and (pixels := jpeg_pixels(image, how.strict)) is not None:
         return Picture(pixels)  # the usual case, most photographs: no copy
     image, alpha = planes(image, stored, how.strict)
-    image, changed = to_srgb(image, profile, gamma)
+    image, changed = to_srgb(image, stated)
     converted.append(changed)
     image = as_mode(image, "RGB")
     if alpha is not None:
@@ -206,14 +207,6 @@ def frames_of(image: Image.Image, how: Decoding) -> str:
     return "animated, the first frame taken"
 
 
-def orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 if it can't be read: damaged metadata is tolerated."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except METADATA_ERRORS:
-        return 1
-
-
 def planes(image: Image.Image, stored: str, strict: bool) -> tuple[Image.Image, Image.Image | None]:
     """An opened picture's colours (L, RGB, CMYK or LAB, 8 bits) and its opacity (L; None: opaque). stored: its
     `stored_mode`."""
@@ -222,6 +215,8 @@ def planes(image: Image.Image, stored: str, strict: bool) -> tuple[Image.Image, 
         return Image.fromarray(pixels), None
     image.load()
     clear = image.info.get("transparency")
+    if is_signed(image):
+        raise PictureError("picture of signed numbers (what is black is not stated: save it as PNG)")
     if mode.startswith("I"):
         return from_16_bits(image, clear)
     if mode == "F":
@@ -232,8 +227,8 @@ def planes(image: Image.Image, stored: str, strict: bool) -> tuple[Image.Image, 
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if mode in ("RGBa", "La"):
             image = image.convert({"RGBa": "RGBA", "La": "LA"}[mode])
-        if image.mode == "LA":
-            return image.getchannel("L"), image.getchannel("A")
+        if image.mode == "LA" or stored.startswith("LA"):  # Pillow makes RGBA of 16-bit grey with alpha
+            return image.getchannel(0), image.getchannel("A")
         image = as_mode(image, "RGBA")
         return image.convert("RGB"), image.getchannel("A")
     return as_mode(image, mode if mode in ("L", "CMYK", "LAB") else "L" if mode == "1" else "RGB"), None
@@ -256,13 +251,27 @@ def jpeg_pixels(image: Image.Image, strict: bool) -> np.ndarray | None:
 
 
 def from_16_bits(image: Image.Image, clear: Any) -> tuple[Image.Image, Image.Image | None]:
-    """16-bit grey, which Pillow would clip at 255, and its opacity."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
+    """Grey of 9 to 16 bits, which Pillow would clip at 255, and its opacity."""
+    values, (bits, inverted) = np.asarray(image), grey_in_tiff(image)
+    if values.min() < 0 or values.max() > 65535 or bits > 16:
         raise PictureError("grey picture of more than 16 bits (what is white is not stated: save it as PNG)")
-    grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    grey = np.round(values / ((2**bits - 1) / 255)).astype(np.uint8)
+    grey = Image.fromarray(255 - grey if inverted else grey)
     opacity = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)) if isinstance(clear, int) else None
     return grey, opacity
+
+
+def grey_in_tiff(image: Image.Image) -> tuple[int, bool]:
+    """The bits of a TIFF's grey values, and whether 0 is white, which Pillow leaves to us above 8 bits; (16, False) in
+    other formats, where Pillow scales to 16 bits."""
+    if image.format != "TIFF":
+        return 16, False
+    return image.tag_v2.get(BITS, (16,))[0], image.tag_v2.get(PHOTOMETRIC) == 0
+
+
+def is_signed(image: Image.Image) -> bool:
+    """Whether a TIFF's numbers are signed; Pillow reads some of them as if they were not."""
+    return image.format == "TIFF" and SIGNED in np.atleast_1d(image.tag_v2.get(SAMPLE_FORMAT, 1))
 
 
 def stored_mode(image: Image.Image) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,21 +42,24 @@ class Framing:
 
     def applied(self, picture: Picture) -> Picture:
         """The resized picture, (h, w, 3) uint8."""
-        before = picture.pixels.shape[:2]
+        before, offset = picture.pixels.shape[:2], (0, 0)
         after = self.of(before)
         if self.resize == CROP or before == after:
-            pixels = fitted(picture.pixels, after).pixels
+            pixels, _, offset = fitted(picture.pixels, after)
         elif self.resize == STRETCH:
             pixels = resized(picture.pixels, after)
         else:
             pixels = padded(picture.pixels, after, self.background)
-        return picture._replace(pixels=pixels)
+        return picture._replace(pixels=pixels, original=before, offset=offset)
 
-    def facts(self, sides: Sides) -> dict[str, int]:
-        """What the json records of a picture whose aspect ratio or size was changed: its original sides, as
-        img2dataset, for micro-conditioning. Nothing by default, so that shards have the same bytes as in earlier
-        versions."""
-        return {} if self.by_default else {"original_height": sides[0], "original_width": sides[1]}
+    def facts(self, picture: Picture) -> dict[str, Any]:
+        """What the json records of a resized picture, for micro-conditioning: its original sides, as img2dataset, and
+        where it was cropped, if it was. Nothing for drawings; nothing by default, so that shards have the same bytes as
+        in earlier versions."""
+        if self.by_default or picture.original is None:
+            return {}
+        cropped = {"crop_top_left": list(picture.offset)} if any(picture.offset) else {}
+        return {"original_height": picture.original[0], "original_width": picture.original[1], **cropped}
 
 
 def resized(pixels: np.ndarray, sides: Sides) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline.images.decode import Picture, orientation
+from data_pipeline.images.decode import Picture
+from data_pipeline.images.exif import orientation
 
 Sides = tuple[int, int]  # height, width
 TURNED = range(5, 9)  # EXIF: the picture is stored turned on its side

@@ -102,11 +102,13 @@ class ShardCache(NamedTuple):
         return cls(place, int(capacity)) if place else None
 
     def refuse_little_room(self, shards: Sequence[Shard]) -> None:
-        """UserError if the disk has no room for the shards that are not cached yet, at most `capacity` in all."""
-        held = {path.name: status.st_size for status, path in self._files()}
-        missing = sum(s.bytes for s in shards if s.bytes <= self.capacity and f"{s.sha256}.tar" not in held)
-        needed = min(missing, max(self.capacity - sum(held.values()), 0))
-        free = storage.free_bytes(self.folder)
+        """UserError if the disk has no room for the shards that are not cached yet, at most `capacity` in all. Shards
+        that other ranks are fetching count as cached, as their space is allocated already."""
+        free = storage.free_bytes(self.folder)  # before the listing: what is allocated in between counts only as cached
+        files = self._files()
+        held = {path.name.partition(".")[0] for _, path in files}
+        missing = sum(s.bytes for s in shards if s.bytes <= self.capacity and s.sha256 not in held)
+        needed = min(missing, max(self.capacity - sum(status.st_size for status, _ in files), 0))
         if needed > free:
             raise UserError(
                 f"store.cache={self.folder} on {storage.HOST} needs {needed} bytes for shards, and {free} are free: "

@@ -15,18 +15,23 @@ class TokenCounter(Protocol):
     def count_tokens(self, captions: Sequence[str]) -> list[int]: ...
 
 
+REMEMBERED = 2**16  # texts whose length is known: captions repeat, and a whole data set's would fill the memory
+
+
 class CutCaptions:
     """Captions that are longer than `counter` reads; none are counted if it can't count tokens."""
 
     def __init__(self, counter: TokenCounter | None) -> None:
         self.counter = counter if hasattr(counter, "count_tokens") else None
-        self.lengths: dict[str, int] = {}  # texts repeat: each is tokenized once
+        self.lengths: dict[str, int] = {}
         self.found: dict[str, Any] = {}
 
     def add(self, key: str, texts: Iterable[str]) -> None:
         """Count a sample's captions."""
         for text in texts if self.counter is not None else ():
             if text not in self.lengths:
+                if len(self.lengths) == REMEMBERED:
+                    self.lengths.clear()
                 (self.lengths[text],) = self.counter.count_tokens([text])
             if (tokens := self.lengths[text]) > self.counter.context_length:
                 one = {"captions": 1, "context_length": self.counter.context_length, "longest": tokens, "example": key}

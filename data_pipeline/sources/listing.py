@@ -103,9 +103,7 @@ def prepared_sample(item: SourceItem, framing: Framing, filters: Filters, reject
         if reason is None:
             picture = load()
             meta = item.meta | ({"captions": item.captions} if item.captions else {})
-            if item.sides and not framing.by_default:
-                meta = framing.facts(item.sides()[::-1]) | meta
-            members = {"png": picture.pixels, "txt": item.caption, "json": meta}
+            members = {"png": picture.pixels, "txt": item.caption, "json": framing.facts(picture) | meta}
             return Prepared(members, (*picture.converted, *item.converted))
         filters.add(item.key, reason)
     except UNDECODABLE as error:

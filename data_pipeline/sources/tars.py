@@ -68,20 +68,21 @@ def inspected(entry: IndexEntry, data: bytes | mmap.mmap, how: Decoding = Decodi
     if not entry.key.isprintable() or entry.key.startswith("/") or ".." in entry.key.split("/"):
         return Inspected(entry, reason="a name that leads elsewhere, or can't be printed")
     picture, about = picture_in(entry), described(entry, data)
-    read = (picture, "txt", "json") if about.meta is not None else (picture, "txt")
-    kept = IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n in read})
+    names = (picture, "txt", "json") if about.meta is not None else (picture, "txt")
+    kept = IndexEntry(entry.key, {n: m for n, m in entry.members.items() if n in names})
     if picture is None:
         reason, absent = without_picture(entry, about.meta, data)
         return Inspected(kept, reason=reason, absent=absent)
     if about.captions.first is None or about.fault:
         return Inspected(kept, reason=about.captions.why or about.fault)
     try:
-        pixels, converted = codec.read_picture(picture, _bytes(data, entry.members[picture]), how)
+        found = codec.read_picture(picture, _bytes(data, entry.members[picture]), how)
     except DataError as error:
         return Inspected(kept, reason=str(error))
-    sides = pixels.shape[1], pixels.shape[0]
-    found = Candidate(about.captions.first, about.meta or {}, lambda: sides, lambda: pixels)
-    return Inspected(kept, found, converted=(*converted, *about.captions.converted, *others_left_out(entry)))
+    sides = found.pixels.shape[1], found.pixels.shape[0]
+    candidate = Candidate(about.captions.first, about.meta or {}, lambda: sides, lambda: found.pixels)
+    converted = (*found.converted, *about.captions.converted, *others_left_out(entry))
+    return Inspected(kept, candidate, converted=converted)
 
 
 class Described(NamedTuple):

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 from synthetic import metric_rows, run
 
 from train.models.autoencoder import VQModel
+from train.weights.foreign import read_tensors
+from train.weights.perceptual import package_file
 from train.weights.saved import load_autoencoder
 
 pytestmark = pytest.mark.processes
@@ -24,6 +28,7 @@ SHORT = [
 ADVERSARY = [
     "objective/adversary=patchgan", "objective.adversary.start=10", "objective.adversary.discriminator.channels=32",
 ]  # fmt: skip
+PERCEPTUAL = ["objective/perceptual=lpips", "objective.perceptual.weights=package"]
 DTYPES = ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)]  # a minute on a CPU without bf16
 
 
@@ -56,12 +61,29 @@ def test_adversarial_training_at_two_ranks(shards: Path, tmp_path: Path, dtype: 
 
 def test_the_number_of_ranks_does_not_matter(shards: Path, tmp_path: Path) -> None:
     """Right after the adversary's start: what it amplifies later are roundings."""
-    options = [*ADVERSARY, "objective.adversary.start=2", "training.steps=5"]
+    options = [*ADVERSARY, *PERCEPTUAL, "objective.adversary.start=2", "training.steps=5"]
     reference = train(shards, tmp_path / "one", *options, "engine=zero0", ranks=1)
     rows = train(shards, tmp_path / "two", *options, "engine=zero2")
-    for name in ("loss", "gan", "discriminator", "adaptive_weight"):
+    for name in ("loss", "perceptual", "gan", "discriminator", "adaptive_weight"):
         expected = [row[name] for row in reference]
         np.testing.assert_allclose([row[name] for row in rows], expected, rtol=2e-3, err_msg=name)
+    recorded = yaml.safe_load((tmp_path / "two/config.yaml").read_text())
+    assert recorded["objective"]["perceptual_space"] == "ST-LPIPS VGG16"
+    for file in (tmp_path / "two/checkpoints").rglob("*.safetensors"):
+        with safe_open(file, "pt") as checkpoint:
+            assert not [name for name in checkpoint.keys() if "perceptual" in name]  # noqa: SIM118
+
+
+@pytest.mark.exhaustive
+def test_other_perceptual_weights_are_another_run(shards: Path, tmp_path: Path) -> None:
+    train(shards, tmp_path / "run", *PERCEPTUAL, "training.steps=2", ranks=1)
+    state = read_tensors(package_file())
+    torch.save(state | {"lin0.model.1.weight": 2 * state["lin0.model.1.weight"]}, tmp_path / "other.pth")
+    options = [*SHORT, *PERCEPTUAL[:1], f"objective.perceptual.weights={tmp_path / 'other.pth'}", "training.steps=4"]
+    paths = [f"input={shards}", f"output={tmp_path / 'run'}"]
+    done = run("train/train_autoencoder.py", *paths, *options, "training.resume=must", check=False)
+    assert done.returncode == 2
+    assert re.search("error: .*perceptual", done.stderr), done.stderr
 
 
 def test_partitioned_codebook(shards: Path, tmp_path: Path) -> None:
@@ -99,6 +121,7 @@ MISTAKES = {
     ),
     "VQ with a KL weight": (["autoencoder=vq_f4_demo", "objective.kl_weight=1e-4"], "set objective.kl_weight=null"),
     "partitions": (["objective/adversary=patchgan", "engine=zero3"], "needs whole parameters.* use engine=zero2"),
+    "weights": (["objective/perceptual=lpips"], "objective.perceptual.weights must be given"),
     "crops": (["objective/adversary=patchgan", "objective.crop=16"], "crop=16 is too small for the discriminator"),
 }
 

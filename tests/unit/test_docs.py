@@ -90,9 +90,8 @@ def trees(folder):
 
 
 def is_option(parts):
-    """A key of one of the roots, or of one of the options of the group that it begins with."""
-    in_group = any(reaches(tree, parts[1:]) for tree in trees(CONF / parts[0])) if parts[1:] else False
-    return in_group or any(reaches(tree, parts) for tree in trees(CONF))
+    """A key of one of the roots, or of one of the options of the group that it begins with, as objective/perceptual."""
+    return any(reaches(tree, parts[i:]) for i in range(len(parts)) for tree in trees(CONF.joinpath(*parts[:i])))
 
 
 def reaches(tree, parts):

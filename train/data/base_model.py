@@ -81,10 +81,8 @@ def levelled(options: Mapping[str, Any]) -> dict[str, Any]:
     Heads of levels without attention are left out."""
     count = len(options["channels"])
     heads, both = options["heads"], options["self_attention_levels"]
-    attending = [
-        *options["attention_levels"][:-1],
-        True,
-    ]  # the middle block always has attention, with the last level's heads
+    # The middle block always has attention, with the last level's heads.
+    attending = [*options["attention_levels"][:-1], True]
     heads = [heads] * count if isinstance(heads, int) else heads
     shown = {
         "channels": list(options["channels"]),

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,10 +90,17 @@ class OnlineLatents:
             arrays = {name: value.cpu().numpy() for name, value in fields.items()}
             for i, sample in enumerate(part):
                 plain = {name: sample[name] for name in ("key", "caption", "meta")}
-                yield plain | {name: value[i] for name, value in arrays.items()}
+                yield plain | {name: np.asarray(value[i]) for name, value in arrays.items()}  # a length is no array
 
     def facts(self, batches: Iterable[Batch], fold: int, scaling_factor: float | None = None) -> LatentFacts:
         """Facts on the latents; shapes, mean and standard deviation come from these batches of pictures."""
+        codebook = self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None
+        found, conditions = self._measured(batches), {name: made.config() for name, made in self.conditions.items()}
+        facts = LatentFacts(*found, fold, self.fingerprints, conditions, self._null(), codebook)
+        return facts.checked(scaling_factor)
+
+    def _measured(self, batches: Iterable[Batch]) -> tuple[dict[str, list[int]], list[float], list[float]]:
+        """Shapes of the fields; mean and standard deviation of the latents per channel."""
         sums, count, fields = torch.zeros(2, 1, dtype=torch.float64), 0, {}
         for batch in batches:
             fields = self.encoded(batch.tensors["image"], batch.captions)
@@ -100,17 +108,8 @@ class OnlineLatents:
             sums = sums + torch.stack([mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))])
             count += mean.numel() // mean.shape[1]
         mean, square = sums / count
-        facts = LatentFacts(
-            shapes={name: list(value.shape[1:]) for name, value in fields.items()},
-            mean=mean.tolist(),
-            std=(square - mean.square()).sqrt().tolist(),
-            fold=fold,
-            fingerprints=self.fingerprints,
-            conditions={name: condition.config() for name, condition in self.conditions.items()},
-            null=self._null(),
-            codebook=self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None,
-        )
-        return facts.checked(scaling_factor)
+        shapes = {name: list(value.shape[1:]) for name, value in fields.items()}
+        return shapes, mean.tolist(), (square - mean.square()).sqrt().tolist()
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -21,9 +21,8 @@ class TrainState:
     run_id: str = ""
     passed_over: int = 0
     rollbacks: int = 0
-    first_total: int = (
-        0  # total_steps at the run's first start, to which shares refer (run_shares.py); 0: this is the first start
-    )
+    # total_steps at the run's first start, to which shares refer (run_shares.py); 0: this is the first start.
+    first_total: int = 0
 
     def __post_init__(self) -> None:
         self.first_total = self.first_total or self.total_steps

@@ -11,6 +11,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.loading.batch import Batch
 from train.diffusion.randomness import StreamRandom, generator_at
 from train.models.autoencoder import Autoencoder, VQModel
+from train.models.perceptual import PerceptualTerm
 from train.models.quantizer import usage
 from train.objectives.adversary import Adversary
 from train.objectives.terms import LossTerms
@@ -29,7 +30,9 @@ class FirstStageOutput(NamedTuple):
 
 
 class AutoencoderObjective(nn.Module):
-    """L1 + gradient_weight * L1 of finite differences + regularisation [+ adversary].
+    """L1 + gradient_weight * L1 of finite differences [+ perceptual distance] + regularisation [+ adversary].
+
+    The finite differences stand in for a perceptual distance where there are no weights of one.
 
     Regularisation of a KL model: kl_weight * KL per latent value. Of a VQ model: codebook loss + commitment_weight *
     commitment loss + revival_weight * revival of unused codes. None: the constant above; weights of the other kind of
@@ -49,14 +52,16 @@ class AutoencoderObjective(nn.Module):
         crop: int = 0,
         crop_until: int = 0,
         adversary: Adversary | None = None,
+        perceptual: PerceptualTerm | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.quantizes = isinstance(autoencoder, VQModel)
         vq = {"commitment_weight": commitment_weight, "revival_weight": revival_weight}
         _refuse_weights_of_others(autoencoder, {"kl_weight": kl_weight} if self.quantizes else vq)
-        _refuse_crops_without_patches(adversary, crop)
+        _refuse_small_crops(adversary, perceptual, crop)
         self.autoencoder, self.gradient_weight, self.adversary = autoencoder, gradient_weight, adversary
+        self.perceptual = perceptual
         self.kl_weight = KL_WEIGHT if kl_weight is None else kl_weight
         self.commitment_weight = COMMITMENT_WEIGHT if commitment_weight is None else commitment_weight
         self.revival_weight = REVIVAL_WEIGHT if revival_weight is None else revival_weight
@@ -66,6 +71,14 @@ class AutoencoderObjective(nn.Module):
             anchors = torch.randn(autoencoder.codebook.shape, generator=generator, device="cpu")
             self.register_buffer("anchors", anchors, persistent=False)
 
+    @property
+    def perceptual_space(self) -> str:
+        """What stands for perceptual distance in the loss, for records."""
+        if self.perceptual is not None:
+            return self.perceptual.distance.space
+        stand_in = f"L1 of finite differences, weight {self.gradient_weight:g}, stands in"
+        return f"none: {stand_in}" if self.gradient_weight else "none"
+
     def forward(self, batch: Batch) -> LossTerms:
         images = batch.tensors["image"]
         random = StreamRandom(self.seed, batch.step, batch.streams, len(batch) // len(batch.streams), images.device)
@@ -74,6 +87,9 @@ class AutoencoderObjective(nn.Module):
         reconstruction, penalty, parts = through(images.to(self.autoencoder.last_layer.dtype), random)
         l1, edges = (reconstruction - images).abs().mean((1, 2, 3)), gradient_l1(reconstruction, images)
         error = l1 + self.gradient_weight * edges
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual.distance(images, reconstruction)
+            error = error + self.perceptual.weight * parts["perceptual"]
         loss = error + penalty
         total, parts = loss.mean(), {"loss": loss, "l1": l1, "gradient_l1": edges, **parts}
         if self.adversary is not None:
@@ -128,9 +144,12 @@ def _refuse_weights_of_others(autoencoder: nn.Module, weights: dict[str, float |
             )
 
 
-def _refuse_crops_without_patches(adversary: Adversary | None, crop: int) -> None:
-    least = adversary.discriminator.smallest_picture if adversary is not None else 0
-    if crop and crop < least:
-        raise UserError(
-            f"objective.crop={crop} is too small for the discriminator: use at least {least}, or 0 for no crop."
-        )
+def _refuse_small_crops(adversary: Adversary | None, perceptual: PerceptualTerm | None, crop: int) -> None:
+    users = {"discriminator": adversary.discriminator} if adversary is not None else {}
+    users |= {"perceptual distance": perceptual.distance} if perceptual is not None else {}
+    for name, user in users.items():
+        if crop and crop < user.smallest_picture:
+            raise UserError(
+                f"objective.crop={crop} is too small for the {name}: use at least {user.smallest_picture}, or 0 for no "
+                "crop."
+            )

@@ -64,16 +64,20 @@ def from_foreign(
 
 def refuse_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str | Path) -> None:
     """One UserError for all keys that are missing, unknown or of another shape: nothing is loaded partially."""
+    if listed := mismatches(expected, found):
+        raise UserError(f"{where} does not fit this model ({listed}): use the configuration that it was made with.")
+
+
+def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], named: int = NAMED_AT_MOST) -> str:
+    """The keys that are missing, unknown or of another shape, in words, up to `named` of them; "" if there are none."""
     faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     faults += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
     for name in sorted(expected.keys() & found.keys()):
         has, needs = tuple(found[name].shape), tuple(expected[name].shape)
         if has != needs:
             faults.append(f"{name} is {has}, not {needs}")
-    if faults:
-        more = len(faults) - NAMED_AT_MOST
-        listed = "; ".join(faults[:NAMED_AT_MOST]) + (f"; and {more} more" if more > 0 else "")
-        raise UserError(f"{where} does not fit this model ({listed}): use the configuration that it was made with.")
+    more = len(faults) - named
+    return "; ".join(faults[:named]) + (f"; and {more} more" if more > 0 else "")
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:

@@ -33,7 +33,6 @@ class Pipeline:
     scheduler: Mapping[str, Any]
     scaling_factor: float
     vae_facts: Mapping[str, Any]
-    drawn_by_theirs: bool  # whether diffusers' StableDiffusionPipeline can sample with it
     with_sizes: bool = False  # whether the U-Net's vector condition is the pooled text followed by the six sizes
 
     @classmethod
@@ -51,12 +50,17 @@ class Pipeline:
         factor, facts = diffusers.SCALING_FACTOR, {}
         if autoencoder is not None:
             autoencoder, factor, facts = with_one_factor(autoencoder, scaling)
-        whole = autoencoder is not None and not is_vq(autoencoder) and text is not None and scaling.fold == 1
-        fits = (
-            unet.context_dim == (text.context_dim if text else None) and unet.in_channels == unet.conv_out.out_channels
-        )
-        drawn = whole and fits and scheduler["_class_name"] == "DDIMScheduler" and unet.vector_dim is None
-        return cls(unet, autoencoder, text, scheduler, factor, facts, drawn, with_sizes)
+        return cls(unet, autoencoder, text, scheduler, factor, facts, with_sizes)
+
+    @property
+    def drawn_by_theirs(self) -> bool:
+        """Whether diffusers' StableDiffusionPipeline can sample with it; so latents may not be folded."""
+        unet, first_stage = self.unet, self.autoencoder
+        if first_stage is None or is_vq(first_stage) or self.text is None or unet.vector_dim is not None:
+            return False
+        channels = {unet.in_channels, unet.conv_out.out_channels, first_stage.latent_channels}
+        fits = len(channels) == 1 and unet.context_dim == self.text.context_dim
+        return fits and self.scheduler["_class_name"] == "DDIMScheduler"
 
     def refuse_unfit(self, single_file: bool) -> None:
         """One UserError, before anything is written, for all that diffusers or a single file can't represent."""

@@ -16,6 +16,7 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reader import read_shard
 
 SIDES = {"square": (40, 40), "wide": (32, 80), "tall": (61, 30)}  # height, width
+CROPS = {"square": [0, 0], "wide": [0, 10], "tall": [4, 0]}  # of 24x60 and 49x24
 BUCKETS = ["buckets=auto", "size=32", "bucket_step=8"]  # 32x32, 24x40 and 40x24
 
 
@@ -51,7 +52,7 @@ def test_each_picture_gets_the_size_of_its_bucket_and_keeps_it(pictures: Path, t
     for key, (height, width) in shapes.items():
         root = tmp_path / f"latents/{height}x{width}/train"
         (sample,) = read_shard(root, Manifest.load(root).shards[0])
-        assert (sample["__key__"], sample["json"]["crop_top_left"]) == (key, [0, 0])
+        assert (sample["__key__"], sample["json"]["crop_top_left"]) == (key, CROPS[key])
         assert tuple(sample["json"]["original_size"]) == SIDES[key]
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 
+import icc
 import numpy as np
 import odd_pictures as odd
 import pytest
@@ -219,6 +220,24 @@ def test_a_jpeg_has_the_same_pixels_as_by_pillow():
             )
             expected = np.asarray(Image.open(buffer).convert("RGB"))
             np.testing.assert_array_equal(decode_image(buffer.getvalue()), expected)
+
+
+def test_colours_by_numbers_are_those_of_the_definitions():
+    """cICP and cHRM against closed forms, over the whole cube: what no profile says."""
+    colours = np.stack(np.meshgrid(*[np.arange(0, 256, 51)] * 3), -1).reshape(-1, 3).astype(np.uint8)
+    row, size = colours.tobytes(), (len(colours), 1)
+    bt2020 = ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046))
+    cases = (
+        (odd.chunk(b"cICP", b"\x09\x0d\0\1"), bt2020, "srgb"),
+        (odd.chunk(b"cICP", b"\x0c\x08\0\1"), icc.P3, 1.0),
+        (odd.chunk(b"cICP", b"\1\x05\0\1"), ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)), 2.8),
+        (odd.chunk(b"gAMA", (55556).to_bytes(4)) + odd.chromaticities(icc.ADOBE), icc.ADOBE, 1.8),
+    )
+    for chunk, primaries, gamma in cases:
+        got = decode_image(odd.png(8, 2, row, chunk, size=size))[0]
+        expected = np.stack([icc.in_srgb(colour, primaries, gamma) for colour in colours])
+        assert np.abs(got - expected).max() < 2
+        assert np.abs(got - colours.astype(int)).max() > 8
 
 
 def test_heic_without_its_package_is_named(monkeypatch):

@@ -24,7 +24,10 @@ from train.engine.config import EngineConfig
 ALL = sorted(path.stem for path in Path(CONF).glob("*.yaml") if path.stem != "quiet")
 WRONG = ("abc", math.nan, math.inf, -1, 0, [], True)
 # Files of a group that are placed elsewhere than below the group's name.
-PACKAGES = {"objective/adversary": "", "experiment": None, "demo": None, "spacing": None}
+PACKAGES = {
+    "objective/adversary": "", "objective/perceptual": "objective.perceptual.", "experiment": None, "demo": None,
+    "spacing": None,
+}  # fmt: skip
 
 
 def composed(program: str, *overrides: str) -> dict[str, Any]:

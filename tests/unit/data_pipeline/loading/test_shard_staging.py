@@ -99,6 +99,18 @@ def test_room_is_checked_before_anything_is_read(shared, disk, monkeypatch):
     shard_cache.refuse_little_room([Shard(f"{i}.tar", 1, 10**5, f"{i:064d}") for i in range(10**4)])
 
 
+def test_a_shard_that_another_rank_is_fetching_needs_no_second_room(disk, monkeypatch):
+    """Its space is allocated when its copy begins: a rank that starts later must not ask for it again."""
+    disk.mkdir()
+    shards = [Shard(f"{i}.tar", 1, 1000, f"{i:064d}") for i in range(3)]
+    (disk / f"{shards[0].sha256}.tar").write_bytes(bytes(1000))
+    (disk / f"{shards[1].sha256}.tar.tmp.{storage.HOST}.1").write_bytes(bytes(1000))
+    monkeypatch.setattr(storage, "free_bytes", lambda folder: 1000)
+    shard_cache.refuse_little_room(shards)
+    with pytest.raises(UserError, match="needs 2000 bytes for shards, and 1000 are free"):
+        shard_cache.refuse_little_room([*shards, Shard("3.tar", 1, 1000, "3" * 64)])
+
+
 def test_a_name_that_a_node_can_not_resolve_is_refused(monkeypatch):
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.delenv("STORE_CACHE", raising=False)

@@ -14,6 +14,7 @@ from train.diffusion.randomness import StreamRandom
 from train.models.autoencoder import AutoencoderKL, VQModel
 from train.models.clip import CLIP
 from train.models.discriminator import PatchDiscriminator
+from train.models.perceptual import LPIPS, PerceptualTerm
 from train.objectives.adversary import Adversary
 from train.objectives.autoencoder import AutoencoderObjective, gradient_l1
 from train.objectives.contrastive import Contrastive
@@ -116,10 +117,35 @@ def test_a_weight_of_the_other_regularisation_is_refused(request, name, option):
         AutoencoderObjective(model, **{option: 0.1})
 
 
+def test_perceptual_distance_in_the_loss(autoencoder, image_batch, mirrored):
+    """Beside the L1 in the error, against which the adversary is weighed; its network is not a part of the model."""
+    term = PerceptualTerm(LPIPS(), 0.6)
+    objective = AutoencoderObjective(autoencoder, gradient_weight=0.0, perceptual=term, seed=2)
+    batch = image_batch(step=4)
+    without = AutoencoderObjective(autoencoder, gradient_weight=0.0, seed=2)
+    terms, plain = objective(batch), without(batch)
+    images, random = mirrored(batch, 2)
+    posterior = autoencoder.encode(images)
+    got = autoencoder.decode(posterior.sample(random.normal("posterior", posterior.mean.shape[1:])))
+    distance = term.distance(images, got)
+    assert distance.min() > 0
+    torch.testing.assert_close(terms.parts["perceptual"], distance.mean().detach())
+    torch.testing.assert_close(terms.per_sample, plain.per_sample + 0.6 * distance.detach())
+    torch.testing.assert_close(terms.total, plain.total + 0.6 * distance.mean())
+    assert objective.state_dict().keys() == without.state_dict().keys()
+    assert {id(p) for p in objective.parameters()} == {id(p) for p in without.parameters()}
+    assert objective.perceptual_space == "LPIPS VGG16"
+    assert without.perceptual_space == "none"
+    stand_in = AutoencoderObjective(autoencoder, gradient_weight=0.5).perceptual_space
+    assert stand_in == "none: L1 of finite differences, weight 0.5, stands in"
+
+
 def test_crops_that_leave_no_patch_are_refused(autoencoder, adversary):
     with pytest.raises(UserError, match=r"crop=8 .* at least 12"):
         AutoencoderObjective(autoencoder, crop=8, crop_until=9, adversary=adversary)
     AutoencoderObjective(autoencoder, crop=0, adversary=adversary)
+    with pytest.raises(UserError, match=r"crop=8 is too small for the perceptual distance: use at least 16"):
+        AutoencoderObjective(autoencoder, crop=8, crop_until=9, perceptual=PerceptualTerm(LPIPS(), 1.0))
 
 
 def gradients_of(module):

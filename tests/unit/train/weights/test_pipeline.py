@@ -1,5 +1,7 @@
 """A whole model handed over: its scheduler, its scaling, and whether what was written is what it was."""
 
+import os
+
 import pytest
 import torch
 import yaml
@@ -9,7 +11,8 @@ from torch import nn
 
 from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
-from train.export_diffusers import refuse_trained_conditioners
+from data_pipeline.common.storage import HOST
+from train.export_diffusers import refuse_trained_conditioners, written_aside
 from train.models.autoencoder import AutoencoderKL
 from train.models.latents import LatentScaling
 from train.models.unet import UNet
@@ -140,3 +143,16 @@ def test_what_diffusers_has_not_is_refused_before_anything_is_written(pipeline, 
     unet = UNet(channels=(32, 64), attention_levels=(True, False), context_dim=24, vector_dim=5)
     with pytest.raises(UserError, match=r"unet\.vector_dim=null"):
         Pipeline.of(unet, None, None, CHANNELWISE, pipeline.scheduler).refuse_unfit(single_file=False)
+
+
+def test_an_export_is_there_whole_or_not_at_all(tmp_path):
+    """Also after an error; and where a killed export had this process' number, as in a container."""
+    left = tmp_path / f"out.tmp.{HOST}.{os.getpid()}"
+    left.mkdir()
+    (left / "half").write_text("x")
+    with pytest.raises(FileNotFoundError), written_aside(tmp_path / "out") as folder:
+        (folder / "no folder" / "unet").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+    with written_aside(tmp_path / "out") as folder:
+        (folder / "unet").write_text("x")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/unet"]
