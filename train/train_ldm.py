@@ -131,7 +131,7 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
-    # "captions" is part of the recipe's identity, but was not in earlier versions; nor were masks, where the data decides
+    # "captions" is part of the recipe's identity, but was not in earlier versions; no more was a mask that isn't given.
     same["conditioning"] = {
         name: {k: v for k, v in part.items() if k != "captions" and (k != "mask" or v is not None)}
         for name, part in config["conditioning"].items()

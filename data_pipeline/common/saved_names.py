@@ -15,6 +15,11 @@ _PLANES = f"{_MODELS}.plane_conditioners"
 _TEXTS = "data_pipeline.encode.text_conditions"
 _PROCESSES, _PREDICTIONS = "train.diffusion.process", "train.diffusion.parameterization"
 _LOSSES, _SAMPLERS = "train.diffusion.losses", "train.diffusion.samplers"
+_TEXT_ENCODERS = {
+    "trained": "train.weights.saved.load_clip",
+    "stable_diffusion": "train.weights.published.load_text_encoder",
+    "hf": "train.weights.hf_text.load_text_encoder",
+}
 
 LIST: Mapping[str, Mapping[str, str]] = {
     "conditions": {
@@ -44,11 +49,8 @@ LIST: Mapping[str, Mapping[str, str]] = {
         "stable_diffusion": "train.weights.published.load_autoencoder",
         "identity": f"{_MODELS}.autoencoder.Identity",
     },
-    "clip": {
-        "trained": "train.weights.saved.load_clip",
-        "stable_diffusion": "train.weights.published.load_text_encoder",
-        "hf": "train.weights.hf_text.load_text_encoder",
-    },
+    "clip": _TEXT_ENCODERS,
+    "text_encoder": _TEXT_ENCODERS,
     "objective": {"latent_diffusion": "train.objectives.latent_diffusion.LatentDiffusion"},
     "process": {
         "rectified_flow": f"{_PROCESSES}.RectifiedFlow",
@@ -81,7 +83,7 @@ LIST: Mapping[str, Mapping[str, str]] = {
         "AutoencoderKL": f"{_MODELS}.autoencoder.AutoencoderKL",
         "VQModel": f"{_MODELS}.autoencoder.VQModel",
     },
-    "text_encoder": {"CLIP": f"{_MODELS}.clip.CLIP"},
+    "text_model": {"CLIP": f"{_MODELS}.clip.CLIP"},
     "classifier": {"NoisyClassifier": f"{_MODELS}.classifier.NoisyClassifier"},
 }
 # What has moved: a module, or a name in it, as written in files of earlier versions -> as LIST has it.

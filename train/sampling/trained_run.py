@@ -147,7 +147,7 @@ def merged_with_run_config(config: Mapping[str, Any], group: str, given: Mapping
 def encoder_of(config: Mapping[str, Any], name: str, path: str | None, where: str) -> nn.Module:
     """An encoder of a run's configuration, from another path if one is given."""
     entry = {**config.get(name, {}), **({"path": path} if path else {})}
-    return build(entry, "clip" if name in TEXT_ENCODERS else name, name if path else where + name)
+    return build(entry, name, name if path else where + name)
 
 
 def encoder_paths(options: Mapping[str, Any]) -> dict[str, str | None]:
