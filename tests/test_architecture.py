@@ -55,15 +55,17 @@ FOLDERS = {
     "train/loop": "engine checkpointing runs distributed",
     "train/data": "models weights diffusion",  # diffusion: whether a model to start from knows the run's process
     "train/evaluation": "objectives models diffusion runs distributed engine",
-    "train/sampling": "data objectives models diffusion checkpointing runs engine",
+    "train/sampling": "data objectives models diffusion checkpointing runs engine weights",  # weights: of decoder=
 }
 # train/ may import only modules of data_pipeline/ whose names begin with one of these.
 FOR_TRAINING = (
     "common",
     "images",
-    "shards.data_sets",  # what input= of a training names
+    "shards.data_sets",  # one or several data sets that are read as one
+    "shards.input_option",  # what input= of a training names
     "shards.manifest",
     "shards.samples",
+    "shards.caption_edits",  # evaluation edits captions as they were for training
     "shards.json_fields",  # the sizes that a run is conditioned on, and their means
     "shards.provenance",
     "loading.batch",

@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         request_rows(options, cfg.samples_per_prompt),
         size_options(given["negative_size"], "negative_size"),
     )
-    run = open_run(cfg.input, cfg.step, encoder_paths(cfg), cfg.bucket)
+    run = open_run(cfg.input, cfg.step, encoder_paths(cfg), cfg.bucket, cfg.decoder)
     sampler, guidance = (merged_with_run_config(run.config, group, given[group]) for group in ("sampler", "guidance"))
     classifier_guide = guided_by(cfg, run, rows)
     refuse_unused_options(run, rows[0], also=("labels",) if classifier_guide else ())

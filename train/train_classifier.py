@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.loading.batch import Batch, DataCursor
-from data_pipeline.shards.data_sets import BUCKETS, DataSets, Input
+from data_pipeline.shards.data_sets import BUCKETS, DataSets
+from data_pipeline.shards.input_option import Input
 from data_pipeline.shards.samples import collated
 from train.data.joined_facts import facts_of
 from train.data.latent_facts import LatentFacts
@@ -29,6 +30,7 @@ from train.loop.recipe import Recipe
 from train.loop.trainer import Action
 from train.loop.training_entry import on_all_ranks, validation
 from train.models.classifier import NoisyClassifier
+from train.models.latents import OneFactor
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
@@ -47,7 +49,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
             f"{cfg.input} contains aspect-ratio buckets, but a classifier is trained on one: use its folder."
         )
     recipe = Recipe.of(cfg, instantiate, ranks, latents)
-    facts = facts_of(latents, cfg.fold, cfg.scaling_factor)
+    facts = facts_of(latents, cfg.fold, OneFactor.of(cfg))
     if "label" not in facts.shapes:
         raise UserError(f"{latents.root} has no labels: run precompute_latents.py with conditions=[label].")
     sizes = {"in_channels": facts.unet_shape[0], "classes": len(facts.classes("label"))}
@@ -64,6 +66,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         return [validation(context, measured, cfg.validate_every, accuracies)]
 
     same = {name: config[name] for name in ("seed", "fold", "scaling_factor", "classifier", "process", "time_sampling")}
+    same |= {"shift_factor": config["shift_factor"]} if config["shift_factor"] is not None else {}
     model = TrainedModel("classifier", objective, "classifier.")
     identity = {"data": latents.fingerprint, **latents.mix, **same}
     weights = fit(model, recipe, run, identity, actions)

@@ -19,12 +19,13 @@ from torch import nn
 
 from data_pipeline.common import storage
 from data_pipeline.encode.encoders import TEXT_ENCODERS
-from data_pipeline.shards.data_sets import DataSets, Input
+from data_pipeline.shards.data_sets import DataSets
+from data_pipeline.shards.input_option import Input
 from train.data.base_model import refuse_other_noise, unet_to_train
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.data.ldm_inputs import latents_of, refuse_other_encoders, with_base_model_scaling
-from train.data.sizes import at_mean_size, mean_in_words
+from train.data.sizes import mean_in_words
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES
 from train.evaluation.heldout_loss import HeldoutLoss, HeldoutSet
@@ -40,6 +41,7 @@ from train.objectives.latent_diffusion import LatentDiffusion, refuse_unfit
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
+from train.sampling.decoders import with_decoder
 from train.sampling.generator import Sampler, generator_of
 from train.sampling.preview import Preview, preview_parts
 from train.weights.published import load_weights
@@ -76,8 +78,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         found = [Action(cfg.validate_every, with_averaged_weights(context, averaged, validation.measure))]
         if cfg.preview_every:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
+            generator = with_decoder(generator, cfg.preview_decoder, autoencoder, facts)
             parts = preview_parts(generator, facts, data, read_samples, cfg.preview_samples)
-            parts = [part._replace(samples=at_mean_size(part.samples, facts)) for part in parts]
             preview = Preview(parts, sampler, guidance, cfg.seed, run, context.reporter)
             found.append(Action(cfg.preview_every, with_averaged_weights(context, averaged, preview.draw)))
         return found
@@ -121,7 +123,7 @@ def initial_network(config: dict[str, Any], facts: LatentFacts) -> ConditionedUN
     torch.manual_seed(config["seed"])
     network = build_network(config, facts, instantiate)
     if config["start_from"] is not None:
-        load_weights(network, config["start_from"])
+        load_weights(network, config["start_from"], config["start_from_ema"])
     return network
 
 
@@ -131,6 +133,7 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
         name: config[name]
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
+    same |= {name: config[name] for name in ("shift_factor", "start_from_ema") if config[name]}  # later options
     # "captions" is part of the recipe's identity, but was not in earlier versions; no more was a mask that isn't given.
     same["conditioning"] = {
         name: {k: v for k, v in part.items() if k != "captions" and (k != "mask" or v is not None)}

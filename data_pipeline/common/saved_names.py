@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _MODELS, _CONDITIONERS = "train.models", "train.models.conditioning"
-_PLANES = f"{_MODELS}.plane_conditioners"
+_PLANES, _TOKENS = f"{_MODELS}.plane_conditioners", f"{_MODELS}.token_conditioners"
 _TEXTS = "data_pipeline.encode.text_conditions"
 _PROCESSES, _PREDICTIONS = "train.diffusion.process", "train.diffusion.parameterization"
 _LOSSES, _SAMPLERS = "train.diffusion.losses", "train.diffusion.samplers"
@@ -36,9 +36,9 @@ LIST: Mapping[str, Mapping[str, str]] = {
         "text": f"{_CONDITIONERS}.StoredText",
         "text_t5": f"{_CONDITIONERS}.SecondStoredText",
         "joint_text": "train.models.text_transformer.JointText",
-        "label": f"{_CONDITIONERS}.ClassLabel",
-        "layout": f"{_CONDITIONERS}.LayoutTokens",
-        "image_embedding": f"{_CONDITIONERS}.ImageTokens",
+        "label": f"{_TOKENS}.ClassLabel",
+        "layout": f"{_TOKENS}.LayoutTokens",
+        "image_embedding": f"{_TOKENS}.ImageTokens",
         "low_resolution": f"{_PLANES}.LowResolutionImage",
         "hole": f"{_PLANES}.HoleAndRest",
         "size": f"{_MODELS}.size_features.SizeFeatures",
@@ -88,6 +88,9 @@ LIST: Mapping[str, Mapping[str, str]] = {
 }
 # What has moved: a module, or a name in it, as written in files of earlier versions -> as LIST has it.
 MOVED: Mapping[str, str] = {
+    "train.models.conditioning.ClassLabel": f"{_TOKENS}.ClassLabel",
+    "train.models.conditioning.LayoutTokens": f"{_TOKENS}.LayoutTokens",
+    "train.models.conditioning.ImageTokens": f"{_TOKENS}.ImageTokens",
     "train.models.conditioning.LowResolutionImage": f"{_PLANES}.LowResolutionImage",
     "train.models.conditioning.HoleAndRest": f"{_PLANES}.HoleAndRest",
     "data_pipeline.conditions.Text": f"{_TEXTS}.Text",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ class ImageEncoder(Protocol):
     fingerprint: str
     stored_as: str
     factor: int
+    stated_scaling: Mapping[str, Sequence[float]] | None  # mean and std per channel, if its files state them
 
     def encode_stored(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), indices (B, h, w), or pixels (B, 3, H, W)."""

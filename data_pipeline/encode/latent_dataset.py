@@ -143,7 +143,8 @@ def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dic
         "crop": "centre",
         "sizes": split.reader.sizes.described,
         "conditions": conditions_config(encoders),
-        "latents": combined_statistics([part["latents"] for each in parts.values() for part in each]),
+        "latents": combined_statistics([part["latents"] for each in parts.values() for part in each])
+        | ({"stated": encoders.image.stated_scaling} if encoders.image.stated_scaling else {}),
     }
     info |= caption_facts(records, encoders)
     rejects.save(paths.markers_root, "precompute")

@@ -43,6 +43,11 @@ def unet_to_train(
         )
     refuse_absent(start_from)
     options = unet_options_of(start_from, unet["heads"])
+    if unet["heads"] is not None and levelled({**options, "heads": unet["heads"]}) != levelled(options):
+        raise UserError(
+            f"start_from={start_from} has unet.heads={list(options['heads'])}, not {unet['heads']}: leave unet.heads= "
+            "out."
+        )
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     if unet.get("vector_dim") is not None:
         options["vector_dim"] = unet["vector_dim"]  # including the sizes, which the model to start from may lack

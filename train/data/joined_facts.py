@@ -9,13 +9,14 @@ import numpy as np
 
 from data_pipeline.shards.data_sets import BUCKETS, DataSets
 from train.data.latent_facts import LatentFacts
+from train.models.latents import OneFactor
 
 
-def facts_of(data: DataSets, fold: int, scaling_factor: float | None = None) -> LatentFacts:
+def facts_of(data: DataSets, fold: int, scaling: OneFactor | None = None) -> LatentFacts:
     """Facts on one data set, or on several as one. Mean and standard deviation are those of all samples together, as
     precompute would have measured them, independent of the weights of a mix; shapes are those of the set with the most
     samples, and `buckets` has those of each bucket; fingerprints are those that all sets share."""
-    each = [LatentFacts.of(one.root, one.manifest, fold, scaling_factor) for one in data]
+    each = [LatentFacts.of(one.root, one.manifest, fold, scaling) for one in data]
     sizes = [one.manifest.samples for one in data]
     largest = each[max(range(len(sizes)), key=sizes.__getitem__)]
     mean, std = pooled(each, [n * np.prod(facts.latent_shape[1:]) for n, facts in zip(sizes, each, strict=True)])

@@ -23,6 +23,7 @@ from train.data.joined_facts import facts_of
 from train.data.latent_facts import LatentFacts
 from train.data.online_encoding import OnlineLatents, first_batches
 from train.data.sizes import fields_in_json, with_mean_size
+from train.models.latents import OneFactor
 from train.weights import hf_text
 from train.weights.saved import saved_fingerprint
 
@@ -47,14 +48,14 @@ def latents_of(
     """Latents as stored, or encoded from image-text shards during training. make_loader, read: for the stored data."""
     if data.kind == "latents":
         autoencoder = instantiate(config["autoencoder"]) if config["preview_every"] else None
-        facts = facts_of(data, config["fold"], config["scaling_factor"])
+        facts = facts_of(data, config["fold"], OneFactor.of(config))
         if fields := fields_in_json(config, facts):
             facts = with_mean_size(facts, data)
             make_loader, read_samples = (partial(read, json_fields=fields) for read in (make_loader, read_samples))
         return Latents(make_loader, read_samples, autoencoder, facts)
     online = OnlineLatents.of(config, instantiate, device)
     pictures = first_batches(make_loader, config["training"]["batch_size"], config["measured_on"], data.samples)
-    facts = online.facts(pictures, config["fold"], config["scaling_factor"])
+    facts = online.facts(pictures, config["fold"], OneFactor.of(config))
     return Latents(online.loader(make_loader), online.read(read_samples), online.image, facts)
 
 
@@ -101,17 +102,12 @@ def text_fingerprint(encoder: Mapping[str, Any], group: str, instantiate: Instan
 
 def with_base_model_scaling(config: Mapping[str, Any], facts: LatentFacts) -> LatentFacts:
     """Facts with the scaling that the U-Net to start from was trained with: of its run, or one factor if published."""
-    start_from, scaling_factor = config["start_from"], config["scaling_factor"]
+    start_from, scaling = config["start_from"], OneFactor.of(config)
     if start_from is None:
         return facts
     refuse_absent(start_from)
     if not storage.exists(storage.join(start_from, "latents.json")):
-        if scaling_factor is None:
-            raise UserError(
-                f"start_from={start_from} is a published model, which expects latents scaled by one factor: add "
-                "scaling_factor=0.18215 (Stable Diffusion 1.x and 2.x)."
-            )
-        return facts
+        return with_published_scaling(start_from, scaling, facts)
     known = LatentFacts.of_run(Path(start_from))
     for name, was, now in (
         ("autoencoder", known.fingerprints["autoencoder"], facts.fingerprints["autoencoder"]),
@@ -122,13 +118,34 @@ def with_base_model_scaling(config: Mapping[str, Any], facts: LatentFacts) -> La
                 f"start_from={start_from} was trained with {name} {was}, but these latents use {now}: use the same "
                 "for both."
             )
-    if scaling_factor is not None and (facts.mean, facts.std) != (known.mean, known.std):
+    if scaling is not None and (facts.mean, facts.std) != (known.mean, known.std):
         raise UserError(
             f"start_from={start_from} was trained with another scaling of the latents than "
-            f"scaling_factor={scaling_factor}: set scaling_factor=null."
+            f"scaling_factor={scaling.factor:g}: set scaling_factor=null."
         )
     refuse_other_classes(config, known, facts)
     return dataclasses.replace(facts, mean=known.mean, std=known.std)
+
+
+def with_published_scaling(start_from: str, scaling: OneFactor | None, facts: LatentFacts) -> LatentFacts:
+    """Facts with the scaling that the first stage's files state, or with `scaling`; UserError if neither is known, or
+    if they differ: the published U-Net was trained on the stated one."""
+    if scaling is None and not facts.stated:
+        raise UserError(
+            f"start_from={start_from} is a published model, which expects latents scaled by one factor: add "
+            "scaling_factor=0.18215 (Stable Diffusion 1.x and 2.x)."
+        )
+    stated = dict(facts.stated)
+    if scaling is not None and stated:
+        given = scaling.per_channel(len(facts.mean))
+        apart = max(abs(a - b) for name in given for a, b in zip(given[name], stated[name], strict=True))
+        if apart > 1e-4 * max(given["std"]):
+            raise UserError(
+                f"scaling_factor={scaling.factor:g} shift_factor={scaling.shift:g} is not what the first stage of "
+                f"these latents states (mean {stated['mean'][0]:.4g}, std {stated['std'][0]:.5g} in channel 0): set "
+                "scaling_factor=null shift_factor=null to use that."
+            )
+    return dataclasses.replace(facts, **stated) if scaling is None else facts
 
 
 def refuse_other_classes(config: Mapping[str, Any], known: LatentFacts, facts: LatentFacts) -> None:

@@ -19,6 +19,7 @@ from data_pipeline.loading.batch import Batch
 from data_pipeline.shards.samples import collated
 from train.data.build import Instantiate, encoders_used
 from train.data.latent_facts import LatentFacts
+from train.models.latents import OneFactor
 
 # Conditions to encode, by conditioning; all others need facts that precompute learns from a whole data set.
 CONDITIONS: Mapping[str, dict[str, Any]] = {
@@ -92,12 +93,12 @@ class OnlineLatents:
                 plain = {name: sample[name] for name in ("key", "caption", "meta")}
                 yield plain | {name: np.asarray(value[i]) for name, value in arrays.items()}  # a length is no array
 
-    def facts(self, batches: Iterable[Batch], fold: int, scaling_factor: float | None = None) -> LatentFacts:
+    def facts(self, batches: Iterable[Batch], fold: int, scaling: OneFactor | None = None) -> LatentFacts:
         """Facts on the latents; shapes, mean and standard deviation come from these batches of pictures."""
         codebook = self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None
         found, conditions = self._measured(batches), {name: made.config() for name, made in self.conditions.items()}
         facts = LatentFacts(*found, fold, self.fingerprints, conditions, self._null(), codebook)
-        return facts.checked(scaling_factor)
+        return replace(facts, stated=self.image.stated_scaling or {}).checked(scaling)
 
     def _measured(self, batches: Iterable[Batch]) -> tuple[dict[str, list[int]], list[float], list[float]]:
         """Shapes of the fields; mean and standard deviation of the latents per channel."""

@@ -7,7 +7,7 @@ data_pipeline.encode.encoders.ImageEncoder, `latent_channels`, `decode` and `rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,6 +149,7 @@ class Autoencoder(nn.Module):
     """Base of both regularisations: pictures (B, 3, H, W) <-> (B, C, H/f, W/f), f = patch * 2^(levels - 1)."""
 
     fingerprint = ""  # of configuration and weights, if loaded
+    stated_scaling: Mapping[str, Sequence[float]] | None = None  # mean and std per channel, if a loaded folder has them
 
     def __init__(
         self,
@@ -160,6 +161,7 @@ class Autoencoder(nn.Module):
         patch: int = 1,  # pixel-unshuffle before the encoder, pixel-shuffle after the decoder
         attention_levels: Sequence[bool] | None = None,  # attention after each residual block; None: in no level
         channels_last: bool = False,  # memory format of the activations: faster on CPUs and in bf16
+        quant_conv: bool = True,  # 1x1 convolutions next to the latents; SD3's and FLUX' autoencoders have none
         encoded_channels: int | None = None,  # output channels of the encoder; None: latent_channels
     ) -> None:
         super().__init__()
@@ -175,8 +177,8 @@ class Autoencoder(nn.Module):
         trunk = Trunk(list(channels), attention, layers_per_block, norm_groups, mid_attention)
         self.encoder = Encoder(pixels, encoded, trunk)
         self.decoder = Decoder(latent_channels, pixels, trunk)
-        self.quant_conv = nn.Conv2d(encoded, encoded, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.quant_conv = nn.Conv2d(encoded, encoded, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else nn.Identity()
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -276,6 +278,7 @@ class Identity(nn.Module):
     """No first stage: the latents are the pixels, and the diffusion model works in pixel space."""
 
     stored_as, fingerprint, latent_channels, factor = "pixels", "identity", 3, 1
+    stated_scaling: Mapping[str, Sequence[float]] | None = None
 
     def encode_stored(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), unchanged."""

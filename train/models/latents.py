@@ -4,14 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_pipeline.common.errors import UserError
 from train.models.autoencoder import DiagonalGaussian
 
 STORED_AS = ("moments", "indices", "pixels")
+
+
+class OneFactor(NamedTuple):
+    """x0 = factor * (z - shift), the same for all channels, as published models state it (scaling_factor and
+    shift_factor)."""
+
+    factor: float
+    shift: float = 0.0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> OneFactor | None:
+        """From the options scaling_factor and shift_factor; None if neither is set."""
+        factor, shift = config.get("scaling_factor"), config.get("shift_factor")
+        if factor is None and shift is not None:
+            raise UserError(
+                f"shift_factor={shift:g} needs scaling_factor, as x0 = scaling_factor * (latents - shift_factor): add "
+                "scaling_factor=...."
+            )
+        return None if factor is None else cls(factor, shift or 0.0)
+
+    def per_channel(self, channels: int) -> dict[str, list[float]]:
+        """Mean and std of each channel, as LatentScaling takes them."""
+        return {"mean": [self.shift] * channels, "std": [1.0 / self.factor] * channels}
 
 
 class LatentScaling:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,10 +16,12 @@ from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import build, checked, read_config, targets_in
 from data_pipeline.encode.encoders import TEXT_ENCODERS
+from data_pipeline.shards.caption_edits import CaptionEdits
 from data_pipeline.shards.samples import collated
 from train.checkpointing.ema_weights import EmaWeights, ema_weights
 from train.data.build import encoders_used, network_of, used_conditions
 from train.data.latent_facts import LatentFacts
+from train.sampling.decoders import with_decoder
 from train.sampling.generator import ConditionBatch, Generator, generator_of
 
 SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler", "guidance")
@@ -32,17 +35,26 @@ class TrainedRun:
     generator: Generator
     image: nn.Module
     text: nn.Module | None
-    text_encoder: nn.Module | None
     conditions: Mapping[str, Any]
     facts: LatentFacts
     config: dict[str, Any]
     weights: str  # path of the weights file
+    text_encoder: nn.Module | None = None
 
     @property
     def step(self) -> int | str:
         """The step of the checkpoint, or the name of a file from rebuild_ema.py."""
         path = Path(self.weights)
         return int(path.parent.name.removeprefix("step-")) if path.parent.name.startswith("step-") else path.stem
+
+    @property
+    def caption_edits(self) -> CaptionEdits:
+        """How the captions of the pictures were edited before the run was trained on them: by precompute_latents.py, or
+        during training. Tags stay in their own order."""
+        stored = json.loads(self.facts.fingerprints.get("caption_edits", "{}"))
+        online = self.config.get("data", {}).get("captions") or {}
+        names = {field.name for field in fields(CaptionEdits)}
+        return CaptionEdits(**{name: value for name, value in {**online, **stored}.items() if name in names})
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -67,10 +79,15 @@ class TrainedRun:
 
 
 def open_run(
-    run: str, step: str | int, paths: Mapping[str, str | None] = MappingProxyType({}), bucket: str | None = None
+    run: str,
+    step: str | int,
+    paths: Mapping[str, str | None] = MappingProxyType({}),
+    bucket: str | None = None,
+    decoder: str | None = None,
 ) -> TrainedRun:
     """Loads a run with its EMA weights in fp32. paths: of encoders, by their groups in conf/, if they have moved since
-    training. bucket: the size to draw in a run on aspect-ratio buckets; None: that of most of its samples.
+    training. bucket: the size to draw in a run on aspect-ratio buckets; None: that of most of its samples. decoder:
+    path of one to draw with instead.
 
     The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """
@@ -101,8 +118,9 @@ def open_run(
     network.to(device).eval().requires_grad_(False)
     objective = make_objective(network=network, latents=facts.latents)
     generator = generator_of(network, objective, facts, encoders["autoencoder"], device)
-    by_role = (encoders["autoencoder"], *(encoders.get(name) for name in TEXT_ENCODERS))
-    return TrainedRun(generator, *by_role, conditions, facts, config, weights.path)
+    generator = with_decoder(generator, decoder, encoders["autoencoder"], facts)
+    image, text, second = (encoders.get(name) for name in ("autoencoder", *TEXT_ENCODERS))
+    return TrainedRun(generator, image, text, conditions, facts, config, weights.path, second)
 
 
 def made_by(folder: Path) -> str | None:

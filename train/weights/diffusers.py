@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.storage import write_atomically
-from train.models.latents import LatentScaling
 from train.models.size_features import SizeFeatures
 from train.models.unet import UNet
 from train.weights.foreign import load_exactly, read_folder, read_json, write_tensors
@@ -38,13 +37,12 @@ _UNET_FIXED = {
     "class_embeddings_concat": False, "add_attention": True,
 }  # fmt: skip
 _VAE_FIXED = {
-    "act_fn": "silu", "in_channels": 3, "out_channels": 3, "use_quant_conv": True, "use_post_quant_conv": True,
-    "norm_type": "group", "lookup_from_codebook": False, "shift_factor": None,
+    "act_fn": "silu", "in_channels": 3, "out_channels": 3, "norm_type": "group", "lookup_from_codebook": False,
 }  # fmt: skip
 # Entries that don't change the model's function; addition_embed_type_num_heads matters only with addition_embed_type.
 _IGNORED = {
     "sample_size", "upcast_attention", "force_upcast", "addition_embed_type_num_heads", "num_train_timesteps",
-    "scaling_factor", "latents_mean", "latents_std",
+    "scaling_factor", "shift_factor", "latents_mean", "latents_std",
 }  # fmt: skip
 
 
@@ -190,6 +188,8 @@ def autoencoder_config(options: Mapping[str, Any], scaling_factor: float = SCALI
         "mid_block_add_attention": options["mid_attention"],
         "scaling_factor": scaling_factor,
     }
+    if not options.get("quant_conv", True):
+        config |= {"use_quant_conv": False, "use_post_quant_conv": False}
     if "codebook_size" in options:
         config |= {"num_vq_embeddings": options["codebook_size"], "vq_embed_dim": options["latent_channels"]}
     return config
@@ -207,9 +207,11 @@ def autoencoder_arguments(config: Mapping[str, Any], where: str | Path = "config
         "mid_attention": config.get("mid_block_add_attention", True),
         "patch": 1,
         **({"attention_levels": attention} if any(attention) else {}),
+        **({} if config.get("use_quant_conv", True) else {"quant_conv": False}),
         **({"codebook_size": config.get("num_vq_embeddings", 256)} if vq else {}),
     }
     ours = autoencoder_config(options)
+    ours |= {"use_quant_conv": "quant_conv" not in options, "use_post_quant_conv": "quant_conv" not in options}
     width = {"vq_embed_dim": config.get("vq_embed_dim") or options["latent_channels"]} if vq else {}
     _refuse_unmapped({**config, **width}, ours, _VAE_FIXED, where)
     return options
@@ -243,6 +245,11 @@ def component(path: str | Path, names: Sequence[str], classes: Sequence[str]) ->
             if "fingerprint" in config:
                 raise UserError(
                     f"{folder} was trained by this project and is not a diffusers folder: add autoencoder=trained."
+                )
+            if config.get("_class_name") == "AutoencoderTiny":
+                raise UserError(
+                    f"{folder} contains AutoencoderTiny, which only decodes previews here: use decoder=, or the "
+                    "autoencoder that it was made from."
                 )
             raise UserError(
                 f"{folder} contains {config.get('_class_name')}, but must contain one of {', '.join(classes)}."
@@ -278,7 +285,10 @@ def load_unet(path: str | Path) -> UNet:
 def load_autoencoder(path: str | Path) -> nn.Module:
     """The first stage of a diffusers folder: AutoencoderKL or VQModel in eval mode, frozen, with its `fingerprint`."""
     folder, config = component(path, ("vae", "vqvae"), VAE_CLASSES)
-    return frozen_autoencoder(autoencoder_arguments(config, folder / "config.json"), _read_state(folder), folder)
+    scaling = stated_scaling(config, folder / "config.json")
+    autoencoder = frozen_autoencoder(autoencoder_arguments(config, folder / "config.json"), _read_state(folder), folder)
+    autoencoder.stated_scaling = scaling
+    return autoencoder
 
 
 def frozen_autoencoder(options: Mapping[str, Any], state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
@@ -290,11 +300,22 @@ def frozen_autoencoder(options: Mapping[str, Any], state: Mapping[str, Tensor], 
     return autoencoder.eval().requires_grad_(False)
 
 
-def load_scaling(path: str | Path) -> LatentScaling:
-    """diffusers' scaling_factor as our scaling: x0 = z * scaling_factor."""
-    _, config = component(path, ("vae", "vqvae"), VAE_CLASSES)
+def stated_scaling(config: Mapping[str, Any], where: str | Path) -> dict[str, list[float]] | None:
+    """Mean and std per channel with which x0 = (z - mean) / std, as diffusers' configuration states them; None if it
+    has no scaling_factor. UserError for a shift without a scale."""
+    factor, shift = config.get("scaling_factor"), config.get("shift_factor")
+    means, stds = config.get("latents_mean"), config.get("latents_std")
+    if factor is None:
+        if shift is None and means is None and stds is None:
+            return None
+        raise UserError(
+            f"{where} has a shift of the latents but no scaling_factor: add the one that its model card states."
+        )
     channels = config.get("latent_channels", 4)
-    return LatentScaling([0.0] * channels, [1 / config.get("scaling_factor", SCALING_FACTOR)] * channels)
+    means, stds = means or [shift or 0.0] * channels, stds or [1.0] * channels
+    if len(means) != channels or len(stds) != channels:
+        raise UserError(f"{where}: latents_mean and latents_std must have {channels} values, one per latent channel.")
+    return {"mean": [float(mean) for mean in means], "std": [float(std) / factor for std in stds]}
 
 
 def save_unet(folder: Path, unet: UNet, with_sizes: bool = False) -> None:

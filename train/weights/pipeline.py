@@ -168,6 +168,8 @@ def with_one_factor(autoencoder: nn.Module, scaling: LatentScaling) -> tuple[nn.
 def _rescaled(autoencoder: nn.Module, mean: Tensor, gain: Tensor) -> nn.Module:
     """Changes latents z to (z - mean) * gain, in the posterior's mean and log-variance; inverted before the decoder."""
     into, out, channels = autoencoder.quant_conv, autoencoder.post_quant_conv, len(mean)
+    if isinstance(into, nn.Identity):  # SD3's and FLUX' form has no place for a scale
+        into, out = autoencoder.quant_conv, autoencoder.post_quant_conv = _unit_conv(2 * channels), _unit_conv(channels)
     mean, gain = mean.to(into.weight), gain.to(into.weight)
     into.bias[:channels] = (into.bias[:channels] - mean) * gain
     into.bias[channels:] += 2 * gain.log()
@@ -175,6 +177,14 @@ def _rescaled(autoencoder: nn.Module, mean: Tensor, gain: Tensor) -> nn.Module:
     out.bias += out.weight[:, :, 0, 0] @ mean
     out.weight /= gain.view(1, -1, 1, 1)
     return autoencoder
+
+
+def _unit_conv(channels: int) -> nn.Conv2d:
+    """A 1x1 convolution that changes nothing."""
+    conv = nn.Conv2d(channels, channels, 1)
+    nn.init.dirac_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 def reads_back(pipeline: Pipeline, path: Path, shape: tuple[int, int, int], caption: str = "a red heart") -> None:

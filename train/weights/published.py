@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from train.weights import diffusers, open_clip, stable_diffusion
 from train.weights.foreign import load_exactly
 from train.weights.shapes import unet_options
 
+log = logging.getLogger(__name__)
+
 _UNSEEN = ("heads", "norm_groups")  # options that change a U-Net's function but not the shapes of its weights
 
 
 def unet_options_of(path: str | Path, heads: Any = None) -> dict[str, Any]:
     """The U-Net's keyword arguments for a diffusers folder, a CompVis single file or a run of train_ldm.py, without
-    reading its weights. heads: needed for a single file of an unpublished model, as shapes don't determine them."""
+    reading its weights. heads: those of a single file of an unpublished model, as shapes don't show them."""
     path = Path(path)
     if path.is_file():
         options = {"vector_dim": None, "self_attention_levels": None, "norm_groups": stable_diffusion.NORM_GROUPS}
@@ -38,9 +41,15 @@ def unet_options_of(path: str | Path, heads: Any = None) -> dict[str, Any]:
     return diffusers.unet_arguments(config, folder / "config.json")
 
 
-def load_weights(network: ConditionedUNet, path: str) -> None:
+def load_weights(network: ConditionedUNet, path: str, averaged: bool = False) -> None:
     """Starts a U-Net from a diffusers folder, a CompVis single file, or the EMA weights of a run of train_ldm.py; from
-    a run, also its trained conditioners, if any. One UserError names all that does not fit."""
+    a run, also its trained conditioners, if any. One UserError names all that does not fit. averaged: of a CompVis
+    training checkpoint, its EMA weights."""
+    if averaged and not Path(path).is_file():
+        raise UserError(
+            f"start_from_ema=true is for CompVis files, but start_from={path} is a folder: set start_from_ema=false (a "
+            "run's EMA weights are always used)."
+        )
     learns_sizes = network.conditioner.needs_vector
     if (Path(path) / "config.yaml").exists():
         weights = _of_run(network.unet, Path(path))
@@ -50,15 +59,17 @@ def load_weights(network: ConditionedUNet, path: str) -> None:
                 weights = {**weights, **{f"unet.{name}": value for name, value in grown.items()}}
             load_exactly(network, weights, path)
             return
-    load_unet_weights(network.unet, path, learns_sizes)
+    load_unet_weights(network.unet, path, learns_sizes, averaged)
 
 
-def load_unet_weights(unet: UNet, path: str, learns_sizes: bool = False) -> None:
-    """Loads the U-Net only. learns_sizes: whether it is conditioned on sizes; the one at `path` need not be."""
+def load_unet_weights(unet: UNet, path: str, learns_sizes: bool = False, averaged: bool = False) -> None:
+    """Loads the U-Net only. learns_sizes: whether it is conditioned on sizes; the one at `path` need not be. averaged:
+    as in `load_weights`."""
     if Path(path).is_file():
         with torch.device("meta"):  # single files have no vector condition
             known = UNet(**{**unet_options(unet), "vector_dim": None}) if learns_sizes else unet
-        state = stable_diffusion.unet_state(known, stable_diffusion.read_unet(path), path)
+        state = stable_diffusion.unet_state(known, stable_diffusion.read_unet(path, averaged), path)
+        _say_which(path, averaged)
     elif (Path(path) / "config.yaml").exists():
         weights = _of_run(unet, Path(path))
         state = _below("unet.", weights) or weights  # older runs stored only the U-Net
@@ -67,6 +78,14 @@ def load_unet_weights(unet: UNet, path: str, learns_sizes: bool = False) -> None
         _refuse_other_function(unet, diffusers.unet_arguments(config, folder), path)
         state = diffusers.read_unet_state(path)
     load_exactly(unet, _with_sizes(unet, state) if learns_sizes else state, path)
+
+
+def _say_which(path: str, averaged: bool) -> None:
+    """Log whether raw or averaged weights of a file are used, if it holds both."""
+    if averaged:
+        log.info("start_from=%s: its averaged weights (model_ema.*)", path)
+    elif stable_diffusion.has_averaged(path):
+        log.info("start_from=%s: its raw weights; start_from_ema=true uses its averaged ones", path)
 
 
 def _with_sizes(unet: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

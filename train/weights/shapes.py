@@ -55,6 +55,8 @@ def autoencoder_options(autoencoder: nn.Module) -> dict[str, Any]:
     attention = [len(getattr(level, "attentions", None) or ()) > 0 for level in encoder.down_blocks]
     if any(attention):
         options["attention_levels"] = attention
+    if isinstance(autoencoder.quant_conv, nn.Identity):
+        options["quant_conv"] = False
     if is_vq(autoencoder):
         options["codebook_size"] = autoencoder.quantize.embedding.weight.shape[0]
     return options

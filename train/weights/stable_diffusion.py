@@ -27,6 +27,7 @@ from train.weights.foreign import (
     to_foreign,
     write_tensors,
 )
+from train.weights.published_heads import published_heads
 from train.weights.shapes import autoencoder_options, make_autoencoder, unet_options
 
 NORM_GROUPS = 32  # fixed in CompVis' models
@@ -47,7 +48,9 @@ def unet_map(unet: UNet) -> list[TensorMapping]:
     """Every parameter of our U-Net and CompVis' name for it, without prefix. Works on the meta device."""
     if unet.vector_dim is not None:
         raise UserError("CompVis' files of Stable Diffusion hold no text and size vector: leave single_file= out.")
-    _refuse_no_counterpart(unet_config(unet_options(unet)))
+    options = unet_options(unet)
+    one_head = [1] * len(options["channels"])  # any number of heads can be written, as files do not show it
+    _refuse_no_counterpart(unet_config({**options, "heads": one_head}))
     per_level = len(unet.down_blocks[0].resnets) + 1
     carried = []
     for name in unet.state_dict():
@@ -151,8 +154,13 @@ def read_unet(path: str | Path, averaged: bool = False) -> dict[str, Tensor]:
         return {name.removeprefix(UNET): state[name] for name in names}
     places = {name: AVERAGED + name.removeprefix(UNET).replace(".", "") for name in names}
     if not all(place in state for place in places.values()):
-        raise UserError(f"{path} has no EMA weights of the whole U-Net: load it with averaged=False.")
+        raise UserError(f"{path} has no EMA weights of the whole U-Net: use its raw ones (start_from_ema=false).")
     return {name.removeprefix(UNET): state[place] for name, place in places.items()}
+
+
+def has_averaged(path: str | Path) -> bool:
+    """Whether a file also holds EMA weights of the U-Net."""
+    return any(name.startswith(AVERAGED) for name in tensor_shapes(Path(path))[0])
 
 
 def unet_shapes(path: str | Path) -> dict[str, Tensor]:
@@ -170,7 +178,7 @@ def unet_state(unet: UNet, state: Mapping[str, Tensor], where: str | Path) -> di
 
 
 def load_unet(path: str | Path, averaged: bool = False, heads: int | Sequence[int] | None = None) -> UNet:
-    """A single file's U-Net. heads: one number, or one per level; needed if it is not one of the published models."""
+    """A single file's U-Net. heads: one number, or one per level, if it is not one of the published models."""
     state = read_unet(path, averaged)
     with torch.device("meta"):
         unet = UNet(**unet_arguments(state, path, heads))
@@ -181,7 +189,8 @@ def load_unet(path: str | Path, averaged: bool = False, heads: int | Sequence[in
 def unet_arguments(
     state: Mapping[str, Tensor], where: str | Path, heads: int | Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Our keyword arguments, inferred from a U-Net's names and shapes."""
+    """Our keyword arguments, inferred from a U-Net's names and shapes. heads: of a U-Net that is not a published
+    one."""
     if not {"input_blocks.0.0.weight", "input_blocks.1.0.out_layers.3.weight", "out.2.weight"} <= state.keys():
         raise UserError(f"{where} has no complete U-Net in CompVis' format: use another file.")
     if "label_emb.0.0.weight" in state:
@@ -210,25 +219,23 @@ def unet_arguments(
         "layers_per_block": layers,
         "context_dim": context_dim,
         "attention_levels": attention,
-        "heads": _published_heads(channels, context_dim, where) if heads is None else heads,
+        "heads": _heads(channels, context_dim, heads, where),
         "transformer_depth": len(blocks),
         "linear_projection": projection is not None and projection.dim() == 2,
     }
 
 
-def _published_heads(channels: Sequence[int], context_dim: int | None, where: str | Path) -> int | list[int]:
-    """Heads of the published model with this context width: None is LDM's unconditional model, 512 its ImageNet model,
-    1280 its text-to-image model; 768 is Stable Diffusion 1.x, 1024 is 2.x."""
-    head_width, heads = {None: 32, 1024: 64}.get(context_dim), {512: 1, 768: 8, 1280: 8}.get(context_dim)
-    if head_width is not None and all(width % head_width == 0 for width in channels):
-        return [width // head_width for width in channels]
-    if heads is None:
+def _heads(
+    channels: Sequence[int], context_dim: int | None, heads: int | Sequence[int] | None, where: str | Path
+) -> int | list[int]:
+    """Those of the published U-Net with these widths, else `heads`; UserError if neither is known."""
+    known = published_heads(channels, context_dim)
+    if known is None and heads is None:
         raise UserError(
             f"{where} is not a published U-Net (channels {list(channels)}, context {context_dim}), and its number of "
-            "heads can't be inferred from its weights: build the U-Net from its configuration, and use the file as "
-            "start_from."
+            "heads can't be inferred from its weights: add unet.heads=..., one number or one per level."
         )
-    return heads
+    return known or (heads if isinstance(heads, int) else list(heads))
 
 
 def load_autoencoder(path: str | Path) -> nn.Module:
@@ -255,13 +262,14 @@ def autoencoder_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     attention = [f"encoder.down.{level}.attn.0.norm.weight" in state for level in range(levels)]
     codebook = state.get("quantize.embedding.weight")
     return {
-        "latent_channels": state["post_quant_conv.weight"].shape[1],
+        "latent_channels": state["decoder.conv_in.weight"].shape[1],
         "channels": [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)],
         "layers_per_block": layers,
         "norm_groups": NORM_GROUPS,
         "mid_attention": "encoder.mid.attn_1.norm.weight" in state,
         "patch": 1,
         **({"attention_levels": attention} if any(attention) else {}),
+        **({} if "post_quant_conv.weight" in state else {"quant_conv": False}),
         **({"codebook_size": codebook.shape[0]} if codebook is not None else {}),
     }
 

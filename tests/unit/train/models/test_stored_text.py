@@ -14,12 +14,12 @@ from train.diffusion.guidance import ClassifierFreeGuidance
 from train.diffusion.parameterization import Velocity
 from train.diffusion.process import DiscreteVP
 from train.models.conditioning import (
-    ClassLabel,
     ConditionedUNet,
     Conditioners,
     SecondStoredText,
     StoredText,
 )
+from train.models.token_conditioners import ClassLabel
 from train.models.unet import UNet
 
 DIM, LENGTHS = 24, (3, 1, 5)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.common.errors import DataError, UserError
+from train.models.conditioning import ConditionedUNet
 from train.models.unet import UNet
 from train.weights import diffusers, stable_diffusion
 from train.weights.foreign import to_foreign
-from train.weights.published import load_autoencoder, load_unet_weights
+from train.weights.published import load_autoencoder, load_unet_weights, load_weights
 from train.weights.shapes import unet_options
 
 pytestmark = pytest.mark.slow
@@ -116,7 +117,7 @@ def test_first_stages_there_and_back(unet, first_stage, tmp_path, sha256, same_w
 
 def test_save_load_save_is_the_identity(unet, first_stage, tmp_path, sha256, same_weights):
     stable_diffusion.save_single_file(tmp_path / "a" / "x.safetensors", unet, first_stage)
-    loaded = stable_diffusion.load_unet(tmp_path / "a" / "x.safetensors")
+    loaded = stable_diffusion.load_unet(tmp_path / "a" / "x.safetensors", heads=unet.heads)
     stage = load_autoencoder(str(tmp_path / "a" / "x.safetensors"))
     assert same_weights(loaded, unet)
     assert same_weights(stage, first_stage)
@@ -146,8 +147,8 @@ def test_averaged_weights(unet, tmp_path, same_weights):
     averaged = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1 for name, value in state.items()}
     extra = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5), "betas": torch.ones(9)}
     torch.save({"state_dict": {**state, **averaged, **extra}, "global_step": 7}, tmp_path / "x.ckpt")
-    assert same_weights(stable_diffusion.load_unet(tmp_path / "x.ckpt"), unet)
-    plus_one = stable_diffusion.load_unet(tmp_path / "x.ckpt", averaged=True).state_dict()
+    assert same_weights(stable_diffusion.load_unet(tmp_path / "x.ckpt", heads=unet.heads), unet)
+    plus_one = stable_diffusion.load_unet(tmp_path / "x.ckpt", averaged=True, heads=unet.heads).state_dict()
     for name, value in unet.state_dict().items():
         torch.testing.assert_close(plus_one[name], value + 1)
     torch.save({"state_dict": state}, tmp_path / "without.ckpt")
@@ -164,6 +165,45 @@ def test_starting_from_a_single_file(unet, tmp_path, same_weights):
         narrow = UNet(**{**unet_options(unet), "layers_per_block": 3})
         with pytest.raises(UserError, match=r"input_blocks\.\d+\.0\.\S+ is missing"):
             load_unet_weights(narrow, str(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize(("averaged", "said"), [(False, "its raw weights; start_from_ema=true"), (True, "averaged")])
+def test_the_start_is_raw_or_averaged_and_says_which(sd1_unet, tmp_path, averaged, said, caplog):
+    state = stable_diffusion.single_file_state(sd1_unet, None)
+    ema = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1 for name, value in state.items()}
+    torch.save({"state_dict": {**state, **ema}}, tmp_path / "x.ckpt")
+    target = UNet(**unet_options(sd1_unet))
+    with caplog.at_level("INFO"):
+        load_unet_weights(target, str(tmp_path / "x.ckpt"), averaged=averaged)
+    torch.testing.assert_close(target.conv_in.weight, sd1_unet.conv_in.weight + averaged)
+    assert said in caplog.text
+    with pytest.raises(UserError, match="start_from_ema=true is for CompVis files"):
+        load_weights(ConditionedUNet(target, None), str(tmp_path), averaged=True)
+
+
+PUBLISHED_HEADS = {  # model_channels, channel_mult, context_dim: heads by level, from the models' own configurations
+    "cin256": (256, (1, 2, 4), 512, [8, 16, 32]),
+    "cin256-v2": (192, (1, 2, 3, 5), 512, [1, 1, 1, 1]),
+    "layout2img-openimages256": (128, (1, 2, 3, 4), 512, [4, 8, 12, 16]),
+    "semantic_synthesis256": (128, (1, 4, 8), None, [8, 8, 8]),
+    "rdm768x768": (448, (1, 2, 3, 4), 768, [14, 28, 42, 56]),
+    "celebahq256": (224, (1, 2, 3, 4), None, [7, 14, 21, 28]),
+    "text2img256": (192, (1, 2, 3, 5), 640, [6, 12, 18, 30]),
+    "txt2img-large": (320, (1, 2, 4, 4), 1280, [8, 8, 8, 8]),
+    "sd1": (320, (1, 2, 4, 4), 768, [8, 8, 8, 8]),
+    "sd2": (320, (1, 2, 4, 4), 1024, [5, 10, 20, 20]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_HEADS)
+def test_heads_of_published_models(name):
+    width, factors, context_dim, heads = PUBLISHED_HEADS[name]
+    options = {"channels": [width * factor for factor in factors], "attention_levels": [True] * len(factors)}
+    with torch.device("meta"):
+        unet = UNet(**options, context_dim=context_dim, transformer_depth=int(context_dim is not None), heads=heads)
+        state = to_foreign(stable_diffusion.unet_map(unet), unet.state_dict())
+    assert stable_diffusion.unet_arguments(state, name)["heads"] == heads
+    assert stable_diffusion.unet_arguments(state, name, heads=2)["heads"] == heads  # what was published, not a guess
 
 
 def test_heads_that_no_shape_tells_must_be_given(tmp_path):
@@ -188,7 +228,7 @@ def test_a_key_that_is_off_is_named(sd1_unet, first_stage, tmp_path, change):
     save_file(state, tmp_path / "x.safetensors")
     words = {"missing": " is missing", "surplus": r"\.more is unknown", "shape": r" is \(3,\), not \(\d+,\)"}[change]
     with pytest.raises(UserError, match=rf"time_embed\.2\.bias{words}"):
-        stable_diffusion.load_unet(tmp_path / "x.safetensors")
+        stable_diffusion.load_unet(tmp_path / "x.safetensors", heads=8)
     with pytest.raises(UserError, match=rf"decoder\.up\.1\.block\.0\.conv2\.bias{words}"):
         stable_diffusion.load_autoencoder(tmp_path / "x.safetensors")
 
@@ -236,7 +276,7 @@ def test_a_trainers_own_objects_in_a_checkpoint_are_passed_over(sd1_unet, tmp_pa
     finally:
         for name in (*parents, module.__name__):
             del sys.modules[name]
-    assert same_weights(stable_diffusion.load_unet(path), sd1_unet)
+    assert same_weights(stable_diffusion.load_unet(path, heads=8), sd1_unet)
 
 
 def test_files_that_are_none(tmp_path):
