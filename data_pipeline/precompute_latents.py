@@ -31,7 +31,7 @@ from data_pipeline.encode.text_conditions import choose_encoders
 from data_pipeline.encode.workers import worker_of
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.shards.arrays import DTYPES
-from data_pipeline.shards.manifest import Manifest, find_splits
+from data_pipeline.shards.manifest import Manifest, find_splits, parent, refuse_latents
 from data_pipeline.shards.reader import read_shard
 from data_pipeline.shards.samples import as_sample
 
@@ -43,6 +43,7 @@ def main(cfg: DictConfig) -> None:
     if storage.absolute(cfg.output) == storage.absolute(cfg.input):
         raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the latents.")
     edits = instantiate(cfg.captions)
+    refuse_latents(cfg.input)
     splits = find_splits(cfg.input)
     device = chosen_device(cfg.device)
     conditions = instantiate(cfg.conditions, _convert_="all")
@@ -61,17 +62,40 @@ def main(cfg: DictConfig) -> None:
     stop = StopRequest()
     for name, path in ordered:
         source = Manifest.load(path, "image-text")
-        cut_to = source.fields.get("png", {}).get("shape")
-        if cfg.buckets and cut_to:
-            print(
-                f"precompute: make_shards.py has cut the pictures of {path} to squares of {cut_to[0]}, so all of "
-                "them fall into one bucket; index_shards.py keeps pictures whole."
-            )
+        if said := note_on_sizes(cfg.buckets, path, source) or note_on_one_split(cfg.input, name):
+            print(f"precompute: {said}")
         sizes = sizes_of(cfg.size or source.info.get("size"), cfg.buckets, cfg.bucket_step, image.factor)
         base = base_of(cfg.base, name, encoders, sizes.described) if cfg.base else None
         reader = ShardReader(path, encoders, sizes, base, cfg.decoders or usable_cpus())
         split = SplitToEncode(name, source, OutputPaths(cfg.output, name, sizes.split), reader, cfg.max_aside_fraction)
         encode_split(split, worker, stop)
+
+
+def note_on_sizes(buckets: Any, path: str, source: Manifest) -> str:
+    """What the sizes of the shards mean for those of the latents, if it may be unexpected; "" otherwise."""
+    cut_to, made_with = source.fields.get("png", {}).get("shape"), source.info.get("made_with") or {}
+    if buckets and cut_to:
+        return (
+            f"make_shards.py has cut the pictures of {path} to squares of {cut_to[0]}, so all of them fall into one "
+            "bucket; make_shards.py buckets=... or index_shards.py keeps pictures whole."
+        )
+    if made_with.get("buckets") and not buckets:
+        there = {name: made_with[name] for name in ("buckets", "size", "bucket_step") if name in made_with}
+        same = " ".join(f"{name}={value}" for name, value in there.items()).replace("', '", ",").replace("'", "")
+        return (
+            f"make_shards.py has made the pictures of {path} with {same}, but without buckets= they are all cut to "
+            f"squares now; to keep them whole, add {same}, and choose another output=."
+        )
+    return ""
+
+
+def note_on_one_split(given: str, name: str) -> str:
+    """A sentence if input= is one split of a data set; "" otherwise."""
+    folder, last = parent(given), given.rstrip("/").rpartition("/")[2]
+    splits = ("train", "heldout")
+    if name or last not in splits or not all(storage.exists(f"{folder}/{each}/manifest.json") for each in splits):
+        return ""
+    return f"{given} is one split of a data set, but training needs both: use input={folder}."
 
 
 def text_encoders_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> dict[str, TextEncoder]:

@@ -94,7 +94,7 @@ def opened(root: str, shards: str | None) -> list[DataSet]:
     for name, path in sorted(found.items(), reverse=True):  # train before heldout
         split = name.rpartition("/")[2]
         if shards and split not in sources:
-            raise UserError(f"shards={shards} has no {split or 'manifest'}: give the data set {path} was made from.")
+            raise UserError(f"shards={shards} has no {split or 'manifest'}: use the data set {path} was made from.")
         manifest, findings = Manifest("damaged", ()), Findings()
         try:
             manifest = Manifest.load(path)
@@ -192,7 +192,7 @@ def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None
         if has != mark:
             data.findings.add(
                 "fingerprints",
-                f"{data.root} was made with {name} {has}, not {mark}: give what made it ({options}), or {AGAIN}.",
+                f"{data.root} was made with {name} {has}, not {mark}: use what made it ({options}), or {AGAIN}.",
             )
 
 

@@ -97,7 +97,7 @@ def refuse_other_layout(paths: OutputPaths) -> None:
     other = paths._replace(bucketed=not paths.bucketed)
     if storage.exists(storage.join(other.markers_root, "precompute.json")):
         how = "buckets" if other.bucketed else "one size"
-        raise UserError(f"{paths.output} was begun with {how}: give those sizes, or choose another output=.")
+        raise UserError(f"{paths.output} was begun with {how}: use those sizes, or choose another output=.")
 
 
 def refuse_pictures(paths: OutputPaths) -> None:
@@ -189,7 +189,7 @@ def common_fields(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if part["fields"] != first["fields"]:
             raise DataError(
                 f"pictures of {part['shard']['name']} and {first['shard']['name']} in {root} are not of one size: "
-                "give size= or buckets=auto, and another output=."
+                "set size= or buckets=auto, and another output=."
             )
     return first["fields"]
 

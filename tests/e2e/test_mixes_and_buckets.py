@@ -160,7 +160,7 @@ MISTAKES = {
     "a weight for some": ("[{{path: {folder}/a, weight: 2}}, {folder}/b]", "/b has no weight, but the others have"),
     "a word for a weight": ("[{{path: {folder}/a, weight: much}}]", "weight=much of"),
     "an unknown key": ("[{{path: {folder}/a, wieght: 2}}]", "has wieght: an entry has path and weight only"),
-    "no path": ("[{{weight: 2}}]", "is not a data set: give its path and weight"),
+    "no path": ("[{{weight: 2}}]", "is not a data set: write its path and weight"),
     "an empty list": ("[]", "use a folder, or a list"),
     "twice the same": ("[{folder}/a, {folder}/a/]", "twice: name it once, and give it a larger weight"),
     "other encoders": ("[{folder}/a, {folder}/other]", "the autoencoder is none in the first and xyz in the second"),

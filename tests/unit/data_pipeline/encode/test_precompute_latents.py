@@ -30,7 +30,7 @@ from data_pipeline.shards.tar_index import read_index
 class Halves:
     """Moments by averaging 2x2 pixels; stops the process, so to say, when `stop_after` batches are done."""
 
-    stored_as, factor = "moments", 2
+    stored_as, factor, stated_scaling = "moments", 2, None
 
     def __init__(self, fingerprint="image", stop_after=None):
         self.fingerprint, self.batches, self.stop_after = fingerprint, 0, stop_after

@@ -54,7 +54,7 @@ from train.models.conditioning import StoredText
 class Counted:
     """A first stage and a CLIP in one that say how many pictures and captions they were given."""
 
-    stored_as, factor = "moments", 2
+    stored_as, factor, stated_scaling = "moments", 2, None
 
     def __init__(self, fingerprint="a"):
         self.fingerprint, self.pictures, self.captions = fingerprint, 0, []
@@ -193,13 +193,13 @@ def test_pictures_of_another_size_are_named(tmp_path, picture):
     images = write(tmp_path / "images", samples)
     precompute(images, tmp_path / "aside", using(), fraction=0.2)
     assert (
-        "a picture of 12x12 beside a picture of 8x8: give size="
+        "a picture of 12x12 beside a picture of 8x8: set size="
         in (tmp_path / "aside/aside/precompute.jsonl").read_text()
     )
     precompute(images, tmp_path / "fitted", using(), size=12)
     assert Manifest.load(tmp_path / "fitted").samples == 6
     apart = write(tmp_path / "apart", [(f"{i:03d}", picture(i, 8 + 4 * (i // 6)), "a", {}) for i in range(12)])
-    with pytest.raises(DataError, match="not of one size: give size="):
+    with pytest.raises(DataError, match="not of one size: set size="):
         precompute(apart, tmp_path / "apart_out", using())
 
 
@@ -327,7 +327,7 @@ def test_each_stage_accounts_for_what_it_was_given(tmp_path, picture):
     images = write(tmp_path / "images", samples, info={"accounting": before, "made_with": {"size": 8}})
     precompute(images, tmp_path / "out", using(), fraction=0.2)
     info = Manifest.load(tmp_path / "out").info
-    reason = "a picture of 12x12 beside a picture of 8x8: give size="
+    reason = "a picture of 12x12 beside a picture of 8x8: set size="
     assert info["accounting"] == {"listed": 12, "processed": 11, "filtered": {}, "set_aside": {reason: 1}}
     assert "made_with" not in info
 

@@ -41,7 +41,7 @@ LETTERS = 12
 class Counted:
     """A first stage and a text encoder that remember what they were given; exact arithmetic, for fixed bytes."""
 
-    stored_as, factor, fingerprint, context_length = "moments", 2, "a", 20
+    stored_as, factor, stated_scaling, fingerprint, context_length = "moments", 2, None, "a", 20
 
     def __init__(self):
         self.pictures, self.captions = 0, []
