@@ -71,7 +71,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
         return [validation(context, measured, cfg.validate_every, decibels)]
 
-    identity = {"images": images.fingerprint, **images.mix, "autoencoder": config["autoencoder"], "seed": cfg.seed}
+    identity = {**images.identity("images"), "autoencoder": config["autoencoder"], "seed": cfg.seed}
     identity |= discriminator_of(config)
     identity |= {"perceptual": objective.perceptual.distance.fingerprint} if objective.perceptual else {}
     identity |= {"start_from": base.identity, "train": cfg.objective.train} if base else {}

@@ -22,9 +22,9 @@ FIRST_STAGE = {"channels": [8, 16, 16], "layers_per_block": 1, "norm_groups": 4,
 FEW = ["training.batch_size=8", "training.log_every=1", "validate_every=null", "training.wandb_project=null"]
 LDM = ["experiment=unconditional", "unet.channels=[8,16]", "unet.norm_groups=4", "unet.heads=2", "unet.in_channels=4",
        "unet.out_channels=4", "fold=1", "preview_every=2", "preview_samples=2", "sampler.steps=2"]  # fmt: skip
-ADVERSARY = ["objective/adversary=patchgan", "objective.adversary.start=1", "objective.adversary.discriminator.layers=2",
-             "objective.adversary.discriminator.channels=32"]  # fmt: skip
-DRAW = ["samples_per_prompt=2", "sampler.steps=2", "device=cpu"]
+ADVERSARY = ["objective/adversary=patchgan", "objective.adversary.start=1",
+             "objective.adversary.discriminator.layers=2", "objective.adversary.discriminator.channels=32"]  # fmt: skip
+DRAW = ["samples_per_prompt=2", "sampler.steps=2"]
 
 
 @pytest.fixture(scope="module")
