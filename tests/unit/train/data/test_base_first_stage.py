@@ -1,11 +1,16 @@
 """What a first stage takes over from another one: weights and options from every form, and its refusals."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from entered import entered
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
+from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
 from train.data.base_first_stage import FROM_START, BaseFirstStage
 from train.models.autoencoder import AutoencoderKL, VQModel
@@ -87,9 +92,12 @@ def test_a_sentence_before_anything_is_read(option, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_from_start_is_for_training_first_stages_only(tmp_path):
-    done = entered("data_pipeline/precompute_latents", "input=x", f"output={tmp_path}", "autoencoder=from_start")
-    assert (done.code, "is only for train_autoencoder.py" in done.error) == (2, True), done.error
+def test_from_start_is_for_training_first_stages_only():
+    """What any other script builds from conf/autoencoder/from_start.yaml."""
+    with pytest.raises(
+        UserError, match=r"is only for train_autoencoder\.py, with start_from=: use autoencoder=trained"
+    ):
+        instantiate(yaml.safe_load((Path(CONF) / "autoencoder/from_start.yaml").read_text()))
 
 
 def test_a_tuned_decoder_has_the_fingerprint_of_its_latents(tmp_path):
