@@ -21,12 +21,13 @@ from data_pipeline.common.stop_request import StopRequest
 from data_pipeline.encode.base_dataset import base_of
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
-from data_pipeline.encode.conditions import Condition, refuse_text_alone, use_clip
-from data_pipeline.encode.encoders import TextEncoder
+from data_pipeline.encode.conditions import Condition, refuse_text_alone
+from data_pipeline.encode.encoders import TEXT_ENCODERS, TextEncoder
 from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.text_conditions import choose_encoders
 from data_pipeline.encode.workers import worker_of
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.shards.arrays import DTYPES
@@ -46,9 +47,15 @@ def main(cfg: DictConfig) -> None:
     splits = find_splits(cfg.input)
     device = chosen_device(cfg.device)
     conditions = instantiate(cfg.conditions, _convert_="all")
-    image, text = instantiate(cfg.autoencoder).to(device), clip_for(cfg, conditions)
-    text = CaptionCache(text.to(device), cfg.batch_size, cfg.caption_cache_size) if text is not None else None
-    encoders = Encoders(image, text, conditions, device, cfg.batch_size, cfg.dtype, cfg.flips, edits)
+    image, loaded = instantiate(cfg.autoencoder).to(device), text_encoders_for(cfg, conditions)
+    cached = {
+        name: CaptionCache(encoder.to(device), cfg.batch_size, cfg.caption_cache_size)
+        for name, encoder in loaded.items()
+    }
+    how = (conditions, device, cfg.batch_size, cfg.dtype, cfg.flips, edits)
+    encoders = Encoders(image, cached.get("clip"), *how, cached.get("text_encoder"))
+    for condition in conditions.values():
+        condition.settle(encoders)
     ordered = sorted(splits.items(), reverse=True)  # train before heldout
     for condition in conditions.values():
         condition.learn(facts_of_samples(ordered[0][1], Manifest.load(ordered[0][1], "image-text")))
@@ -91,14 +98,13 @@ def note_on_one_split(given: str, name: str) -> str:
     return f"{given} is one split of a data set, but training needs both: use input={folder}."
 
 
-def clip_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> TextEncoder | None:
-    """The CLIP, if a condition needs one."""
-    if not use_clip(conditions, cfg.clip):
-        return None
-    clip = instantiate(cfg.clip)
+def text_encoders_for(cfg: DictConfig, conditions: Mapping[str, Condition]) -> dict[str, TextEncoder]:
+    """The text encoders that the conditions need, by their groups in conf/: clip, text_encoder."""
+    used = choose_encoders(conditions, {name: cfg[name] for name in TEXT_ENCODERS if name in cfg})
+    loaded = {name: instantiate(cfg[name]) for name in used}
     if any(condition.uses_image_tower for condition in conditions.values()):
-        refuse_text_alone(clip)  # here, before the output is claimed
-    return clip
+        refuse_text_alone(loaded["clip"])  # here, before the output is claimed
+    return loaded
 
 
 def facts_of_samples(path: str, source: Manifest) -> Iterator[dict[str, Any]]:

@@ -24,9 +24,10 @@ from data_pipeline.common.program_options import PROGRAMS
 PROMPTS = ("prompts", "negative_prompt", "labels")
 PATHS = (
     "input", "output", "shards", "base", "start_from", "single_file", "images", "prompts_file", "autoencoder.path",
-    "autoencoder_path", "decoder", "preview_decoder", "clip.path", "clip_path", "classifier.path", "store.cache",
-    "store.endpoint", "source.path", "source.table", "source.file", "source.caption", "source.encoding",
-    "training.checkpoints", "training.scratch", "training.wandb_project", "project", "run_id",
+    "autoencoder_path", "decoder", "preview_decoder", "clip.path", "clip_path", "text_encoder.path",
+    "text_encoder_path", "classifier.path", "store.cache", "store.endpoint", "source.path", "source.table",
+    "source.file", "source.caption", "source.encoding", "training.checkpoints", "training.scratch",
+    "training.wandb_project", "project", "run_id",
 )  # fmt: skip
 TEXTS = (*PROMPTS, *PATHS, "step")
 FLAGS = (

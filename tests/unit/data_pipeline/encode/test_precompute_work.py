@@ -26,12 +26,13 @@ from data_pipeline.common.threads import Prefetcher, ordered_map
 from data_pipeline.encode.base_dataset import base_of
 from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item, encode_batch
 from data_pipeline.encode.caption_cache import CaptionCache
-from data_pipeline.encode.conditions import Hole, ImageEmbedding, Label, LowResolution, Text
+from data_pipeline.encode.conditions import Hole, ImageEmbedding, Label, LowResolution
 from data_pipeline.encode.encoders import TextStates
 from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.text_conditions import Text
 from data_pipeline.encode.workers import Worker, worker_of
 from data_pipeline.images.aspect_buckets import automatic, geometry, sizes_of
 from data_pipeline.images.decode import Picture
@@ -39,7 +40,7 @@ from data_pipeline.images.framing import Framing
 from data_pipeline.images.pixels import psnr
 from data_pipeline.images.resize import fitted
 from data_pipeline.loading.loader import read_dataset
-from data_pipeline.precompute_latents import clip_for
+from data_pipeline.precompute_latents import text_encoders_for
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import unusable
 from data_pipeline.shards.manifest import Manifest
@@ -302,9 +303,9 @@ def test_a_text_encoder_without_an_image_tower_is_not_taken_for_a_clip(picture):
         encode_batch(items, torch.zeros(1, 3, 8, 8), encoders)
     # And before the output is claimed:
     cfg = OmegaConf.create({"clip": {"_target_": "precompute_process.table_at", "path": "somewhere"}})
-    assert clip_for(cfg, {"text": Text()}).fingerprint == "table"
+    assert text_encoders_for(cfg, {"text": Text()})["clip"].fingerprint == "table"
     with pytest.raises(UserError, match="needs a CLIP with an image tower"):
-        clip_for(cfg, {"text": Text(), "image_embedding": ImageEmbedding()})
+        text_encoders_for(cfg, {"text": Text(), "image_embedding": ImageEmbedding()})
 
 
 def test_the_last_line_says_what_was_encoded_copied_and_there(tmp_path, picture, capsys):

@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.encode.conditions import Label, Layout, Text
+from data_pipeline.encode.conditions import Label, Layout
 from data_pipeline.encode.size_condition import Size
+from data_pipeline.encode.text_conditions import Text
 from data_pipeline.images import decode
 from data_pipeline.images.resize import fitted
 from train.evaluate_ldm import as_trained_on, at_size, usable
