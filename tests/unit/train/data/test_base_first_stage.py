@@ -95,7 +95,7 @@ def test_a_sentence_before_anything_is_read(option, tmp_path):
 def test_from_start_is_for_training_first_stages_only():
     """What any other script builds from conf/autoencoder/from_start.yaml."""
     with pytest.raises(
-        UserError, match=r"is only for train_autoencoder\.py, with start_from=: use autoencoder=trained"
+        InstantiationException, match=r"is only for train_autoencoder\.py, with start_from=: use autoencoder=trained"
     ):
         instantiate(yaml.safe_load((Path(CONF) / "autoencoder/from_start.yaml").read_text()))
 
