@@ -92,6 +92,7 @@ COMMON: Mapping[str, Any] = {
     "clip.text.width": Count,
     "clip.text.layers": Count,
     "clip.text.heads": Count,
+    "unet.zero_init": bool,
     "unet.in_channels": Count,
     "unet.out_channels": Count,
     "unet.channels": Sequence[Count],
