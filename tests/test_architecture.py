@@ -64,6 +64,7 @@ FOR_TRAINING = (
     "shards.data_sets",  # what input= of a training names
     "shards.manifest",
     "shards.samples",
+    "shards.caption_edits",  # evaluation edits captions as they were for training
     "shards.json_fields",  # the sizes that a run is conditioned on, and their means
     "shards.provenance",
     "loading.batch",

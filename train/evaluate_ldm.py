@@ -72,7 +72,7 @@ def pictures_of(cfg: DictConfig, run: TrainedRun) -> tuple[list[dict[str, Any]],
     heldout = heldout[: cfg.heldout_captions]
     refuse_sizes(train, cfg.shards)
     listed = len(train) + len(heldout)
-    train, heldout = usable(run, train), usable(run, heldout)
+    train, heldout = (usable(run, as_trained_on(run, samples)) for samples in (train, heldout))
     if not train:
         raise UserError(
             f"shards={cfg.shards}: no picture has the conditions of this run; use the shards that its latents were "
@@ -81,6 +81,12 @@ def pictures_of(cfg: DictConfig, run: TrainedRun) -> tuple[list[dict[str, Any]],
     if left_out := listed - len(train) - len(heldout):
         print(f"evaluate_ldm: {left_out} of {listed} pictures lack a condition of this run, and are left out")
     return train, heldout
+
+
+def as_trained_on(run: TrainedRun, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples with their captions edited as for the run's training."""
+    edits = run.caption_edits
+    return [{**s, "caption": edits.edited(s["caption"]) if s["caption"] else ""} for s in samples]
 
 
 def refuse_other_shards(run: TrainedRun, shards: str) -> None:

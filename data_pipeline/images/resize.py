@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline.images.decode import Picture
 from data_pipeline.images.exif import orientation
 
 Sides = tuple[int, int]  # height, width
@@ -42,8 +41,3 @@ def upright_sides(image: Image.Image) -> tuple[int, int]:
     """Width and height after the rotation that to_picture makes; only the header is read."""
     width, height = image.size
     return (height, width) if orientation(image) in TURNED else (width, height)
-
-
-def centre_square(picture: Picture, size: int) -> Picture:
-    """The picture's middle, (size, size, 3) uint8."""
-    return picture._replace(pixels=fitted(picture.pixels, (size, size)).pixels)

@@ -119,7 +119,7 @@ class SampleReader:
     def _texts(self, place: Place, shard: OpenShard, entry: IndexEntry) -> dict[str, Any]:
         """A sample without its arrays."""
         text = {name: entry.members[name] for name in ("txt", "json") if name in entry.members and name in self.fields}
-        return as_sample(entry.key, self._decoded(place, shard, entry, text))
+        return as_sample(entry.key, self._decoded(place, shard, text))
 
     def _in_json(self, place: Place, meta: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The fields in a sample's json, which is decoded anyway for the caption."""
@@ -144,7 +144,7 @@ class SampleReader:
             entry = shard.entries[place.sample]
             if lacking := others.keys() - entry.members.keys():
                 raise self._naming(place, f"it lacks {', '.join(sorted(lacking))}")
-            found = self._decoded(place, shard, entry, {own: entry.members[own] for own in others})
+            found = self._decoded(place, shard, {own: entry.members[own] for own in others})
             sample = sample | {others[own].removesuffix(".npy"): value for own, value in found.items()}
         return sample if sample["caption"] == caption.text else {**sample, "caption": caption.text}
 
@@ -157,7 +157,7 @@ class SampleReader:
         wanted = {name: member for name, member in entry.members.items() if name in self.fields}
         if lacking := self._lacking(wanted):
             raise self._naming(place, f"it lacks {lacking}")
-        members = self._decoded(place, shard, entry, wanted)
+        members = self._decoded(place, shard, wanted)
         sample = as_sample(entry.key, members, size_of(self.numbered[place.shard][1].manifest))
         sample |= self._in_json(place, sample["meta"])
         cost = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
@@ -166,7 +166,7 @@ class SampleReader:
             self.room -= cost
         return sample
 
-    def _decoded(self, place: Place, shard: OpenShard, entry: IndexEntry, members: Mapping[str, Any]) -> dict[str, Any]:
+    def _decoded(self, place: Place, shard: OpenShard, members: Mapping[str, Any]) -> dict[str, Any]:
         fields = self._fields(place)
         try:
             return {

@@ -93,7 +93,7 @@ class Table:
         if data is not None:
             given = embedded(data, Path(name).suffix[1:], self.how)
         elif unusable:
-            given = {"load": functools.partial(absent, path), "sides": functools.partial(absent, path)}
+            given = {"load": absent, "sides": absent}
         else:
             given, tried = in_file(path, self.how), str(path)
         others = {n: number_in(v) for n, v in row.cells.items() if n not in (self.file, *self.names)}
@@ -154,6 +154,6 @@ def sides_of(data: bytes, extension: str) -> tuple[int, int]:
         return upright_sides(image)
 
 
-def absent(path: Path, framing: Framing | None = None) -> Any:
-    """The `load` of a picture that the table names but the folder lacks."""
+def absent(framing: Framing | None = None) -> Any:
+    """The `load` and `sides` of a picture that the table names but the folder lacks."""
     raise PictureError("missing picture")

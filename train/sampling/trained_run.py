@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import build, checked, read_config, targets_in
+from data_pipeline.shards.caption_edits import CaptionEdits
 from data_pipeline.shards.samples import collated
 from train.checkpointing.ema_weights import EmaWeights, ema_weights
 from train.data.build import network_of, used_conditions, uses_clip
@@ -41,6 +43,15 @@ class TrainedRun:
         """The step of the checkpoint, or the name of a file from rebuild_ema.py."""
         path = Path(self.weights)
         return int(path.parent.name.removeprefix("step-")) if path.parent.name.startswith("step-") else path.stem
+
+    @property
+    def caption_edits(self) -> CaptionEdits:
+        """How the captions of the pictures were edited before the run was trained on them: by precompute_latents.py, or
+        during training. Tags stay in their own order."""
+        stored = json.loads(self.facts.fingerprints.get("caption_edits", "{}"))
+        online = self.config.get("data", {}).get("captions") or {}
+        names = {field.name for field in fields(CaptionEdits)}
+        return CaptionEdits(**{name: value for name, value in {**online, **stored}.items() if name in names})
 
     @property
     def picture_size(self) -> tuple[int, int]:

@@ -35,8 +35,9 @@ from data_pipeline.encode.split_encoder import encode_split
 from data_pipeline.encode.workers import Worker, worker_of
 from data_pipeline.images.aspect_buckets import automatic, geometry, sizes_of
 from data_pipeline.images.decode import Picture
+from data_pipeline.images.framing import Framing
 from data_pipeline.images.pixels import psnr
-from data_pipeline.images.resize import centre_square, fitted
+from data_pipeline.images.resize import fitted
 from data_pipeline.loading.loader import read_dataset
 from data_pipeline.precompute_latents import clip_for
 from data_pipeline.shards import codec
@@ -137,7 +138,7 @@ def test_sizes_that_cannot_be_get_a_sentence(size, buckets, sentence):
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40), (16, 16), (31, 97), (8, 200)])
 def test_a_square_is_the_one_that_make_shards_cuts(picture, shape):
     pixels = np.resize(picture(1, 64), (*shape, 3))
-    np.testing.assert_array_equal(fitted(pixels, (16, 16)).pixels, centre_square(Picture(pixels), 16).pixels)
+    np.testing.assert_array_equal(fitted(pixels, (16, 16)).pixels, Framing(16).applied(Picture(pixels)).pixels)
 
 
 def test_what_was_cut_is_noted_and_boxes_move_with_it():

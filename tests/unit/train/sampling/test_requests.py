@@ -13,7 +13,7 @@ from data_pipeline.encode.conditions import Label, Layout, Text
 from data_pipeline.encode.size_condition import Size
 from data_pipeline.images import decode
 from data_pipeline.images.resize import fitted
-from train.evaluate_ldm import at_size, usable
+from train.evaluate_ldm import as_trained_on, at_size, usable
 from train.models.classifier import NoisyClassifier
 from train.sample_images import guided_by, new_folder
 from train.sampling.requests import (
@@ -27,7 +27,7 @@ from train.sampling.requests import (
     title,
     with_negative_size,
 )
-from train.sampling.trained_run import open_run
+from train.sampling.trained_run import TrainedRun, open_run
 from train.weights.saved import save_model
 
 
@@ -246,3 +246,20 @@ def test_evaluation_draws_at_the_mean_whatever_the_jsons_say():
         assert sized().conditions["size"].encode([seen], None, None)["size"].tolist() == [expected]
         assert seen["meta"]["group"] == "fox"
     assert at_size(SimpleNamespace(conditions={}), told, {}) is told
+
+
+@pytest.mark.parametrize(
+    ("stored", "online", "expected"),
+    [
+        ({}, None, "red fox, b, c"),
+        ({"caption_edits": '{"prefix": "a drawing of ", "first_tags": 2, "tag_orders": 3}'}, {"prefix": ""},
+         "a drawing of red fox, b"),
+        ({}, {"prefix": "", "suffix": " on white", "shuffle_tags": True, "weights": None}, "red fox, b, c on white"),
+    ],
+)  # fmt: skip
+def test_a_run_is_evaluated_with_captions_as_it_was_trained_on(make_facts, stored, online, expected):
+    """Edits of precompute_latents.py (captions.prefix=) and of training on pictures (data.captions.suffix=)."""
+    facts = make_facts(fingerprints=stored)
+    run = TrainedRun(None, None, None, {}, facts, {"data": {"captions": online}} if online else {}, "ema")
+    samples = as_trained_on(run, [{"key": "k", "caption": "red fox, b, c"}, {"key": "l", "caption": ""}])
+    assert [sample["caption"] for sample in samples] == [expected, ""]
