@@ -49,7 +49,8 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """torch's fused AdamW (Loshchilov & Hutter 2019). Biases, norms and other vectors have no weight decay."""
+    """torch's fused AdamW (Loshchilov & Hutter 2019). Biases, norms and other vectors have no weight decay, nor what a
+    module names in no_weight_decay(), as open_clip's models do with their position and class embeddings."""
 
     lr: NotNegative
     schedule: Schedule
@@ -62,12 +63,14 @@ class AdamW:
 
     def build(self, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
         """The optimizer of the module's trainable parameters."""
-        trainable = [p for p in module.parameters() if p.requires_grad]
+        exempt = without_decay(module)
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        decayed = {name for name, p in trainable.items() if p.dim() > 1 and name not in exempt}
         groups = [
             {"params": params, "weight_decay": decay}
             for params, decay in (
-                ([p for p in trainable if p.dim() > 1], self.weight_decay),
-                ([p for p in trainable if p.dim() <= 1], 0.0),
+                ([p for name, p in trainable.items() if name in decayed], self.weight_decay),
+                ([p for name, p in trainable.items() if name not in decayed], 0.0),
             )
             if params
         ]
@@ -76,6 +79,12 @@ class AdamW:
     def lr_at(self, step: int, total: int) -> float:
         """The learning rate at applied step `step`."""
         return self.lr * self.schedule.factor(step, total)
+
+
+def without_decay(module: nn.Module) -> set[str]:
+    """Names of the parameters that the module's parts name in timm's and open_clip's no_weight_decay()."""
+    parts = [(prefix, part) for prefix, part in module.named_modules() if hasattr(part, "no_weight_decay")]
+    return {f"{prefix}.{name}" if prefix else name for prefix, part in parts for name in part.no_weight_decay()}
 
 
 def set_lr(groups: Iterable[dict], lr: float) -> None:

@@ -192,7 +192,7 @@ class UNet(nn.Module):
         linear_projection: bool = False,
         norm_groups: int = 32,
         channels_last: bool = False,  # memory format of the activations: faster on CPUs and in bf16
-        zero_init: bool = False,  # zeros in the last layer of each residual branch and of the U-Net, as in CompVis' code
+        zero_init: bool = False,  # zeros in the last layer of each residual branch and of the U-Net, as in CompVis
     ) -> None:
         super().__init__()
         heads = [heads] * len(channels) if isinstance(heads, int) else list(heads)
