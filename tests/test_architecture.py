@@ -61,7 +61,8 @@ FOLDERS = {
 FOR_TRAINING = (
     "common",
     "images",
-    "shards.data_sets",  # what input= of a training names
+    "shards.data_sets",  # one or several data sets that are read as one
+    "shards.input_option",  # what input= of a training names
     "shards.manifest",
     "shards.samples",
     "shards.caption_edits",  # evaluation edits captions as they were for training

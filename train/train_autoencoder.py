@@ -20,7 +20,8 @@ from PIL import Image
 from data_pipeline.common.errors import UserError
 from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
-from data_pipeline.shards.data_sets import DataSets, Input
+from data_pipeline.shards.data_sets import DataSets
+from data_pipeline.shards.input_option import Input
 from train.distributed.ranks import Ranks
 from train.evaluation.reconstruction import latent_statistics, reconstructed, summary_line
 from train.loop.context import TrainedModel, TrainingContext
@@ -29,6 +30,8 @@ from train.loop.recipe import Recipe, refuse_wrong_entry
 from train.loop.trainer import Action
 from train.loop.training_entry import on_all_ranks, validation
 from train.models.autoencoder import Autoencoder
+from train.objectives.autoencoder import AutoencoderObjective
+from train.objectives.compvis_units import in_compvis_units, optimizer_in_compvis_units, values_per_picture
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
@@ -39,6 +42,7 @@ TRAINABLE = ("train.models.autoencoder.AutoencoderKL", "train.models.autoencoder
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
+    set_rate(cfg)
     config = OmegaConf.to_container(cfg, resolve=True)
     refuse_untrainable(config)
     refuse_wrong_entry(cfg)
@@ -51,7 +55,10 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     heldout = pictures_of(given.split("heldout"), cfg, cfg.validation_pictures)
     refuse_sizes(heldout.shape[1:3], objective.crop if objective.crop_until else 0, autoencoder.factor)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
+    config["in_compvis_units"] = compvis_units(objective, heldout.shape[1:3], recipe)
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)
+    if ranks.is_main:
+        print(units_line(config["in_compvis_units"], heldout.shape[1:3]), flush=True)
     run.config["objective"]["perceptual_space"] = objective.perceptual_space
 
     def actions(context: TrainingContext) -> list[Action]:
@@ -60,9 +67,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
         return [validation(context, measured, cfg.validate_every, decibels)]
 
-    adversary = config["objective"].get("adversary") or {}
     identity = {"images": images.fingerprint, **images.mix, "autoencoder": config["autoencoder"], "seed": cfg.seed}
-    identity |= {"discriminator": adversary["discriminator"]} if adversary else {}
+    identity |= discriminator_of(config)
     identity |= {"perceptual": objective.perceptual.distance.fingerprint} if objective.perceptual else {}
     weights = fit(TrainedModel("autoencoder", objective, "autoencoder."), recipe, run, identity, actions)
     if ranks.is_main:
@@ -71,6 +77,36 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
 
 main = on_all_ranks(train)
+
+
+def set_rate(cfg: DictConfig) -> None:
+    """Sets optimizer.lr, if it is null, to base_learning_rate times the global batch size, as CompVis' main.py does."""
+    if cfg.optimizer.lr is None:
+        if cfg.base_learning_rate is None:
+            raise UserError("optimizer.lr=null needs base_learning_rate, the rate per sample: set one of them.")
+        cfg.optimizer.lr = cfg.base_learning_rate * cfg.training.batch_size
+
+
+def compvis_units(objective: AutoencoderObjective, size: Sequence[int], recipe: Recipe) -> dict[str, Any]:
+    """Weights and rates by the names and in the units of CompVis' configurations, for pictures of (height, width)."""
+    optimizer, times = recipe.optimizer, values_per_picture(objective, size)
+    rates = optimizer_in_compvis_units(optimizer.lr, optimizer.eps, times, recipe.training.batch_size)
+    return in_compvis_units(objective, size) | rates
+
+
+def units_line(units: dict[str, Any], size: Sequence[int]) -> str:
+    """`units` as one line."""
+    named = ", ".join(f"{name}={value:g}" for name, value in units.items())
+    return f"autoencoder: in CompVis' units, for pictures of {size[0]}x{size[1]}: {named}"
+
+
+def discriminator_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The discriminator's architecture, as checkpoints record it: without options that old ones did not have yet."""
+    adversary = config["objective"].get("adversary")
+    if not adversary:
+        return {}
+    later = {"norm": "group"}
+    return {"discriminator": {k: v for k, v in adversary["discriminator"].items() if later.get(k) != v}}
 
 
 def refuse_untrainable(config: dict[str, Any]) -> None:

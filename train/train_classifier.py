@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.loading.batch import Batch, DataCursor
-from data_pipeline.shards.data_sets import BUCKETS, DataSets, Input
+from data_pipeline.shards.data_sets import BUCKETS, DataSets
+from data_pipeline.shards.input_option import Input
 from data_pipeline.shards.samples import collated
 from train.data.joined_facts import facts_of
 from train.data.latent_facts import LatentFacts

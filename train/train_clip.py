@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.shards.data_sets import Input
+from data_pipeline.shards.input_option import Input
 from train.distributed.ranks import Ranks
 from train.evaluation.retrieval import retrieval_of
 from train.loop.context import TrainedModel, TrainingContext

@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data_pipeline.common import storage
-from data_pipeline.shards.data_sets import DataSets, Input
+from data_pipeline.shards.data_sets import DataSets
+from data_pipeline.shards.input_option import Input
 from train.data.base_model import refuse_other_noise, unet_to_train
 from train.data.build import build_network
 from train.data.latent_facts import LatentFacts
 from train.data.ldm_inputs import latents_of, refuse_other_encoders, with_base_model_scaling
-from train.data.sizes import at_mean_size, mean_in_words
+from train.data.sizes import mean_in_words
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES
 from train.evaluation.heldout_loss import HeldoutLoss, HeldoutSet
@@ -78,7 +79,6 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
             generator = generator_of(averaged, objective, facts, autoencoder, ranks.device)
             generator = with_decoder(generator, cfg.preview_decoder, autoencoder, facts)
             parts = preview_parts(generator, facts, data, read_samples, cfg.preview_samples)
-            parts = [part._replace(samples=at_mean_size(part.samples, facts)) for part in parts]
             preview = Preview(parts, sampler, guidance, cfg.seed, run, context.reporter)
             found.append(Action(cfg.preview_every, with_averaged_weights(context, averaged, preview.draw)))
         return found

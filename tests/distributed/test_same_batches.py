@@ -16,7 +16,7 @@ from loaders import loader_of
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.loading import loader
 from data_pipeline.loading.batch import Batch
-from data_pipeline.shards.data_sets import Input
+from data_pipeline.shards.input_option import Input
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shard = writer.publish(folder / "pictures" / split, "shards/000000.tar")
         Manifest("image-text", (shard,)).save(folder / "pictures" / split)
     run("data_pipeline/precompute_latents.py", f"input={folder}/pictures", f"output={folder}/buckets",
-        "autoencoder=identity", "conditions=[]", f"buckets=[{','.join(SIZES)}]")  # fmt: skip
+        "autoencoder=identity", "conditions=[low_resolution]", f"buckets=[{','.join(SIZES)}]")  # fmt: skip
     return folder
 
 
@@ -105,6 +105,7 @@ def test_buckets_are_trained_on_killed_resumed_drawn_and_evaluated(folder: Path,
     rows = metric_rows(straight)
     steps = {name: sum(f"loss/{name}" in row and f"step_s/{name}" in row for row in rows) for name in SIZES}
     assert sum(steps.values()) == STEPS
+    assert all(row["tflops_per_s"] > 0 for row in rows if "loss" in row)
     for name, count in SIZES.items():
         assert abs(steps[name] - STEPS * count / 76) < 1
         assert [row[f"epochs/{name}"] for row in rows if "loss" in row][-1] == steps[name] * 16 / count
@@ -118,6 +119,38 @@ def test_buckets_are_trained_on_killed_resumed_drawn_and_evaluated(folder: Path,
     assert "bucket=9x9 is none that this run was trained on: take one of 16x32, 32x16, 32x32" in wrong.stderr
     evaluate = ["train/evaluate_ldm.py", f"input={straight}", f"shards={folder}/pictures", "captions=4"]
     assert "nearest of 21 pictures" in run(*evaluate, "heldout_captions=2", "bucket=32x16").stdout
+
+
+def drawn_of(folder: Path, source: Path, *asked: str) -> bytes:
+    output = folder / f"drawn-{len(list(folder.glob('drawn-*')))}"
+    run("train/sample_images.py", f"input={source}", f"output={output}", *asked)
+    (path,) = output.glob("0000*.png")
+    return path.read_bytes()
+
+
+def test_each_bucket_draws_at_its_own_mean_size_and_enlarges_its_own_pictures(folder: Path, tmp_path: Path) -> None:
+    """conditioning=[low_resolution,size] on buckets."""
+    conditioned = [
+        "conditioning=[low_resolution,size]",
+        "unet.in_channels=6",
+        "unet.vector_dim=1536",
+        "optimizer.lr=0.01",
+    ]
+    said = run("train/train_ldm.py", *BUCKETS, f"input={folder}/buckets", f"output={tmp_path}/run", *conditioned).stdout
+    assert "sizes conditioned on, mean of bucket 32x16: original 32x16, crop 0x0, target 32x16" in said
+    facts = json.loads((tmp_path / "run/latents.json").read_text())
+    assert facts["conditions"]["size"]["mean"] == [32, 32, 0, 0, 32, 32]  # that of the most samples
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "small.png")
+    small = f"images=[{tmp_path}/small.png]"
+    sizes = ["size.original=[16,32]", "size.crop=[0,0]", "size.target=[16,32]"]
+    default, same, other = (
+        drawn_of(tmp_path, tmp_path / "run", small, "bucket=16x32", *asked)
+        for asked in ([], sizes, ["size.original=[32,32]"])
+    )
+    assert default == same
+    assert default != other
+    evaluate = ["train/evaluate_ldm.py", f"input={tmp_path}/run", f"shards={folder}/pictures", "captions=2"]
+    run(*evaluate, "heldout_captions=2", "bucket=16x32")
 
 
 MISTAKES = {

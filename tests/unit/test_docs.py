@@ -91,7 +91,8 @@ def trees(folder):
 
 def is_option(parts):
     """A key of one of the roots, or of one of the options of the group that it begins with, as objective/perceptual."""
-    return any(reaches(tree, parts[i:]) for i in range(len(parts)) for tree in trees(CONF.joinpath(*parts[:i])))
+    found = [(tree, parts[i:]) for i in range(len(parts)) for tree in trees(CONF.joinpath(*parts[:i]))]
+    return any(reaches(tree, rest) or reaches(tree, parts) for tree, rest in found)  # the second: @package _global_
 
 
 def reaches(tree, parts):

@@ -33,9 +33,9 @@ class LatentFacts:
     conditions: Mapping[str, Mapping[str, Any]]  # how to build each condition again
     null: Mapping[str, Tensor]  # null conditions from the encoders, by field
     codebook: Tensor | None = None
-    buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(
-        default_factory=dict
-    )  # shapes per bucket, if there are several
+    # By bucket, if there are several: shapes, and the mean sizes if the run is conditioned on sizes.
+    buckets: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    bucket_sizes: Mapping[str, Sequence[float]] = field(default_factory=dict)
     stated: Mapping[str, Sequence[float]] = field(
         default_factory=dict
     )  # mean and std that the first stage's files state
@@ -68,14 +68,19 @@ class LatentFacts:
         return self if scaling is None else replace(self, **scaling.per_channel(len(self.mean)))
 
     def of_bucket(self, name: str | None) -> LatentFacts:
-        """The facts with the shapes of an aspect-ratio bucket; None: unchanged. UserError if there is no such
-        bucket."""
+        """The facts with the shapes and mean sizes of an aspect-ratio bucket; None: unchanged. UserError if there is no
+        such bucket."""
         if name is None:
             return self
         if name not in self.buckets:
             known = f"take one of {', '.join(self.buckets)}" if self.buckets else "it has one size: leave bucket= out"
             raise UserError(f"bucket={name} is none that this run was trained on: {known}.")
-        return replace(self, shapes=self.buckets[name])
+        changed = replace(self, shapes=self.buckets[name])
+        return changed.with_mean_size(self.bucket_sizes[name]) if name in self.bucket_sizes else changed
+
+    def with_mean_size(self, mean: Sequence[float]) -> LatentFacts:
+        """The facts with the sizes at which sampling draws by default."""
+        return replace(self, conditions={**self.conditions, "size": {"name": "size", "mean": list(mean)}})
 
     @property
     def stored_as(self) -> str:
@@ -135,8 +140,7 @@ class LatentFacts:
                 f"{has} does not fit these latents ({self.latent_shape[0]} channels, fold={self.fold}) and their "
                 f"conditioning: set {set_these}, or use latents, a fold and encoders that fit the U-Net."
             )
-        if self.buckets and conditioner.one_size:
-            raise UserError("conditioning=[low_resolution] needs latents of one size: use one bucket, or leave it out.")
+        self._refuse_uneven_buckets(conditioner)
         halvings = len(unet["channels"]) - 1
         for h, w in {self.of_bucket(name).unet_shape[1:]: None for name in self.buckets or (None,)}:
             if h % 2**halvings or w % 2**halvings:
@@ -145,9 +149,19 @@ class LatentFacts:
                     "unet.channels, or another fold or picture size."
                 )
 
+    def _refuse_uneven_buckets(self, conditioner: Conditioners) -> None:
+        for bucket in self.buckets:
+            if misfits := conditioner.misfits(self.of_bucket(bucket)):
+                raise UserError(
+                    f"conditioning=[{misfits[0]}]: in bucket {bucket} it has other proportions to the latents than in "
+                    "the others: make the latents with buckets whose sides are multiples of "
+                    f"conditions.{misfits[0]}.factor, use one bucket, or leave {misfits[0]} out."
+                )
+
     def save(self, run: Path) -> None:
         """Write <run>/latents.json, null.safetensors and, for codes, codebook.safetensors."""
-        about = {name: getattr(self, name) for name in KINDS} | ({"buckets": self.buckets} if self.buckets else {})
+        about = {name: getattr(self, name) for name in KINDS}
+        about |= {name: value for name in OF_BUCKETS if (value := getattr(self, name))}
         storage.write_atomically(run / "latents.json", json.dumps(about, indent=1).encode())
         storage.write_atomically(run / "null.safetensors", save(dict(self.null)))
         if self.codebook is not None:
@@ -157,18 +171,18 @@ class LatentFacts:
     def of_run(cls, run: Path) -> LatentFacts:
         """Read what `save` wrote."""
         saved = read_json(run / "latents.json")
-        saved.setdefault("buckets", {})
-        refuse_wrong_kinds(saved, {**KINDS, **BUCKETS}, str(run / "latents.json"))
+        saved = {name: {} for name in OF_BUCKETS} | saved
+        refuse_wrong_kinds(saved, {**KINDS, **OF_BUCKETS}, str(run / "latents.json"))
         refuse_no_latents(saved["shapes"], str(run / "latents.json"))
-        about = {name: saved[name] for name in (*KINDS, "buckets")} | {"conditions": named(saved["conditions"])}
+        about = {name: saved[name] for name in (*KINDS, *OF_BUCKETS)} | {"conditions": named(saved["conditions"])}
         return cls(**about, null=tensors_in(str(run / "null.safetensors")), codebook=codebook_of(run))
 
 
-# Types of the fields in latents.json; `buckets` only if there are any.
+# Types of the fields in latents.json; those of buckets only if there are any.
 HINTS = get_type_hints(LatentFacts)
-KINDS = {name: hint for name, hint in HINTS.items() if name not in ("null", "codebook", "buckets", "stated")}
+OF_BUCKETS = {name: hint for name, hint in HINTS.items() if name.startswith("bucket")}
 STATED = {"stated": HINTS["stated"]}
-BUCKETS = {"buckets": HINTS["buckets"]}
+KINDS = {name: hint for name, hint in HINTS.items() if name not in ("null", "codebook", *STATED, *OF_BUCKETS)}
 
 
 def refuse_no_latents(shapes: Mapping[str, Sequence[int]], where: str) -> None:

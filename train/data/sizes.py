@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.shards.data_sets import DataSets
+from data_pipeline.shards.data_sets import BUCKETS, DataSets
 from data_pipeline.shards.json_fields import FROM_JSON, GEOMETRY, mean_size
 from train.data.latent_facts import LatentFacts
 
@@ -19,12 +19,20 @@ def fields_in_json(config: Mapping[str, Any], facts: LatentFacts) -> tuple[str, 
 
 
 def with_mean_size(facts: LatentFacts, data: DataSets) -> LatentFacts:
-    """Facts with the shape of sizes and their mean over all samples of all sets, at which sampling draws by default.
-    UserError if the samples have no sizes."""
-    means = [mean_size(each.root, each.manifest)[0] for each in data]
-    mean = np.average(means, axis=0, weights=[each.manifest.samples for each in data]).tolist()
-    conditions = {**facts.conditions, "size": {"name": "size", "mean": means[0] if len(means) == 1 else mean}}
-    return replace(facts, shapes={**facts.shapes, "size": [2 * len(GEOMETRY)]}, conditions=conditions)
+    """Facts with the shape of sizes and the mean size at which sampling draws by default: over all samples of all sets,
+    or of each bucket, and by default that of the bucket with the most samples. UserError if the samples have no
+    sizes."""
+    counts = [each.manifest.samples for each in data]
+    means = {each.name: mean_size(each.root, each.manifest)[0] for each in data}
+    if data.layout == BUCKETS:
+        mean = list(means.values())[max(range(len(counts)), key=counts.__getitem__)]
+    else:
+        mean = np.average(list(means.values()), axis=0, weights=counts).tolist() if len(data) > 1 else means[""]
+    shape = {"size": [2 * len(GEOMETRY)]}
+    buckets = {name: {**shapes, **shape} for name, shapes in facts.buckets.items()}
+    of_buckets = means if data.layout == BUCKETS else {}
+    facts = replace(facts, shapes={**facts.shapes, **shape}, buckets=buckets, bucket_sizes=of_buckets)
+    return facts.with_mean_size(mean)
 
 
 def at_mean_size(samples: Sequence[dict[str, Any]], facts: LatentFacts) -> list[dict[str, Any]]:
@@ -34,9 +42,12 @@ def at_mean_size(samples: Sequence[dict[str, Any]], facts: LatentFacts) -> list[
 
 
 def mean_in_words(facts: LatentFacts) -> str:
-    """The mean size as text; "" if there is none."""
-    mean = facts.conditions.get("size", {}).get("mean")
-    if mean is None:
-        return ""
+    """The mean size as text, one line per bucket; "" if there is none."""
+    whole = {"over the training data": facts.conditions["size"]["mean"]} if "size" in facts.conditions else {}
+    means = {f"of bucket {name}": mean for name, mean in facts.bucket_sizes.items()} or whole
+    return "\n".join(_line(of, mean) for of, mean in means.items())
+
+
+def _line(of: str, mean: Sequence[float]) -> str:
     pairs = [f"{a:.6g}x{b:.6g}" for a, b in zip(mean[::2], mean[1::2], strict=True)]
-    return f"sizes conditioned on, mean over the training data: original {pairs[0]}, crop {pairs[1]}, target {pairs[2]}"
+    return f"sizes conditioned on, mean {of}: original {pairs[0]}, crop {pairs[1]}, target {pairs[2]}"

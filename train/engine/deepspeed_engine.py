@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from data_pipeline.loading.batch import Batch, DataCursor
 from train.distributed.ranks import Ranks
 from train.engine.config import DTYPES, EngineConfig
 from train.engine.flops import of_training
-from train.engine.optimizer import AdamW, set_lr
+from train.engine.optimizer import AdamW, set_idle, set_lr
 from train.engine.zero_state import ZeroState
 
 
@@ -79,6 +79,7 @@ class Engine(ZeroState):
             # An infinite loss may have finite gradients: make them NaN too, so that no rank applies the step.
             self.deepspeed.backward(terms.total * torch.where(terms.total.detach().isfinite(), 1.0, torch.nan))
             finite = self._clip_or_drop_gradients()
+            set_idle(self.zero.param_groups, getattr(terms, "idle", None))
             self.deepspeed.step()
             keys += batch.keys
             sums = {name: sums.get(name, 0.0) + value / self.accumulation for name, value in terms.parts.items()}
@@ -142,12 +143,12 @@ class Engine(ZeroState):
                 master.data.copy_(original)
 
     def flops(self, batch: Batch) -> int:
-        """FLOPs of one step on this rank; `batch` is one of its micro-batches. 0 (unknown) in a run on several buckets,
-        as their steps differ. Collective at stage 3."""
-        if batch.bucket:
-            return 0
+        """FLOPs of one step on this rank; `batch` is one of its micro-batches. Collective at stage 3."""
         batch = batch.to(self.ranks.device)
-        return self.accumulation * of_training(lambda: self.module(batch))
+        # Compiled code can't be counted, and its forward pass without gradients would be another graph.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with eager:
+            return self.accumulation * of_training(lambda: self.module(batch))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,7 +23,7 @@ def of_training(forward: Callable[[], Any]) -> int:
     the backward pass needs two for each.
 
     This is an extra forward pass: while counting, torch uses other kernels, whose last bits differ. What torch can't
-    count is left out: xformers' attention, compiled code.
+    count is left out: xformers' attention, compiled code (the engine turns its own compiled code off for this).
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Annotated
@@ -62,19 +62,21 @@ class AdamW:
         refuse_wrong(self, "optimizer")
 
     def build(self, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-        """The optimizer of the module's trainable parameters."""
+        """The optimizer of the module's trainable parameters. `module.players`: prefixes of parameters that learn in
+        turn; each player gets its own groups."""
         exempt = without_decay(module)
-        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        decayed = {name for name, p in trainable.items() if p.dim() > 1 and name not in exempt}
+        players = getattr(module, "players", ())
         groups = [
-            {"params": params, "weight_decay": decay}
+            {"params": params, "weight_decay": decay} | ({} if player is None else {"player": player, "idle": False})
+            for player, trainable in _by_player(module, players).items()
             for params, decay in (
-                ([p for name, p in trainable.items() if name in decayed], self.weight_decay),
-                ([p for name, p in trainable.items() if name not in decayed], 0.0),
+                ([p for name, p in trainable.items() if decays(name, p, exempt)], self.weight_decay),
+                ([p for name, p in trainable.items() if not decays(name, p, exempt)], 0.0),
             )
             if params
         ]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)
+        made = AdamWInTurns if players else torch.optim.AdamW
+        return made(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)
 
     def lr_at(self, step: int, total: int) -> float:
         """The learning rate at applied step `step`."""
@@ -85,6 +87,41 @@ def without_decay(module: nn.Module) -> set[str]:
     """Names of the parameters that the module's parts name in timm's and open_clip's no_weight_decay()."""
     parts = [(prefix, part) for prefix, part in module.named_modules() if hasattr(part, "no_weight_decay")]
     return {f"{prefix}.{name}" if prefix else name for prefix, part in parts for name in part.no_weight_decay()}
+
+
+class AdamWInTurns(torch.optim.AdamW):
+    """torch's AdamW that leaves out idle groups: with a zero gradient, momentum would go on moving their weights."""
+
+    def step(self, closure: None = None) -> None:
+        """One update of the groups that are not idle."""
+        everyone = self.param_groups
+        self.param_groups = [group for group in everyone if not group["idle"]]
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = everyone
+
+
+def decays(name: str, parameter: nn.Parameter, exempt: set[str]) -> bool:
+    """Whether a parameter has weight decay."""
+    return parameter.dim() > 1 and name not in exempt
+
+
+def _by_player(module: nn.Module, players: Sequence[str]) -> dict[str | None, dict[str, nn.Parameter]]:
+    """Trainable parameters by name and player: the longest prefix that fits; all under None if there are no players."""
+    found: dict[str | None, dict[str, nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            player = max((each for each in players if name.startswith(each)), key=len, default=None)
+            found.setdefault(player, {})[name] = parameter
+    return found
+
+
+def set_idle(groups: Iterable[dict], idle: str | None) -> None:
+    """Mark the groups of the player that sits out the next update; None: nobody does."""
+    for group in groups:
+        if "player" in group:
+            group["idle"] = group["player"] == idle
 
 
 def set_lr(groups: Iterable[dict], lr: float) -> None:

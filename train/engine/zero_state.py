@@ -92,18 +92,28 @@ class ZeroState:
             state.update(step=step, exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
         return state
 
+    def _by_player(self) -> dict[str, list[Tensor]]:
+        """This rank's master shards, by the key in `scalars` of their Adam step: one each for players in turn."""
+        player_of = {id(p): group.get("player") for group in self.zero.param_groups for p in group["params"]}
+        found: dict[str, list[Tensor]] = {}
+        for master in self.master_shards():
+            player = player_of.get(id(master))
+            found.setdefault(f"adam_step/{player}" if player else "adam_step", []).append(master)
+        return found
+
     def scalars(self) -> dict[str, float]:
         """The scalars saved with `tensors`; the same on all ranks."""
-        step = max(float(self._adam_state(master)["step"]) for master in self.master_shards())
+        steps = {key: max(float(self._adam_state(m)["step"]) for m in part) for key, part in self._by_player().items()}
         if self.config.dtype != "fp16":
-            return {"adam_step": step}
-        return {"adam_step": step, **{name: getattr(self.zero.loss_scaler, name) for name in LOSS_SCALE}}
+            return steps
+        return {**steps, **{name: getattr(self.zero.loss_scaler, name) for name in LOSS_SCALE}}
 
     @torch.no_grad()
     def after_loading(self, scalars: dict[str, float]) -> None:
         """Once `tensors` are filled, set the scalars, and the weights that the module computes with. Collective."""
-        for master in self.master_shards():
-            self._adam_state(master)["step"].fill_(scalars["adam_step"])
+        for key, masters in self._by_player().items():
+            for master in masters:
+                self._adam_state(master)["step"].fill_(scalars.get(key, scalars["adam_step"]))
         for name in LOSS_SCALE if self.config.dtype == "fp16" else ():
             setattr(self.zero.loss_scaler, name, scalars.get(name, getattr(self.zero.loss_scaler, name)))
         if self.config.zero_stage in (1, 2):

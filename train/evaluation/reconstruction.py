@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.images.pixels import from_uint8, to_uint8
 from train.models.autoencoder import Autoencoder, DiagonalGaussian
-from train.models.quantizer import usage
+from train.models.quantizer import counts_of, usage
 
 
 def to_model(pictures: np.ndarray, autoencoder: Autoencoder) -> Sequence[torch.Tensor]:
@@ -37,7 +37,7 @@ def latent_statistics(autoencoder: Autoencoder, pictures: np.ndarray) -> dict[st
         "channel_std": (mean.var((0, 2, 3)) + variance.mean((0, 2, 3))).sqrt().tolist(),
     }
     if autoencoder.stored_as == "indices":
-        used, perplexity = usage(stored, len(autoencoder.codebook))
+        used, perplexity = usage(counts_of(stored, len(autoencoder.codebook)))
         return {**figures, "codes_used": int(used), "code_perplexity": float(perplexity)}
     kl = DiagonalGaussian.from_moments(stored).kl()
     return {**figures, "posterior_std": float(variance.sqrt().mean()), "kl_nats": float(kl.mean())}

@@ -37,6 +37,7 @@ class Interval:
     waited: float = 0.0  # seconds spent waiting for batches
     steps: int = 0
     skipped: int = 0
+    flops: int = 0
     lr: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each part of the loss, over the applied steps
     buckets: dict[str, BucketSums] = field(default_factory=dict)  # by name; empty in a run on one size
@@ -53,7 +54,7 @@ class Meter:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.shown: dict[str, str] = {}
-        self.flops = 0  # of one step, on this rank
+        self.flops: dict[str, int] = {}  # of one step on this rank, by bucket ("" in a run on one size)
         self.since = Interval.now()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -64,12 +65,26 @@ class Meter:
             self.since.waited += time.monotonic() - started
             yield batch
 
+    def counted(self, batches: Iterator[Batch], engine: Engine) -> Iterator[Batch]:
+        """The same batches; counts the FLOPs of a step once for each bucket, at its first batch. The time for this is
+        not part of the rate."""
+        for batch in batches:
+            bucket = getattr(batch, "bucket", "")
+            if bucket not in self.flops:
+                started = time.monotonic()
+                self.flops[bucket] = engine.flops(batch)
+                spent = time.monotonic() - started
+                self.since.away += spent
+                self.since.last += spent
+            yield batch
+
     def add(self, result: StepResult) -> None:
         """Add a step."""
         since = self.since
         since.steps += 1
         since.skipped += not result.applied
         since.lr = result.lr
+        since.flops += self.flops.get(result.bucket, 0)
         for name, value in result.parts.items():  # one non-finite value would hide all others
             counted = value if result.applied else torch.zeros_like(value)
             since.sums[name] = since.sums.get(name, 0.0) + counted
@@ -106,7 +121,7 @@ class Meter:
             "lr": since.lr,
             "gradient_norm": engine.gradient_norm(),
             "samples_per_s": since.steps * self.batch_size / seconds,
-            **utilisation(engine, self.flops * since.steps / seconds),
+            **utilisation(engine, since.flops / seconds),
             "data_wait": since.waited / seconds,
             "skipped_steps": since.skipped,
             "peak_memory_gb": peak_memory_gb(),

@@ -18,6 +18,7 @@ STEPS = {
     "optimizer.schedule.start": "the learning rate never falls",
     "objective.crop_until": "it never trains on whole pictures",
     "objective.adversary.start": "it never trains against the discriminator",
+    "objective.adversary.ramp": "the discriminator never has its full weight",
 }
 
 

@@ -54,9 +54,8 @@ class Trainer:
         """
         context, state, meter = self.context, self.context.state, self.meter
         batches = context.watchdog.watched(meter.timed(iter(self.batches)), state, self.batches)
-        first = next(batches)
-        meter.flops = context.engine.flops(first)
-        batches = chain([first], batches)
+        batches = meter.counted(batches, context.engine)
+        batches = chain([next(batches)], batches)  # problems of the first batch come before the progress bar
         main = context.ranks.is_main
         with Progress(context.model.name, state.total_steps, "steps", initial=state.step, shown=main) as bar:
             while not state.finished:

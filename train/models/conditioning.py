@@ -7,6 +7,7 @@ concatenated to x_t. `Conditioners` combines several. Letters: B batch, T tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -72,11 +73,10 @@ class DataFacts(Protocol):
 class Conditioner(nn.Module):
     """needs: the stored fields that it reads; context_dim, vector_dim, concat_channels: sizes of its outputs, if any.
 
-    of_text: whether a negative prompt replaces its null; needs_vector: whether a U-Net without vector_dim is refused;
-    one_size: whether it supports only latents of one height and width.
+    of_text: whether a negative prompt replaces its null; needs_vector: whether a U-Net without vector_dim is refused.
     """
 
-    of_text = needs_vector = one_size = False
+    of_text = needs_vector = False
     needs: tuple[str, ...] = ()
     context_dim: int | None = None
     vector_dim: int | None = None
@@ -84,6 +84,10 @@ class Conditioner(nn.Module):
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
         raise NotImplementedError
+
+    def fits(self, facts: DataFacts) -> bool:
+        """Whether it can condition latents with the shapes of another aspect-ratio bucket."""
+        return True
 
 
 class StoredText(Conditioner):
@@ -183,25 +187,34 @@ class ImageTokens(Conditioner):
 class LowResolutionImage(Conditioner):
     """A small picture (B, 3, H, W), enlarged to the latents and concatenated (Rombach et al. 2022, sec. 4.4).
 
-    drop: whether dropout and guidance replace it, too, by its null (grey), or keep it.
+    drop: whether dropout and guidance replace it, too, by its null (grey), or keep it. In buckets, each picture is
+    enlarged by the factors of the bucket whose shapes are the facts'.
     """
 
     needs = ("low_resolution",)
-    one_size = True
 
     def __init__(self, facts: DataFacts, drop: bool = True) -> None:
         super().__init__()
-        self.drop, self.fold = drop, facts.scaling.fold
-        self.size = tuple(side * self.fold for side in facts.unet_shape[1:])
+        self.drop, self.fold, self.factors = drop, facts.scaling.fold, enlargement(facts)
         self.concat_channels = 3 * self.fold**2
+
+    def fits(self, facts: DataFacts) -> bool:
+        return enlargement(facts) == self.factors
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
         image = fields["low_resolution"]
-        if tuple(image.shape[-2:]) != self.size:
-            image = F.interpolate(image, self.size, mode="bilinear", antialias=True)
+        size = tuple(int(side * factor) for side, factor in zip(image.shape[-2:], self.factors, strict=True))
+        if tuple(image.shape[-2:]) != size:
+            image = F.interpolate(image, size, mode="bilinear", antialias=True)
         planes = F.pixel_unshuffle(image, self.fold)
         null = torch.zeros_like(planes[:1]) if self.drop else planes
         return Conditioning(Parts(concat=planes), Parts(concat=null))
+
+
+def enlargement(facts: DataFacts) -> tuple[Fraction, ...]:
+    """Height and width of unfolded latents, divided by those of the small picture."""
+    fold, sides = facts.scaling.fold, facts.shapes["low_resolution"][-2:]
+    return tuple(Fraction(side * fold, small) for side, small in zip(facts.unet_shape[1:], sides, strict=True))
 
 
 class HoleAndRest(Conditioner):
@@ -242,12 +255,15 @@ class Conditioners(Conditioner):
         self.context_dim = next(iter(self.context_dims.values()), None)
         self.vector_dim = sum(part.vector_dim or 0 for part in self.parts.values()) or None
         self.needs_vector = any(part.needs_vector for part in self.parts.values())
-        self.one_size = any(part.one_size for part in self.parts.values())
         self.concat_channels = sum(part.concat_channels for part in self.parts.values())
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
         made = [part(fields, captions) for part in self.parts.values()]
         return Conditioning(joined([one.given for one in made]), joined([one.null for one in made]))
+
+    def misfits(self, facts: DataFacts) -> list[str]:
+        """The names of those that can't condition another bucket."""
+        return [name for name, part in self.parts.items() if not part.fits(facts)]
 
     def against(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Parts:
         """The null, with the states of a negative prompt in place of the empty prompt's; other parts keep theirs."""

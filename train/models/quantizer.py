@@ -78,7 +78,12 @@ def revival(vectors: Tensor, codes: Tensor, indices: Tensor, anchors: Tensor) ->
     return ((codes - targets).square().mean(1) * unused).mean()
 
 
-def usage(indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Number of codes that a batch of indices uses, and its perplexity exp(-sum p log p), at most `codes`."""
-    counts = torch.bincount(indices.flatten(), minlength=codes).float()
+def counts_of(indices: Tensor, codes: int) -> Tensor:
+    """How often each of `codes` codes occurs: (codes,) fp32."""
+    return torch.bincount(indices.flatten(), minlength=codes).float()
+
+
+def usage(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of codes that are used, and the perplexity exp(-sum p log p), at most the number of codes. counts: of each
+    code, (N,), or multiples of that."""
     return (counts > 0).sum().float(), torch.special.entr(counts / counts.sum()).sum().exp()

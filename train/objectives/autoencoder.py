@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.loading.batch import Batch
 from train.diffusion.randomness import StreamRandom, generator_at
+from train.distributed.collectives import mean_over_ranks
 from train.models.autoencoder import Autoencoder, VQModel
 from train.models.perceptual import PerceptualTerm
-from train.models.quantizer import usage
-from train.objectives.adversary import Adversary
+from train.models.quantizer import Quantized, counts_of, usage
+from train.objectives.adversary import Adversary, no_gradient
 from train.objectives.terms import LossTerms
 
 KL_WEIGHT = 1e-4
 COMMITMENT_WEIGHT = 0.25  # van den Oord et al. 2017, beta of eq. 3
 REVIVAL_WEIGHT = 0.1  # a tenth of the weight that the codebook loss gives a code of average use
+CHOICES = {"reconstruction": ("l1", "l2"), "vq_loss": ("standard", "legacy"), "log_variance": (None, "learned")}
 
 
 class FirstStageOutput(NamedTuple):
@@ -32,11 +34,15 @@ class FirstStageOutput(NamedTuple):
 class AutoencoderObjective(nn.Module):
     """L1 + gradient_weight * L1 of finite differences [+ perceptual distance] + regularisation [+ adversary].
 
-    The finite differences stand in for a perceptual distance where there are no weights of one.
+    Everything is a mean per value of a picture or latent; docs/first_stages.md has CompVis' units. The finite
+    differences stand in for a perceptual distance where there are no weights of one.
 
+    reconstruction="l2": mean squares in place of L1. log_variance="learned": the reconstruction loss e becomes
+    e / exp(s) + s with a learned scalar s, from 0 (Dai & Wipf 2019; CompVis' form, whose own runs left s at 0).
     Regularisation of a KL model: kl_weight * KL per latent value. Of a VQ model: codebook loss + commitment_weight *
-    commitment loss + revival_weight * revival of unused codes. None: the constant above; weights of the other kind of
-    model must be None.
+    commitment loss + revival_weight * revival of unused codes (0: none); vq_loss="legacy": commitment_weight weighs the
+    codebook loss instead, as in taming-transformers. None: the constant above; weights of the other kind of model must
+    be None.
 
     Trains on random crops of `crop` pixels (0: never) until step `crop_until`, at one position per batch, then on whole
     pictures: crops are cheaper, and as good for a convolutional network. Half of all pictures are mirrored.
@@ -54,10 +60,14 @@ class AutoencoderObjective(nn.Module):
         adversary: Adversary | None = None,
         perceptual: PerceptualTerm | None = None,
         seed: int = 0,
+        reconstruction: str = "l1",
+        vq_loss: str | None = None,
+        log_variance: str | None = None,
     ) -> None:
         super().__init__()
         self.quantizes = isinstance(autoencoder, VQModel)
-        vq = {"commitment_weight": commitment_weight, "revival_weight": revival_weight}
+        _refuse_choices({"reconstruction": reconstruction, "vq_loss": vq_loss, "log_variance": log_variance})
+        vq = {"commitment_weight": commitment_weight, "revival_weight": revival_weight, "vq_loss": vq_loss}
         _refuse_weights_of_others(autoencoder, {"kl_weight": kl_weight} if self.quantizes else vq)
         _refuse_small_crops(adversary, perceptual, crop)
         self.autoencoder, self.gradient_weight, self.adversary = autoencoder, gradient_weight, adversary
@@ -66,10 +76,18 @@ class AutoencoderObjective(nn.Module):
         self.commitment_weight = COMMITMENT_WEIGHT if commitment_weight is None else commitment_weight
         self.revival_weight = REVIVAL_WEIGHT if revival_weight is None else revival_weight
         self.crop, self.crop_until, self.seed = crop, crop_until, seed
+        self.reconstruction, self.vq_loss = reconstruction, vq_loss or "standard"
+        self.log_variance = nn.Parameter(torch.zeros(1)) if log_variance else None  # DeepSpeed takes no scalars
         if self.quantizes:
             generator = generator_at("cpu", seed, "anchors")
             anchors = torch.randn(autoencoder.codebook.shape, generator=generator, device="cpu")
             self.register_buffer("anchors", anchors, persistent=False)
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """Prefixes of the parameters that an optimizer must be able to leave out of a step: those of both players, if
+        they learn in turn. "" has what no other prefix has."""
+        return ("", "adversary.") if self.adversary is not None and self.adversary.turns == "alternate" else ()
 
     @property
     def perceptual_space(self) -> str:
@@ -83,19 +101,49 @@ class AutoencoderObjective(nn.Module):
         images = batch.tensors["image"]
         random = StreamRandom(self.seed, batch.step, batch.streams, len(batch) // len(batch.streams), images.device)
         images = self.augmented(images, random, batch.step)
+        idle = self._idle(batch.step)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and idle != ""):
+            reconstruction, error, penalty, parts = self.reconstructed(images, random)
+        nll, parts = self._likelihood(error, parts)
+        loss = nll + penalty
+        total, parts = self._descended(loss, idle), {"loss": loss, **parts}
+        if self.adversary is not None:
+            against = self.adversary(images, reconstruction, nll.mean(), self.autoencoder.last_layer, batch.step)
+            total, parts = total + against.total, parts | against.parts
+        return LossTerms(total, {name: v.detach().mean() for name, v in parts.items()}, loss.detach(), idle=idle)
+
+    def _idle(self, step: int) -> str | None:
+        """The one of `players` that does not learn in this step."""
+        turn = "both" if self.adversary is None else self.adversary.turn(step)
+        return {"both": None, "first_stage": "adversary.", "discriminator": ""}[turn]
+
+    def _descended(self, loss: Tensor, idle: str | None) -> Tensor:
+        """What the first stage minimises: zero if it is the discriminator's turn."""
+        if idle != "":
+            return loss.mean()
+        variance = 0.0 if self.log_variance is None else (0.0 * self.log_variance).sum()
+        return no_gradient(self.autoencoder) + variance
+
+    def reconstructed(self, images: Tensor, random: StreamRandom) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Pictures -> their reconstruction, its error (B,), the regularisation (B,), and metrics."""
         through = self.through_codebook if self.quantizes else self.through_posterior
         reconstruction, penalty, parts = through(images.to(self.autoencoder.last_layer.dtype), random)
-        l1, edges = (reconstruction - images).abs().mean((1, 2, 3)), gradient_l1(reconstruction, images)
-        error = l1 + self.gradient_weight * edges
+        difference = reconstruction - images
+        pixels = difference.abs() if self.reconstruction == "l1" else difference.square()
+        error, edges = pixels.mean((1, 2, 3)), gradient_l1(reconstruction, images)
+        parts = {self.reconstruction: error, "gradient_l1": edges, **parts}
+        error = error + self.gradient_weight * edges
         if self.perceptual is not None:
             parts["perceptual"] = self.perceptual.distance(images, reconstruction)
             error = error + self.perceptual.weight * parts["perceptual"]
-        loss = error + penalty
-        total, parts = loss.mean(), {"loss": loss, "l1": l1, "gradient_l1": edges, **parts}
-        if self.adversary is not None:
-            against = self.adversary(images, reconstruction, error.mean(), self.autoencoder.last_layer, batch.step)
-            total, parts = total + against.total, parts | against.parts
-        return LossTerms(total, {name: value.detach().mean() for name, value in parts.items()}, loss.detach())
+        return reconstruction, error, penalty, parts
+
+    def _likelihood(self, error: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The error, or with a learned variance the negative log-likelihood, both per value and (B,)."""
+        if self.log_variance is None:
+            return error, parts
+        s = self.log_variance.float()
+        return error / s.exp() + s, parts | {"log_variance": s}
 
     def through_posterior(self, images: Tensor, random: StreamRandom) -> FirstStageOutput:
         """Decodes a posterior sample: (B, 3, H, W) -> the same shape in fp32."""
@@ -106,15 +154,23 @@ class AutoencoderObjective(nn.Module):
         return FirstStageOutput(reconstruction, self.kl_weight * kl, {"kl": kl})
 
     def through_codebook(self, images: Tensor, random: StreamRandom) -> FirstStageOutput:
-        """Decodes the nearest codes: (B, 3, H, W) -> the same shape in fp32. Usage and perplexity are those of this
-        rank's micro-batch, so lower than for a larger batch."""
-        codes = self.autoencoder.quantize(self.autoencoder.encode(images), self.anchors)
-        used, perplexity = usage(codes.indices, len(self.anchors))
-        distance = codes.codebook + self.commitment_weight * codes.commitment
-        penalty = distance + self.revival_weight * codes.revival  # revival: one scalar per batch, added to each sample
-        parts = {"quantization": codes.codebook, "revival": codes.revival}
+        """Decodes the nearest codes: (B, 3, H, W) -> the same shape in fp32. Usage and perplexity are those of all
+        ranks' micro-batches of this pass, so lower than for a larger batch."""
+        codes = self.autoencoder.quantize(
+            self.autoencoder.encode(images), self.anchors if self.revival_weight else None
+        )
+        used, perplexity = usage(mean_over_ranks(counts_of(codes.indices, len(self.anchors))))
+        penalty, parts = self._distance(codes), {"quantization": codes.codebook}
+        if codes.revival is not None:  # one scalar per batch, added to each sample
+            penalty, parts = penalty + self.revival_weight * codes.revival, parts | {"revival": codes.revival}
         parts |= {"codes_used": used, "code_perplexity": perplexity}
         return FirstStageOutput(self.autoencoder.decoded(codes.z).float(), penalty, parts)
+
+    def _distance(self, codes: Quantized) -> Tensor:
+        """Of outputs and codes, (B,)."""
+        if self.vq_loss == "legacy":
+            return self.commitment_weight * codes.codebook + codes.commitment
+        return codes.codebook + self.commitment_weight * codes.commitment
 
     def augmented(self, images: Tensor, random: StreamRandom, step: int) -> Tensor:
         """Mirrors half of the pictures and, early in training, crops all: (B, 3, H, W) -> (B, 3, crop, crop)."""
@@ -142,6 +198,13 @@ def _refuse_weights_of_others(autoencoder: nn.Module, weights: dict[str, float |
             raise UserError(
                 f"objective.{name}={value} has no effect on a {type(autoencoder).__name__}: set objective.{name}=null."
             )
+
+
+def _refuse_choices(given: dict[str, str | None]) -> None:
+    for name, value in given.items():
+        if value is not None and value not in CHOICES[name]:
+            allowed = ", ".join("null" if choice is None else choice for choice in CHOICES[name])
+            raise UserError(f"objective.{name}={value} is not valid: use {allowed}.")
 
 
 def _refuse_small_crops(adversary: Adversary | None, perceptual: PerceptualTerm | None, crop: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 class LossTerms(NamedTuple):
     """`total`: the scalar to minimise; `parts`: named means, detached; `per_sample`: (B,), detached; `t`: (B,) or None.
+    `idle`: the prefix of the parameters that keep their values in this step, one of the objective's `players`.
 
     A tuple, because DeepSpeed's hooks look for tensors in tuples and dictionaries only.
     """
@@ -17,3 +18,4 @@ class LossTerms(NamedTuple):
     parts: dict[str, Tensor]
     per_sample: Tensor
     t: Tensor | None = None
+    idle: str | None = None

@@ -11,6 +11,7 @@ from data_pipeline.images.grid import grid, save_png
 from data_pipeline.shards.data_sets import DataSets
 from data_pipeline.shards.samples import collated
 from train.data.latent_facts import LatentFacts
+from train.data.sizes import at_mean_size
 from train.engine.train_state import TrainState
 from train.runs.metrics import Reporter
 from train.runs.run_folder import RunFolder
@@ -38,18 +39,19 @@ def preview_parts(
     count: int,
 ) -> list[PreviewPart]:
     """Every eighth of the first training samples of each data set, `count` in all, shared equally; the remainder comes
-    from the largest sets. Each bucket is a part; all other sets form one part."""
+    from the largest sets. Each bucket is a part; all other sets form one part. All are drawn at the mean sizes."""
     ordered = sorted(data, key=lambda each: -each.manifest.samples)
     found = {}
     for i, each in enumerate(ordered):
         own = count // len(ordered) + (i < count % len(ordered))
         found[each.name] = read_samples(root=each.root, limit=own * 8)[::8][:own] if own else []
     if not facts.buckets:
-        return [PreviewPart(generator, [sample for samples in found.values() for sample in samples])]
+        samples = [sample for samples in found.values() for sample in samples]
+        return [PreviewPart(generator, at_mean_size(samples, facts))]
+    own = {name: facts.of_bucket(name) for name, samples in found.items() if samples}
     return [
-        PreviewPart(replace(generator, latent_shape=facts.of_bucket(name).unet_shape), samples)
-        for name, samples in found.items()
-        if samples
+        PreviewPart(replace(generator, latent_shape=of.unet_shape), at_mean_size(found[name], of))
+        for name, of in own.items()
     ]
 
 

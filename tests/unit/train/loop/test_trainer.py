@@ -170,3 +170,22 @@ def test_the_rate_leaves_out_actions_and_saves(make_trainer, monkeypatch):
     loop.fit()
     assert rows[0]["samples_per_s"] == pytest.approx(8.0)
     assert rows[0]["data_wait"] == pytest.approx(1.0)
+
+
+def test_each_buckets_flops_are_counted_once_and_logged_with_its_steps():
+    counted = []
+
+    class Engine:
+        def flops(self, batch):
+            counted.append(batch.bucket)
+            return {"a": 1, "b": 1000}[batch.bucket]
+
+    meter = Meter(8)
+    buckets = ["a", "b", "b", "a", "b", "a", "b"]
+    batches = meter.counted((SimpleNamespace(bucket=name) for name in buckets), Engine())
+    sums = []
+    for batch in batches:
+        meter.add(StepResult({"loss": torch.tensor(1.0)}, DataCursor(1), (), 0.1, True, batch.bucket))
+        sums.append(meter.since.flops)
+    assert counted == ["a", "b"]
+    assert sums == [1, 1001, 2001, 2002, 3002, 3003, 4003]

@@ -201,3 +201,17 @@ def test_the_classifier_halves_between_all_its_levels(channels):
     in_bf16 = classifier.bfloat16()(noisy, times)
     assert in_bf16.dtype == torch.float32
     torch.testing.assert_close(in_bf16, logits, rtol=0.05, atol=0.02)
+
+
+def test_in_buckets_a_small_picture_is_enlarged_by_the_same_factors(make_facts):
+    """Latents of 8x16 and 12x8 at f=2, of pictures averaged by 4: enlarged twice in both. By 3, sides are rounded."""
+
+    def of(latents, small):
+        return make_facts(shapes={"moments": [8, *latents], "low_resolution": [3, *small]}, fold=1)
+
+    conditioner = LowResolutionImage(of((8, 16), (4, 8)))
+    assert conditioner.fits(of((12, 8), (6, 4)))
+    assert not LowResolutionImage(of((8, 16), (5, 10))).fits(of((12, 8), (8, 5)))
+    image = torch.rand(2, 3, 6, 4)
+    planes = conditioner({"low_resolution": image}, ()).given.concat
+    torch.testing.assert_close(planes, F.interpolate(image, (12, 8), mode="bilinear", antialias=True))

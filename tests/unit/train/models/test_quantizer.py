@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from train.models import quantizer
-from train.models.quantizer import Quantizer, nearest, revival, usage
+from train.models.quantizer import Quantizer, counts_of, nearest, revival, usage
 
 
 @pytest.fixture
@@ -65,11 +65,11 @@ def test_bf16_latents_meet_fp32_distances(spread):
 
 
 def test_usage_and_perplexity():
-    assert usage(torch.tensor([[0, 1], [2, 3]]), 9) == (4, pytest.approx(4))
-    used, perplexity = usage(torch.tensor([5, 5, 5, 7]), 9)
+    assert usage(counts_of(torch.tensor([[0, 1], [2, 3]]), 9)) == (4, pytest.approx(4))
+    used, perplexity = usage(counts_of(torch.tensor([5, 5, 5, 7]), 9))
     assert used == 2
     assert float(perplexity) == pytest.approx(4 / 3**0.75)  # exp(-3/4 ln 3/4 - 1/4 ln 1/4)
-    assert usage(torch.full((6,), 8), 9) == (1, pytest.approx(1))
+    assert usage(counts_of(torch.full((6,), 8), 9)) == (1, pytest.approx(1))
 
 
 def test_revival_pulls_unused_codes_only_and_to_encoder_outputs_of_their_own():
@@ -101,7 +101,8 @@ def test_dead_codes_come_back_and_stay(weight):
         optimizer.zero_grad()
         (quantized.codebook.mean() + weight * quantized.revival).backward()
         optimizer.step()
-    used, perplexity = usage(quantize(torch.randn(1, 2, 64, 64, generator=generator)).indices, 32)
+    indices = quantize(torch.randn(1, 2, 64, 64, generator=generator)).indices
+    used, perplexity = usage(counts_of(indices, 32))
     assert used == (32 if weight else 1)
     assert perplexity > 20 * bool(weight)
 
