@@ -8,7 +8,7 @@ if __name__ == "__main__":
     start_entry("data_pipeline.make_shards")  # checks the options, runs main() and exits
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from hydra.utils import instantiate
@@ -70,7 +70,7 @@ def main(cfg: DictConfig) -> None:
     if finished(cfg.output, mark, settings_of(options)):
         print(f"make_shards: {cfg.output} is finished already")
         return
-    rejects = Rejects(listed, cfg.max_aside_fraction)
+    rejects = Rejects(listed, cfg.max_aside_fraction, getattr(source, "remedies", None))
     splits = {"train": SplitWriter(storage.join(cfg.output, "train"), cfg.shard_size)}
     if heldout:
         splits["heldout"] = SplitWriter(storage.join(cfg.output, "heldout"), cfg.shard_size)
@@ -97,16 +97,25 @@ def main(cfg: DictConfig) -> None:
     for name, split in reversed(splits.items()):  # train is finished last: its manifest completes the data set
         Manifest("image-text", tuple(split.shards), fields, info | captions.info(name)).save(split.root)
     report(cfg.output, splits, filters.counts, rejects)
-    for line in [*converted.lines(), *passed_over_lines(passed_over), *captions.sentences()]:
+    buckets = bucket_lines(splits.values()) if framing.buckets.sides else []
+    for line in [*buckets, *converted.lines(), *passed_over_lines(passed_over), *captions.sentences()]:
         print(f"make_shards: {line}")
 
 
-def close(splits: Iterable[SplitWriter], counts: Counter[str], rejects: Rejects) -> None:
+def bucket_lines(splits: Iterable[SplitWriter]) -> list[str]:
+    """One line of text: the buckets that are used, with the number of pictures in each."""
+    counts = sum((split.sides for split in splits), Counter[tuple[int, int]]())
+    used = ", ".join(f"{height}x{width} ({count})" for (height, width), count in sorted(counts.items()))
+    return [f"buckets with pictures (height x width, number): {used}"]
+
+
+def close(splits: Collection[SplitWriter], counts: Counter[str], rejects: Rejects) -> None:
     """Publish the last shards. UserError, with the reasons, for a split without samples."""
+    alone = all(split.is_empty for split in splits)
     filtered = f" ({format_counts(counts, 3)})" if counts else ""
     for split in splits:
         left_out = f"{counts.total()} of {rejects.listed} filtered{filtered}, {len(rejects.rows)} set aside"
-        split.close(left_out, rejects.rows)
+        split.close(left_out, rejects.rows, alone)
 
 
 def report(output: str, splits: Mapping[str, SplitWriter], filtered: Counter[str], rejects: Rejects) -> None:

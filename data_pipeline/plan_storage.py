@@ -34,7 +34,9 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
-from data_pipeline.encode.conditions import Condition, use_clip
+from data_pipeline.encode.conditions import Condition
+from data_pipeline.encode.encoders import TEXT_ENCODERS
+from data_pipeline.encode.text_conditions import choose_encoders
 from data_pipeline.shards.arrays import DTYPES
 from data_pipeline.shards.caption_members import line_of
 from data_pipeline.shards.manifest import Manifest
@@ -78,13 +80,16 @@ def refuse_impossible(cfg: DictConfig) -> None:
 def encoders_of(cfg: DictConfig, chosen: str) -> dict[str, Encoders]:
     """The encoders as precompute has them, by the first stage's name: the `chosen` one, then those to compare."""
     conditions = instantiate(cfg.conditions, _convert_="all")
-    text = text_encoder(cfg, conditions)
+    texts = text_encoders(cfg, conditions)
     found = {}
     for name, config in first_stages(cfg, chosen).items():
         image = weightless(config)
         if cfg.size % image.factor:
             raise UserError(f"size={cfg.size} must be a multiple of {image.factor}, the downsampling factor of {name}.")
-        found[name] = Encoders(image, text, conditions, torch.device("meta"), 1, cfg.dtype, cfg.flips)
+        how = (conditions, torch.device("meta"), 1, cfg.dtype, cfg.flips)
+        found[name] = Encoders(image, texts.get("clip"), *how, text_encoder=texts.get("text_encoder"))
+        for condition in conditions.values():
+            condition.settle(found[name])
     return found
 
 
@@ -101,9 +106,10 @@ def first_stages(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
     return found
 
 
-def text_encoder(cfg: DictConfig, conditions: Mapping[str, Condition]) -> CaptionCache | None:
-    """None if no condition needs one; loaded if it is given by a path."""
-    return CaptionCache(weightless(cfg.clip), 1) if use_clip(conditions, cfg.clip) else None
+def text_encoders(cfg: DictConfig, conditions: Mapping[str, Condition]) -> dict[str, CaptionCache]:
+    """Those that the conditions need, by their groups in conf/; loaded if they are given by a path."""
+    used = choose_encoders(conditions, {name: cfg[name] for name in TEXT_ENCODERS})
+    return {name: CaptionCache(weightless(cfg[name]), 1) for name in used}
 
 
 def weightless(config: DictConfig) -> Any:

@@ -31,7 +31,8 @@ from data_pipeline.common.device import chosen_device
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.finite_json import json_of
 from data_pipeline.common.progress import Progress
-from data_pipeline.encode.encoders import TextEncoder
+from data_pipeline.common.saved_names import named
+from data_pipeline.encode.encoders import TEXT_ENCODERS, TextEncoder
 from data_pipeline.shards.key_set import KnownKeys
 from data_pipeline.shards.manifest import Manifest, find_splits
 
@@ -57,7 +58,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"output={cfg.output} is the same folder as input=: choose another one for the report.")
     device = chosen_device(cfg.device)
     image = instantiate(cfg.autoencoder).to(device) if cfg.autoencoder.get("path") else None
-    text = instantiate(cfg.clip) if cfg.clip.path else None
+    texts = {name: instantiate(cfg[name]) for name in TEXT_ENCODERS if cfg[name].path}
     sets = opened(cfg.input, cfg.shards)
     known, seen = KnownKeys(), {}
     with Progress("verify_shards", sum(each.manifest.samples for each in sets), "samples") as bar:
@@ -66,7 +67,7 @@ def main(cfg: DictConfig) -> None:
     agree(sets)
     check_buckets(sets, cfg.input)
     for each in sets:
-        check_encoders(each, image and image.fingerprint, text)
+        check_encoders(each, image and image.fingerprint, texts)
         if cfg.samples:
             seen[each.name] = drawn(each, cfg, Drawing(image, device))
     report(sets, seen, cfg)
@@ -93,7 +94,7 @@ def opened(root: str, shards: str | None) -> list[DataSet]:
     for name, path in sorted(found.items(), reverse=True):  # train before heldout
         split = name.rpartition("/")[2]
         if shards and split not in sources:
-            raise UserError(f"shards={shards} has no {split or 'manifest'}: give the data set {path} was made from.")
+            raise UserError(f"shards={shards} has no {split or 'manifest'}: use the data set {path} was made from.")
         manifest, findings = Manifest("damaged", ()), Findings()
         try:
             manifest = Manifest.load(path)
@@ -152,21 +153,35 @@ def check_buckets(sets: Sequence[DataSet], root: str) -> None:
             each.findings.checks_run.add("accounting")
 
 
-def check_encoders(data: DataSet, autoencoder: str | None, text: TextEncoder | None) -> None:
-    """Check that latents and text states are the given encoders'; for the CLIP's state of "", compare all values."""
+def check_encoders(data: DataSet, autoencoder: str | None, texts: Mapping[str, TextEncoder]) -> None:
+    """Check that latents and text states are the given encoders'; for their states of "", compare all values. texts: by
+    their groups in conf/."""
     if data.manifest.kind != "latents":
         return
-    given = {"autoencoder": autoencoder, "text_encoder": text and text.fingerprint}
-    refuse_others(data, {name: mark for name, mark in given.items() if mark}, "autoencoder.path=, clip.path=")
-    if text is not None and "text.npy" in data.manifest.fields:
-        from safetensors.torch import load
+    given = {"autoencoder": autoencoder} | {TEXT_ENCODERS[name]: text.fingerprint for name, text in texts.items()}
+    options = "autoencoder.path=, clip.path=, text_encoder.path="
+    refuse_others(data, {name: mark for name, mark in given.items() if mark}, options)
+    conditions = named(data.manifest.info.get("conditions") or {})
+    for name, usual in (("text", "clip"), ("text_t5", "text_encoder")):
+        text = texts.get(conditions.get(name, {}).get("encoder", usual))
+        if text is not None and f"{name}.npy" in data.manifest.fields:
+            check_null(data, name, text)
 
-        null = load(storage.read_bytes(storage.join(data.root, "null.safetensors")))
-        data.findings.checks_run.add("constants")
-        if not torch.allclose(null["text"], text.encode_text([""]).tokens[0].cpu(), atol=1e-4):
-            data.findings.add(
-                "constants", f"the null of {data.root} is not this CLIP's state of the empty prompt: {AGAIN}."
-            )
+
+def check_null(data: DataSet, name: str, text: TextEncoder) -> None:
+    """Compare the stored states of the empty prompt with the encoder's."""
+    from safetensors.torch import load
+
+    null = load(storage.read_bytes(storage.join(data.root, "null.safetensors")))
+    data.findings.checks_run.add("constants")
+    states = text.encode_text([""])
+    count = int(null.get(f"{name}_length", len(null[name])))  # those of padding may be masked
+    if null[name].shape != states.tokens[0].shape or not torch.allclose(
+        null[name][:count], states.tokens[0, :count].cpu(), atol=1e-4
+    ):
+        data.findings.add(
+            "constants", f"the null of {data.root} is not this text encoder's state of the empty prompt: {AGAIN}."
+        )
 
 
 def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None:
@@ -177,7 +192,7 @@ def refuse_others(data: DataSet, given: Mapping[str, str], options: str) -> None
         if has != mark:
             data.findings.add(
                 "fingerprints",
-                f"{data.root} was made with {name} {has}, not {mark}: give what made it ({options}), or {AGAIN}.",
+                f"{data.root} was made with {name} {has}, not {mark}: use what made it ({options}), or {AGAIN}.",
             )
 
 

@@ -11,12 +11,13 @@ import torch
 from data_pipeline.common.stop_request import StopRequest
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
-from data_pipeline.encode.conditions import LowResolution, Text
+from data_pipeline.encode.conditions import LowResolution
 from data_pipeline.encode.encoders import TextStates
 from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.text_conditions import Text
 from data_pipeline.encode.workers import Worker
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.shards.manifest import Manifest

@@ -29,7 +29,7 @@ OWNERS = {
         "data_pipeline/sources/emoji_styles.py",
         "train/weights/perceptual.py",
     },
-    "transformers": set(),
+    "transformers": {"train/weights/hf_text.py"},
 }
 # Beside the entry scripts, the only files that may import hydra: what stands before them.
 COMMAND_LINE = ("data_pipeline/common/composition.py", "data_pipeline/common/command_line.py")

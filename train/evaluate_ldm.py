@@ -27,13 +27,13 @@ from data_pipeline.shards.manifest import Manifest
 from train.evaluation.distances import RECALL_PIXELS, nearest, training_recall
 from train.sampling.generator import how_drawn
 from train.sampling.requests import size_options
-from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
+from train.sampling.trained_run import TrainedRun, encoder_paths, merged_with_run_config, open_run
 
 DISTANCE = f"mean squared error of pictures box-averaged to {RECALL_PIXELS}x{RECALL_PIXELS}"
 
 
 def main(cfg: DictConfig) -> None:
-    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path, cfg.bucket, cfg.decoder)
+    run = open_run(cfg.input, cfg.step, encoder_paths(cfg), cfg.bucket, cfg.decoder)
     if not cfg.other_shards:
         refuse_other_shards(run, cfg.shards)
     given = OmegaConf.to_container(cfg, resolve=True)

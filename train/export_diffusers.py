@@ -22,7 +22,8 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.storage import HOST, write_atomically
 from data_pipeline.common.temp_files import abandoned
 from train.models.size_features import SizeFeatures
-from train.sampling.trained_run import TrainedRun, open_run
+from train.sampling.trained_run import TrainedRun, encoder_paths, open_run
+from train.weights.hf_text import HFTextEncoder
 from train.weights.open_clip import HEAD_WIDTH
 from train.weights.pipeline import Pipeline, reads_back, scheduler_config
 
@@ -33,7 +34,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"single_file={file} must end with .safetensors, the only format that is written.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output={output} already exists: choose a new or empty folder.")
-    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path)
+    run = open_run(cfg.input, cfg.step, encoder_paths(cfg))
     pipeline = pipeline_of(run)
     pipeline.refuse_unfit(single_file=file is not None)
     with written_aside(output) as folder:
@@ -75,8 +76,9 @@ def written_aside(output: Path) -> Iterator[Path]:
 def pipeline_of(run: TrainedRun) -> Pipeline:
     """The run's parts, on the CPU; UserError for parts that diffusers can't store."""
     refuse_trained_conditioners(run.generator.network.conditioner)
+    refuse_other_text(run)
     autoencoder = None if run.facts.stored_as == "pixels" else run.image.cpu()
-    text = run.text if "text" in run.config["conditioning"] else None
+    text = run.conditions["text"].of(run) if "text" in run.config["conditioning"] else None
     objective = run.config["objective"]
     scheduler = scheduler_config(objective["process"], objective["parameterization"])
     unet, conditioner = run.generator.network.unet.cpu(), run.generator.network.conditioner
@@ -95,6 +97,21 @@ def refuse_trained_conditioners(conditioner: nn.Module) -> None:
         raise UserError(
             f"conditioning={trained[0]} has weights trained with the U-Net, which diffusers' folders can't store: "
             "export a run conditioned on stored text or images, or on nothing."
+        )
+
+
+def refuse_other_text(run: TrainedRun) -> None:
+    """UserError for text states that diffusers' StableDiffusionPipeline does not give to the U-Net."""
+    parts = run.generator.network.conditioner.parts
+    reason = {
+        "two text encoders": "text_t5" in parts,
+        "an encoder other than CLIP": "text" in parts and isinstance(run.conditions["text"].of(run), HFTextEncoder),
+        "masks": any(getattr(part, "length", None) for part in parts.values()),
+    }
+    if found := [what for what, there in reason.items() if there]:
+        raise UserError(
+            f"this run is conditioned on text with {' and '.join(found)}, which diffusers' "
+            "StableDiffusionPipeline can't draw with: export a run on the states of one CLIP without masks."
         )
 
 

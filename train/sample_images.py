@@ -35,7 +35,7 @@ from train.sampling.requests import (
     title,
     with_negative_size,
 )
-from train.sampling.trained_run import TrainedRun, merged_with_run_config, open_run
+from train.sampling.trained_run import TrainedRun, encoder_paths, merged_with_run_config, open_run
 
 
 def main(cfg: DictConfig) -> None:
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         request_rows(options, cfg.samples_per_prompt),
         size_options(given["negative_size"], "negative_size"),
     )
-    run = open_run(cfg.input, cfg.step, cfg.autoencoder_path, cfg.clip_path, cfg.bucket, cfg.decoder)
+    run = open_run(cfg.input, cfg.step, encoder_paths(cfg), cfg.bucket, cfg.decoder)
     sampler, guidance = (merged_with_run_config(run.config, group, given[group]) for group in ("sampler", "guidance"))
     classifier_guide = guided_by(cfg, run, rows)
     refuse_unused_options(run, rows[0], also=("labels",) if classifier_guide else ())

@@ -61,7 +61,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     def actions(context: TrainingContext) -> list[Action]:
         return [validation(context, measured, cfg.validate_every, figures)]
 
-    identity = {"images": images.fingerprint, **images.mix, "clip": config["clip"], "seed": cfg.seed}
+    identity = {**images.identity("images"), "clip": config["clip"], "seed": cfg.seed}
     weights = fit(TrainedModel("clip", objective, "clip."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)

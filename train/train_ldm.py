@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data_pipeline.common import storage
+from data_pipeline.encode.encoders import TEXT_ENCODERS
 from data_pipeline.shards.data_sets import DataSets
 from data_pipeline.shards.input_option import Input
 from train.data.base_model import refuse_other_noise, unet_to_train
@@ -111,7 +112,7 @@ def configuration(cfg: DictConfig) -> dict[str, Any]:
     unet = unet_to_train(given, cfg.start_from, cfg.fine_tune, "size" in cfg.conditioning)
     OmegaConf.update(cfg, "unet", unet, merge=False, force_add=True)  # before ${unet.context_dim} is resolved
     config = OmegaConf.to_container(cfg, resolve=True)
-    for encoder in ("autoencoder", "clip"):
+    for encoder in ("autoencoder", *TEXT_ENCODERS):
         if config[encoder].get("path"):
             config[encoder]["path"] = storage.absolute(config[encoder]["path"])
     return config
@@ -134,11 +135,13 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
     }
     same |= {name: config[name] for name in ("shift_factor", "start_from_ema") if config[name]}  # later options
     same["unet"] = {name: value for name, value in same["unet"].items() if name != "zero_init"}  # a later option
-    # "captions" is part of the recipe's identity, but was not in earlier versions.
-    parts = config["conditioning"].items()
-    same["conditioning"] = {name: {k: v for k, v in part.items() if k != "captions"} for name, part in parts}
+    # "captions" is part of the recipe's identity, but was not in earlier versions; no more was a mask that isn't given.
+    same["conditioning"] = {
+        name: {k: v for k, v in part.items() if k != "captions" and (k != "mask" or v is not None)}
+        for name, part in config["conditioning"].items()
+    }
     encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
-    return {"data": data.fingerprint, **data.mix, **encoders, "streams": config["data"]["streams"], **same}
+    return {**data.identity("data"), **encoders, "streams": config["data"]["streams"], **same}
 
 
 def describe(data: DataSets, batch_size: int, facts: LatentFacts, attention: str) -> None:

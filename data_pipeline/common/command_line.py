@@ -24,9 +24,10 @@ from data_pipeline.common.program_options import PROGRAMS
 PROMPTS = ("prompts", "negative_prompt", "labels")
 PATHS = (
     "input", "output", "shards", "base", "start_from", "single_file", "images", "prompts_file", "autoencoder.path",
-    "autoencoder_path", "decoder", "preview_decoder", "clip.path", "clip_path", "classifier.path", "store.cache",
-    "store.endpoint", "source.path", "source.table", "source.file", "source.caption", "source.encoding",
-    "training.checkpoints", "training.scratch", "training.wandb_project", "project", "run_id",
+    "autoencoder_path", "decoder", "preview_decoder", "clip.path", "clip_path", "text_encoder.path",
+    "text_encoder_path", "classifier.path", "store.cache", "store.endpoint", "source.path", "source.table",
+    "source.file", "source.caption", "source.encoding", "training.checkpoints", "training.scratch",
+    "training.wandb_project", "project", "run_id",
 )  # fmt: skip
 TEXTS = (*PROMPTS, *PATHS, "step")
 FLAGS = (
@@ -121,16 +122,31 @@ def _parsed(argument: str) -> tuple[Any, bool]:
 
 def refusal(name: str, value: str) -> str:
     """One sentence that shows how to write this value in a shell."""
-    why = "brackets, quotes, commas, #, = and letters beyond ASCII need quotes"
-    if any(value.count(left) != value.count(right) for left, right in ("[]", "{}", "()")):
-        why = "a bracket is not closed"
+    why, unclosed = why_unreadable(value), why_unclosed(value)
     if re.match(r"\s*['\"]", value):
         return f"{name}={value} can't be read: its quotes don't match, or more text follows them."
     if re.match(r"\s*\[", value) and name.lstrip("+") in TEXTS:
         texts = ", ".join(f'"{text.strip()}"' for text in value.strip().strip("[]").replace('"', "").split(","))
         way = shlex.quote(f"{name}=[{texts}]")
         as_text = f'"{name}={quoted(value)}"'
-        return f"{name}={value} can't be read, as {why}: write {way} for a list, or {as_text} for the text itself."
-    if "," in value and why.startswith("brackets"):
+        return f"{name}={value} can't be read, as {unclosed or why}: write {way} for a list, or {as_text} for a text."
+    if "," in value and not unclosed:
         return f"{name}={value} can't be read: write a list in brackets, as '{name}=[{value}]'."
-    return f'{name}={value} can\'t be read, as {why}: close it, or write "{name}={quoted(value)}" for a text.'
+    close = "close it, or " if unclosed.endswith("not closed") else ""
+    return f'{name}={value} can\'t be read, as {unclosed or why}: {close}write "{name}={quoted(value)}" for a text.'
+
+
+def why_unclosed(value: str) -> str:
+    """The bracket without its counterpart, in words; "" if all have one."""
+    for left, right in ("[]", "{}", "()"):
+        if value.count(left) != value.count(right):
+            more = value.count(left) > value.count(right)
+            return f"a {left} is not closed" if more else f"a {right} closes nothing"
+    return ""
+
+
+def why_unreadable(value: str) -> str:
+    """The first character that Hydra's grammar takes only in quotes, in words."""
+    special = re.sub(r"[\w\s/\\+.$%*@?|:,\[\]{}()-]", "", value, flags=re.ASCII)[:1]
+    names = {"'": "an apostrophe (')", '"': 'a quotation mark (")', "": "a bracket or comma"}
+    return f"{names.get(special, special)} needs quotes around the text"

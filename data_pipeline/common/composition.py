@@ -24,6 +24,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.command_line import as_hydra_reads
 from data_pipeline.common.entry import CONF
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.experiments import with_experiment
 from data_pipeline.common.hydra_messages import (
     RENAMED,
     advice,
@@ -67,7 +68,8 @@ def run_entry(module: str) -> NoReturn:
 
     guarded.__module__ = module  # Hydra names the job by it
     try:
-        sys.argv[1:] = with_new_names(as_hydra_reads(sys.argv[1:], Path(CONF), config_name))
+        arguments = with_experiment(as_hydra_reads(sys.argv[1:], Path(CONF), config_name), Path(CONF), config_name)
+        sys.argv[1:] = with_new_names(arguments)
     except UserError as error:
         _say_error(str(error))
         raise SystemExit(error.exit_code) from None

@@ -53,13 +53,15 @@ class OneOf:
 
 @dataclass(frozen=True, slots=True)
 class NotEmpty:
-    """A text that is not empty: an empty path would be the root of the file system."""
+    """A text that is not empty: an empty path would be the root of the file system. what: its words in messages."""
+
+    what: str = "a text that is not empty"
 
     def allows(self, value: str) -> bool:
         return bool(value.strip())
 
     def __str__(self) -> str:
-        return "that is not empty"
+        return self.what
 
 
 Count = Annotated[int, Within(1)]
@@ -67,6 +69,7 @@ Positive = Annotated[float, Within(0, above=True)]
 NotNegative = Annotated[float, Within(0)]
 Finite = Annotated[float, Within(-math.inf)]
 Path = Annotated[str, NotEmpty()]
+Folder = Annotated[str, NotEmpty("a folder")]
 Share = Annotated[float, Within(0, 1)]
 
 
@@ -117,6 +120,8 @@ def described(hint: Any) -> str:
     if origin is Annotated:
         if isinstance(parts[1], OneOf):
             return f"one of {', '.join(map(str, parts[1].names))}"
+        if isinstance(parts[1], NotEmpty):
+            return str(parts[1])
         return f"{described(parts[0])} {parts[1]}"
     if origin in (Union, types.UnionType):
         return ", or ".join(map(described, parts))

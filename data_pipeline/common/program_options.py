@@ -14,6 +14,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.option_checks import (
     Count,
     Finite,
+    Folder,
     NotNegative,
     OneOf,
     Path,
@@ -30,7 +31,7 @@ REPEATED = tuple(f"objective.{name}." for name in ("process", "parameterization"
 Seed = Annotated[int, Within(-(2**63), 2**63 - 1)]
 Number = Annotated[int, Within(0)]  # a count that may be 0
 RandomSeed = Annotated[int, Within(0, 2**63 - 1)]  # numpy's seeds are not negative
-DataSets = Path | Sequence[Any]  # train/ checks the list itself
+DataSets = Folder | Sequence[Any]  # train/ checks the list itself
 Texts = str | Sequence[str]
 Pixels = tuple[NotNegative, NotNegative]  # [height,width] or [top,left]
 
@@ -39,8 +40,8 @@ SIZE_PARTS = ("original", "crop", "target")
 # Checked elsewhere, by the classes with these names.
 ELSEWHERE = ("training.", "engine.", "optimizer.")
 COMMON: Mapping[str, Any] = {
-    "input": Path,
-    "output": Path | None,
+    "input": Folder,
+    "output": Folder | None,
     "seed": Seed,
     "step": Number | Path,
     "batch_size": Count,
@@ -48,11 +49,12 @@ COMMON: Mapping[str, Any] = {
     "dtype": str,
     "flips": bool,
     "device": str,
-    "autoencoder_path": Path | None,
-    "decoder": Path | None,
+    "autoencoder_path": Folder | None,
+    "decoder": Folder | None,
     "preview_decoder": Path | None,
-    "clip_path": Path | None,
-    "shards": Path | None,
+    "clip_path": Folder | None,
+    "text_encoder_path": Folder | None,
+    "shards": Folder | None,
     "fold": Count,
     "scaling_factor": Positive | None,
     "shift_factor": float | None,
@@ -68,9 +70,9 @@ COMMON: Mapping[str, Any] = {
     "store.region": Path | None,
     "store.deadline_s": Positive | None,
     "store.attempts": Count | None,
-    "store.cache": Path | None,
+    "store.cache": Folder | None,
     "store.cache_gb": Positive | None,
-    "autoencoder.path": Path | None,
+    "autoencoder.path": Folder | None,
     "autoencoder.latent_channels": Count,
     "autoencoder.codebook_size": Annotated[int, Within(2)],
     "autoencoder.channels": Sequence[Count],
@@ -81,7 +83,10 @@ COMMON: Mapping[str, Any] = {
     "autoencoder.attention_levels": Sequence[bool] | None,
     "autoencoder.channels_last": bool,
     "autoencoder.quant_conv": bool,
-    "clip.path": Path | None,
+    "clip.path": Folder | None,
+    "clip.context_length": Annotated[int, Within(3)],
+    "text_encoder.path": Folder | None,
+    "text_encoder.context_length": Annotated[int, Within(3)],
     "clip.name": str,
     "clip.patch_dropout": Annotated[float, Within(0, 1, below=True)],
     "clip.quick_gelu": bool,
@@ -117,7 +122,9 @@ COMMON: Mapping[str, Any] = {
     "classifier.layers_per_block": Count,
     "classifier.heads": Count,
     "classifier.norm_groups": Count,
-    "conditions.text.pooled": bool,
+    **{f"conditions.{name}.pooled": bool for name in ("text", "text_t5")},
+    **{f"conditions.{name}.encoder": str | None for name in ("text", "text_t5")},
+    **{f"conditions.{name}.mask": bool | None for name in ("text", "text_t5")},
     "conditions.hole.smallest": Share,
     "conditions.hole.largest": Share,
     "conditions.layout.max_boxes": Count,
@@ -135,6 +142,7 @@ COMMON: Mapping[str, Any] = {
     "conditioning.layout.layers": Count,
     "conditioning.layout.heads": Count,
     "conditioning.size.drop": bool,
+    **{f"conditioning.{name}.mask": bool | None for name in ("text", "text_t5")},
     "process.shift": Positive,
     "process.beta_min": NotNegative,
     "process.beta_max": Positive,
@@ -213,8 +221,8 @@ COMMON: Mapping[str, Any] = {
 }
 PROGRAMS: Mapping[str, Mapping[str, Any]] = {
     "make_shards": {
-        "input": Path | None,
-        "output": Path,
+        "input": Folder | None,
+        "output": Folder,
         "size": Count,
         "shard_size": Count,
         "bucket_step": Count,
@@ -223,8 +231,8 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
     },
     "index_shards": {"size": Count, "shard_in_keys": bool, "key": str | None, "unended": bool | None},
     "precompute_latents": {
-        "output": Path,
-        "base": Path | None,
+        "output": Folder,
+        "base": Folder | None,
         "size": Count | None,
         "bucket_step": Count,
         "caption_cache_size": Number,
@@ -236,9 +244,9 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
         "worker": Number | None,
         "workers": Count | None,
     },
-    "verify_shards": {"output": Path, "samples": Number, "every": Count},
+    "verify_shards": {"output": Folder, "samples": Number, "every": Count},
     "plan_storage": {
-        "input": Path | None,
+        "input": Folder | None,
         "images": Annotated[float, Within(1)],
         "size": Count,
         "shard_mb": Positive,
@@ -255,35 +263,36 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
         "encoding.images_per_s": Positive,
         "encoding.gpus": Count,
     },
-    "train_ldm": {"input": DataSets, "output": Path, "start_from": Path | None, "sampler.steps": Count,
+    "train_ldm": {"input": DataSets, "output": Folder, "start_from": Path | None, "sampler.steps": Count,
                   "guidance.scale": Finite, "guidance.rescale": Share},
-    "train_autoencoder": {"input": DataSets, "output": Path},
-    "train_clip": {"input": DataSets, "output": Path},
-    "train_classifier": {"input": DataSets, "output": Path},
+    "train_autoencoder": {"input": DataSets, "output": Folder},
+    "train_clip": {"input": DataSets, "output": Folder},
+    "train_classifier": {"input": DataSets, "output": Folder},
     "sample_images": {
         "samples_per_prompt": Count,
         "columns": Count,
         "scale": Count,
-        "classifier.path": Path | None,
+        "classifier.path": Folder | None,
         "classifier.scale": Finite,
         "prompts_file": Path | None,
         **{f"size.{part}": Sequence[Any] | None for part in SIZE_PARTS},  # one for all pictures, or one per picture
         **{f"negative_size.{part}": Pixels | None for part in SIZE_PARTS},
     },
     "evaluate_ldm": {
-        "shards": Path,
+        "shards": Folder,
         "captions": Count,
         "heldout_captions": Number,
         "seed": RandomSeed,
         **{f"size.{part}": Pixels | None for part in SIZE_PARTS},
     },
-    "export_diffusers": {"output": Path, "single_file": Path | None},
+    "export_diffusers": {"output": Folder, "single_file": Path | None},
     "rebuild_ema": {
+        "output": Path | None,
         "sigma_rel": Annotated[float, Within(0, 12**-0.5, above=True, below=True)],
         "updates": NotNegative | None,
     },
     "replay_metrics": {"project": Path | None, "run_id": Path | None},
-    "quickstart": {"output": Path, "only": Path | None},
+    "quickstart": {"output": Folder, "only": Path | None},
 }  # fmt: skip
 
 

@@ -11,12 +11,20 @@ from collections.abc import Mapping
 from typing import Any
 
 _MODELS, _CONDITIONERS = "train.models", "train.models.conditioning"
+_PLANES, _TOKENS = f"{_MODELS}.plane_conditioners", f"{_MODELS}.token_conditioners"
+_TEXTS = "data_pipeline.encode.text_conditions"
 _PROCESSES, _PREDICTIONS = "train.diffusion.process", "train.diffusion.parameterization"
 _LOSSES, _SAMPLERS = "train.diffusion.losses", "train.diffusion.samplers"
+_TEXT_ENCODERS = {
+    "trained": "train.weights.saved.load_clip",
+    "stable_diffusion": "train.weights.published.load_text_encoder",
+    "hf": "train.weights.hf_text.load_text_encoder",
+}
 
 LIST: Mapping[str, Mapping[str, str]] = {
     "conditions": {
-        "text": "data_pipeline.encode.conditions.Text",
+        "text": f"{_TEXTS}.Text",
+        "text_t5": f"{_TEXTS}.SecondText",
         "label": "data_pipeline.encode.conditions.Label",
         "layout": "data_pipeline.encode.conditions.Layout",
         "image_embedding": "data_pipeline.encode.conditions.ImageEmbedding",
@@ -26,12 +34,13 @@ LIST: Mapping[str, Mapping[str, str]] = {
     },
     "conditioning": {
         "text": f"{_CONDITIONERS}.StoredText",
+        "text_t5": f"{_CONDITIONERS}.SecondStoredText",
         "joint_text": "train.models.text_transformer.JointText",
-        "label": f"{_CONDITIONERS}.ClassLabel",
-        "layout": f"{_CONDITIONERS}.LayoutTokens",
-        "image_embedding": f"{_CONDITIONERS}.ImageTokens",
-        "low_resolution": f"{_CONDITIONERS}.LowResolutionImage",
-        "hole": f"{_CONDITIONERS}.HoleAndRest",
+        "label": f"{_TOKENS}.ClassLabel",
+        "layout": f"{_TOKENS}.LayoutTokens",
+        "image_embedding": f"{_TOKENS}.ImageTokens",
+        "low_resolution": f"{_PLANES}.LowResolutionImage",
+        "hole": f"{_PLANES}.HoleAndRest",
         "size": f"{_MODELS}.size_features.SizeFeatures",
     },
     "unet": {"unet": f"{_MODELS}.unet.UNet"},
@@ -40,10 +49,8 @@ LIST: Mapping[str, Mapping[str, str]] = {
         "stable_diffusion": "train.weights.published.load_autoencoder",
         "identity": f"{_MODELS}.autoencoder.Identity",
     },
-    "clip": {
-        "trained": "train.weights.saved.load_clip",
-        "stable_diffusion": "train.weights.published.load_text_encoder",
-    },
+    "clip": _TEXT_ENCODERS,
+    "text_encoder": _TEXT_ENCODERS,
     "objective": {"latent_diffusion": "train.objectives.latent_diffusion.LatentDiffusion"},
     "process": {
         "rectified_flow": f"{_PROCESSES}.RectifiedFlow",
@@ -76,11 +83,18 @@ LIST: Mapping[str, Mapping[str, str]] = {
         "AutoencoderKL": f"{_MODELS}.autoencoder.AutoencoderKL",
         "VQModel": f"{_MODELS}.autoencoder.VQModel",
     },
-    "text_encoder": {"CLIP": f"{_MODELS}.clip.CLIP"},
+    "text_model": {"CLIP": f"{_MODELS}.clip.CLIP"},
     "classifier": {"NoisyClassifier": f"{_MODELS}.classifier.NoisyClassifier"},
 }
 # What has moved: a module, or a name in it, as written in files of earlier versions -> as LIST has it.
 MOVED: Mapping[str, str] = {
+    "train.models.conditioning.ClassLabel": f"{_TOKENS}.ClassLabel",
+    "train.models.conditioning.LayoutTokens": f"{_TOKENS}.LayoutTokens",
+    "train.models.conditioning.ImageTokens": f"{_TOKENS}.ImageTokens",
+    "train.models.conditioning.LowResolutionImage": f"{_PLANES}.LowResolutionImage",
+    "train.models.conditioning.HoleAndRest": f"{_PLANES}.HoleAndRest",
+    "data_pipeline.conditions.Text": f"{_TEXTS}.Text",
+    "data_pipeline.encode.conditions.Text": f"{_TEXTS}.Text",
     "data_pipeline.conditions": "data_pipeline.encode.conditions",
     "data_pipeline.filters": "data_pipeline.sources.filters",
     "data_pipeline.loader": "data_pipeline.loading.loader",

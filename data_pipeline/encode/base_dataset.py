@@ -11,6 +11,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item
 from data_pipeline.encode.conditions import Condition
+from data_pipeline.encode.encoders import TEXT_ENCODERS
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import DTYPES, narrowed
 from data_pipeline.shards.caption_members import line_of, member_of, others_of
@@ -36,13 +37,14 @@ class BaseSet:
 
     def _made_alike(self, encoder: Condition, encoders: Encoders) -> bool:
         """Whether recipe, encoders, dtype and, where pictures matter, sizes are the same."""
-        ours = [(encoder.uses_first_stage, "autoencoder", encoders.image.fingerprint)]
-        ours.append((encoder.uses_clip, "text_encoder", encoders.text.fingerprint if encoders.text else None))
+        uses = {"autoencoder": encoder.uses_first_stage}
+        uses |= {mark: encoder.encoder == group for group, mark in TEXT_ENCODERS.items()}
+        ours = encoders.fingerprints
         fields = [self.manifest.fields.get(f"{name}.npy", {}) for name in encoder.fields]
         recipes = named(self.manifest.info.get("conditions", {})).values()
         return (
             all(f.get("dtype") == encoders.dtype for f in fields if f.get("dtype") in (None, *DTYPES))
-            and all(self.manifest.fingerprints.get(name) == mark for uses, name, mark in ours if uses)
+            and all(self.manifest.fingerprints.get(name) == ours.get(name) for name, used in uses.items() if used)
             and (self.same_sizes or "picture" not in encoder.made_from)
             and (isinstance(encoder, FirstStage) or encoder.config() in recipes)
         )

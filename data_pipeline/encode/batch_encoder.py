@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipeline.common.errors import DataError
 from data_pipeline.encode.caption_cache import CaptionCache
 from data_pipeline.encode.conditions import Condition, PlainCondition, Sample, Tools
-from data_pipeline.encode.encoders import ImageEncoder
+from data_pipeline.encode.encoders import TEXT_ENCODERS, ImageEncoder
 from data_pipeline.shards.arrays import as_stored, readable
 from data_pipeline.shards.caption_edits import StoredEdits
 from data_pipeline.shards.caption_members import member_of, others_of
@@ -30,6 +30,25 @@ class Encoders(NamedTuple):
     dtype: str = "float16"  # one of DTYPES
     flips: bool = False  # also encode each picture mirrored: moments_flip.npy
     edits: StoredEdits = StoredEdits()  # edits of captions before they are encoded
+    text_encoder: CaptionCache | None = None  # beside `text`, the CLIP
+
+    @property
+    def texts(self) -> tuple[CaptionCache | None, CaptionCache | None]:
+        """The text encoders, in the order of TEXT_ENCODERS."""
+        return self.text, self.text_encoder
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each encoder, by the name in manifests."""
+        found = {"autoencoder": self.image, **dict(zip(TEXT_ENCODERS.values(), self.texts, strict=True))}
+        return {name: encoder.fingerprint for name, encoder in found.items() if encoder is not None}
+
+    @property
+    def token_counters(self) -> dict[str, CaptionCache]:
+        """The encoder of each condition on the caption."""
+        made = {name: each for name, each in self.conditions.items() if each.made_from == ("caption",)}
+        by_group = dict(zip(TEXT_ENCODERS, self.texts, strict=True))
+        return {name: by_group[each.encoder] for name, each in made.items() if by_group.get(each.encoder)}
 
     @property
     def field_encoders(self) -> list[Condition]:

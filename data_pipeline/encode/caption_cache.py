@@ -25,7 +25,7 @@ class CaptionCache:
         self.encoder, self.fingerprint = encoder, encoder.fingerprint
         self.size, self.batch_size = size, 1 if size else batch_size
         self.batches: dict[str, tuple[str, ...]] = {}
-        self.states: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self.states: OrderedDict[str, tuple[Tensor | None, ...]] = OrderedDict()
 
     def begin(self, captions: Iterable[str]) -> None:
         """Start the next shard, with its captions in order."""
@@ -42,13 +42,14 @@ class CaptionCache:
         found = [self._states_of(caption) for caption in captions]
         while self.size and len(self.states) > self.size:
             self.states.popitem(last=False)
-        return TextStates(*(torch.stack(part) for part in zip(*found, strict=True)))
+        return TextStates(*(None if part[0] is None else torch.stack(part) for part in zip(*found, strict=True)))
 
-    def _states_of(self, caption: str) -> tuple[Tensor, Tensor]:
+    def _states_of(self, caption: str) -> tuple[Tensor | None, ...]:
         if caption not in self.states:
             part = self.batches[caption]
             made = self.encoder.encode_text(part)
-            self.states |= zip(part, zip(made.tokens.cpu(), made.pooled.cpu(), strict=True), strict=True)
+            lengths = [None] * len(part) if made.lengths is None else made.lengths.cpu()
+            self.states |= zip(part, zip(made.tokens.cpu(), made.pooled.cpu(), lengths, strict=True), strict=True)
         self.states.move_to_end(caption)
         return self.states[caption]
 

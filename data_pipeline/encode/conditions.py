@@ -18,28 +18,30 @@ from torch.nn import functional as F
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import entry_of
-from data_pipeline.encode.encoders import ImageEncoder, TextEncoder, TextStates
+from data_pipeline.encode.encoders import ImageEncoder, TextEncoder
 
 Sample = Mapping[str, Any]
 
 
 class Tools(Protocol):
-    """The encoders available; text is None where no condition `uses_clip`."""
+    """The encoders available; text is clip=, text_encoder is text_encoder=, None where no condition uses them."""
 
     image: ImageEncoder
     text: TextEncoder | None
+    text_encoder: TextEncoder | None
 
 
 class Condition(Protocol):
-    """options: those of sample_images.py that set it; optional: those that may be left out; uses_clip,
-    uses_first_stage: whether it needs these encoders; uses_image_tower: whether it also needs the CLIP's image tower.
+    """options: those of sample_images.py that set it; optional: those that may be left out; encoder: the
+    one that it uses beside the first stage, by its group in conf/; uses_first_stage: whether it needs that;
+    uses_image_tower: whether it needs the CLIP's image tower.
 
     fields: what it stores; made_from: the parts of a sample (picture, caption, meta) that it depends on.
     """
 
     options: tuple[str, ...]
     optional: tuple[str, ...]
-    uses_clip: bool
+    encoder: str | None
     uses_first_stage: bool
     uses_image_tower: bool
     fields: tuple[str, ...]
@@ -47,6 +49,9 @@ class Condition(Protocol):
 
     def learn(self, samples: Iterable[Sample]) -> None:
         """Learn from the whole training split what is not configured (class names)."""
+
+    def settle(self, tools: Tools) -> None:
+        """Decide what depends on the encoders, which are loaded now."""
 
     def config(self) -> dict[str, Any]:
         """The arguments that build it again, with what it has learnt."""
@@ -69,11 +74,15 @@ class PlainCondition:
 
     options: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    uses_clip = uses_first_stage = uses_image_tower = False
+    encoder: str | None = None
+    uses_first_stage = uses_image_tower = False
     fields: tuple[str, ...] = ()
     made_from: tuple[str, ...] = ("meta",)
 
     def learn(self, samples: Iterable[Sample]) -> None:
+        pass
+
+    def settle(self, tools: Tools) -> None:
         pass
 
     def config(self) -> dict[str, Any]:
@@ -84,35 +93,6 @@ class PlainCondition:
 
     def null(self, tools: Tools) -> dict[str, Tensor]:
         return {}
-
-
-class Text(PlainCondition):
-    """text (B, T, D), one state a token, and pooled (B, P) if wanted; each different caption is encoded once."""
-
-    options, uses_clip, made_from = ("prompts",), True, ("caption",)
-
-    def __init__(self, pooled: bool = True) -> None:
-        self.fields = ("text", "pooled") if pooled else ("text",)
-
-    def config(self) -> dict[str, Any]:
-        return super().config() | ({} if "pooled" in self.fields else {"pooled": False})
-
-    def chosen(self, states: TextStates, rows: Tensor | int) -> dict[str, Tensor]:
-        """The fields of some of the captions."""
-        both = {"text": states.tokens, "pooled": states.pooled}
-        return {name: both[name][rows] for name in self.fields}
-
-    def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
-        captions = list(dict.fromkeys(sample["caption"] for sample in samples))
-        states = tools.text.encode_text(captions)
-        rows = torch.tensor([captions.index(sample["caption"]) for sample in samples], device=states.tokens.device)
-        return self.chosen(states, rows)
-
-    def null(self, tools: Tools) -> dict[str, Tensor]:
-        return self.chosen(tools.text.encode_text([""]), 0)
-
-    def as_sample(self, prompts: str) -> dict[str, Any]:
-        return {"caption": prompts}
 
 
 class Classes(PlainCondition):
@@ -257,19 +237,11 @@ class OfPicture(PlainCondition):
 class ImageEmbedding(OfPicture):
     """image_embedding (B, E): the CLIP's embedding of the picture, at unit variance."""
 
-    uses_clip, uses_image_tower, fields = True, True, ("image_embedding",)
+    encoder, uses_image_tower, fields = "clip", True, ("image_embedding",)
 
     def encode(self, samples: Sequence[Sample], images: Tensor | None, tools: Tools) -> dict[str, Tensor]:
         refuse_text_alone(tools.text)
         return {"image_embedding": tools.text.encode_image(images)}
-
-
-def use_clip(conditions: Mapping[str, Condition], clip: Mapping[str, Any]) -> bool:
-    """Whether a condition needs a CLIP, by its configuration `clip`; one chosen without its path is refused."""
-    using = [name for name, condition in conditions.items() if condition.uses_clip]
-    if using and clip.get("path", "") is None:
-        raise UserError(f"clip.path must be given, as conditions=[{','.join(using)}] needs it: add clip.path=....")
-    return bool(using)
 
 
 def refuse_text_alone(text: TextEncoder) -> None:

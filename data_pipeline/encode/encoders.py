@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+# Groups of conf/ with text encoders -> their name among a data set's fingerprints.
+TEXT_ENCODERS = {"clip": "text_encoder", "text_encoder": "text_encoder_2"}
 
 
 class ImageEncoder(Protocol):
@@ -27,7 +31,8 @@ class ImageEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Encodes captions to states; a whole CLIP also encodes pictures to embeddings."""
+    """Encodes captions to states; a whole CLIP also encodes pictures to embeddings. masked, if it has that: whether its
+    states of padding are normally not attended to."""
 
     fingerprint: str
 
@@ -42,7 +47,14 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextStates:
-    """A text encoder's output for B captions: tokens (B, T, D), one state a token, and pooled (B, P)."""
+    """A text encoder's output for B captions: tokens (B, T, D), one state a token, pooled (B, P), and how many of the
+    tokens, the first ones, are the caption's (B,); the others are padding."""
 
     tokens: Tensor
     pooled: Tensor
+    lengths: Tensor | None = None
+
+
+def first(lengths: Tensor, count: int) -> Tensor:
+    """Lengths (B,) -> (B, count): true for the first so many of each row."""
+    return torch.arange(count, device=lengths.device) < lengths[:, None]

@@ -21,7 +21,7 @@ from data_pipeline.shards.caption_members import summed
 from data_pipeline.shards.json_fields import mean_in_manifest
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.rejects import Rejects, accounting, summary
-from data_pipeline.shards.truncation import joined, sentence
+from data_pipeline.shards.truncation import cut_captions, joined, sentence
 
 
 class SplitToEncode(NamedTuple):
@@ -52,11 +52,10 @@ def recipe_of(
         "dtype": encoders.dtype,
         "conditions": json.dumps(conditions_config(encoders), sort_keys=True),
     }
-    if encoders.text is not None:
-        made_of["text_encoder"] = encoders.text.fingerprint
+    made_of |= encoders.fingerprints
     if sizes and sizes.sides and (sizes.split or sizes.sides[0] != (source.info.get("size"),) * 2):
         made_of["sizes"] = sizes.described
-    if encoders.text is not None and encoders.text.size:
+    if any(text is not None and text.size for text in encoders.texts):
         made_of["captions"] = "encoded one by one"
     if edits := encoders.edits.changed():
         made_of["caption_edits"] = json.dumps(edits, sort_keys=True)
@@ -98,7 +97,7 @@ def refuse_other_layout(paths: OutputPaths) -> None:
     other = paths._replace(bucketed=not paths.bucketed)
     if storage.exists(storage.join(other.markers_root, "precompute.json")):
         how = "buckets" if other.bucketed else "one size"
-        raise UserError(f"{paths.output} was begun with {how}: give those sizes, or choose another output=.")
+        raise UserError(f"{paths.output} was begun with {how}: use those sizes, or choose another output=.")
 
 
 def refuse_pictures(paths: OutputPaths) -> None:
@@ -147,7 +146,7 @@ def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dic
         "latents": combined_statistics([part["latents"] for each in parts.values() for part in each])
         | ({"stated": encoders.image.stated_scaling} if encoders.image.stated_scaling else {}),
     }
-    info |= caption_facts(records)
+    info |= caption_facts(records, encoders)
     rejects.save(paths.markers_root, "precompute")
     for bucket in buckets:
         root, shards = paths.root(bucket), tuple(Shard(**part["shard"]) for part in parts[bucket])
@@ -161,17 +160,20 @@ def finish(split: SplitToEncode, records: Sequence[dict[str, Any]], made_of: dic
     if paths.bucketed:
         storage.write_atomically(paths.final_file, json.dumps(counts, indent=1).encode())
         print(f"{split.title}: " + ", ".join(f"{count} of {bucket}" for bucket, count in counts.items()))
-    if "cut_captions" in info:
-        print(f"{split.title}: {sentence(info['cut_captions'])}")
+    for name in encoders.token_counters:
+        if cut := info.get(cut_captions(name)):
+            print(f"{split.title}: {sentence(cut, name)}")
     return Finished(processed, len(rejects.rows))
 
 
-def caption_facts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The number of samples with each caption, if some have several; the captions that the encoder cuts, if any."""
+def caption_facts(records: Sequence[dict[str, Any]], encoders: Encoders) -> dict[str, Any]:
+    """The number of samples with each caption, if some have several; the captions that each encoder cuts, if any."""
     parts = [part for record in records for part in record["sets"].values()]
     captions = summed([(part.get("captions"), part["shard"]["samples"]) for part in parts])
-    cut = joined(record.get("cut_captions", {}) for record in records)
-    return ({"captions": captions} if captions else {}) | ({"cut_captions": cut} if cut else {})
+    cut = {
+        name: joined(record.get(name, {}) for record in records) for name in map(cut_captions, encoders.token_counters)
+    }
+    return ({"captions": captions} if captions else {}) | {name: counts for name, counts in cut.items() if counts}
 
 
 def with_captions(fields: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
@@ -187,7 +189,7 @@ def common_fields(root: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if part["fields"] != first["fields"]:
             raise DataError(
                 f"pictures of {part['shard']['name']} and {first['shard']['name']} in {root} are not of one size: "
-                "give size= or buckets=auto, and another output=."
+                "set size= or buckets=auto, and another output=."
             )
     return first["fields"]
 

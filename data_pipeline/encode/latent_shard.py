@@ -26,7 +26,7 @@ from data_pipeline.shards.caption_members import counted, names_in
 from data_pipeline.shards.json_fields import size_sums
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar_index import digest_of
-from data_pipeline.shards.truncation import CutCaptions
+from data_pipeline.shards.truncation import CutCaptions, cut_captions
 from data_pipeline.shards.writer import ShardWriter
 
 MARKER_WAIT_S = 10.0  # seconds that another worker, if alive, has to write its note after its tar
@@ -129,7 +129,7 @@ class LatentShardBuilder:
         self.metas: dict[str, list[dict[str, Any]]] = {}
         self.fields: dict[str, dict[str, Any]] = {}
         self.captions: dict[str, Counter[str]] = {}
-        self.cut = CutCaptions(encoders.text)
+        self.cut = {name: CutCaptions(counter) for name, counter in encoders.token_counters.items()}
         self.rejected: list[Rejected] = []
         self.copied = 0  # samples whose picture was not encoded, because the base has the result
         self.done_marker: DoneMarker | None = None
@@ -170,7 +170,8 @@ class LatentShardBuilder:
             members |= {f"{name}.npy": values[row] for name, values in others.items() if row in values}
             writer.add(sample["key"], {**members, "json": {**sample["meta"], "caption": sample["caption"]}})
             self.captions.setdefault(bucket, Counter()).update(names_in(items[row].captions))
-            self.cut.add(sample["key"], items[row].texts)
+            for cut in self.cut.values():
+                cut.add(sample["key"], items[row].texts)
             self.metas.setdefault(bucket, []).append(sample["meta"])
 
     def publish(self, paths: OutputPaths) -> DoneMarker:
@@ -215,7 +216,7 @@ class LatentShardBuilder:
             for bucket, line in lines.items()
         }
         aside = [{"key": key, "reason": reason} for _, key, reason in sorted(self.rejected)]
-        cut = {"cut_captions": self.cut.found} if self.cut.found else {}
+        cut = {cut_captions(name): each.found for name, each in self.cut.items() if each.found}
         return {"listed": self.shard.samples, "aside": aside, "sets": sets, **cut}
 
 

@@ -107,7 +107,7 @@ class ShardReader:
             if not isinstance(sides, str):
                 only = only or sides
             if isinstance(sides, str) or (not self.sizes.sides and sides != only):
-                reason = sides if isinstance(sides, str) else f"{words(sides)} beside {words(only)}: give size="
+                reason = sides if isinstance(sides, str) else f"{words(sides)} beside {words(only)}: set size="
                 rejected.append((item.position, item.sample["key"], reason))
                 continue
             batch = waiting.setdefault(sides, [])
@@ -159,7 +159,7 @@ class ShardReader:
         before = pixels.shape[:2]
         fit = fitted(pixels, self.sizes.of(before))
         if any(side % factor for side in fit.pixels.shape[:2]):
-            raise DataError(f"{words(before)} is no multiple of f={factor}: give size=")
+            raise DataError(f"{words(before)} is no multiple of f={factor}: set size=")
         item.sample["image"] = fit.pixels
         item.sample["meta"] |= geometry(item.sample["meta"], before, fit)
 

@@ -37,5 +37,5 @@ class Size(PlainCondition):
     def as_sample(self, **given: Any) -> dict[str, Any]:
         for option, value in given.items():
             if not is_pair(value):
-                raise UserError(f"{option}={value} is not two numbers of pixels: give them as {option}=[512,512].")
+                raise UserError(f"{option}={value} is not two numbers of pixels: write them as {option}=[512,512].")
         return {"meta": {OPTIONS[option]: list(value) for option, value in given.items()}}

@@ -130,8 +130,9 @@ def encode_steps(
             step = AlreadyDone(build.shard, record)
         if isinstance(step, ShardStart):
             build, counted = LatentShardBuilder(step.shard, encoders), 0
-            if encoders.text is not None:
-                encoders.text.begin(step.captions)
+            for text in encoders.texts:
+                if text is not None:
+                    text.begin(step.captions)
         elif isinstance(step, EncodeBatch):
             if build is not None:  # None: the batch was read ahead, and its shard has been dropped
                 fields = encode_batch(step.items, step.images, encoders) if step.items else {}

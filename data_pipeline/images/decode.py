@@ -86,7 +86,7 @@ def colour_of(value: Any) -> Box:
     text = f"{value:06d}" if isinstance(value, int) else str(value)
     with contextlib.suppress(ValueError):
         return ImageColor.getrgb(f"#{text}" if re.fullmatch("[0-9a-fA-F]{6}", text) else text)[:3]
-    raise UserError(f"source.background={value} is not a colour: give a name such as white, or six digits as ff8000.")
+    raise UserError(f"source.background={value} is not a colour: use a name such as white, or six digits as ff8000.")
 
 
 def decode_image(data: bytes, extension: str = "", strict: bool = True) -> np.ndarray:

@@ -58,12 +58,13 @@ class EpochPlan:
         self.samples, self.seed, self.window_shards, self.shuffle = int(self.sizes.sum()), seed, window_shards, shuffle
         self.streams, self.batch, self.overlap = streams, global_batch_size, overlap
         if streams < 1 or window_shards < 1 or global_batch_size < 1:
-            raise UserError("batch_size, data.streams and data.window_shards must be at least 1.")
+            raise UserError("training.batch_size, data.streams and data.window_shards must be at least 1.")
         if not self.samples:
             raise DataError("the data set has no samples: make it again from usable pictures.")
         if global_batch_size % streams:
             raise UserError(
-                f"batch_size={global_batch_size} is not a multiple of data.streams={streams}: change one of them."
+                f"training.batch_size={global_batch_size} is not a multiple of data.streams={streams}: change one of "
+                "them."
             )
         self.arguments = (self.sizes, seed, global_batch_size, streams, window_shards, shuffle, overlap)
         self.per_step = global_batch_size // streams

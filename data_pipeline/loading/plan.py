@@ -52,7 +52,7 @@ def plan_of(data: DataSets, seed: int, batch_size: int, streams: int, window_sha
         raise UserError(f"{data.samples} samples can't fill {streams} streams: set data.streams={data.samples}.")
     if batch_size > EPOCHS_A_BATCH * data.samples:
         raise UserError(
-            f"batch_size={batch_size} would read all of {data.root} ({data.samples} samples) more than "
+            f"training.batch_size={batch_size} would read all of {data.root} ({data.samples} samples) more than "
             f"{EPOCHS_A_BATCH} times a step: lower it."
         )
     return BucketPlan(plans, data.starts, seed) if data.layout == BUCKETS else plans[0]
@@ -69,6 +69,6 @@ def refuse_small(data: DataSets, batch_size: int) -> None:
     for each in data:
         if batch_size * data.fractions()[each.name] > EPOCHS_A_BATCH * each.manifest.samples:
             raise UserError(
-                f"batch_size={batch_size} would read all of {each.root} ({each.manifest.samples} samples) more than "
-                f"{EPOCHS_A_BATCH} times a step: lower it, or its weight."
+                f"training.batch_size={batch_size} would read all of {each.root} ({each.manifest.samples} samples) "
+                f"more than {EPOCHS_A_BATCH} times a step: lower it, or its weight."
             )

@@ -59,13 +59,11 @@ class Input:
 
     def split(self, name: str, kind: str | None = None) -> DataSets:
         """The data sets of `train` or `heldout`. A bucket may lack held-out samples; a data set of a mix may not."""
-        if name == "heldout" and self.layout != BUCKETS:
-            for source in self.sources:
-                refuse_no_heldout(source.path)
-        roots = [storage.join(source.path, name) for source in self.sources]
-        found = list(zip(self.sources, roots, strict=True))
+        found = [(source, storage.join(source.path, name)) for source in self.sources]
         if self.layout == BUCKETS and name != "train":
             found = [pair for pair in found if storage.exists(storage.join(pair[1], "manifest.json"))] or found
+        for source, _ in found if name == "heldout" else ():
+            refuse_no_heldout(source.path)
         data = DataSets(
             tuple(DataSet(s.name, root, Manifest.load(root, kind), s.weight) for s, root in found), self.layout
         )
@@ -77,7 +75,7 @@ def _source(entry: Any) -> Source:
     if isinstance(entry, str):
         return Source(entry)
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-        raise UserError(f"input: {entry} is not a data set: give its path and weight, as in {EXAMPLE}.")
+        raise UserError(f"input: {entry} is not a data set: write its path and weight, as in {EXAMPLE}.")
     if unknown := sorted(set(entry) - {"path", "weight"}):
         raise UserError(f"input: {entry['path']} has {', '.join(unknown)}: an entry has path and weight only.")
     weight = entry.get("weight")

@@ -10,11 +10,16 @@ from data_pipeline.common.saved_names import named
 from data_pipeline.shards.data_sets import BUCKETS, DataSets
 from data_pipeline.shards.manifest import Manifest
 
-ENCODERS = {"autoencoder": "autoencoder.path", "text_encoder": "clip.path"}  # fingerprint -> option that sets it
+# fingerprint -> option that sets it
+ENCODERS = {"autoencoder": "autoencoder.path", "text_encoder": "clip.path", "text_encoder_2": "text_encoder.path"}
 # Fields whose shape does not depend on the size of the picture, and the option that sets it.
 OF_ANY_SIZE = {
     "text.npy": "clip.path",
     "pooled.npy": "clip.path",
+    "text_length.npy": "conditions.text.mask",
+    "text_t5.npy": "text_encoder.path",
+    "text_t5_pooled.npy": "text_encoder.path",
+    "text_t5_length.npy": "conditions.text_t5.mask",
     "image_embedding.npy": "clip.path",
     "label.npy": "conditions",
     "boxes.npy": "conditions",

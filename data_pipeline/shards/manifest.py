@@ -59,9 +59,10 @@ class Manifest:
         path = storage.join(root, "manifest.json")
         content = storage.read_if_there(path)
         if content is None:
-            refuse_buckets(Path(root).parent if not storage.is_s3(root) else str(root).rpartition("/")[0])
+            refuse_buckets(parent(root))
+            refuse_one_split(parent(root))
             raise UserError(
-                f"{root} is not a data set (no manifest.json there): give a folder that make_shards.py or "
+                f"{root} is not a data set (no manifest.json there): use a folder that make_shards.py or "
                 "precompute_latents.py has finished."
             )
         try:
@@ -144,23 +145,66 @@ def refuse_other_size(root: str | Path, shard: Shard, actual: int | None) -> Non
         )
 
 
+def parent(root: str | Path) -> str:
+    """The folder above a data set."""
+    above, slash, _ = str(root).rstrip("/").rpartition("/")
+    return above or slash or "."
+
+
+def refuse_one_split(root: str | Path) -> None:
+    """UserError if `root` is itself a split, so that it holds no train/ and heldout/."""
+    if not storage.exists(storage.join(root, "manifest.json")):
+        return
+    if str(root).rstrip("/").endswith(("/train", "/heldout")):
+        raise UserError(f"{root} is one split of a data set: use the folder that holds both, {parent(root)}.")
+    raise UserError(
+        f"{root} is a data set without train/ and heldout/, which are needed here: make it again from the folder that "
+        "holds both."
+    )
+
+
+def refuse_latents(root: str | Path) -> None:
+    """UserError if `root` holds latents (a data set, its splits or its buckets), where pictures are needed."""
+    buckets = [storage.join(root, name) for name in storage.subfolders(root) if is_bucket(name)]
+    for path in (root, *(storage.join(folder, "train") for folder in (root, *buckets))):
+        if storage.exists(storage.join(path, "manifest.json")) and Manifest.load(path).kind == "latents":
+            raise UserError(
+                f"{root} holds latents already: train_ldm.py takes them as input=; precompute_latents.py takes the "
+                "shards of make_shards.py or index_shards.py."
+            )
+
+
+def is_bucket(name: str) -> bool:
+    """Whether a folder is named like an aspect-ratio bucket, as 512x384."""
+    return re.fullmatch(r"\d+x\d+", name) is not None
+
+
 def refuse_buckets(root: str | Path) -> None:
     """UserError if `root` is the folder with all buckets of a data set, not one of them."""
-    buckets = [name for name in storage.subfolders(root) if re.fullmatch(r"\d+x\d+", name)]
+    buckets = [name for name in storage.subfolders(root) if is_bucket(name)]
     if buckets:
         raise UserError(
-            f"{root} holds the buckets {', '.join(buckets[:8])}: give one of them, as {storage.join(root, buckets[0])}."
+            f"{root} holds the buckets {', '.join(buckets[:8])}: use one of them, as {storage.join(root, buckets[0])}."
         )
 
 
 def refuse_no_heldout(root: str | Path) -> None:
     """UserError if a data set has train/ but no heldout/, on which training measures."""
     there = [storage.exists(storage.join(root, name, "manifest.json")) for name in ("train", "heldout")]
-    if there == [True, False]:
+    if there != [True, False]:
+        return
+    folder, name = parent(root), str(root).rstrip("/").rpartition("/")[2]
+    others = [each for each in storage.subfolders(folder) if is_bucket(each)] if is_bucket(name) else []
+    if any(storage.exists(storage.join(folder, each, "heldout", "manifest.json")) for each in others):
         raise UserError(
-            f"{root} has no held-out samples (heldout/), on which training measures: make it again with "
-            "heldout_every=10, in place of null."
+            f"the bucket {root} has no held-out samples, on which training measures, as all held-out pictures are in "
+            f"other buckets: train on all buckets together with input={folder}."
         )
+    again = ", then its latents by precompute_latents.py" if Manifest.load(f"{root}/train").kind == "latents" else ""
+    raise UserError(
+        f"{root} has no held-out samples (heldout/), on which training measures: make the shards again by "
+        f"make_shards.py with heldout_every=10 (2 to 9 if there are fewer than 10 pictures){again}."
+    )
 
 
 def find_splits(root: str | Path) -> dict[str, str]:
@@ -170,5 +214,5 @@ def find_splits(root: str | Path) -> dict[str, str]:
     below = {name: storage.join(root, name) for name in storage.subfolders(root)}
     found = {name: path for name, path in below.items() if storage.exists(storage.join(path, "manifest.json"))}
     if not found:
-        raise UserError(f"{root} contains no data set: give a folder that make_shards.py has finished.")
+        raise UserError(f"{root} contains no data set: use a folder that make_shards.py has finished.")
     return found

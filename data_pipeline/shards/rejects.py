@@ -14,19 +14,22 @@ from data_pipeline.common.errors import DataError
 
 class Rejects:
     """processed + filtered + set aside = listed, always. If more than `max_fraction` of what is listed is set
-    aside, the run stops with the reasons."""
+    aside, the run stops with the reasons. remedies: for the most common reason (as `summary` has it), what helps."""
 
-    def __init__(self, listed: int, max_fraction: float) -> None:
-        self.listed, self.max_fraction = listed, max_fraction
+    def __init__(self, listed: int, max_fraction: float, remedies: Mapping[str, str] | None = None) -> None:
+        self.listed, self.max_fraction, self.remedies = listed, max_fraction, remedies or {}
         self.rows: list[dict[str, str]] = []
 
     def add(self, key: str, reason: str, where: str = "") -> None:
         """Set one sample aside; where: the path that was tried."""
         self.rows.append({"key": key, "reason": reason} | ({"where": where} if where else {}))
         if len(self.rows) > self.max_fraction * self.listed:
+            counts, number = summary(self.rows), len(self.rows)
+            remedy = self.remedies.get(counts.most_common(1)[0][0], "fix the source")
             raise DataError(
-                f"{len(self.rows)} of {self.listed} samples can't be used ({format_counts(summary(self.rows), 3)}; "
-                f"{examples(self.rows)}): fix the source, or raise max_aside_fraction={self.max_fraction}."
+                f"stopped early: at least {number} of {self.listed} samples can't be used "
+                f"({format_counts(counts, 3)}; {examples(self.rows)}): {remedy}, or raise "
+                f"max_aside_fraction={self.max_fraction}."
             )
 
     def save(self, root: str | Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,26 @@ class SplitWriter:
         self.root, self.shard_size = root, shard_size
         self.shards: list[Shard] = []
         self.writer = ShardWriter()
+        self.sides: Counter[tuple[int, int]] = Counter()  # of pictures: height, width
 
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been added."""
+        return not self.shards and not self.writer.count
+
     def add(self, key: str, sample: dict[str, Any]) -> None:
         self.writer.add(key, sample)
+        self.sides[sample["png"].shape[:2]] += 1
         if self.writer.count == self.shard_size:
             self._publish()
 
-    def close(self, left_out: str, aside: Sequence[Mapping[str, str]]) -> None:
+    def close(self, left_out: str, aside: Sequence[Mapping[str, str]], alone: bool = True) -> None:
         """Publish the last samples; shards of an earlier run are removed. left_out, aside: what the message says if no
-        sample is left: the counts of all splits, and the samples set aside."""
+        sample is left: the counts of all splits, and the samples set aside; alone: no other split has samples."""
         if self.writer.count:
             self._publish()
         remove_leftovers(self.root, len(self.shards))
@@ -42,7 +50,7 @@ class SplitWriter:
             why = "; ".join(part for part in (left_out, format_counts(summary(aside), 3), examples(aside)) if part)
             raise UserError(
                 f"no picture of a split can be used: {self.root} would be empty ({why}): check the source and "
-                "filters=, or set heldout_every=null."
+                f"filters={'' if alone else ', or set heldout_every=null'}."
             )
 
     def _publish(self) -> None:

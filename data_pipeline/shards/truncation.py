@@ -38,6 +38,11 @@ class CutCaptions:
                 self.found = joined([self.found, one])
 
 
+def cut_captions(condition: str) -> str:
+    """The name of a condition's count in manifests and notes on shards."""
+    return "cut_captions" if condition == "text" else f"cut_captions_{condition}"
+
+
 def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The sum of the counts of several parts; the example is the key of the longest caption."""
     parts = [part for part in parts if part]
@@ -47,9 +52,10 @@ def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**longest, "captions": sum(part["captions"] for part in parts)}
 
 
-def sentence(found: Mapping[str, Any]) -> str:
+def sentence(found: Mapping[str, Any], condition: str = "text") -> str:
     """The counts in words."""
+    which = "" if condition == "text" else f" of {condition}"
     return (
-        f"captions longer than the {found['context_length']} tokens that the text encoder reads, and cut there: "
+        f"captions longer than the {found['context_length']} tokens that the text encoder{which} reads, and cut there: "
         f"{found['captions']} (the longest has {found['longest']}, of {found['example']})"
     )

@@ -95,7 +95,7 @@ class Columns:
 
     def __init__(self, bounds: Mapping[str, Mapping[str, float]] | None = None) -> None:
         if not bounds:
-            raise UserError("filters.columns.bounds must be given: as filters.columns.bounds='{aesthetic: {min: 5}}'.")
+            raise UserError("filters.columns.bounds must be set, as filters.columns.bounds='{aesthetic: {min: 5}}'.")
         self.bounds = {name: bounds_of(name, pair) for name, pair in bounds.items()}
         self.seen: set[str] = set()  # columns with a number in some sample
 
@@ -128,7 +128,7 @@ def bounds_of(name: str, pair: Any) -> tuple[float, float]:
     given = {k: as_number(v) for k, v in pair.items() if v is not None} if isinstance(pair, Mapping) else {}
     if not given or set(given) - {"min", "max"} or None in given.values():
         raise UserError(
-            f"filters.columns.bounds.{name} is not {{min: a, max: b}}: give one of them or both, as numbers."
+            f"filters.columns.bounds.{name} is not {{min: a, max: b}}: set one of them or both, as numbers."
         )
     return given.get("min", -math.inf), given.get("max", math.inf)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import types
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class PictureFile(SourceItem):
 class ImageFolder:
     """Pictures below `path`, by name. passed_over: other files found by the last listing, counted by extension."""
 
+    remedies = types.MappingProxyType({"missing caption": "write a .txt with its caption beside each picture"})
+
     def __init__(
         self,
         path: str | None,
@@ -47,14 +50,14 @@ class ImageFolder:
         animated: str = "first",
     ) -> None:
         if path is None:
-            raise UserError("input must be given: the folder that holds the pictures; add input=....")
+            raise UserError("input must be set to the folder that holds the pictures: add input=....")
         self.path, self.limit, self.how = Path(path), limit, Decoding.of(background, animated)
         self.names, self.encoding = caption_names(caption), known_encoding(encoding)
         self.passed_over: Counter[str] = Counter()
 
     def items(self) -> Iterator[SourceItem]:
         if not self.path.is_dir():
-            raise UserError(f"input={self.path} is not a folder: give one that holds pictures with captions.")
+            raise UserError(f"input={self.path} is not a folder: use one that holds pictures with captions.")
         path, sidecars = None, Sidecars(self.path, self.names, self.encoding)
         self.passed_over.clear()
         for path in itertools.islice(pictures_below(self.path, self.passed_over), self.limit):
@@ -85,6 +88,7 @@ class ImageFolder:
 def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False) -> Iterator[Path]:
     """All pictures below a folder, sorted by name in each folder; only one folder's names are in memory at a time.
     Other files are counted, except those that belong to pictures; so are all files in hidden folders."""
+    pictures, texts = set(), []
     for path in sorted(folder.iterdir()):
         here = hidden or path.name.startswith(".") or path.name.lower() in SYSTEM
         if path.is_dir():
@@ -95,9 +99,14 @@ def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False
         elif here:
             passed_over["hidden or system file"] += 1
         elif looks_like_picture(path):
+            pictures.add(path.stem)
             yield path
+        elif path.suffix.lower() == ".txt":
+            texts.append(path.stem)
         elif path.suffix.lower() not in BESIDE:
             passed_over[path.suffix.lower() or "file without an extension"] += 1
+    if alone := sum(stem not in pictures for stem in texts):
+        passed_over[".txt without a picture"] += alone
 
 
 def looks_like_picture(path: Path) -> bool:

@@ -62,11 +62,11 @@ class Table:
 
     def _tables(self) -> list[Path]:
         if not self.path.is_dir():
-            raise UserError(f"input={self.path} is not a folder: give one that holds pictures and a table of them.")
+            raise UserError(f"input={self.path} is not a folder: use one that holds pictures and a table of them.")
         if self.table is not None:
             found = matching(self.path, self.table)
             if not found:
-                raise UserError(f"source.table={self.table} is not in {self.path}: give a file's name there.")
+                raise UserError(f"source.table={self.table} is not in {self.path}: use the name of a file there.")
             return found
         found = sorted(p for p in self.path.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
         found = [p for p in found if p.suffix.lower() not in LINES] or found

@@ -38,7 +38,7 @@ def tars_in(folder: str) -> list[str]:
         )
     names = storage.files(folder, ".tar")
     if not names:
-        raise UserError(f"input={folder} holds no .tar: give the folder that contains the tars.")
+        raise UserError(f"input={folder} holds no .tar: use the folder that contains the tars.")
     return names
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from synthetic import DEMO_LATENTS, NO_ENCODERS, TINY_LATENTS, TINY_UNET, run, write_splits
 
+from data_pipeline.shards.manifest import Manifest
 from train.models.autoencoder import AutoencoderKL
 from train.weights.saved import save_model
 
@@ -24,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_splits(folder / "demo_shaped", DEMO_LATENTS, samples=16)
     shard = write_splits(folder / "cut", TINY_LATENTS) / "train/shards/000001.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
+    Manifest("image-text", ()).save(folder / "pictures/train")
     (folder / "other").mkdir()
     (folder / "other/run_id").write_text("train_clip 0a1b2c3d\n")
     torch.manual_seed(0)
@@ -102,7 +104,7 @@ MISTAKES = {
         "as unet=from_start uses its U-Net",
     ),
     "no such encoder": (
-        ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run",
+        ["data_pipeline/precompute_latents.py", "input={folder}/pictures", "output={folder}/run",
          "autoencoder.path={folder}/nowhere", "clip.path={folder}/nowhere"],
         2,
         "use the output= of a finished train_autoencoder.py run",
@@ -119,4 +121,5 @@ def test_a_sentence_and_nothing_written(folder: Path, mistake: str) -> None:
     assert said[-1].startswith("error: "), done.stderr
     assert sentence in said[-1]
     assert "Traceback" not in done.stderr
+    assert "outlasts" not in done.stderr  # no warning about a run that does not begin
     assert not (folder / "run").exists()

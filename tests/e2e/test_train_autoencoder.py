@@ -134,3 +134,69 @@ def test_a_sentence_before_anything_is_loaded(tmp_path: Path, mistake: str) -> N
     assert done.returncode == 2
     assert re.match(f"error: .*{sentence}", done.stderr.strip().splitlines()[-1]), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+RECIPES = ["ldm_kl_f4", "ldm_kl_f8", "ldm_kl_f16", "ldm_kl_f32", "ldm_vq_f4", "ldm_vq_f8", "ldm_vq_f16", "sd_kl_f8"]
+# Narrow networks, the discriminator from the second step on; pictures of 64 pixels.
+NARROW = [
+    "autoencoder.norm_groups=4", "objective.adversary.discriminator.channels=8", "objective.adversary.start=1",
+    "training.steps=3", "training.batch_size=8", "training.micro_batch=null", "data.streams=8", "validate_every=null",
+    "training.log_every=1", "validation_pictures=4", "training.save_every=2",
+]  # fmt: skip
+WIDTHS = {"f4": [8, 8, 16], "f8": [8, 8, 16, 16], "f16": [8, 8, 8, 16, 16], "f32": [8, 8, 8, 8, 16, 16]}
+# In CompVis' units: what their configurations say.
+PUBLISHED = {
+    "kl": {"kl_weight": 1e-6, "disc_weight": 0.5, "d_weight_delta": 1e-4},
+    "vq": {"codebook_weight": 1.0, "beta": 0.25, "legacy": True, "d_weight_delta": 1e-4, "d_weight_max": 1e4},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "ldm_vq_f16" else [pytest.mark.exhaustive]) for n in RECIPES]
+)
+def test_published_recipes_take_three_steps(shards: Path, tmp_path: Path, name: str) -> None:
+    _, kind, factor = name.split("_")
+    options = [
+        f"experiment={name}",
+        *PERCEPTUAL[1:],
+        *NARROW,
+        f"autoencoder.channels={WIDTHS[factor]}".replace(" ", ""),
+    ]
+    output = tmp_path / "run"
+    done = run("train/train_autoencoder.py", f"input={shards}", f"output={output}", *options)
+    rows = [row for row in metric_rows(output) if "loss" in row]
+    assert len(rows) == 3
+    assert all(np.isfinite(row["loss"]) and row["perceptual"] > 0 for row in rows)
+    assert [row["adaptive_weight"] > 0 for row in rows] == [False, True, True]
+    assert "revival" not in rows[0]
+    recorded = yaml.safe_load((output / "config.yaml").read_text())
+    units = recorded["in_compvis_units"]
+    assert {n: units[n] for n in PUBLISHED[kind]} == pytest.approx(PUBLISHED[kind])
+    assert units["base_learning_rate"] == 4.5e-6
+    assert recorded["optimizer"]["lr"] == pytest.approx(4.5e-6 * 8)
+    assert recorded["optimizer"]["betas"] == [0.5, 0.9]
+    assert "in CompVis' units, for pictures of 64x64: " in done.stdout
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["objective/adversary=patchgan_batch_norm", "objective.adversary.turns=alternate", "autoencoder=vq_f4_demo"],
+        ["objective/adversary=patchgan_batch_norm", "objective.log_variance=learned", "objective.adversary.ramp=8"],
+        ["objective/adversary=patchgan", "objective.adversary.r1_weight=0.1", "objective.adversary.r1_every=2"],
+    ],
+    ids=["in turn", "variance", "r1"],
+)
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_options_resumed_bit_for_bit(shards: Path, tmp_path: Path, options: list[str], engine: str) -> None:
+    """Stopped after an odd number of steps against the discriminator."""
+    options = [*options, "objective.adversary.start=2", "training.save_every=5", f"engine={engine}"]
+    options += ["objective.adversary.discriminator.channels=32"]
+    whole = train(shards, tmp_path / "whole", *options, "training.steps=9")
+    train(shards, tmp_path / "parts", *options, "training.steps=5")
+    parts = train(shards, tmp_path / "parts", *options, "training.steps=9", "training.resume=must")
+    for name in ("loss", "gan", "discriminator", "adaptive_weight"):
+        assert [row[name] for row in parts] == [row[name] for row in whole], name
+    marks = [json.loads((tmp_path / part / "config.json").read_text())["fingerprint"] for part in ("whole", "parts")]
+    assert marks[0] == marks[1]

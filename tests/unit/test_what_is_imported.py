@@ -62,7 +62,7 @@ def test_help_needs_neither_torch_nor_numpy(script: Path) -> None:
         ("no_such=1", "there is no option no_such"),
         ("engine=zero9", "engine=zero9 does not exist: use"),
         ("seed=1", "autoencoder.path, input, output must be given"),
-        ("seed=[1", "seed=[1 can't be read, as a bracket is not closed"),
+        ("seed=[1", "seed=[1 can't be read, as a [ is not closed"),
     ],
 )
 def test_nor_does_a_mistake_in_the_options(mistake: str, sentence: str) -> None:

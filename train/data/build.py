@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from data_pipeline.common.saved_objects import build
+from data_pipeline.encode.encoders import TEXT_ENCODERS
 from train.data.latent_facts import LatentFacts
 from train.models.conditioning import ConditionedUNet, Conditioners
 
@@ -35,6 +36,6 @@ def used_conditions(config: Mapping[str, Any], facts: LatentFacts, where: str) -
     return {name: build(made, "conditions", f"{where}: conditions.{name}") for name, made in used.items()}
 
 
-def uses_clip(conditions: Mapping[str, Any]) -> bool:
-    """Whether sampling needs CLIP."""
-    return any(condition.uses_clip for condition in conditions.values())
+def encoders_used(conditions: Mapping[str, Any]) -> list[str]:
+    """The text encoders that sampling needs, by their groups in conf/."""
+    return [group for group in TEXT_ENCODERS if any(made.encoder == group for made in conditions.values())]

@@ -16,6 +16,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import read_json, refuse_wrong_kinds
+from data_pipeline.encode.encoders import TEXT_ENCODERS
 from data_pipeline.shards.manifest import Manifest
 from train.models.conditioning import Conditioners
 from train.models.latents import STORED_AS, LatentScaling, OneFactor, StoredLatents
@@ -112,9 +113,11 @@ class LatentFacts:
         refuse_wrong_kinds({"classes": names}, {"classes": Sequence[str]}, f"condition {condition} of the latents")
         return names
 
-    def refuse_other_encoders(self, autoencoder: str | None, clip: str | None) -> None:
-        """UserError if encoders with these fingerprints did not make the latents or text states; None: not checked."""
-        for option, name, mark in (("autoencoder", "autoencoder", autoencoder), ("clip", "text_encoder", clip)):
+    def refuse_other_encoders(self, marks: Mapping[str, str | None]) -> None:
+        """UserError if encoders with these fingerprints, by their groups in conf/, did not make the latents or text
+        states; None: not checked."""
+        for option, mark in marks.items():
+            name = TEXT_ENCODERS.get(option, option)
             if mark is not None and mark != self.fingerprints.get(name, mark):
                 raise UserError(
                     f"the latents were made with {name} {self.fingerprints[name]}, but {option}.path contains "

@@ -13,15 +13,18 @@ from torch import nn
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import read_config
+from data_pipeline.encode.encoders import TEXT_ENCODERS
 from data_pipeline.shards.data_sets import DataSets
 from train.data.base_model import refuse_absent
-from train.data.build import Instantiate, used_conditions, uses_clip
+from train.data.build import Instantiate, encoders_used, used_conditions
 from train.data.joined_facts import facts_of
 from train.data.latent_facts import LatentFacts
 from train.data.online_encoding import OnlineLatents, first_batches
 from train.data.sizes import fields_in_json, with_mean_size
 from train.models.latents import OneFactor
+from train.weights import hf_text
 from train.weights.saved import saved_fingerprint
 
 
@@ -66,26 +69,35 @@ def refuse_other_encoders(
     """UserError if other encoders made these latents, judged by their folders and by the loaded first stage. root: the
     data set, for the message."""
     where = storage.join(root, "manifest.json")
-    needed, path = uses_clip(used_conditions(config, facts, where)), config["clip"].get("path")
-    if needed and path is None:
-        encoder = facts.fingerprints["text_encoder"]
-        raise UserError(
-            f"clip.path must be given, as text encoder {encoder} encoded the conditions: add clip.path=...."
-        )
-    mark = autoencoder.fingerprint if autoencoder else saved_fingerprint(config["autoencoder"].get("path"))
-    facts.refuse_other_encoders(mark, text_fingerprint(config["clip"], instantiate) if needed else None)
+    marks = {
+        "autoencoder": autoencoder.fingerprint if autoencoder else saved_fingerprint(config["autoencoder"].get("path"))
+    }
+    for group in encoders_used(used_conditions(config, facts, where)):
+        if config[group].get("path") is None:
+            encoder = facts.fingerprints[TEXT_ENCODERS[group]]
+            choice = "text_encoder=hf " if group == "text_encoder" else ""
+            raise UserError(
+                f"{group}.path must be given, as text encoder {encoder} encoded the conditions: add "
+                f"{choice}{group}.path=...."
+            )
+        marks[group] = text_fingerprint(config[group], group, instantiate)
+    facts.refuse_other_encoders(marks)
 
 
-def text_fingerprint(clip: Mapping[str, Any], instantiate: Instantiate) -> str | None:
-    """Fingerprint of the text encoder at clip.path, loaded if its folder has none; None for clip.path=none."""
-    path = clip["path"]
+def text_fingerprint(encoder: Mapping[str, Any], group: str, instantiate: Instantiate) -> str | None:
+    """Fingerprint of the text encoder at clip.path or text_encoder.path, loaded if its folder has none; None for a path
+    of none."""
+    path = encoder["path"]
     if Path(path).name == "none":
         return None
     if not Path(path).exists():
         raise UserError(
-            f"clip.path={path} does not exist: use the path of the text encoder, or clip.path=none to train without it."
+            f"{group}.path={path} does not exist: use the path of the text encoder, or {group}.path=none to train "
+            "without it."
         )
-    return saved_fingerprint(path) or instantiate(clip).fingerprint
+    if named(encoder).get("name") == "hf":
+        return hf_text.fingerprint_of(path, encoder["context_length"])
+    return saved_fingerprint(path) or instantiate(encoder).fingerprint
 
 
 def with_base_model_scaling(config: Mapping[str, Any], facts: LatentFacts) -> LatentFacts:

@@ -8,20 +8,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import build
+from data_pipeline.encode.encoders import TEXT_ENCODERS
 from data_pipeline.loading.batch import Batch
 from data_pipeline.shards.samples import collated
-from train.data.build import Instantiate
+from train.data.build import Instantiate, encoders_used
 from train.data.latent_facts import LatentFacts
 from train.models.latents import OneFactor
 
 # Conditions to encode, by conditioning; all others need facts that precompute learns from a whole data set.
 CONDITIONS: Mapping[str, dict[str, Any]] = {
     "text": {"text": {"name": "text"}},
+    "text_t5": {"text_t5": {"name": "text_t5", "pooled": False}},
     "joint_text": {},
 }
 ENCODED_AT_ONCE = 64
@@ -29,13 +32,13 @@ ENCODED_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class OnlineLatents:
-    """The encoders, outside the engine: not trained, not sharded, and in fp32. Conditions are encoded with `image` and
-    `text`."""
+    """The encoders, outside the engine: not trained, not sharded, and in fp32. Conditions are encoded with `image`,
+    `text` (clip=) and `text_encoder`."""
 
     image: nn.Module
     text: nn.Module | None
+    text_encoder: nn.Module | None
     conditions: Mapping[str, Any]
-    conditions_config: Mapping[str, Any]
     device: torch.device
 
     @classmethod
@@ -48,15 +51,21 @@ class OnlineLatents:
                 "latents with precompute_latents.py, and use them as input=."
             )
         wanted = {k: v for name in config["conditioning"] for k, v in CONDITIONS[name].items()}
-        needed = ["autoencoder", *(["clip"] if wanted else [])]
+        if "text" in wanted and "text_t5" not in wanted and config.get("text_encoder", {}).get("path"):
+            wanted["text"] = {**wanted["text"], "encoder": "text_encoder"}
+        conditions = {name: build(made, "conditions", name) for name, made in wanted.items()}
+        needed = ["autoencoder", *encoders_used(conditions)]
         for name in needed:
             if "path" in config[name] and Path(config[name]["path"] or "none").name == "none":
                 raise UserError(f"input= contains pictures, which must be encoded: add {name}.path=....")
-        image, text = (
-            frozen(instantiate(config[name]), device) if name in needed else None for name in ("autoencoder", "clip")
+        image, text, second = (
+            frozen(instantiate(config[name]), device) if name in needed else None
+            for name in ("autoencoder", *TEXT_ENCODERS)
         )
-        conditions = {name: build(made, "conditions", name) for name, made in wanted.items()}
-        return cls(image, text, conditions, wanted, device)
+        made = cls(image, text, second, conditions, device)
+        for condition in conditions.values():
+            condition.settle(made)
+        return made
 
     @torch.no_grad()
     def encoded(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -82,13 +91,13 @@ class OnlineLatents:
             arrays = {name: value.cpu().numpy() for name, value in fields.items()}
             for i, sample in enumerate(part):
                 plain = {name: sample[name] for name in ("key", "caption", "meta")}
-                yield plain | {name: value[i] for name, value in arrays.items()}
+                yield plain | {name: np.asarray(value[i]) for name, value in arrays.items()}  # a length is no array
 
     def facts(self, batches: Iterable[Batch], fold: int, scaling: OneFactor | None = None) -> LatentFacts:
         """Facts on the latents; shapes, mean and standard deviation come from these batches of pictures."""
         codebook = self.image.codebook.detach().float().cpu() if self.image.stored_as == "indices" else None
-        found = self._measured(batches)
-        facts = LatentFacts(*found, fold, self.fingerprints, self.conditions_config, self._null(), codebook)
+        found, conditions = self._measured(batches), {name: made.config() for name, made in self.conditions.items()}
+        facts = LatentFacts(*found, fold, self.fingerprints, conditions, self._null(), codebook)
         return replace(facts, stated=self.image.stated_scaling or {}).checked(scaling)
 
     def _measured(self, batches: Iterable[Batch]) -> tuple[dict[str, list[int]], list[float], list[float]]:
@@ -106,7 +115,8 @@ class OnlineLatents:
     @property
     def fingerprints(self) -> dict[str, str]:
         made_of = {"autoencoder": self.image.fingerprint}
-        return made_of | ({"text_encoder": self.text.fingerprint} if self.text is not None else {})
+        texts = zip(TEXT_ENCODERS.values(), (self.text, self.text_encoder), strict=True)
+        return made_of | {name: text.fingerprint for name, text in texts if text is not None}
 
     @torch.no_grad()
     def _null(self) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from train.engine.train_state import TrainState
 from train.loop.context import TrainedModel, TrainingContext
 from train.loop.heartbeat import HangWatchdog, NoWatchdog
 from train.loop.recipe import Recipe, Training
+from train.loop.run_shares import warn_of_steps_beyond_the_end
 from train.loop.stability_monitor import StabilityMonitor, TrainingDiverged
 from train.loop.trainer import Action, Cadence, Trainer
 from train.runs.run_folder import RunFolder
@@ -38,6 +39,8 @@ def fit(
     with HangWatchdog(run.path / "heartbeats", ranks, training.hang_timeout_s) as watchdog:
         context = resumed(model, recipe, run, {**recipe.identity, **identity}, watchdog)
         actions = make_actions(context)
+        if ranks.is_main:
+            warn_of_steps_beyond_the_end(run.config)
         context.say(f"{size_of(context.engine)}, {how_it_runs(recipe, ranks)}")
         state = context.state
         monitor = StabilityMonitor(training.stability, ranks, run.path / "skipped.jsonl", good_step=state.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def with_shares_as_steps(cfg: Any, ranks: Ranks) -> Any:
     if shares:
         _set_shares(cfg, shares, steps_at_first(cfg, ranks), ranks)
     for name in given.keys() - shares.keys():
-        _check_number(cfg, name, given[name], ranks)
+        _check_number(name, given[name])
     return cfg
 
 
@@ -47,13 +48,21 @@ def _set_shares(cfg: Any, shares: dict[str, float], total: int, ranks: Ranks) ->
             print(f"{name}: {_option(cfg, name)}, {share:g} of {total} steps", flush=True)
 
 
-def _check_number(cfg: Any, name: str, value: Any, ranks: Ranks) -> None:
-    """UserError if the value is not a number of steps; a warning if it is beyond the run's end."""
+def _check_number(name: str, value: Any) -> None:
+    """UserError if the value is not a number of steps."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise UserError(f"{name}={value} is not valid: use a whole number of steps, or a share of the run such as 0.1.")
-    if 0 < cfg.training.steps <= value and _is_used(cfg, name) and ranks.is_main:
-        what = "%s=%d outlasts the run of %d steps: %s; use a share of the run, such as 0.1, to fit any length"
-        log.warning(what, name, value, cfg.training.steps, STEPS[name])
+
+
+def warn_of_steps_beyond_the_end(config: Mapping[str, Any]) -> None:
+    """A warning for each step that the run ends before. Called once everything else is known to be in order, so that no
+    error follows it."""
+    total = config["training"]["steps"]
+    what = "%s=%d outlasts the run of %d steps: %s; use a share of the run, such as 0.1, to fit any length"
+    for name, lost in STEPS.items():
+        value = _option(config, name)
+        if isinstance(value, int) and 0 < total <= value and _is_used(config, name):
+            log.warning(what, name, value, total, lost)
 
 
 def steps_at_first(cfg: Any, ranks: Ranks) -> int:
@@ -68,8 +77,8 @@ def steps_at_first(cfg: Any, ranks: Ranks) -> int:
 def _is_used(cfg: Any, name: str) -> bool:
     """Whether the other options make use of this one."""
     if name.endswith("schedule.start"):
-        return cfg.optimizer.schedule.kind == "inverse_sqrt"
-    return bool(cfg.objective.get("crop")) if name.endswith("crop_until") else True
+        return _option(cfg, "optimizer.schedule.kind") == "inverse_sqrt"
+    return bool(_option(cfg, "objective.crop")) if name.endswith("crop_until") else True
 
 
 def _option(cfg: Any, name: str) -> Any:

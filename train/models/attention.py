@@ -16,27 +16,40 @@ from torch.nn import functional as F
 log = logging.getLogger(__name__)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, all (B, T, H, D) -> (B, T, H, D)."""
-    if attention_backend(q.device.type, q.dtype, q.shape[-1]) == "xformers":
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, all (B, T, H, D) -> (B, T, H, D). mask (B, S): keys that are attended to, at least
+    one a row; None: all, which costs nothing."""
+    if attention_backend(q.device.type, q.dtype, q.shape[-1], mask is not None) == "xformers":
         import xformers.ops
 
-        return xformers.ops.memory_efficient_attention(q, k, v)
+        bias = None if mask is None else _bias(mask, q)
+        return xformers.ops.memory_efficient_attention(q, k, v, attn_bias=bias)
     dtype = q.dtype
     # On a CPU the bf16 kernel takes four to eight times as long as the fp32 kernel, mainly in the backward pass.
     half = dtype in (torch.bfloat16, torch.float16)
     working = torch.float32 if half and q.device.type == "cpu" else dtype
     q, k, v = (x.transpose(1, 2).to(working) for x in (q, k, v))  # (B, T, H, D) -> (B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).to(dtype)
+    mask = None if mask is None else mask[:, None, None]  # (B, S) -> (B, 1, 1, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).to(dtype)
 
 
-def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that can run forward and backward for this device, dtype and head width: "xformers" or "sdpa"."""
-    return _probed(device_type, dtype, head_dim)
+def _bias(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask (B, S) as xformers' bias (B, H, T, S), 0 or -inf. Heads and queries share one row of memory, whose length
+    is a multiple of 8, as the kernels require."""
+    rows, keys = mask.shape
+    bias = q.new_full((rows, 1, 1, -(-keys // 8) * 8), -torch.inf)[..., :keys]
+    bias = bias.masked_fill_(mask[:, None, None], 0.0)
+    return bias.expand(rows, q.shape[2], q.shape[1], keys)
+
+
+def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str:
+    """The backend that can run forward and backward for this device, dtype and head width, with a mask or without:
+    "xformers" or "sdpa"."""
+    return _probed(device_type, dtype, head_dim, masked)
 
 
 @functools.cache
-def _probed(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+def _probed(device_type: str, dtype: torch.dtype, head_dim: int, masked: bool) -> str:
     if device_type != "cuda":
         return "sdpa"
     try:
@@ -47,15 +60,19 @@ def _probed(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
         common._built_with_cuda = True
         probe = torch.randn(2, 16, 2, head_dim, device=device_type, dtype=dtype, requires_grad=True)
         with torch.enable_grad():
-            xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
+            bias = _bias(torch.ones(2, 13, dtype=torch.bool, device=device_type), probe) if masked else None
+            keys = probe[:, :13] if masked else probe
+            xformers.ops.memory_efficient_attention(probe, keys, keys, attn_bias=bias).sum().backward()
     except Exception as error:  # whatever the error, training can continue with sdpa; the log says so
-        log.warning("attention: xformers can't run %s with head width %d (%s); using sdpa", dtype, head_dim, error)
+        what = f"{dtype} with head width {head_dim}{' and a mask' if masked else ''}"
+        log.warning("attention: xformers can't run %s (%s); using sdpa", what, error)
         return "sdpa"
     return "xformers"
 
 
 class Attention(nn.Module):
-    """Multi-head attention: queries from x (B, T, C), keys and values from the context (B, S, D) or from x itself."""
+    """Multi-head attention: queries from x (B, T, C), keys and values from the context (B, S, D) or from x itself; with
+    a mask (B, S), only from the tokens where it is true."""
 
     def __init__(
         self, channels: int, context_dim: int | None, heads: int, head_dim: int, qkv_bias: bool = False
@@ -68,12 +85,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, inner, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])  # a list because diffusers has dropout after it
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )  # (B, T, H*D) -> (B, T, H, D)
-        return self.to_out[0](attention(q, k, v).flatten(2))
+        return self.to_out[0](attention(q, k, v, mask).flatten(2))
 
 
 class PixelAttention(Attention):
@@ -86,7 +103,7 @@ class PixelAttention(Attention):
         super().__init__(channels, None, heads, channels // heads, qkv_bias=True)
         self.group_norm = nn.GroupNorm(norm_groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         y = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h*w, C)
         return x + super().forward(y).transpose(1, 2).unflatten(2, x.shape[-2:])
 
@@ -132,11 +149,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None = None) -> Tensor:
         if self.self_attention:
             x = x + self.attn1(self.norm1(x))
         if self.cross_attention:
-            x = x + self.attn2(self.norm2(x), context)
+            x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
 
 
@@ -167,7 +184,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None = None) -> Tensor:
         h, w = x.shape[-2:]
         y = self.norm(x)
         if not self.linear_projection:
@@ -176,7 +193,7 @@ class SpatialTransformer(nn.Module):
         if self.linear_projection:
             y = self.proj_in(y)
         for block in self.transformer_blocks:
-            y = block(y, context)
+            y = block(y, context, mask)
         if self.linear_projection:
             y = self.proj_out(y)
         y = y.transpose(1, 2).unflatten(2, (h, w))  # (B, h*w, C) -> (B, C, h, w)

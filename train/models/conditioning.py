@@ -7,7 +7,6 @@ concatenated to x_t. `Conditioners` combines several. Letters: B batch, T tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,16 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.common.errors import UserError
-from train.models.attention import TransformerBlock
+from data_pipeline.encode.encoders import first
 from train.models.latents import LatentScaling
 
 
 class Parts(NamedTuple):
-    """context (B, T, D) for cross-attention, vector (B, P) for the time embedding, concat (B, C, h, w); or None."""
+    """context (B, T, D) for cross-attention, vector (B, P) for the time embedding, concat (B, C, h, w); or None.
+
+    mask (B, T): the tokens of the context that are attended to, at least one; None: all.
+    """
 
     context: Tensor | None = None
     vector: Tensor | None = None
     concat: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Conditioning(NamedTuple):
@@ -94,145 +97,67 @@ class StoredText(Conditioner):
     """Text states stored by precompute: tokens (B, T, D), the pooled vector (B, P) if it is stored, and their null.
 
     captions: weights of a sample's captions, if it has several; the loader draws by them (conf/data/shards.yaml).
+    mask: whether padding is left out of attention, by the stored lengths; None: if they are stored.
     """
 
     of_text = True
     needs = ("text",)
+    prefix, pooled = "text", "pooled"
 
-    def __init__(self, facts: DataFacts, captions: Mapping[Any, float] | None = None) -> None:
+    def __init__(self, facts: DataFacts, captions: Mapping[Any, float] | None = None, mask: bool | None = None) -> None:
         super().__init__()
-        self.context_dim = facts.shapes["text"][-1]
-        self.vector_dim = facts.shapes["pooled"][-1] if "pooled" in facts.shapes else None
+        length = f"{self.prefix}_length"
+        if mask and length not in facts.shapes:
+            raise UserError(
+                f"conditioning.{self.prefix}.mask=true needs the captions' lengths, which these latents don't contain: "
+                f"run precompute_latents.py with conditions.{self.prefix}.mask=true, or leave it null."
+            )
+        self.length = length if mask is not False and length in facts.shapes else None
+        self.context_dim = facts.shapes[self.prefix][-1]
+        self.vector_dim = facts.shapes[self.pooled][-1] if self.pooled in facts.shapes else None
         self.null = facts.null
 
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        text, pooled = fields["text"], fields.get("pooled")
-        null = Parts(self.null["text"].to(text)[None], None if pooled is None else self.null["pooled"].to(pooled)[None])
-        return Conditioning(Parts(text, pooled), null)
+        return Conditioning(self._parts(fields), self._null_like(fields))
+
+    def _parts(self, fields: Mapping[str, Tensor]) -> Parts:
+        text = fields[self.prefix]
+        mask = None if self.length is None else first(fields[self.length], text.shape[1])
+        return Parts(text, fields.get(self.pooled), mask=mask)
+
+    def _null_like(self, fields: Mapping[str, Tensor]) -> Parts:
+        """The null with a batch of 1, in the dtypes and on the device of the fields."""
+        wanted = (self.prefix, self.pooled, *([self.length] if self.length else []))
+        return self._parts({name: self.null[name].to(fields[name])[None] for name in wanted if name in fields})
 
 
-class ClassLabel(Conditioner):
-    """One token (B, 1, D), a learnt vector per class, and one more as the null (Rombach et al. 2022, app. E.1)."""
+class SecondStoredText(StoredText):
+    """Those of a second text encoder. join: how its tokens meet those of the first.
 
-    needs = ("label",)
-
-    def __init__(self, facts: DataFacts, dim: int) -> None:
-        super().__init__()
-        self.context_dim = dim
-        self.embedding = nn.Embedding(len(facts.classes("label")) + 1, dim)
-
-    def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        label = fields["label"]
-        none = label.new_full((1,), self.embedding.num_embeddings - 1)
-        rows = self.embedding(torch.cat([label, none]))[:, None]  # not its .weight: ZeRO stage 3 may have released it
-        return Conditioning(Parts(rows[:-1]), Parts(rows[-1:]))
-
-
-class LayoutTokens(Conditioner):
-    """One token per box (B, N, D): the vector of its class and sinusoids of its corners, through transformer blocks.
-
-    Like tau for layouts (Rombach et al. 2022, sec. 4.3.1), but the corners are numbers, not tokens of a vocabulary.
-    The null is a layout without boxes.
+    tokens: one after the other, the narrower filled up with zeros, as T5 beside CLIP in Stable Diffusion 3 (Esser et
+    al. 2024, app. B.3); channels: side by side, as both CLIPs in SDXL (Podell et al. 2023, sec. 2.1).
     """
 
-    needs = ("boxes", "box_label")
-    FREQUENCIES = 8
+    needs = ("text_t5",)
+    prefix, pooled = "text_t5", "text_t5_pooled"
 
-    def __init__(self, facts: DataFacts, dim: int, layers: int = 2, heads: int = 4) -> None:
-        super().__init__()
-        self.context_dim = dim
-        self.embedding = nn.Embedding(len(facts.classes("layout")) + 1, dim)  # index 0: no box
-        self.corners = nn.Linear(4 * 2 * self.FREQUENCIES, dim)
-        self.blocks = nn.ModuleList(TransformerBlock(dim, None, heads, dim // heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        boxes, labels = fields["boxes"], fields["box_label"]
-        # One more row, without boxes, so that the null passes through the same weights.
-        boxes = torch.cat([boxes, torch.zeros_like(boxes[:1])])  # (B + 1, N, 4)
-        labels = torch.cat([labels, torch.full_like(labels[:1], -1)])  # (B + 1, N)
-        tokens = self.embedding(labels + 1)
-        waves = self.corners(fourier(boxes, self.FREQUENCIES).to(tokens.dtype))
-        tokens = tokens + waves * (labels >= 0)[..., None]
-        for block in self.blocks:
-            tokens = block(tokens, None)
-        tokens = self.norm(tokens)
-        return Conditioning(Parts(tokens[:-1]), Parts(tokens[-1:]))
-
-
-def fourier(x: Tensor, frequencies: int) -> Tensor:
-    """(..., D) in [0, 1] -> (..., D * 2 * frequencies): sin and cos of pi 2^k x (Mildenhall et al. 2020, eq. 4)."""
-    angles = x[..., None] * (torch.pi * 2.0 ** torch.arange(frequencies, device=x.device))
-    return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
-
-
-class ImageTokens(Conditioner):
-    """Projects a CLIP image embedding (B, E) to `tokens` tokens (B, T, D); the null is the projection of zeros."""
-
-    needs = ("image_embedding",)
-
-    def __init__(self, facts: DataFacts, dim: int, tokens: int = 4) -> None:
-        super().__init__()
-        self.context_dim, self.tokens = dim, tokens
-        self.projection = nn.Linear(facts.shapes["image_embedding"][-1], tokens * dim)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        embedding = fields["image_embedding"]
-        rows = torch.cat([embedding, torch.zeros_like(embedding[:1])]).to(self.projection.weight.dtype)
-        tokens = self.norm(self.projection(rows).unflatten(-1, (self.tokens, -1)))  # (B + 1, T*D) -> (B + 1, T, D)
-        return Conditioning(Parts(tokens[:-1]), Parts(tokens[-1:]))
-
-
-class LowResolutionImage(Conditioner):
-    """A small picture (B, 3, H, W), enlarged to the latents and concatenated (Rombach et al. 2022, sec. 4.4).
-
-    drop: whether dropout and guidance replace it, too, by its null (grey), or keep it. In buckets, each picture is
-    enlarged by the factors of the bucket whose shapes are the facts'.
-    """
-
-    needs = ("low_resolution",)
-
-    def __init__(self, facts: DataFacts, drop: bool = True) -> None:
-        super().__init__()
-        self.drop, self.fold, self.factors = drop, facts.scaling.fold, enlargement(facts)
-        self.concat_channels = 3 * self.fold**2
-
-    def fits(self, facts: DataFacts) -> bool:
-        return enlargement(facts) == self.factors
-
-    def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        image = fields["low_resolution"]
-        size = tuple(int(side * factor) for side, factor in zip(image.shape[-2:], self.factors, strict=True))
-        if tuple(image.shape[-2:]) != size:
-            image = F.interpolate(image, size, mode="bilinear", antialias=True)
-        planes = F.pixel_unshuffle(image, self.fold)
-        null = torch.zeros_like(planes[:1]) if self.drop else planes
-        return Conditioning(Parts(concat=planes), Parts(concat=null))
-
-
-def enlargement(facts: DataFacts) -> tuple[Fraction, ...]:
-    """Height and width of unfolded latents, divided by those of the small picture."""
-    fold, sides = facts.scaling.fold, facts.shapes["low_resolution"][-2:]
-    return tuple(Fraction(side * fold, small) for side, small in zip(facts.unet_shape[1:], sides, strict=True))
-
-
-class HoleAndRest(Conditioner):
-    """The hole (B, 1, h, w), then the latents of the rest (B, C, h, w), concatenated in the order of Stable Diffusion's
-    inpainting (Rombach et al. 2022, sec. 4.5). The null is a hole everywhere; drop: as in LowResolutionImage."""
-
-    needs = ("hole", "masked_latents")
-
-    def __init__(self, facts: DataFacts, drop: bool = True) -> None:
-        super().__init__()
-        self.drop, self.scaling = drop, facts.scaling
-        self.concat_channels = facts.scaling.fold**2 + facts.unet_shape[0]
-
-    def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
-        hole = F.pixel_unshuffle(fields["hole"], self.scaling.fold)
-        planes = torch.cat([hole, self.scaling.to_model(fields["masked_latents"])], 1)
-        null = torch.cat([torch.ones_like(hole[:1]), torch.zeros_like(planes[:1, hole.shape[1] :])], 1)
-        return Conditioning(Parts(concat=planes), Parts(concat=null if self.drop else planes))
+    def __init__(
+        self,
+        facts: DataFacts,
+        join: str = "tokens",
+        mask: bool | None = None,
+    ) -> None:
+        super().__init__(facts, mask=mask)
+        if join not in ("tokens", "channels"):
+            raise UserError(f"conditioning.text_t5.join={join} must be tokens or channels.")
+        self.join = join
+        tokens, own = (facts.shapes.get(name, facts.shapes["text_t5"])[0] for name in ("text", "text_t5"))
+        if join == "channels" and tokens != own:
+            raise UserError(
+                "conditioning.text_t5.join=channels needs as many tokens of both text encoders, but these latents have "
+                f"{tokens} and {own}: use join=tokens, or run precompute_latents.py with "
+                f"text_encoder.context_length={tokens}."
+            )
 
 
 class Conditioners(Conditioner):
@@ -251,15 +176,24 @@ class Conditioners(Conditioner):
                 )
         self.parts = nn.ModuleDict({name: make(facts) for name, make in parts.items()})
         self.needs = tuple(field for part in self.parts.values() for field in part.needs)
-        self.context_dims = {name: p.context_dim for name, p in self.parts.items() if p.context_dim is not None}
+        self.side_by_side = {"text", "text_t5"} <= set(self.parts) and self.parts["text_t5"].join == "channels"
+        self.context_dims = self._context_dims()
         self.context_dim = next(iter(self.context_dims.values()), None)
         self.vector_dim = sum(part.vector_dim or 0 for part in self.parts.values()) or None
         self.needs_vector = any(part.needs_vector for part in self.parts.values())
         self.concat_channels = sum(part.concat_channels for part in self.parts.values())
 
+    def _context_dims(self) -> dict[str, int]:
+        """The width of each part's tokens; of two text encoders, that of both together."""
+        found = {name: part.context_dim for name, part in self.parts.items() if part.context_dim is not None}
+        if {"text", "text_t5"} <= set(found):
+            both = found["text"], found.pop("text_t5")
+            found["text"] = sum(both) if self.side_by_side else max(both)
+        return found
+
     def forward(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Conditioning:
         made = [part(fields, captions) for part in self.parts.values()]
-        return Conditioning(joined([one.given for one in made]), joined([one.null for one in made]))
+        return Conditioning(self._joined([one.given for one in made]), self._joined([one.null for one in made]))
 
     def misfits(self, facts: DataFacts) -> list[str]:
         """The names of those that can't condition another bucket."""
@@ -268,11 +202,30 @@ class Conditioners(Conditioner):
     def against(self, fields: Mapping[str, Tensor], captions: Sequence[str]) -> Parts:
         """The null, with the states of a negative prompt in place of the empty prompt's; other parts keep theirs."""
         made = [(part.of_text, part(fields, captions)) for part in self.parts.values()]
-        return joined([one.given if of_text else one.null for of_text, one in made])
+        return self._joined([one.given if of_text else one.null for of_text, one in made])
+
+    def _joined(self, made: list[Parts]) -> Parts:
+        """All parts as one; text_t5's tokens beside those of text, if they are joined by channels."""
+        if self.side_by_side:
+            text, other = (list(self.parts).index(name) for name in ("text", "text_t5"))
+            made[text] = beside(made[text], made[other])
+            made[other] = made[other]._replace(context=None, mask=None)
+        return joined(made)
+
+
+def beside(a: Parts, b: Parts) -> Parts:
+    """The first with the tokens of both side by side, (B, T, D1 + D2); one is attended to if either is the caption's,
+    or all, if either has no mask."""
+    mask = None if a.mask is None or b.mask is None else a.mask | b.mask
+    return a._replace(context=torch.cat([a.context, b.context], -1), mask=mask)
 
 
 def joined(all_parts: Sequence[Parts]) -> Parts:
-    """Concatenates tokens, vectors and channels along dimension 1. Batches of 1 are expanded if another has B."""
+    """Concatenates tokens, vectors and channels along dimension 1. Batches of 1 are expanded if another has B. Narrower
+    tokens are filled up with zeros; without a mask, all of a part's tokens are attended to."""
+    all_parts = [part._replace(context=context) for part, context in zip(all_parts, widened(all_parts), strict=True)]
+    if any(part.mask is not None for part in all_parts):
+        all_parts = [part._replace(mask=mask_of(part)) for part in all_parts]
 
     def one(values: Sequence[Tensor | None]) -> Tensor | None:
         there = [value for value in values if value is not None]
@@ -282,6 +235,24 @@ def joined(all_parts: Sequence[Parts]) -> Parts:
         return torch.cat([value.expand(batch, *value.shape[1:]) for value in there], 1)
 
     return Parts(*(one(values) for values in zip(*all_parts, strict=True))) if all_parts else Parts()
+
+
+def widened(all_parts: Sequence[Parts]) -> list[Tensor | None]:
+    """The tokens of each part, as wide as the widest."""
+    width = max((part.context.shape[-1] for part in all_parts if part.context is not None), default=0)
+    return [
+        part.context
+        if part.context is None or part.context.shape[-1] == width
+        else F.pad(part.context, (0, width - part.context.shape[-1]))
+        for part in all_parts
+    ]
+
+
+def mask_of(part: Parts) -> Tensor | None:
+    """The mask of its tokens, all true if it has none; None without tokens."""
+    if part.context is None or part.mask is not None:
+        return part.mask
+    return torch.ones(part.context.shape[:2], dtype=torch.bool, device=part.context.device)
 
 
 class ConditionedUNet(nn.Module):
@@ -303,7 +274,7 @@ class ConditionedUNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, C, h, w) at network times t (B,) -> (B, C, h, w)."""
-        context, vector, concat = conditioning.given
+        context, vector, concat, mask = conditioning.given
         if concat is not None:
             x_t = torch.cat([x_t, concat.to(x_t)], 1)
-        return self.unet(x_t, t, context, vector if self.unet.vector_dim is not None else None)
+        return self.unet(x_t, t, context, vector if self.unet.vector_dim is not None else None, mask)

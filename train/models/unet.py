@@ -44,7 +44,7 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-MakeAttention = Callable[[], nn.Module]  # a module (x (B, C, h, w), context) -> (B, C, h, w)
+MakeAttention = Callable[[], nn.Module]  # a module (x (B, C, h, w), context, mask) -> (B, C, h, w)
 
 
 class AttentionKind(NamedTuple):
@@ -86,12 +86,14 @@ class DownBlock(nn.Module):
         self.has_attention = attention is not None
         self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if downsample else None
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb)
             if self.has_attention:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, context, mask)
             skips.append(x)
         if self.downsamplers is not None:
             x = self.downsamplers[0](x)
@@ -107,8 +109,8 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([attention()])
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, time_dim, norm_groups) for _ in range(2))
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, emb), context)
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, emb), context, mask)
         return self.resnets[1](x, emb)
 
 
@@ -135,11 +137,13 @@ class UpBlock(nn.Module):
         self.has_attention = attention is not None
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if upsample else None
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips[-1 - i]], dim=1), emb)
             if self.has_attention:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, context, mask)
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
@@ -172,7 +176,7 @@ def _up_blocks(
 
 
 class UNet(nn.Module):
-    """(x_t (B, C, h, w), t (B,), context (B, T, D), vector (B, P)) -> (B, C, h, w).
+    """(x_t (B, C, h, w), t (B,), context (B, T, D), vector (B, P), mask (B, T) of the context) -> (B, C, h, w).
 
     t is in thousandths of the process (0..999 for Stable Diffusion). h and w must be divisible by 2^(levels - 1).
     """
@@ -220,7 +224,14 @@ class UNet(nn.Module):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        vector: Tensor | None = None,
+        mask: Tensor | None = None,  # None: all tokens of the context are attended to
+    ) -> Tensor:
         dtype = self.conv_in.weight.dtype
         x = x.to(dtype, memory_format=self.memory_format)
         context = None if context is None else context.to(dtype)
@@ -230,12 +241,12 @@ class UNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x, new_skips = self._through(block, x, emb, context)
+            x, new_skips = self._through(block, x, emb, context, mask)
             skips += new_skips
-        x = self._through(self.mid_block, x, emb, context)
+        x = self._through(self.mid_block, x, emb, context, mask)
         for block in self.up_blocks:
             count = len(block.resnets)
-            x = self._through(block, x, skips[-count:], emb, context)
+            x = self._through(block, x, skips[-count:], emb, context, mask)
             del skips[-count:]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 

@@ -25,7 +25,7 @@ def size_options(given: Any, name: str = "size") -> dict[str, Any]:
     given = {} if given is None else given
     if not isinstance(given, Mapping) or not set(given) <= set(SIZE_PARTS):
         parts = ", ".join(f"{name}.{part}=" for part in SIZE_PARTS)
-        raise UserError(f"{name}={given} is no size: give {parts}, each two numbers, as {name}.original=[512,512].")
+        raise UserError(f"{name}={given} is no size: set {parts}, each two numbers, as {name}.original=[512,512].")
     return {f"size.{part}": given.get(part) for part in SIZE_PARTS}
 
 
@@ -104,7 +104,7 @@ def with_negative_size(
         return away
     for name, value in given.items():
         if not is_pair(value):
-            raise UserError(f"negative_{name}={value} is not two numbers of pixels: give one size for all pictures.")
+            raise UserError(f"negative_{name}={value} is not two numbers of pixels: use one size for all pictures.")
     if "size" not in run.conditions:
         raise UserError("this run is not conditioned on sizes: leave negative_size out.")
     if run.config["conditioning"]["size"].get("drop", False):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import nn
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.common.saved_objects import build, checked, read_config, targets_in
+from data_pipeline.encode.encoders import TEXT_ENCODERS
 from data_pipeline.shards.caption_edits import CaptionEdits
 from data_pipeline.shards.samples import collated
 from train.checkpointing.ema_weights import EmaWeights, ema_weights
-from train.data.build import network_of, used_conditions, uses_clip
+from train.data.build import encoders_used, network_of, used_conditions
 from train.data.latent_facts import LatentFacts
 from train.sampling.decoders import with_decoder
 from train.sampling.generator import ConditionBatch, Generator, generator_of
@@ -27,8 +29,8 @@ SECTIONS = ("autoencoder", "clip", "conditioning", "unet", "objective", "sampler
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """generator draws pictures; conditions turn samples into the network's conditions, with `image` and `text` as their
-    encoders; config is the run's configuration."""
+    """generator draws pictures; conditions turn samples into the network's conditions, with `image`, `text` (clip=) and
+    `text_encoder` as their encoders; config is the run's configuration."""
 
     generator: Generator
     image: nn.Module
@@ -37,6 +39,7 @@ class TrainedRun:
     facts: LatentFacts
     config: dict[str, Any]
     weights: str  # path of the weights file
+    text_encoder: nn.Module | None = None
 
     @property
     def step(self) -> int | str:
@@ -78,13 +81,13 @@ class TrainedRun:
 def open_run(
     run: str,
     step: str | int,
-    autoencoder_path: str | None = None,
-    clip_path: str | None = None,
+    paths: Mapping[str, str | None] = MappingProxyType({}),
     bucket: str | None = None,
     decoder: str | None = None,
 ) -> TrainedRun:
-    """Loads a run with its EMA weights in fp32. Encoder paths default to those used in training. bucket: the size to
-    draw in a run on aspect-ratio buckets; None: that of most of its samples. decoder: path of one to draw with instead.
+    """Loads a run with its EMA weights in fp32. paths: of encoders, by their groups in conf/, if they have moved since
+    training. bucket: the size to draw in a run on aspect-ratio buckets; None: that of most of its samples. decoder:
+    path of one to draw with instead.
 
     The folder may be untrusted: only data_pipeline/common/saved_objects.py builds the objects that its files name.
     """
@@ -106,17 +109,18 @@ def open_run(
     given = config["conditioning"].items()
     parts = {name: build(entry, "conditioning", f"{where}conditioning.{name}") for name, entry in given}
     network = network_of(unet.arguments, unet.build, parts, facts)
-    autoencoder, clip = (
-        build(with_path(config[name], path), name, name if path else where + name).to(device) if needed else None
-        for name, path, needed in (("autoencoder", autoencoder_path, True), ("clip", clip_path, uses_clip(conditions)))
-    )
-    facts.refuse_other_encoders(autoencoder.fingerprint, clip.fingerprint if clip else None)
+    encoders = {
+        name: encoder_of(config, name, paths.get(name), where).to(device)
+        for name in ("autoencoder", *encoders_used(conditions))
+    }
+    facts.refuse_other_encoders({name: encoder.fingerprint for name, encoder in encoders.items()})
     load(network, weights, where)
     network.to(device).eval().requires_grad_(False)
     objective = make_objective(network=network, latents=facts.latents)
-    generator = generator_of(network, objective, facts, autoencoder, device)
-    generator = with_decoder(generator, decoder, autoencoder, facts)
-    return TrainedRun(generator, autoencoder, clip, conditions, facts, config, weights.path)
+    generator = generator_of(network, objective, facts, encoders["autoencoder"], device)
+    generator = with_decoder(generator, decoder, encoders["autoencoder"], facts)
+    image, text, second = (encoders.get(name) for name in ("autoencoder", *TEXT_ENCODERS))
+    return TrainedRun(generator, image, text, conditions, facts, config, weights.path, second)
 
 
 def made_by(folder: Path) -> str | None:
@@ -158,6 +162,12 @@ def merged_with_run_config(config: Mapping[str, Any], group: str, given: Mapping
         raise UserError(str(error)) from error
 
 
-def with_path(config: Mapping[str, Any], path: str | None) -> dict[str, Any]:
-    """An encoder's entry, with another path if one is given."""
-    return {**config, **({"path": path} if path else {})}
+def encoder_of(config: Mapping[str, Any], name: str, path: str | None, where: str) -> nn.Module:
+    """An encoder of a run's configuration, from another path if one is given."""
+    entry = {**config.get(name, {}), **({"path": path} if path else {})}
+    return build(entry, name, name if path else where + name)
+
+
+def encoder_paths(options: Mapping[str, Any]) -> dict[str, str | None]:
+    """The options that say where a run's encoders are now, by their groups in conf/."""
+    return {name: options[f"{name}_path"] for name in ("autoencoder", *TEXT_ENCODERS)}

@@ -49,7 +49,7 @@ def load_autoencoder(path: str) -> nn.Module:
 
 def load_clip(path: str) -> nn.Module:
     """A trained CLIP in eval mode; checks its `fingerprint`."""
-    return _load(path, "text_encoder", "clip.path", "train_clip.py")
+    return _load(path, "text_model", "clip.path", "train_clip.py")
 
 
 def load_classifier(path: str) -> tuple[nn.Module, dict[str, Any]]:

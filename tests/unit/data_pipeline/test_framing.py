@@ -36,6 +36,9 @@ def made(pictures: Path, output: Path, *options: str) -> dict[str, dict]:
     done = entered("data_pipeline/make_shards", "source=folder", f"input={pictures}", f"output={output}",
                    "heldout_every=null", *options)  # fmt: skip
     assert done.code == 0, done.error
+    assert ("buckets with pictures (height x width, number): 24x40 (1), 32x32 (1), 40x24 (1)" in done.said) == (
+        "buckets=auto" in options
+    )
     (shard,) = Manifest.load(output / "train").shards
     return {sample["__key__"]: sample for sample in read_shard(output / "train", shard)}
 
@@ -46,9 +49,15 @@ def test_each_picture_gets_the_size_of_its_bucket_and_keeps_it(pictures: Path, t
     assert shapes == {"square": (32, 32), "wide": (24, 40), "tall": (40, 24)}
     sides = {key: (s["json"]["original_height"], s["json"]["original_width"]) for key, s in samples.items()}
     assert sides == SIDES
-    done = entered("data_pipeline/precompute_latents", f"input={tmp_path}/shards", f"output={tmp_path}/latents",
-                   "autoencoder=identity", "conditions=[]", *BUCKETS)  # fmt: skip
+    encode = ["data_pipeline/precompute_latents", f"input={tmp_path}/shards", "autoencoder=identity", "conditions=[]"]
+    done = entered(*encode, f"output={tmp_path}/latents", *BUCKETS)
     assert done.code == 0, done.error
+    assert "squares" not in done.said
+    squares = entered(*encode, f"output={tmp_path}/squares")
+    assert (
+        "without buckets= they are all cut to squares now; to keep them whole, add buckets=auto size=32 bucket_step=8"
+        in (squares.said)
+    )
     for key, (height, width) in shapes.items():
         root = tmp_path / f"latents/{height}x{width}/train"
         (sample,) = read_shard(root, Manifest.load(root).shards[0])

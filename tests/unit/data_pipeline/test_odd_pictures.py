@@ -180,9 +180,25 @@ def test_an_empty_split_gives_the_reasons(tmp_path):
     assert "heldout would be empty (0 of 11 filtered, 1 set aside; 1 x damaged JPEG picture; first 09, damaged" in error
     assert "set heldout_every=null" in error
     shutil.rmtree(tmp_path / "out")
+    error = make("folder", tmp_path, tmp_path / "out", *given, "filters=[shortest_side]",
+                 "filters.shortest_side.at_least=9999", code=2).stderr  # fmt: skip
+    assert "check the source and filters=." in error
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
     error = make("folder", tmp_path, tmp_path / "out", "max_aside_fraction=0.01", code=3).stderr
+    assert "stopped early: at least 1 of 11 samples can't be used" in error
     assert "(1 x damaged JPEG picture; first 09, damaged JPEG picture (" in error
     assert f"), {tmp_path / '09.png'}): fix the source" in error
+
+
+def test_texts_without_pictures_and_pictures_without_texts(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(odd.TAKEN["c.bmp"][0])
+        (tmp_path / (f"{i}.txt" if i < 2 else f"other{i}.txt")).write_text("a")
+    error = make("folder", tmp_path, tmp_path / "out", "size=8", code=3).stderr
+    assert "at least 1 of 4 samples can't be used (1 x missing caption; first 2," in error
+    assert "): write a .txt with its caption beside each picture, or raise max_aside_fraction=0.05" in error
+    done = make("folder", tmp_path, tmp_path / "out", "size=8", "max_aside_fraction=0.9")
+    assert "passed over 2 x .txt without a picture" in done.stdout
 
 
 def test_options_that_can_not_be(tmp_path):

@@ -22,11 +22,11 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.progress import Progress
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
-from data_pipeline.encode.conditions import Text
 from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.text_conditions import Text
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.images.pixels import to_uint8
 from data_pipeline.loading.loader import read_dataset
@@ -104,7 +104,7 @@ def found(root, shards=None, autoencoder=None, text=None, drawing=None):
             check_set(each, 1, known, bar)
     agree(sets)
     for each in sets:
-        check_encoders(each, autoencoder, text)
+        check_encoders(each, autoencoder, {} if text is None else {"clip": text})
         if drawing:
             inspect_samples(each.root, each.manifest, each.source, 8, drawing, each.findings)
     return {each.name: each.findings.sentences for each in sets if each.findings.sentences}
@@ -240,7 +240,7 @@ def test_other_encoders(made, drawing):
             return dataclasses.replace(states, tokens=states.tokens + 0.01)
 
     sentence = found(made / "latents", text=Other())["train"]["constants"][0]
-    assert "is not this CLIP's state of the empty prompt" in sentence
+    assert "is not this text encoder's state of the empty prompt" in sentence
 
 
 def test_splits_of_different_encoders(copy):

@@ -70,10 +70,14 @@ def test_a_number_of_another_program_with_the_name_of_a_text_stays_one() -> None
             ["prompts=[fox #1]"],
             "write 'prompts=[\"fox #1\"]' for a list, or \"prompts='[fox #1]'\" for",
         ),
-        (["prompts=[fox"], "as a bracket is not closed: write 'prompts=[\"fox\"]' for a list"),
+        (["prompts=[fox"], "as a [ is not closed: write 'prompts=[\"fox\"]' for a list"),
         (["prompts='it's"], "its quotes don't match"),
         (["seed=1,2"], "write a list in brackets, as 'seed=[1,2]'"),
-        (["guidance.interval=[0.1,0.8"], "as a bracket is not closed"),
+        (["guidance.interval=[0.1,0.8"], "as a [ is not closed: close it, or"),
+        (["guidance.interval=0.8]"], "as a ] closes nothing: write"),
+        (["prompts=[a dog's]"], "as an apostrophe (') needs quotes around the text: write"),
+        (["prompts=[fox #1]"], "as # needs quotes around the text"),
+        (["prompts=[caf\u00e9]"], "as \u00e9 needs quotes around the text"),
     ],
 )
 def test_sentences(arguments: list[str], sentence: str) -> None:

@@ -106,9 +106,9 @@ def test_the_table_has_the_numbers_of_all_files_of_conf(program: str) -> None:
     ("program", "overrides", "sentence"),
     [
         ("sample_images", {"input": ["a", "b"]}, r"input=\['a', 'b'\] is a list: use one folder, as input=FOLDER"),
-        ("make_shards", {"output": ""}, "output= is not valid: use a text that is not empty"),
+        ("make_shards", {"output": ""}, r"output= is not valid: use a folder\."),
         ("make_shards", {"output": " "}, "output=  is not valid"),
-        ("train_ldm", {"input": 5}, "input=5 is not valid: use a text"),
+        ("train_ldm", {"input": 5}, "input=5 is not valid: use a folder, or a list"),
         ("train_ldm", {"guidance.scale": "abc"}, "guidance.scale=abc is not valid: use a number that is finite"),
         ("sample_images", {"sampler.steps": math.inf}, "sampler.steps=inf is not valid: use a whole number of 1"),
         ("plan_storage", {"bytes_per_pixel.jpg": "x"}, "bytes_per_pixel.jpg=x is not valid: use a number above 0"),

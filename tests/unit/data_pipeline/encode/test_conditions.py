@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_objects import build
-from data_pipeline.encode.conditions import Hole, ImageEmbedding, Label, Layout, LowResolution, Text, well_formed
+from data_pipeline.encode.conditions import Hole, ImageEmbedding, Label, Layout, LowResolution, well_formed
 from data_pipeline.encode.encoders import TextStates
+from data_pipeline.encode.text_conditions import Text
 
 
 class Tools:

@@ -14,12 +14,12 @@ from data_pipeline.common.device import chosen_device
 from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
-from data_pipeline.encode.conditions import Text
 from data_pipeline.encode.encoders import TextStates
 from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.text_conditions import Text
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.loading.loader import read_dataset
 from data_pipeline.shards.manifest import Manifest
@@ -30,7 +30,7 @@ from data_pipeline.shards.tar_index import read_index
 class Halves:
     """Moments by averaging 2x2 pixels; stops the process, so to say, when `stop_after` batches are done."""
 
-    stored_as, factor = "moments", 2
+    stored_as, factor, stated_scaling = "moments", 2, None
 
     def __init__(self, fingerprint="image", stop_after=None):
         self.fingerprint, self.batches, self.stop_after = fingerprint, 0, stop_after

@@ -26,12 +26,13 @@ from data_pipeline.common.threads import Prefetcher, ordered_map
 from data_pipeline.encode.base_dataset import base_of
 from data_pipeline.encode.batch_encoder import Encoders, FirstStage, Item, encode_batch
 from data_pipeline.encode.caption_cache import CaptionCache
-from data_pipeline.encode.conditions import Hole, ImageEmbedding, Label, LowResolution, Text
+from data_pipeline.encode.conditions import Hole, ImageEmbedding, Label, LowResolution
 from data_pipeline.encode.encoders import TextStates
 from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.text_conditions import Text
 from data_pipeline.encode.workers import Worker, worker_of
 from data_pipeline.images.aspect_buckets import automatic, geometry, sizes_of
 from data_pipeline.images.decode import Picture
@@ -39,7 +40,7 @@ from data_pipeline.images.framing import Framing
 from data_pipeline.images.pixels import psnr
 from data_pipeline.images.resize import fitted
 from data_pipeline.loading.loader import read_dataset
-from data_pipeline.precompute_latents import clip_for
+from data_pipeline.precompute_latents import text_encoders_for
 from data_pipeline.shards import codec
 from data_pipeline.shards.arrays import unusable
 from data_pipeline.shards.manifest import Manifest
@@ -53,7 +54,7 @@ from train.models.conditioning import StoredText
 class Counted:
     """A first stage and a CLIP in one that say how many pictures and captions they were given."""
 
-    stored_as, factor = "moments", 2
+    stored_as, factor, stated_scaling = "moments", 2, None
 
     def __init__(self, fingerprint="a"):
         self.fingerprint, self.pictures, self.captions = fingerprint, 0, []
@@ -192,13 +193,13 @@ def test_pictures_of_another_size_are_named(tmp_path, picture):
     images = write(tmp_path / "images", samples)
     precompute(images, tmp_path / "aside", using(), fraction=0.2)
     assert (
-        "a picture of 12x12 beside a picture of 8x8: give size="
+        "a picture of 12x12 beside a picture of 8x8: set size="
         in (tmp_path / "aside/aside/precompute.jsonl").read_text()
     )
     precompute(images, tmp_path / "fitted", using(), size=12)
     assert Manifest.load(tmp_path / "fitted").samples == 6
     apart = write(tmp_path / "apart", [(f"{i:03d}", picture(i, 8 + 4 * (i // 6)), "a", {}) for i in range(12)])
-    with pytest.raises(DataError, match="not of one size: give size="):
+    with pytest.raises(DataError, match="not of one size: set size="):
         precompute(apart, tmp_path / "apart_out", using())
 
 
@@ -302,9 +303,9 @@ def test_a_text_encoder_without_an_image_tower_is_not_taken_for_a_clip(picture):
         encode_batch(items, torch.zeros(1, 3, 8, 8), encoders)
     # And before the output is claimed:
     cfg = OmegaConf.create({"clip": {"_target_": "precompute_process.table_at", "path": "somewhere"}})
-    assert clip_for(cfg, {"text": Text()}).fingerprint == "table"
+    assert text_encoders_for(cfg, {"text": Text()})["clip"].fingerprint == "table"
     with pytest.raises(UserError, match="needs a CLIP with an image tower"):
-        clip_for(cfg, {"text": Text(), "image_embedding": ImageEmbedding()})
+        text_encoders_for(cfg, {"text": Text(), "image_embedding": ImageEmbedding()})
 
 
 def test_the_last_line_says_what_was_encoded_copied_and_there(tmp_path, picture, capsys):
@@ -326,7 +327,7 @@ def test_each_stage_accounts_for_what_it_was_given(tmp_path, picture):
     images = write(tmp_path / "images", samples, info={"accounting": before, "made_with": {"size": 8}})
     precompute(images, tmp_path / "out", using(), fraction=0.2)
     info = Manifest.load(tmp_path / "out").info
-    reason = "a picture of 12x12 beside a picture of 8x8: give size="
+    reason = "a picture of 12x12 beside a picture of 8x8: set size="
     assert info["accounting"] == {"listed": 12, "processed": 11, "filtered": {}, "set_aside": {reason: 1}}
     assert "made_with" not in info
 

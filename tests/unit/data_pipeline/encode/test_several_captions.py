@@ -16,12 +16,13 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.encode.base_dataset import base_of
 from data_pipeline.encode.batch_encoder import Encoders
 from data_pipeline.encode.caption_cache import CaptionCache
-from data_pipeline.encode.conditions import PlainCondition, Text
+from data_pipeline.encode.conditions import PlainCondition
 from data_pipeline.encode.encoders import TextStates
 from data_pipeline.encode.latent_dataset import SplitToEncode
 from data_pipeline.encode.latent_shard import OutputPaths
 from data_pipeline.encode.shard_reader import ShardReader
 from data_pipeline.encode.split_encoder import encode_split
+from data_pipeline.encode.text_conditions import Text
 from data_pipeline.images.aspect_buckets import sizes_of
 from data_pipeline.loading.array_batch import ArrayLayout
 from data_pipeline.loading.batch import DataCursor
@@ -40,7 +41,7 @@ LETTERS = 12
 class Counted:
     """A first stage and a text encoder that remember what they were given; exact arithmetic, for fixed bytes."""
 
-    stored_as, factor, fingerprint, context_length = "moments", 2, "a", 20
+    stored_as, factor, stated_scaling, fingerprint, context_length = "moments", 2, None, "a", 20
 
     def __init__(self):
         self.pictures, self.captions = 0, []

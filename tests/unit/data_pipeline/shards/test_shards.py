@@ -17,7 +17,8 @@ from data_pipeline.images import decode
 from data_pipeline.images.decode import UNDECODABLE, to_rgb
 from data_pipeline.images.resize import fitted
 from data_pipeline.shards import codec
-from data_pipeline.shards.manifest import Manifest, find_splits, refuse_no_heldout
+from data_pipeline.shards.input_option import Input
+from data_pipeline.shards.manifest import Manifest, find_splits, refuse_latents, refuse_no_heldout
 from data_pipeline.shards.reader import read_shard, read_whole
 from data_pipeline.shards.tar_index import read_index
 
@@ -212,10 +213,31 @@ def test_scan_refuses_a_tar_cut_at_a_block(tmp_path, make_images):
 def test_buckets_and_missing_held_out_samples_are_named(tmp_path):
     for bucket in ("32x32", "48x16"):
         Manifest("latents", ()).save(tmp_path / "all" / bucket / "train")
-    with pytest.raises(UserError, match=r"all holds the buckets 32x32, 48x16: give one of them, as .*all/32x32\."):
+    with pytest.raises(UserError, match=r"all holds the buckets 32x32, 48x16: use one of them, as .*all/32x32\."):
         Manifest.load(tmp_path / "all/train")
-    with pytest.raises(UserError, match=r"32x32 has no held-out samples .*: make it again with heldout_every=10"):
+    with pytest.raises(
+        UserError, match=r"32x32 has no held-out .* make_shards\.py with heldout_every=10 .*then its lat"
+    ):
         refuse_no_heldout(tmp_path / "all/32x32")
+    with pytest.raises(UserError, match=r"32x32 has no held-out .* make_shards\.py with heldout_every=10"):
+        Input.of(str(tmp_path / "all")).split("heldout")  # no bucket has any
+    Manifest("latents", ()).save(tmp_path / "all/48x16/heldout")
+    with pytest.raises(UserError, match=r"are in other buckets: train on all buckets together with input=.*/all\."):
+        refuse_no_heldout(tmp_path / "all/32x32/")
     refuse_no_heldout(tmp_path / "nowhere")  # said otherwise
     Manifest("latents", ()).save(tmp_path / "all/32x32/heldout")
     refuse_no_heldout(tmp_path / "all/32x32")
+
+
+def test_a_split_and_latents_where_others_are_needed(tmp_path):
+    for name, kind in (("pictures", "image-text"), ("latents", "latents"), ("buckets/32x32", "latents")):
+        Manifest(kind, ()).save(tmp_path / name / "train")
+    with pytest.raises(UserError, match=r"pictures/train is one split of a data set: use .*, .*/pictures\."):
+        Manifest.load(tmp_path / "pictures/train/train")
+    Manifest("latents", ()).save(tmp_path / "single")
+    with pytest.raises(UserError, match="single is a data set without train/ and heldout/"):
+        Manifest.load(tmp_path / "single/train")
+    for name in ("latents", "latents/train", "buckets", "buckets/32x32", "single"):
+        with pytest.raises(UserError, match=rf"{name} holds latents already: train_ldm\.py takes them"):
+            refuse_latents(tmp_path / name)
+    refuse_latents(tmp_path / "pictures")

@@ -17,8 +17,9 @@ from train.data.base_model import PRESETS, TARGET, refuse_other_noise, unet_to_t
 from train.data.ldm_inputs import with_base_model_scaling
 from train.diffusion.parameterization import Epsilon, Flow, Velocity
 from train.diffusion.process import DiscreteVP, RectifiedFlow
-from train.models.conditioning import ClassLabel, ConditionedUNet, Conditioners, StoredText
+from train.models.conditioning import ConditionedUNet, Conditioners, StoredText
 from train.models.size_features import SizeFeatures
+from train.models.token_conditioners import ClassLabel
 from train.models.unet import UNet
 from train.weights import diffusers, stable_diffusion
 from train.weights.published import load_unet_weights, load_weights

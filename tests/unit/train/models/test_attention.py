@@ -45,3 +45,29 @@ def test_attention_on_cuda_is_the_formula(dtype):
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 40**0.5
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
     torch.testing.assert_close(attention(q, k, v).double(), expected, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_attention_is_that_over_the_kept_keys(dtype):
+    """In its gradients, too: what is masked gets none."""
+    lengths = (3, 1, 13)
+    q, k, v = (torch.randn(3, n, 2, 8, dtype=dtype, requires_grad=True) for n in (6, 13, 13))
+    mask = torch.arange(13) < torch.tensor(lengths)[:, None]
+    got = attention(q, k, v, mask)
+    for i, n in enumerate(lengths):
+        alone = attention(q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n])
+        torch.testing.assert_close(got[i : i + 1], alone, rtol=1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    for gradient in torch.autograd.grad(got.float().square().sum(), (k, v)):
+        assert not gradient[~mask].any()
+        assert gradient[mask].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_masked_attention_on_cuda_is_the_formula(dtype):
+    q, k, v = (torch.randn(2, n, 2, 40, device="cuda", dtype=dtype) for n in (16, 77, 77))
+    mask = torch.arange(77, device="cuda") < torch.tensor([5, 70], device="cuda")[:, None]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 40**0.5
+    scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
+    torch.testing.assert_close(attention(q, k, v, mask).double(), expected, rtol=2e-2, atol=1e-2)

@@ -9,17 +9,13 @@ from torch.nn import functional as F
 from data_pipeline.common.errors import UserError
 from train.models.classifier import NoisyClassifier
 from train.models.conditioning import (
-    ClassLabel,
     ConditionedUNet,
     Conditioners,
-    HoleAndRest,
-    ImageTokens,
-    LayoutTokens,
-    LowResolutionImage,
     StoredText,
-    fourier,
 )
+from train.models.plane_conditioners import HoleAndRest, LowResolutionImage
 from train.models.text_transformer import JointText
+from train.models.token_conditioners import ClassLabel, ImageTokens, LayoutTokens, fourier
 from train.models.unet import UNet
 
 ALL = {

@@ -64,7 +64,7 @@ def compared(ours, theirs, loss_weights, *inputs):
     return output, backward(theirs, loss_weights, *inputs), gradients.relative_error
 
 
-def in_bf16(q, k, v):
+def in_bf16(q, k, v, mask=None):
     """Attention by the kernel that diffusers takes; ours runs in fp32 on a CPU (attention.py)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)

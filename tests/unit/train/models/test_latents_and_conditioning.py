@@ -38,8 +38,10 @@ def test_stable_diffusions_scaling_factor():
 
 @pytest.fixture
 def conditioning():
-    given = Parts(torch.randn(4, 5, 6), torch.randn(4, 3), torch.randn(4, 2, 8, 8))
-    return Conditioning(given, Parts(torch.randn(1, 5, 6), torch.randn(1, 3), torch.randn(4, 2, 8, 8)))
+    given = Parts(torch.randn(4, 5, 6), torch.randn(4, 3), torch.randn(4, 2, 8, 8), torch.rand(4, 5) < 0.5)
+    return Conditioning(
+        given, Parts(torch.randn(1, 5, 6), torch.randn(1, 3), torch.randn(4, 2, 8, 8), torch.rand(1, 5) < 0.5)
+    )
 
 
 def test_dropped_rows_are_the_null_and_the_others_untouched(conditioning):
@@ -60,7 +62,7 @@ def test_for_guidance_is_the_condition_then_its_null(conditioning):
 
 def test_parts_that_are_not_there(conditioning):
     text_only = Conditioning(Parts(conditioning.given.context), Parts(conditioning.null.context))
-    assert text_only.dropped(torch.ones(4, dtype=torch.bool)).given[1:] == (None, None)
+    assert text_only.dropped(torch.ones(4, dtype=torch.bool)).given[1:] == (None, None, None)
     assert text_only.for_guidance().given.vector is None
     assert text_only.for_guidance().given.context.shape == (8, 5, 6)
     nothing = Conditioning(Parts(), Parts())

@@ -92,7 +92,7 @@ def flat(gradients):
 def test_the_same_in_bf16(name, relative_error, monkeypatch):
     """By the same attention kernel. On CPUs ours runs in fp32 (attention.py), and rounding differs: next test."""
 
-    def in_bf16(q, k, v):
+    def in_bf16(q, k, v, mask=None):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 

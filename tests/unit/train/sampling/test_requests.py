@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.encode.conditions import Label, Layout, Text
+from data_pipeline.encode.conditions import Label, Layout
 from data_pipeline.encode.size_condition import Size
+from data_pipeline.encode.text_conditions import Text
 from data_pipeline.images import decode
 from data_pipeline.images.resize import fitted
 from train.evaluate_ldm import as_trained_on, at_size, usable
@@ -208,7 +209,7 @@ def test_a_size_is_what_is_given_and_else_the_mean():
 @pytest.mark.parametrize("wrong", [7, [1], [1, 2, 3], ["a", 2], [-1, 2], [True, 1]])
 def test_what_is_no_size_is_said(wrong):
     (row, *_) = request_rows({"prompts": "fox", **size_options({"crop": wrong})}, 1)
-    with pytest.raises(UserError, match=r"size\.crop=.* not two numbers of pixels: give them as size\.crop="):
+    with pytest.raises(UserError, match=r"size\.crop=.* not two numbers of pixels: write them as size\.crop="):
         as_sample(sized(), row)
     with pytest.raises(UserError, match=r"negative_size\.crop=.* not two numbers"):
         with_negative_size(size_options({"crop": wrong}, "negative_size"), sized(), [], [{"prompts": "fox"}])
@@ -223,7 +224,7 @@ def test_a_size_that_can_not_be_asked_for_is_refused():
     with pytest.raises(UserError, match=r"size\.drop=true: leave negative_size out"):
         with_negative_size({"size.crop": [0, 0]}, sized(drop=True), [], [{"prompts": "a"}])
     for given in (512, [512, 512], {"width": 3}):
-        with pytest.raises(UserError, match=r"is no size: give size\.original=, size\.crop=, size\.target="):
+        with pytest.raises(UserError, match=r"is no size: set size\.original=, size\.crop=, size\.target="):
             size_options(given)
     for mean in (MEAN[:4], [*MEAN[:5], "a"], [*MEAN, 3.0]):
         with pytest.raises(UserError, match="not six numbers of pixels"):
