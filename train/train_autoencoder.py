@@ -67,7 +67,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
 
         return [validation(context, measured, cfg.validate_every, decibels)]
 
-    identity = {"images": images.fingerprint, **images.mix, "autoencoder": config["autoencoder"], "seed": cfg.seed}
+    identity = {**images.identity("images"), "autoencoder": config["autoencoder"], "seed": cfg.seed}
     identity |= discriminator_of(config)
     identity |= {"perceptual": objective.perceptual.distance.fingerprint} if objective.perceptual else {}
     weights = fit(TrainedModel("autoencoder", objective, "autoencoder."), recipe, run, identity, actions)

@@ -68,7 +68,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     same = {name: config[name] for name in ("seed", "fold", "scaling_factor", "classifier", "process", "time_sampling")}
     same |= {"shift_factor": config["shift_factor"]} if config["shift_factor"] is not None else {}
     model = TrainedModel("classifier", objective, "classifier.")
-    identity = {"data": latents.fingerprint, **latents.mix, **same}
+    identity = {**latents.identity("data"), **same}
     weights = fit(model, recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)

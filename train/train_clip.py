@@ -52,7 +52,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     def actions(context: TrainingContext) -> list[Action]:
         return [validation(context, measured, cfg.validate_every, lambda: retrieval_of(measured, splits))]
 
-    identity = {"images": images.fingerprint, **images.mix, "clip": config["clip"], "seed": cfg.seed}
+    identity = {**images.identity("images"), "clip": config["clip"], "seed": cfg.seed}
     weights = fit(TrainedModel("clip", objective, "clip."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)

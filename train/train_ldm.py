@@ -140,7 +140,7 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
         for name, part in config["conditioning"].items()
     }
     encoders = {} if data.kind == "latents" else {"encoders": dict(facts.fingerprints)}
-    return {"data": data.fingerprint, **data.mix, **encoders, "streams": config["data"]["streams"], **same}
+    return {**data.identity("data"), **encoders, "streams": config["data"]["streams"], **same}
 
 
 def describe(data: DataSets, batch_size: int, facts: LatentFacts, attention: str) -> None:

@@ -62,7 +62,8 @@ class CaptionOptions(CaptionEdits):
         unknown = [each for each in self.weights or () if not any(covers(each, name) for name in names)]
         if unknown:
             there = f"of {', '.join(names)}" if names else "one caption a sample, without a name"
-            raise UserError(f"captions: {root} has no caption {' and no '.join(unknown)}, but {there}: use those.")
+            have = "has" if len(manifests) == 1 else "have"
+            raise UserError(f"captions: {root} {have} no caption {' and no '.join(unknown)}, but {there}: use those.")
         edits = [name for name in self.changed() if name != "weights"]
         if edits and any(each.kind == "latents" for each in manifests):
             raise UserError(

@@ -87,10 +87,12 @@ class DataSets:
             return marks[0]
         return hashlib.sha256(json.dumps([self.layout, marks]).encode()).hexdigest()[:16]
 
-    @property
-    def mix(self) -> dict[str, list[int]]:
-        """What a resumed run must share with its checkpoint in addition to the fingerprint: the weights of a mix."""
-        return {"weights": self.shares} if self.layout == MIX else {}
+    def identity(self, name: str) -> dict[str, Any]:
+        """What a resumed run must share with its checkpoint: the fingerprint under `name`, and the weights of a mix.
+        "sets" is not compared: it says which of several sets changed, should the fingerprint differ."""
+        weights = {"weights": self.shares} if self.layout == MIX else {}
+        sets = [[each.name, each.manifest.fingerprint] for each in self.sets]
+        return {name: self.fingerprint, **weights} | ({"sets": sets} if self.layout != ONE else {})
 
     def for_loader(self) -> str | DataSets:
         """The path of a single data set, which a user's own loader may expect; several data sets unchanged."""

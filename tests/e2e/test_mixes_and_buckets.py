@@ -34,7 +34,7 @@ SIZES = {"32x32": 50, "32x16": 21, "16x32": 5}  # the last has fewer samples tha
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """a/ and b/, latents of one shape; pictures/ of three shapes, and buckets/, what precompute makes of them."""
     folder = tmp_path_factory.mktemp("mixes")
-    for name, samples, heldout in (("a", 64, 8), ("b", 40, 9)):
+    for name, samples, heldout in (("a", 64, 8), ("b", 40, 9), ("c", 16, 9)):
         write_latents(folder / name / "train", samples, TINY_LATENTS)
         write_latents(folder / name / "heldout", heldout, TINY_LATENTS)
     random = np.random.default_rng(0)
@@ -90,9 +90,10 @@ def test_a_mix_is_killed_and_resumed_bit_for_bit(folder: Path, tmp_path: Path) -
     of_sets = 0.75 * heldout["heldout_loss/a"] + 0.25 * heldout["heldout_loss/b"]
     assert heldout["heldout_loss"] == pytest.approx(of_sets)
     assert heldout["heldout_loss/a"] != heldout["heldout_loss/b"]
-    other = run("train/train_ldm.py", *MIX, mixed(folder, a=1, b=1), f"output={tmp_path}/run", check=False)
+    other = run("train/train_ldm.py", *MIX, mixed(folder, a=1, c=1), f"output={tmp_path}/run", check=False)
     assert other.returncode == 2
-    assert "weights was [3, 1] and is now [1, 1]" in other.stderr
+    said = "data set b is gone; data set c is new; weights was [3, 1] and is now [1, 1]. Restore these settings"
+    assert other.stderr.count("can't resume from") == other.stderr.count(said) == 1
 
 
 def test_buckets_are_trained_on_killed_resumed_drawn_and_evaluated(folder: Path, tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.saved_names import named
 from data_pipeline.shards.provenance import flat
 
+SETS = "sets"  # in an identity: [name, fingerprint] of each of several data sets; not there in older checkpoints
+
 
 def refuse_what_differs(
     identity: Mapping[str, Any], saved: Mapping[str, Any], allow_mismatch: Sequence[str], where: str
 ) -> list[str]:
     """Refuse to resume from a checkpoint whose run has another identity; returns the differences that are allowed."""
     now, before = flat(identity), flat(named(saved))
+    sets_before, sets_now = before.pop(SETS, None), now.pop(SETS, None)
     if unknown := set(allow_mismatch) - (now | before).keys() - {"run_id"}:
         raise UserError(
             f"training.allow_mismatch contains unknown names: {', '.join(sorted(unknown))}. Use any of "
@@ -25,6 +28,8 @@ def refuse_what_differs(
         for name in sorted(now | before)
         if now.get(name) != before.get(name)
     }
+    for name in {"data", "images"} & differing.keys():
+        differing[name] = changed_sets(sets_before, sets_now) or differing[name]
     refused = [what for name, what in differing.items() if name not in allow_mismatch]
     if refused:
         raise UserError(
@@ -32,6 +37,22 @@ def refuse_what_differs(
             f"the change with training.allow_mismatch=[{','.join(n for n in differing)}]."
         )
     return list(differing.values())
+
+
+def changed_sets(before: Sequence[Sequence[str]] | None, now: Sequence[Sequence[str]] | None) -> str:
+    """Which of several data sets, given as [name, fingerprint], differ, in words; "" if that is not known."""
+    if not before or not now:
+        return ""
+    was, marks_before, marks_now = dict(before), {mark for _, mark in before}, {mark for _, mark in now}
+    changed = [
+        f"data set {name} was {was[name]} and is now {mark}" for name, mark in now if was.get(name, mark) != mark
+    ]
+    gone = [f"data set {n} is gone" for n, mark in before if mark not in marks_now and n not in dict(now)]
+    new = [f"data set {n} is new" for n, mark in now if mark not in marks_before and n not in was]
+    if found := [*changed, *gone, *new]:
+        return "; ".join(found)
+    orders = (", ".join(name for name, _ in sets) for sets in (before, now))
+    return "the data sets were {} and are now {}".format(*orders)
 
 
 def refuse_other_shapes(saved: Mapping[str, list[int]], own: Mapping[str, list[int]], where: str) -> None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from data_pipeline.common.errors import UserError
 from data_pipeline.loading.batch import Batch
 from train.distributed.ranks import Ranks
 from train.engine.train_state import TrainState
@@ -102,11 +103,18 @@ class HangWatchdog(NoWatchdog):
         faulthandler.cancel_dump_traceback_later()
         if error is not None and not isinstance(error, SystemExit):
             self._name_shards()
-            _say(f"{self._status()}: failed with {kind.__name__}: {error}")
+            self._say_failed(error)
             self.phase = "failed"
         elif error is None:
             self.phase = "finished"
         self._write()
+
+    def _say_failed(self, error: BaseException) -> None:
+        """Says which rank failed, and where. A UserError is said once, at the program's end (composition.py)."""
+        if not isinstance(error, UserError):
+            _say(f"{self._status()}: failed with {type(error).__name__}: {error}")
+        elif self.phase != "start":
+            _say(f"{self._status()}: failed")
 
     def _watch(self) -> None:
         last = time.monotonic()

@@ -52,7 +52,7 @@ def test_without_a_draw_it_is_the_first():
 @pytest.mark.parametrize(
     ("options", "kind", "names", "sentence"),
     [
-        ({"weights": {"tall": 1}}, "latents", {"short": 3, "long": 2}, "no caption tall, but of short, long"),
+        ({"weights": {"tall": 1}}, "latents", {"short": 3, "long": 2}, "data has no caption tall, but of short, long"),
         ({"weights": {0: 1}}, "image-text", {}, "no caption 0, but one caption a sample"),
         ({"prefix": "a "}, "latents", {}, r"precompute_latents.py with captions.prefix"),
         ({"shuffle_tags": True}, "latents", {}, r"precompute_latents.py with captions.tag_orders=4"),
@@ -62,6 +62,9 @@ def test_what_a_data_set_does_not_have_is_refused(options, kind, names, sentence
     manifest = Manifest(kind, (), info={"captions": names})
     with pytest.raises(UserError, match=sentence):
         CaptionOptions(**options).refuse_unfit("data", [manifest])
+    if "tall" in options.get("weights", {}):
+        with pytest.raises(UserError, match="A and B have no caption tall, but of short, long"):
+            CaptionOptions(**options).refuse_unfit("A and B", [manifest, manifest])
     CaptionOptions(weights={"short": 1}).refuse_unfit(
         "data", [manifest, Manifest(kind, (), info={"captions": {"short.0": 1}})]
     )

@@ -18,6 +18,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import UserError
 from train.checkpointing import safetensors_io, writer
 from train.checkpointing.checkpoints import CheckpointConfig, Checkpoints
+from train.checkpointing.compatibility import refuse_what_differs
 from train.checkpointing.files import is_as_written
 from train.distributed.ranks import Ranks
 from train.engine.config import EngineConfig
@@ -151,6 +152,34 @@ def test_what_was_named_may_change_and_is_logged(start, caplog):
     start().save(10)
     assert start(seed=1, allow_mismatch=("seed",)).resume() == 10
     assert "resuming although seed was 0 and is now 1" in caplog.text
+
+
+ONE, TWO = [["a", "11"], ["b", "22"]], [["x/a", "11"], ["x/b", "22"]]
+OTHER_SETS = {
+    "changed": ([["a", "11"], ["b", "33"]], "data set b was 22 and is now 33"),
+    "exchanged": ([["a", "11"], ["c", "33"]], "data set b is gone; data set c is new"),
+    "one more": ([*ONE, ["c", "33"]], "data set c is new"),
+    "one less": ([["a", "11"]], "data set b is gone"),
+    "order": (ONE[::-1], "the data sets were a, b and are now b, a"),
+    "swapped names": ([["b", "11"], ["a", "22"]], "data set b was 22 and is now 11; data set a was 11 and is now 22"),
+    "one set": (None, "data was before and is now after"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SETS)
+def test_the_data_sets_of_a_mix_that_changed_are_named(case):
+    sets, said = OTHER_SETS[case]
+    before, now = {"data": "before", "sets": ONE}, {"data": "after"} | ({"sets": sets} if sets else {})
+    with pytest.raises(UserError, match=rf"from run: {said}\. Restore .* training\.allow_mismatch=\[data\]\.$"):
+        refuse_what_differs(now, before, (), "run")
+    assert refuse_what_differs(now, before, ("data",), "run") == [said]
+    with pytest.raises(UserError, match="data was before and is now after"):  # a checkpoint of an earlier version
+        refuse_what_differs(now, {"data": "before"}, (), "run")
+
+
+def test_data_sets_may_move_and_checkpoints_of_before_do_not_name_them():
+    for before in ({"data": "same"}, {"data": "same", "sets": ONE}):
+        assert refuse_what_differs({"data": "same", "sets": TWO}, before, (), "run") == []
 
 
 def test_the_step_resumed_from_is_not_saved_again(start, tmp_path):

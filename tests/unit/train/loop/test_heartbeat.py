@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import time
 
 import pytest
 import torch
 from synthetic import run
 
+from data_pipeline.common.errors import UserError
 from train.distributed.ranks import Ranks
 from train.engine.train_state import TrainState
 from train.loop.heartbeat import HUNG, HangWatchdog, NoWatchdog, RankStatus, read_statuses, slowest
@@ -59,6 +62,29 @@ def test_what_a_rank_is_at_is_written(tmp_path):
     (told,) = read_statuses(tmp_path, 1)
     assert (told.phase, told.step, told.shards) == ("failed", 3, "shards/000003.tar")
     assert told.silent_for(time.time()) < 60
+
+
+def failed_in(tmp_path, error, *phases):
+    with heartbeat(tmp_path, rank=3) as heart:
+        for phase in phases:
+            heart.beat(phase, 7)
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "phases", "said"),
+    [
+        (UserError("use B"), (), ""),
+        (UserError("use B"), ("step",), "in phase step after step 7: failed\n"),  # which rank; what is said at the end
+        (RuntimeError("no B"), ("step",), "in phase step after step 7: failed with RuntimeError: no B\n"),
+    ],
+)
+def test_where_a_rank_failed_is_said_but_a_users_mistake_only_once(tmp_path, monkeypatch, error, phases, said):
+    monkeypatch.setattr(sys, "__stderr__", written := io.StringIO())
+    with pytest.raises(type(error)):
+        failed_in(tmp_path, error, *phases)
+    line = written.getvalue()
+    assert (line.startswith("rank 3 on ") and line.endswith(said)) if said else line == ""
 
 
 def test_a_rank_that_never_wrote_is_still_to_begin(tmp_path):
