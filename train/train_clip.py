@@ -23,21 +23,23 @@ from train.loop.fit import fit
 from train.loop.recipe import Recipe
 from train.loop.trainer import Action
 from train.loop.training_entry import on_all_ranks, validation
+from train.models.clip import architecture
 from train.runs.curves import curve_line, plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
+from train.weights.open_clip import save_open_clip
 from train.weights.saved import save_model
 
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = configuration(cfg)
     given = Input.of(config["input"])
     images = given.split("train", "image-text")
     recipe = Recipe.of(cfg, instantiate, ranks, images)
     refuse_copies_as_negatives(recipe.training.batch_size, images.samples, images.root)
     torch.manual_seed(cfg.seed)
-    clip = instantiate(cfg.clip, _convert_="all")
+    clip = instantiate(config["clip"], _convert_="all")
     objective = instantiate(
         cfg.objective, clip=clip, rank=ranks.rank, world_size=ranks.world_size, seed=cfg.seed, _convert_="all"
     )
@@ -45,21 +47,40 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
         split: given.split(split).first(instantiate(cfg.read, _partial_=True), cfg.validation_pairs)
         for split in ("train", "heldout")
     }
-    measured = instantiate(cfg.clip, _convert_="all").eval()
+    zero_shot = instantiate(cfg.zero_shot, _convert_="all") if cfg.zero_shot.field else None
+    if zero_shot:
+        zero_shot.classes(splits["heldout"])  # refuses a field that is not there, before training
+    measured = instantiate(config["clip"], _convert_="all").eval()
+
+    def figures() -> dict[str, float]:
+        found = retrieval_of(measured, splits)
+        return found | (zero_shot.accuracy(measured, splits["heldout"]) if zero_shot else {})
 
     run = RunFolder(cfg.output, "train_clip", config, ranks)
 
     def actions(context: TrainingContext) -> list[Action]:
-        return [validation(context, measured, cfg.validate_every, lambda: retrieval_of(measured, splits))]
+        return [validation(context, measured, cfg.validate_every, figures)]
 
     identity = {**images.identity("images"), "clip": config["clip"], "seed": cfg.seed}
     weights = fit(TrainedModel("clip", objective, "clip."), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
-        report(run.path, config, weights, retrieval_of(measured, splits), images.fingerprint)
+        report(run.path, config, weights, figures(), images.fingerprint)
+        save_open_clip(run.path / "open_clip", measured)
 
 
 main = on_all_ranks(train)
+
+
+def configuration(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, with the options of the architecture that clip.name names."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    name, dropout = (config["clip"].pop(option, None) for option in ("name", "patch_dropout"))
+    if name is not None:
+        config["clip"] |= architecture(name)
+    if dropout:
+        config["clip"]["vision"]["patch_dropout"] = dropout
+    return config
 
 
 def refuse_copies_as_negatives(batch_size: int, samples: int, where: str) -> None:
@@ -85,8 +106,20 @@ def report(
     plot_curves(rows, ["loss", "train_retrieval_top1", "heldout_retrieval_top5"], folder / "curves.png")
     print(curve_line("CLIP loss", rows, "loss"))
     print(
-        "clip: retrieval (text to image) "
-        + ", ".join(f"{name.replace('_retrieval_', ' ')} {value:.2f}" for name, value in figures.items())
-        + f", fingerprint {mark}; in {folder}",
+        "clip: retrieval (text to image) " + ", ".join(in_words(figures)) + f", fingerprint {mark}; in {folder}",
         flush=True,
     )
+
+
+def in_words(figures: dict[str, float]) -> list[str]:
+    """The figures as text: each split's retrieval, with the number of pictures it was measured among."""
+    found = []
+    for name, value in figures.items():
+        split, _, figure = name.partition("_")
+        if figure == "candidates":
+            found[-1] += f" of {value:g} pictures"
+        elif figure == "zero_shot_classes":
+            found[-1] += f" of {value:g} classes"
+        else:
+            found.append(f"{split} {figure.removeprefix('retrieval_').replace('_', ' ')} {value:.2f}")
+    return found

@@ -134,6 +134,7 @@ def identity(config: dict[str, Any], data: DataSets, facts: LatentFacts) -> dict
         for name in ("seed", "fold", "scaling_factor", "unet", "conditioning", "objective", "start_from")
     }
     same |= {name: config[name] for name in ("shift_factor", "start_from_ema") if config[name]}  # later options
+    same["unet"] = {name: value for name, value in same["unet"].items() if name != "zero_init"}  # a later option
     # "captions" is part of the recipe's identity, but was not in earlier versions; no more was a mask that isn't given.
     same["conditioning"] = {
         name: {k: v for k, v in part.items() if k != "captions" and (k != "mask" or v is not None)}

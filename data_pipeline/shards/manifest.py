@@ -155,7 +155,7 @@ def refuse_one_split(root: str | Path) -> None:
     """UserError if `root` is itself a split, so that it holds no train/ and heldout/."""
     if not storage.exists(storage.join(root, "manifest.json")):
         return
-    if str(root).rstrip("/").endswith(("/train", "/heldout")):
+    if str(root).rstrip("/").rpartition("/")[2] in ("train", "heldout"):
         raise UserError(f"{root} is one split of a data set: use the folder that holds both, {parent(root)}.")
     raise UserError(
         f"{root} is a data set without train/ and heldout/, which are needed here: make it again from the folder that "

@@ -24,6 +24,7 @@ from data_pipeline.sources.source import SourceItem
 
 # Files that lie beside pictures: captions and tables.
 BESIDE = (".txt", ".json", ".caption", ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
+CAPTIONS = BESIDE[:3]  # one file a picture; the others are tables
 # Files and folders that operating systems and programs create, besides those whose name begins with a dot.
 SYSTEM = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "$recycle.bin")
 
@@ -88,7 +89,7 @@ class ImageFolder:
 def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False) -> Iterator[Path]:
     """All pictures below a folder, sorted by name in each folder; only one folder's names are in memory at a time.
     Other files are counted, except those that belong to pictures; so are all files in hidden folders."""
-    pictures, texts = set(), []
+    pictures, captions = set(), []
     for path in sorted(folder.iterdir()):
         here = hidden or path.name.startswith(".") or path.name.lower() in SYSTEM
         if path.is_dir():
@@ -101,12 +102,11 @@ def pictures_below(folder: Path, passed_over: Counter[str], hidden: bool = False
         elif looks_like_picture(path):
             pictures.add(path.stem)
             yield path
-        elif path.suffix.lower() == ".txt":
-            texts.append(path.stem)
+        elif path.suffix.lower() in CAPTIONS:
+            captions.append(path)
         elif path.suffix.lower() not in BESIDE:
             passed_over[path.suffix.lower() or "file without an extension"] += 1
-    if alone := sum(stem not in pictures for stem in texts):
-        passed_over[".txt without a picture"] += alone
+    passed_over.update(f"{path.suffix.lower()} without a picture" for path in captions if path.stem not in pictures)
 
 
 def looks_like_picture(path: Path) -> bool:

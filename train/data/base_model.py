@@ -18,6 +18,7 @@ from train.weights.scheduler import trained_on
 
 TARGET = f"{UNet.__module__}.{UNet.__qualname__}"
 ALIKE = 0.02  # tolerance of alpha and sigma; a last step with signal differs from one without by 0.07
+NOT_FUNCTION = ("channels_last", "zero_init", "_target_")  # options that the trained U-Net does not depend on
 PRESETS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # beta_start, beta_end of conf/process
 
 
@@ -82,7 +83,7 @@ def refuse_other_unet(unet: Mapping[str, Any], start_from: str, learns_sizes: bo
 
 
 def levelled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A U-Net's arguments with one value per level where None or one number applies to all; without channels_last.
+    """A U-Net's arguments with one value per level where None or one number applies to all; without NOT_FUNCTION.
     Heads of levels without attention are left out."""
     count = len(options["channels"])
     heads, both = options["heads"], options["self_attention_levels"]
@@ -95,7 +96,8 @@ def levelled(options: Mapping[str, Any]) -> dict[str, Any]:
         "self_attention_levels": [True] * count if both is None else list(both),
         "heads": [n for n, used in zip(heads, attending, strict=False) if used],
     }
-    return {**{name: value for name, value in options.items() if name not in ("channels_last", "_target_")}, **shown}
+    function = {name: value for name, value in options.items() if name not in NOT_FUNCTION}
+    return {**function, **shown}
 
 
 def refuse_other_noise(start_from: str | None, process: DiffusionProcess, parameterization: Any) -> None:

@@ -23,7 +23,9 @@ Noise = Callable[[int], Tensor]  # step -> fresh standard normal noise shaped as
 Times = Callable[[DiffusionProcess, int], Tensor]
 
 
-MUCH_NOISE = 200.0  # if a process ends above this sigma / alpha, Heun's method doesn't average slopes in it
+# If a process ends above this sigma / alpha, Heun's method doesn't average slopes in it. No schedule starts near it:
+# karras_times starts at 200 or below, and processes that end without signal (in betas or continuous) at 1e4 or above.
+MUCH_NOISE = 1000.0
 
 
 class Level(NamedTuple):

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
@@ -37,7 +37,8 @@ class StepResult(NamedTuple):
 
 
 class Engine(ZeroState):
-    """A module under DeepSpeed ZeRO. `module(batch)` returns LossTerms; its parameters are trained."""
+    """A module under DeepSpeed ZeRO. `module(batch)` returns LossTerms; its parameters are trained. Parameters that
+    module.bounds names, if there is one, are held within (low, high) after each step."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class Engine(ZeroState):
             dist_init_required=False,
         )
         self.module = self.deepspeed.module
+        self.bounds: Mapping[str, tuple[float, float]] = getattr(module, "bounds", {})
         if config.dtype == "fp16":
             self.zero.loss_scaler.raise_error_at_min_scale = False  # stability_monitor.py counts skips
 
@@ -82,6 +84,7 @@ class Engine(ZeroState):
             keys += batch.keys
             sums = {name: sums.get(name, 0.0) + value / self.accumulation for name, value in terms.parts.items()}
         applied = finite and self.deepspeed.was_step_applied()
+        self.hold_within(self.bounds)
         return StepResult(sums, batch.cursor, keys, lr, applied, batch.bucket)
 
     def _clip_or_drop_gradients(self) -> bool:

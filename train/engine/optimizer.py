@@ -49,7 +49,8 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """torch's fused AdamW (Loshchilov & Hutter 2019). Biases, norms and other vectors have no weight decay."""
+    """torch's fused AdamW (Loshchilov & Hutter 2019). Biases, norms and other vectors have no weight decay, nor what a
+    module names in no_weight_decay(), as open_clip's models do with their position and class embeddings."""
 
     lr: NotNegative
     schedule: Schedule
@@ -63,13 +64,14 @@ class AdamW:
     def build(self, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
         """The optimizer of the module's trainable parameters. `module.players`: prefixes of parameters that learn in
         turn; each player gets its own groups."""
+        exempt = without_decay(module)
         players = getattr(module, "players", ())
         groups = [
             {"params": params, "weight_decay": decay} | ({} if player is None else {"player": player, "idle": False})
             for player, trainable in _by_player(module, players).items()
             for params, decay in (
-                ([p for p in trainable if p.dim() > 1], self.weight_decay),
-                ([p for p in trainable if p.dim() <= 1], 0.0),
+                ([p for name, p in trainable.items() if decays(name, p, exempt)], self.weight_decay),
+                ([p for name, p in trainable.items() if not decays(name, p, exempt)], 0.0),
             )
             if params
         ]
@@ -79,6 +81,12 @@ class AdamW:
     def lr_at(self, step: int, total: int) -> float:
         """The learning rate at applied step `step`."""
         return self.lr * self.schedule.factor(step, total)
+
+
+def without_decay(module: nn.Module) -> set[str]:
+    """Names of the parameters that the module's parts name in timm's and open_clip's no_weight_decay()."""
+    parts = [(prefix, part) for prefix, part in module.named_modules() if hasattr(part, "no_weight_decay")]
+    return {f"{prefix}.{name}" if prefix else name for prefix, part in parts for name in part.no_weight_decay()}
 
 
 class AdamWInTurns(torch.optim.AdamW):
@@ -94,13 +102,18 @@ class AdamWInTurns(torch.optim.AdamW):
             self.param_groups = everyone
 
 
-def _by_player(module: nn.Module, players: Sequence[str]) -> dict[str | None, list[nn.Parameter]]:
-    """Trainable parameters by the longest prefix that fits; all under None if there are no players."""
-    found: dict[str | None, list[nn.Parameter]] = {}
+def decays(name: str, parameter: nn.Parameter, exempt: set[str]) -> bool:
+    """Whether a parameter has weight decay."""
+    return parameter.dim() > 1 and name not in exempt
+
+
+def _by_player(module: nn.Module, players: Sequence[str]) -> dict[str | None, dict[str, nn.Parameter]]:
+    """Trainable parameters by name and player: the longest prefix that fits; all under None if there are no players."""
+    found: dict[str | None, dict[str, nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             player = max((each for each in players if name.startswith(each)), key=len, default=None)
-            found.setdefault(player, []).append(parameter)
+            found.setdefault(player, {})[name] = parameter
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,20 @@ class ZeroState:
         shard, offset, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
         start = self.ranks.rank * length
         return Fragment(name, start, min(length, parameter.ds_numel - start), shard, offset)
+
+    @torch.no_grad()
+    def hold_within(self, bounds: Mapping[str, tuple[float, float]]) -> None:
+        """Clamp these parameters, by name: the master weights, and what the module computes with."""
+        if not bounds:
+            return
+        masters = self.master_shards()
+        for fragment in self.fragments():
+            if fragment.name in bounds:
+                fragment.of(masters).clamp_(*bounds[fragment.name])
+        for name, parameter in self._trained():
+            if name in bounds:
+                for held in (parameter, getattr(parameter, "ds_tensor", parameter)):  # at stage 3 whole and its part
+                    held.data.clamp_(*bounds[name])
 
     def fragments_to_save(self) -> list[Fragment]:
         """The fragments that only this rank saves. Without ZeRO all ranks hold all, and each saves its share."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from difflib import get_close_matches
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.common.errors import UserError
 from data_pipeline.encode.encoders import TextStates
 from train.models.open_clip_alone import open_clip
 
@@ -80,18 +82,53 @@ class TextOptions(Transformer, _Length, total=False):
     proj_type: str
 
 
+def architecture(name: str) -> dict[str, Any]:
+    """CLIP's keyword arguments for one of open_clip's named architectures, such as ViT-B-32. UserError if there is none
+    of this name, or if it has towers of other libraries, which would be downloaded."""
+    known = open_clip().factory.list_models()
+    config = open_clip().factory.get_model_config(name)
+    if config is None:
+        near = ", ".join(get_close_matches(name, known, 3) or ["ViT-B-32", "ViT-L-14"])
+        raise UserError(f"clip.name={name} is not an architecture of open_clip: use one of its names, such as {near}.")
+    vision, text = config.pop("vision_cfg"), config.pop("text_cfg")
+    arguments = {"embed_dim": config.pop("embed_dim")} | ({"quick_gelu": True} if config.pop("quick_gelu", 0) else {})
+    starts = {"logit_scale": config.pop("init_logit_scale", None), "logit_bias": config.pop("init_logit_bias", None)}
+    odd = {**config, **{n: v for n, v in vision.items() if n not in VisionOptions.__annotations__}}
+    odd |= {name: value for name, value in text.items() if name not in TextOptions.__annotations__}
+    if odd or isinstance(vision.get("layers"), list):
+        raise UserError(
+            f"clip.name={name} is built from more than open_clip's own transformers "
+            f"({', '.join(odd) or 'a ResNet'}), which is not supported here: use a plain ViT, such as ViT-B-32."
+        )
+    return {**arguments, "vision": vision, "text": text} | {n: v for n, v in starts.items() if v is not None}
+
+
 class CLIP(nn.Module):
     """Image and text towers of `open_clip.model.CLIP`, with its tokenizer (padded with 0)."""
 
     fingerprint = ""  # of configuration and weights, if loaded
 
-    def __init__(self, embed_dim: int, vision: VisionOptions, text: TextOptions) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        vision: VisionOptions,
+        text: TextOptions,
+        quick_gelu: bool = False,
+        logit_scale: float | None = None,  # start of the logit scale's logarithm; None: ln(1 / 0.07)
+        logit_bias: float | None = None,  # start of SigLIP's bias; None: none
+    ) -> None:
         super().__init__()
+        self._config = {"embed_dim": embed_dim, "vision_cfg": dict(vision), "text_cfg": dict(text)}
+        self._config |= {"quick_gelu": True} if quick_gelu else {}
+        self._config |= {} if logit_bias is None else {"init_logit_bias": logit_bias}
         self.towers = open_clip().model.CLIP(
             embed_dim,
             dict(vision),
             dict(text),
+            quick_gelu=quick_gelu,
+            init_logit_bias=logit_bias,
             nonscalar_logit_scale=True,  # DeepSpeed does not broadcast 0-dimensional parameters
+            **({} if logit_scale is None else {"init_logit_scale": logit_scale}),
         )
         self.context_length, self.context_dim, self.embed_dim = text["context_length"], text["width"], embed_dim
         self.tokenizer = tokenizer(self.context_length)
@@ -101,7 +138,22 @@ class CLIP(nn.Module):
         logit scale."""
         tokens = self.tokenizer(list(captions)).to(images.device)
         out = self.towers(self._resized(images).to(self.dtype), tokens)
-        return out if isinstance(out, tuple) else (out["image_features"], out["text_features"], out["logit_scale"])
+        return out[:3] if isinstance(out, tuple) else (out["image_features"], out["text_features"], out["logit_scale"])
+
+    def model_config(self) -> dict[str, Any]:
+        """open_clip's configuration of this model."""
+        return dict(self._config)
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """SigLIP's bias of the logits, (1,); None without one."""
+        return self.towers.logit_bias
+
+    def tune(self, compiled: bool, checkpoint_activations: bool) -> None:
+        """Options for training. Checkpointing stores only the inputs of each layer and recomputes the rest."""
+        if compiled:
+            raise UserError("engine.compile is not available for CLIP: leave it out here.")
+        self.towers.set_grad_checkpointing(checkpoint_activations)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """The number of tokens of each caption, including start and end, before truncation to context_length."""

@@ -8,7 +8,7 @@ vector condition (pooled text) added to the time embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -195,6 +195,7 @@ class UNet(nn.Module):
         linear_projection: bool = False,
         norm_groups: int = 32,
         channels_last: bool = False,  # memory format of the activations: faster on CPUs and in bf16
+        zero_init: bool = False,  # zeros in the last layer of each residual branch and of the U-Net, as in CompVis
     ) -> None:
         super().__init__()
         heads = [heads] * len(channels) if isinstance(heads, int) else list(heads)
@@ -217,6 +218,10 @@ class UNet(nn.Module):
         self.up_blocks = _up_blocks(channels, layers_per_block, time_dim, norm_groups, chosen)
         self.conv_norm_out = nn.GroupNorm(norm_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        if zero_init:
+            for layer in _last_layers(self):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -253,6 +258,19 @@ class UNet(nn.Module):
 
     def _through(self, block: nn.Module, *arguments: Any) -> Any:
         return through(block, *arguments, keep=not self.checkpoint_activations)
+
+
+def _last_layers(unet: UNet) -> Iterator[nn.Module]:
+    """The last layer of each residual block and attention, and of the U-Net: the function starts as the identity of
+    every branch, and its output at zero (Dhariwal & Nichol 2021; CompVis' zero_module)."""
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock):
+            yield module.conv2
+        elif isinstance(module, SpatialTransformer):
+            yield module.proj_out
+        elif isinstance(module, PixelAttention):
+            yield module.to_out[0]
+    yield unet.conv_out
 
 
 def allow_graphs(shapes: int) -> None:

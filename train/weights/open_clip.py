@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.storage import write_atomically
 from data_pipeline.encode.encoders import TextStates
-from train.models.clip import token_counts, tokenizer
+from train.models.clip import CLIP, token_counts, tokenizer
 from train.models.open_clip_alone import open_clip
 from train.weights.diffusers import write_config
 from train.weights.foreign import (
@@ -34,6 +34,7 @@ from train.weights.foreign import (
 )
 from train.weights.saved import fingerprint
 
+_SCALARS = ("logit_scale", "logit_bias")
 STEMS = ("model", "pytorch_model", "model.fp16")
 IN_SD1, IN_SD2 = "cond_stage_model.transformer.", "cond_stage_model.model."
 END_OF_TEXT = 49407
@@ -327,3 +328,13 @@ def single_file_state(encoder: TextEncoder) -> dict[str, Tensor]:
         state[behind] = torch.zeros_like(value) if adds else value
     state["text_projection"] = torch.eye(encoder.options["width"])
     return {IN_SD2 + name: value.clone() for name, value in state.items()}
+
+
+def save_open_clip(folder: Path, clip: CLIP) -> None:
+    """Writes open_clip_config.json and open_clip_model.safetensors, for open_clip.create_model("local-dir:<folder>"),
+    or with pretrained=<file> for a named architecture; loads strictly there."""
+    towers = clip.towers
+    state = {name: value.reshape(()) if name in _SCALARS else value for name, value in towers.state_dict().items()}
+    write_tensors(folder / "open_clip_model.safetensors", state)
+    about = {"model_cfg": clip.model_config(), "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    write_config(folder / "open_clip_config.json", about)

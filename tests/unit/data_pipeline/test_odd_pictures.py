@@ -199,6 +199,12 @@ def test_texts_without_pictures_and_pictures_without_texts(tmp_path):
     assert "): write a .txt with its caption beside each picture, or raise max_aside_fraction=0.05" in error
     done = make("folder", tmp_path, tmp_path / "out", "size=8", "max_aside_fraction=0.9")
     assert "passed over 2 x .txt without a picture" in done.stdout
+    (tmp_path / "other2.txt").rename(tmp_path / "other2.caption")
+    (tmp_path / "other3.txt").rename(tmp_path / "other3.JSON")
+    shutil.rmtree(tmp_path / "out")  # its manifest.json would be counted
+    done = make("folder", tmp_path, tmp_path / "out", "size=8", "max_aside_fraction=0.9")
+    assert "passed over 1 x .caption without a picture" in done.stdout
+    assert "passed over 1 x .json without a picture" in done.stdout
 
 
 def test_options_that_can_not_be(tmp_path):

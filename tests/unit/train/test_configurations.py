@@ -68,6 +68,8 @@ def choices(root: str) -> list[tuple[str, str]]:
 
 def root_of(experiment: str) -> str:
     """The program that an experiment is for."""
+    if experiment.startswith("clip_"):
+        return "train_clip"
     return "train_autoencoder" if re.match(r"(ldm|sd)_(kl|vq)_f\d", experiment) else "train_ldm"
 
 

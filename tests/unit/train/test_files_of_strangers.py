@@ -30,12 +30,13 @@ from data_pipeline.common.errors import DataError, UserError
 from data_pipeline.common.saved_names import LIST, named
 from data_pipeline.common.saved_objects import GROUPS, build, checked
 from data_pipeline.shards.manifest import Manifest
-from train.data.build import build_network
+from train.data.build import network_of
 from train.data.latent_facts import LatentFacts
 from train.distributed.ranks import Ranks
 from train.models.autoencoder import AutoencoderKL
 from train.models.classifier import NoisyClassifier
 from train.models.clip import CLIP
+from train.models.conditioning import ConditionedUNet
 from train.sampling.trained_run import SECTIONS, merged_with_run_config, open_run
 from train.train_ldm import train
 from train.weights.published import load_weights
@@ -76,6 +77,13 @@ def written(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -
     return folder
 
 
+def network_in(config: Mapping[str, Any], facts: LatentFacts) -> ConditionedUNet:
+    """The network that a run's configuration describes."""
+    unet = checked(config["unet"], "unet", "unet")
+    parts = {name: build(entry, "conditioning", name) for name, entry in config["conditioning"].items()}
+    return network_of(unet.arguments, unet.build, parts, facts)
+
+
 @pytest.fixture(scope="module")
 def old_run(encoders: tuple[Path, dict[str, str]]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """A run of an earlier version: its folder, configuration and facts."""
@@ -86,7 +94,7 @@ def old_run(encoders: tuple[Path, dict[str, str]]) -> tuple[Path, dict[str, Any]
     written(folder / "run", config, facts)
     save_file({"text": torch.zeros(4, 8)}, folder / "run/null.safetensors")
     torch.manual_seed(0)
-    network = build_network(config, LatentFacts.of_run(folder / "run"), instantiate)
+    network = network_in(config, LatentFacts.of_run(folder / "run"))
     step = folder / "run/checkpoints/step-00000001"
     step.mkdir(parents=True)
     save_file(network.state_dict(), step / "ema.safetensors")
@@ -310,7 +318,7 @@ def test_a_run_to_start_from_is_only_read(old_run: Any, hostile: Any, tmp_path: 
     entry = {**config["unet"], **hostile("writes a file", {})}
     copied = written(tmp_path / "run", changed(config, "unet", entry), facts)
     (copied / "checkpoints").symlink_to(folder / "checkpoints")
-    network = build_network(config, LatentFacts.of_run(folder), instantiate)
+    network = network_in(config, LatentFacts.of_run(folder))
     load_weights(network, str(copied))
 
 
@@ -420,7 +428,7 @@ def test_weights_of_another_model_than_described(tmp_path: Path) -> None:
 def test_a_run_to_start_from_with_another_unet(unet: Any, old_run: Any, tmp_path: Path) -> None:
     folder, config, facts = old_run
     copied = written(tmp_path / "run", {**config, "unet": unet}, facts)
-    network = build_network(config, LatentFacts.of_run(folder), instantiate)
+    network = network_in(config, LatentFacts.of_run(folder))
     with pytest.raises(DataError, match=r"config\.yaml: unet"):
         load_weights(network, str(copied))
 

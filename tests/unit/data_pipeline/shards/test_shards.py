@@ -229,11 +229,14 @@ def test_buckets_and_missing_held_out_samples_are_named(tmp_path):
     refuse_no_heldout(tmp_path / "all/32x32")
 
 
-def test_a_split_and_latents_where_others_are_needed(tmp_path):
+def test_a_split_and_latents_where_others_are_needed(tmp_path, monkeypatch):
     for name, kind in (("pictures", "image-text"), ("latents", "latents"), ("buckets/32x32", "latents")):
         Manifest(kind, ()).save(tmp_path / name / "train")
     with pytest.raises(UserError, match=r"pictures/train is one split of a data set: use .*, .*/pictures\."):
         Manifest.load(tmp_path / "pictures/train/train")
+    monkeypatch.chdir(tmp_path / "pictures")
+    with pytest.raises(UserError, match="train is one split of a data set"):
+        Manifest.load("train/train")
     Manifest("latents", ()).save(tmp_path / "single")
     with pytest.raises(UserError, match="single is a data set without train/ and heldout/"):
         Manifest.load(tmp_path / "single/train")

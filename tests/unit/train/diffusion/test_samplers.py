@@ -322,3 +322,22 @@ def test_heun_is_better_than_euler_at_few_steps_on_every_process(process, data, 
         for name in ("euler", "heun")
     }
     assert errors["heun"] < 0.5 * errors["euler"]
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_heun_at_karras_times_is_k_diffusions(process, data):
+    """Its formula in x / alpha and sigma / alpha, in float64, wherever the process' end is cut at 200 (cosine ones) and
+    where it is not: which of Heun's two forms is used must not hang on the rounding of the first time."""
+    process, denoise = PROCESSES[process], data.denoise(PROCESSES[process])
+    times = karras_times(process, 10).double()
+    start = process.sigma(times[0]) * torch.linspace(-2, 2, 9, dtype=torch.float64)
+    alphas, sigmas = process.alpha(times), process.sigma(times)
+    x, noise = start / alphas[0], sigmas / alphas
+    for i in range(10):
+        slope = (x - denoise(alphas[i] * x, times[i])) / noise[i]
+        ahead = x + (noise[i + 1] - noise[i]) * slope
+        if noise[i + 1] > 0:
+            there = (ahead - denoise(alphas[i + 1] * ahead, times[i + 1])) / noise[i + 1]
+            ahead = x + (noise[i + 1] - noise[i]) * (slope + there) / 2
+        x = ahead
+    torch.testing.assert_close(samplers.sample_heun(denoise, start, times, process, never), x, rtol=1e-6, atol=1e-6)

@@ -1,7 +1,9 @@
 """One step of real DeepSpeed in this process, at every ZeRO stage, against plain torch."""
 
+import math
 import os
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from train.engine.config import EngineConfig
 from train.engine.deepspeed_engine import Engine
 from train.engine.flops import peak
 from train.engine.optimizer import AdamW, Schedule
+from train.models.clip import CLIP
 from train.models.unet import UNet
+from train.objectives.contrastive import Contrastive
 from train.objectives.terms import LossTerms
 
 BATCH = 4
@@ -228,3 +232,52 @@ def test_a_steps_flops_are_those_of_its_products(alone, stage):
     weights = engine.full_state_dict()
     for name, value in other.full_state_dict().items():
         assert torch.equal(weights[name], value)
+
+
+class Bounded(Regression):
+    """Its bias is pulled towards 3, and may not pass 0.25."""
+
+    bounds: ClassVar = {"layer.bias": (0.0, 0.25)}
+
+    def forward(self, batch):
+        error = (self.layer(batch.tensors["x"].to(self.layer.weight.dtype)) - 3.0).square()
+        return LossTerms(error.mean(), {"loss": error.mean().detach()}, error.detach())
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
+)
+def test_what_a_module_bounds_is_held_after_each_step(alone, stage, dtype):
+    """As open_clip holds the logit scale: the master weights, from which the EMA is made, and what is computed with."""
+    torch.manual_seed(0)
+    engine = Engine(Bounded(), AdamW(0.1, Schedule()), EngineConfig(stage, dtype), alone, BATCH, 1)
+    given = batches(1)
+    for step in range(8):
+        engine.train_step(given, step, 8)
+        bias = engine.full_state_dict()["layer.bias"]
+        assert bias.min() >= 0
+        assert bias.max() <= 0.25
+    torch.testing.assert_close(bias, torch.full((2,), 0.25))
+    x = torch.zeros(4, 3, dtype=engine.dtype)
+    used = engine.deepspeed(replace(next(given), tensors={"x": x}))
+    torch.testing.assert_close(used.per_sample.float(), torch.full((4, 2), 2.75**2))  # (0.25 - 3)^2
+
+
+def test_embeddings_that_a_module_exempts_have_no_decay():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Embedding(3, 2))
+    module[1].no_weight_decay = lambda: {"weight"}
+    optimizer = AdamW(0.1, Schedule(), weight_decay=0.5).build(module, torch.device("cpu"))
+    decays = {p.shape: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {(2, 2): 0.5, (2,): 0.0, (3, 2): 0.0}
+
+
+def test_clips_logit_scale_is_held_at_100(alone):
+    """As open_clip clamps its logarithm to [0, ln 100] after each step; here it starts above."""
+    torch.manual_seed(0)
+    tower = {"width": 16, "layers": 1}
+    text = {"context_length": 8, "vocab_size": 49408, "heads": 2, **tower}
+    clip = CLIP(12, {"image_size": 16, "patch_size": 8, "head_width": 8, **tower}, text, logit_scale=5.0)
+    engine = Engine(Contrastive(clip, shift=0), AdamW(1e-4, Schedule()), EngineConfig(2), alone, 8, 1)
+    batch = Batch(tuple("abcdefgh"), tuple("abcdefgh"), {"image": torch.rand(8, 3, 16, 16)}, (0,), 0, DataCursor(1))
+    seen = [float(engine.train_step(iter([batch]), step, 3).parts["logit_scale"]) for step in range(2)]
+    assert seen == pytest.approx([math.exp(5), 100], rel=1e-5)

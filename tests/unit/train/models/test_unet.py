@@ -247,3 +247,27 @@ def test_computes_in_the_weights_dtype(demo_unet):
 def test_levels_that_do_not_fit(demo_unet, changed, sentence):
     with pytest.raises(ValueError, match=sentence):
         demo_unet(**changed)
+
+
+@pytest.mark.parametrize("options", [{"context_dim": 24}, {"context_dim": None, "transformer_depth": 0}])
+def test_zero_init_starts_every_branch_at_nothing(options):
+    """As in CompVis' code: the output is zero, each residual branch adds nothing, and gradients still arrive. All other
+    weights are those without it, so that a seed means the same network."""
+    given = {"channels": (32, 64), "attention_levels": (False, True), "heads": 2, "layers_per_block": 1, **options}
+    torch.manual_seed(0)
+    plain = UNet(**given)
+    torch.manual_seed(0)
+    unet = UNet(**given, zero_init=True)
+    changed = {name for name, value in unet.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
+    last = "proj_out" if options["context_dim"] else "to_out.0"
+    assert changed >= {
+        "conv_out.weight", "conv_out.bias", "mid_block.resnets.0.conv2.weight", "up_blocks.1.resnets.0.conv2.bias",
+    }  # fmt: skip
+    assert all(f".{last}." in n or ".conv2." in n or n.startswith("conv_out.") for n in changed)
+    assert sum(f".{last}." in n for n in changed) == 2 * sum(n.endswith(f".{last}.weight") for n in unet.state_dict())
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0])
+    context = torch.randn(2, 3, 24) if options["context_dim"] else None
+    out = unet(x, t, context)
+    assert not out.any()
+    (out - x).square().mean().backward()
+    assert unet.conv_out.weight.grad.any()
