@@ -22,6 +22,7 @@ from data_pipeline.images.grid import grid, save_png
 from data_pipeline.images.pixels import psnr
 from data_pipeline.shards.data_sets import DataSets
 from data_pipeline.shards.input_option import Input
+from train.data.base_first_stage import FROM_START, BaseFirstStage, encoder_weights
 from train.distributed.ranks import Ranks
 from train.evaluation.reconstruction import latent_statistics, reconstructed, summary_line
 from train.loop.context import TrainedModel, TrainingContext
@@ -37,17 +38,20 @@ from train.runs.metrics import read_metrics
 from train.runs.run_folder import RunFolder
 from train.weights.saved import save_model
 
-TRAINABLE = ("train.models.autoencoder.AutoencoderKL", "train.models.autoencoder.VQModel")
+TRAINABLE = ("train.models.autoencoder.AutoencoderKL", "train.models.autoencoder.VQModel", FROM_START)
 
 
 def train(cfg: DictConfig, ranks: Ranks) -> None:
     """Compose, fit, measure, save."""
     set_rate(cfg)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    refuse_untrainable(config)
+    refuse_untrainable(OmegaConf.to_container(cfg, resolve=True))
     refuse_wrong_entry(cfg)
+    base = started_from(cfg)
+    config = OmegaConf.to_container(cfg, resolve=True)
     torch.manual_seed(cfg.seed)
     autoencoder = instantiate(cfg.autoencoder, _convert_="all")
+    if base is not None:
+        base.load_into(autoencoder)
     objective = instantiate(cfg.objective, autoencoder=autoencoder, seed=cfg.seed, _convert_="all")
     given = Input.of(config["input"])
     images = given.split("train", "image-text")
@@ -70,13 +74,32 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     identity = {**images.identity("images"), "autoencoder": config["autoencoder"], "seed": cfg.seed}
     identity |= discriminator_of(config)
     identity |= {"perceptual": objective.perceptual.distance.fingerprint} if objective.perceptual else {}
-    weights = fit(TrainedModel("autoencoder", objective, "autoencoder."), recipe, run, identity, actions)
+    identity |= {"start_from": base.identity, "train": cfg.objective.train} if base else {}
+    frozen = encoder_weights(autoencoder) if objective.decoder_only else {}  # before the engine changes their dtype
+    weights = fit(TrainedModel("autoencoder", objective, "autoencoder.", frozen), recipe, run, identity, actions)
     if ranks.is_main:
         measured.load_state_dict(weights)
-        report(run.path, config, measured, weights, heldout, pictures_of(images, cfg, 512), images.fingerprint)
+        facts = {"images": images.fingerprint, **(base.kept_by_decoder() if objective.decoder_only else {})}
+        report(run.path, config, measured, weights, facts, heldout, pictures_of(images, cfg, 512))
 
 
 main = on_all_ranks(train)
+
+
+def started_from(cfg: DictConfig) -> BaseFirstStage | None:
+    """The model at start_from=; sets the options of autoencoder=from_start to its own."""
+    if cfg.start_from is None:
+        needs = {
+            "autoencoder=from_start uses its options": cfg.autoencoder._target_ == FROM_START,
+            "objective.train=decoder keeps its encoder": cfg.objective.train == "decoder",
+        }
+        for why in (why for why, so in needs.items() if so):
+            raise UserError(f"start_from must be given, as {why}: add start_from=....")
+        return None
+    base = BaseFirstStage.at(cfg.start_from)
+    options = base.configuration(OmegaConf.to_container(cfg.autoencoder, resolve=True))
+    OmegaConf.update(cfg, "autoencoder", options, merge=False, force_add=True)
+    return base
 
 
 def set_rate(cfg: DictConfig) -> None:
@@ -146,18 +169,18 @@ def report(
     config: dict[str, Any],
     autoencoder: Autoencoder,
     weights: dict[str, torch.Tensor],
+    facts: dict[str, Any],
     heldout: np.ndarray,
     train_pictures: np.ndarray,
-    images_fingerprint: str,
 ) -> None:
-    """Measure and save the model, plot the curves, and print the figures."""
+    """Measure and save the model with the facts, plot the curves, and print the figures."""
     again = reconstructed(autoencoder, heldout)
     facts = {
         "heldout_psnr_db": float(psnr(heldout, again).mean()),
         "train_psnr_db": float(psnr(train_pictures, reconstructed(autoencoder, train_pictures)).mean()),
         "latents": latent_statistics(autoencoder, train_pictures),
         "factor": autoencoder.factor,
-        "images": images_fingerprint,
+        **facts,
     }
     arguments = {k: v for k, v in config["autoencoder"].items() if k != "_target_"}
     mark = save_model(folder, type(autoencoder).__name__, arguments, weights, facts)

@@ -158,6 +158,7 @@ COMMON: Mapping[str, Any] = {
     "objective.prompt_dropout": Share,
     "objective.offset_noise": NotNegative,
     "objective.stratified_times": bool,
+    "objective.train": Annotated[str, OneOf(("all", "decoder"))],
     "objective.kl_weight": NotNegative | None,
     "objective.commitment_weight": NotNegative | None,
     "objective.revival_weight": NotNegative | None,
@@ -265,7 +266,7 @@ PROGRAMS: Mapping[str, Mapping[str, Any]] = {
     },
     "train_ldm": {"input": DataSets, "output": Folder, "start_from": Path | None, "sampler.steps": Count,
                   "guidance.scale": Finite, "guidance.rescale": Share},
-    "train_autoencoder": {"input": DataSets, "output": Folder},
+    "train_autoencoder": {"input": DataSets, "output": Folder, "start_from": Path | None},
     "train_clip": {"input": DataSets, "output": Folder},
     "train_classifier": {"input": DataSets, "output": Folder},
     "sample_images": {

@@ -163,7 +163,8 @@ def _tune(module: nn.Module, config: EngineConfig) -> None:
         network.tune(config.compile, config.checkpoint_activations)
     if not networks and (config.compile or config.checkpoint_activations):
         raise UserError(
-            "engine.compile and engine.checkpoint_activations are only available for the U-Net: leave them out here."
+            "engine.compile and engine.checkpoint_activations are only available for the U-Net and first stages: leave "
+            "them out here."
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -19,11 +21,13 @@ from train.runs.metrics import Reporter
 
 class TrainedModel(NamedTuple):
     """The model to train: the parameters of `objective`, which computes the loss. The EMA weights of the
-    parameters whose names start with `prefix` are the result; `name` starts each message."""
+    parameters whose names start with `prefix` are the result, completed by `frozen` ones, which are not trained;
+    `name` starts each message."""
 
     name: str
     objective: nn.Module
     prefix: str
+    frozen: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class TrainingContext:
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The network's full EMA weights by its own names, in fp32, on the CPU of every rank. Collective."""
-        return self.engine.full_state_dict(self.ema.shards, prefix=self.model.prefix)
+        return {**self.model.frozen, **self.engine.full_state_dict(self.ema.shards, prefix=self.model.prefix)}
 
     def save(self) -> None:
         """Save a checkpoint of the present state; it is written while training goes on."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.common.errors import UserError
-from train.models.attention import PixelAttention
+from train.models.attention import PixelAttention, attention_backend
 from train.models.quantizer import Quantizer
-from train.models.resblocks import Downsample, ResnetBlock, Upsample
+from train.models.resblocks import Downsample, ResnetBlock, Upsample, through
+
+ENCODER = ("encoder.", "quant_conv.", "quantize.")  # prefixes of the weights that determine the latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, trunk: Trunk) -> None:
         super().__init__()
         widths, groups = trunk.channels, trunk.norm_groups
+        self.checkpoint_activations = False
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = levels_of(widths, trunk.attention, trunk.layers, groups, "down")
         self.mid_block = AutoencoderMid(widths[-1], groups, trunk.mid_attention)
@@ -121,17 +124,22 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        for block in (*self.down_blocks, self.mid_block):
+            x = through(block, x, keep=not self.checkpoint_activations)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
-    """(B, C, H/f, W/f) -> (B, 3, H, W)."""
+    """(B, C, H/f, W/f) -> (B, channels[0], H, W), the input of `conv_out`, which gives (B, 3, H, W).
+
+    `conv_out` is applied by the caller, outside of the compiled graph: the adversary differentiates twice there, and a
+    compiled backward pass frees its buffers.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, trunk: Trunk) -> None:
         super().__init__()
         widths, groups = trunk.channels[::-1], trunk.norm_groups
+        self.checkpoint_activations = False
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.mid_block = AutoencoderMid(widths[0], groups, trunk.mid_attention)
         self.up_blocks = levels_of(widths, trunk.attention[::-1], trunk.layers + 1, groups, "up")
@@ -139,10 +147,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_in(z)
+        for block in (self.mid_block, *self.up_blocks):
+            x = through(block, x, keep=not self.checkpoint_activations)
+        return F.silu(self.conv_norm_out(x))
 
 
 class Autoencoder(nn.Module):
@@ -185,6 +193,19 @@ class Autoencoder(nn.Module):
         """The decoder's last weights: the adaptive weight compares the two losses' gradients there."""
         return self.decoder.conv_out.weight
 
+    def tune(self, compiled: bool, checkpoint_activations: bool) -> None:
+        """Options for training. Checkpointing stores only the inputs of each level and recomputes the rest."""
+        for part in (self.encoder, self.decoder):
+            part.checkpoint_activations = checkpoint_activations
+            if compiled:
+                torch.compiler.assume_constant_result(attention_backend)  # as in UNet.tune
+                part.compile(dynamic=False)
+
+    def freeze_encoder(self) -> None:
+        """Train only the decoder, so that latents made before can be decoded."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.startswith(ENCODER))
+
     def encoded(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, encoded_channels, h, w)."""
         x = F.pixel_unshuffle(images, self.patch) if self.patch > 1 else images
@@ -192,7 +213,8 @@ class Autoencoder(nn.Module):
 
     def decoded(self, z: Tensor) -> Tensor:
         """(B, C, h, w), as the decoder receives them in training -> (B, 3, H, W), approximately in [-1, 1]."""
-        x = self.decoder(self.post_quant_conv(z.contiguous(memory_format=self.memory_format)))
+        features = self.decoder(self.post_quant_conv(z.contiguous(memory_format=self.memory_format)))
+        x = self.decoder.conv_out(features)
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
 

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def through(block: nn.Module, *arguments: Any, keep: bool = True) -> Any:
+    """block(*arguments); without `keep`, its activations are recomputed in the backward pass instead of kept."""
+    if keep or not torch.is_grad_enabled():
+        return block(*arguments)
+    return checkpoint(block, *arguments, use_reentrant=False)
 
 
 class ResnetBlock(nn.Module):

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.common.errors import UserError
 from train.models.attention import PixelAttention, SpatialTransformer, attention_backend
-from train.models.resblocks import Downsample, ResnetBlock, Upsample
+from train.models.resblocks import Downsample, ResnetBlock, Upsample, through
 
 GRAPHS_A_SHAPE = 2  # one with gradients, one without (to count FLOPs)
 
@@ -258,9 +257,7 @@ class UNet(nn.Module):
             self.compile(dynamic=False)  # one graph per shape: each is as fast as in a run on one shape
 
     def _through(self, block: nn.Module, *arguments: Any) -> Any:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+        return through(block, *arguments, keep=not self.checkpoint_activations)
 
 
 def _last_layers(unet: UNet) -> Iterator[nn.Module]:

@@ -20,7 +20,8 @@ from train.objectives.terms import LossTerms
 KL_WEIGHT = 1e-4
 COMMITMENT_WEIGHT = 0.25  # van den Oord et al. 2017, beta of eq. 3
 REVIVAL_WEIGHT = 0.1  # a tenth of the weight that the codebook loss gives a code of average use
-CHOICES = {"reconstruction": ("l1", "l2"), "vq_loss": ("standard", "legacy"), "log_variance": (None, "learned")}
+CHOICES = {"reconstruction": ("l1", "l2"), "vq_loss": ("standard", "legacy"), "log_variance": (None, "learned"),
+           "train": ("all", "decoder")}  # fmt: skip
 
 
 class FirstStageOutput(NamedTuple):
@@ -44,6 +45,8 @@ class AutoencoderObjective(nn.Module):
     codebook loss instead, as in taming-transformers. None: the constant above; weights of the other kind of model must
     be None.
 
+    train="decoder": encoder, quant_conv and codebook are frozen, and the loss has no regularisation.
+
     Trains on random crops of `crop` pixels (0: never) until step `crop_until`, at one position per batch, then on whole
     pictures: crops are cheaper, and as good for a convolutional network. Half of all pictures are mirrored.
     """
@@ -63,10 +66,14 @@ class AutoencoderObjective(nn.Module):
         reconstruction: str = "l1",
         vq_loss: str | None = None,
         log_variance: str | None = None,
+        train: str = "all",
     ) -> None:
         super().__init__()
-        self.quantizes = isinstance(autoencoder, VQModel)
-        _refuse_choices({"reconstruction": reconstruction, "vq_loss": vq_loss, "log_variance": log_variance})
+        self.quantizes, self.decoder_only = isinstance(autoencoder, VQModel), train == "decoder"
+        choices = {"reconstruction": reconstruction, "vq_loss": vq_loss, "log_variance": log_variance, "train": train}
+        _refuse_choices(choices)
+        if self.decoder_only:
+            autoencoder.freeze_encoder()
         vq = {"commitment_weight": commitment_weight, "revival_weight": revival_weight, "vq_loss": vq_loss}
         _refuse_weights_of_others(autoencoder, {"kl_weight": kl_weight} if self.quantizes else vq)
         _refuse_small_crops(adversary, perceptual, crop)
@@ -105,7 +112,7 @@ class AutoencoderObjective(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and idle != ""):
             reconstruction, error, penalty, parts = self.reconstructed(images, random)
         nll, parts = self._likelihood(error, parts)
-        loss = nll + penalty
+        loss = nll if self.decoder_only else nll + penalty
         total, parts = self._descended(loss, idle), {"loss": loss, **parts}
         if self.adversary is not None:
             against = self.adversary(images, reconstruction, nll.mean(), self.autoencoder.last_layer, batch.step)
@@ -157,7 +164,7 @@ class AutoencoderObjective(nn.Module):
         """Decodes the nearest codes: (B, 3, H, W) -> the same shape in fp32. Usage and perplexity are those of all
         ranks' micro-batches of this pass, so lower than for a larger batch."""
         codes = self.autoencoder.quantize(
-            self.autoencoder.encode(images), self.anchors if self.revival_weight else None
+            self.autoencoder.encode(images), self.anchors if self.revival_weight and not self.decoder_only else None
         )
         used, perplexity = usage(mean_over_ranks(counts_of(codes.indices, len(self.anchors))))
         penalty, parts = self._distance(codes), {"quantization": codes.codebook}

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from train.data.latent_facts import LatentFacts
+from train.models.autoencoder import ENCODER
 from train.models.tiny_autoencoder import TinyAutoencoder
 from train.sampling.generator import Generator
-from train.weights import published, saved, tiny_autoencoder
-from train.weights.foreign import read_json
-
-ENCODER = ("encoder.", "quant_conv.", "quantize.")  # what determines the latents
+from train.weights import tiny_autoencoder
+from train.weights.first_stages import about_model, load_first_stage
 
 
 def with_decoder(generator: Generator, path: str | None, autoencoder: nn.Module, facts: LatentFacts) -> Generator:
@@ -47,12 +46,10 @@ def load_decoder(path: str) -> nn.Module:
     if not Path(path).exists():
         raise UserError(f"decoder={path} does not exist: use the path of an autoencoder.")
     for folder in (Path(path) / "vae", Path(path)):
-        about = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        about = about_model(folder)
         if about.get("_class_name") == tiny_autoencoder.CLASS:
             return tiny_autoencoder.load_tiny(folder, about)
-        if "fingerprint" in about:
-            return saved.load_autoencoder(str(folder))
-    return published.load_autoencoder(path)
+    return load_first_stage(path)
 
 
 def same_encoder(a: nn.Module, b: nn.Module) -> bool:

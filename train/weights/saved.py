@@ -43,8 +43,13 @@ def save_model(folder: Path, kind: str, config: dict[str, Any], state: dict[str,
 
 
 def load_autoencoder(path: str) -> nn.Module:
-    """A trained first stage, AutoencoderKL or VQModel, in eval mode; checks its `fingerprint`."""
-    return _load(path, "first_stage", "autoencoder.path", "train_autoencoder.py")
+    """A trained first stage, AutoencoderKL or VQModel, in eval mode. Its `fingerprint` is that of the latents: if only
+    the decoder was trained further, of the model that it started from."""
+    model, config = _load(path, "first_stage", "autoencoder.path", "train_autoencoder.py"), Path(path) / "config.json"
+    about = {"encoder_of": model.fingerprint, "stated_scaling": {}, **read_json(config)}
+    refuse_wrong_kinds(about, {"encoder_of": str, "stated_scaling": Mapping[str, Any]}, str(config))
+    model.fingerprint, model.stated_scaling = about["encoder_of"], about["stated_scaling"] or None
+    return model
 
 
 def load_clip(path: str) -> nn.Module:
@@ -61,11 +66,11 @@ def load_classifier(path: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def saved_fingerprint(path: str | None) -> str | None:
-    """The fingerprint that a folder records, read without loading the model; None if the folder holds no model."""
-    if path is None:
+    """The fingerprint that the loaded model would have, read from config.json; None if the folder holds no model."""
+    if path is None or not (about := Path(path) / "config.json").exists():
         return None
-    about = Path(path) / "config.json"
-    return read_json(about).get("fingerprint") if about.exists() else None
+    known = read_json(about)
+    return known.get("encoder_of", known.get("fingerprint"))
 
 
 def _load(path: str, group: str, option: str, made_by: str) -> nn.Module:

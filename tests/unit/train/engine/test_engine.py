@@ -212,7 +212,7 @@ def test_fp16_is_refused_without_a_gpu():
 
 
 def test_a_network_that_can_not_be_compiled_is_said(alone):
-    with pytest.raises(UserError, match="are only available for the U-Net"):
+    with pytest.raises(UserError, match="are only available for the U-Net and first stages"):
         Engine(Regression(), AdamW(0.1, Schedule()), EngineConfig(compile=True), alone, BATCH, 1)
 
 

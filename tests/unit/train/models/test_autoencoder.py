@@ -156,6 +156,26 @@ def test_demo_options(cls, options, relative_error):
     assert relative_error(last.reconstruct(images), plain.reconstruct(images)) < 1e-5
 
 
+@pytest.mark.parametrize("cls", [AutoencoderKL, VQModel])
+def test_checkpointed_activations_give_the_same_gradients_and_keep_less(cls, image_batch):
+    torch.manual_seed(0)
+    model = cls(**SMALL, **ATTENDING)
+    found, kept = [], []
+    for checkpointed in (False, True):
+        model.tune(compiled=False, checkpoint_activations=checkpointed)
+        objective, held = AutoencoderObjective(model), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, h=held: h.setdefault(x.data_ptr(), x), lambda x: x):
+            objective(image_batch())
+        model.zero_grad()
+        terms = objective(image_batch())
+        terms.total.backward()
+        found.append([terms.total.detach(), *(p.grad for p in model.parameters())])
+        kept.append(sum(x.numel() for x in held.values()))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_levels_without_a_word_on_attention_are_refused():
     with pytest.raises(UserError, match=r"attention_levels=\[True\] must have 3 entries"):
         AutoencoderKL(**SMALL, attention_levels=[True])

@@ -189,6 +189,25 @@ def test_one_backward_gives_what_two_would(request, name, adversary, image_batch
     torch.testing.assert_close(terms.per_sample, plain.per_sample)
 
 
+@pytest.mark.parametrize("name", ["autoencoder", "vq"])
+def test_a_decoder_alone(request, name, image_batch):
+    """Its gradients are those without regularisation; the encoder, next to the latents and the codebook are fixed."""
+    model = request.getfixturevalue(name)
+    none = {"kl_weight": 0.0} if name == "autoencoder" else {"commitment_weight": 0.0, "revival_weight": 0.0}
+    AutoencoderObjective(model, seed=2, **none)(image_batch(step=4)).total.backward()
+    expected = {n: g for n, g in gradients_of(model).items() if n.partition(".")[0] in ("decoder", "post_quant_conv")}
+    model.zero_grad()
+    terms = AutoencoderObjective(model, seed=2, train="decoder")(image_batch(step=4))
+    terms.total.backward()
+    got = gradients_of(model)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[n], expected[n]) for n in got)
+    error = terms.parts["l1"] + 0.5 * terms.parts["gradient_l1"]
+    torch.testing.assert_close(terms.parts["loss"], error)
+    with pytest.raises(UserError, match=r"objective\.train=encoder is not valid: use all, decoder"):
+        AutoencoderObjective(model, train="encoder")
+
+
 def keeping(forward, seen):
     """The same function; what it gave last is in seen["output"]."""
 
@@ -197,6 +216,25 @@ def keeping(forward, seen):
         return seen["output"]
 
     return kept
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)  # compiles C++ on a CPU, for minutes
+def test_compiled_against_an_adversary(adversary, image_batch):
+    """The gradients at the last layer are taken twice, before the whole backward pass."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(channels=(8, 16), layers_per_block=1, norm_groups=4)
+    objective, found = AutoencoderObjective(model, adversary=adversary, seed=2), []
+    for compiled in (False, True):
+        model.tune(compiled, checkpoint_activations=False)
+        objective.zero_grad()
+        terms = objective(image_batch(step=3))
+        terms.total.backward()
+        found.append({"total": terms.total.detach(), **terms.parts, **gradients_of(objective)})
+    plain, same = found
+    assert plain.keys() == same.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(same[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_before_its_start_the_adversary_changes_nothing(autoencoder, adversary, image_batch):
