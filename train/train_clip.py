@@ -73,9 +73,9 @@ main = on_all_ranks(train)
 
 
 def configuration(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values, with the options of the architecture that clip.name names."""
+    """The configuration as plain values, with the options of the architecture that clip.architecture names."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    name, dropout = (config["clip"].pop(option, None) for option in ("name", "patch_dropout"))
+    name, dropout = (config["clip"].pop(option, None) for option in ("architecture", "patch_dropout"))
     if name is not None:
         config["clip"] |= architecture(name)
     if dropout:

@@ -87,7 +87,7 @@ COMMON: Mapping[str, Any] = {
     "clip.context_length": Annotated[int, Within(3)],
     "text_encoder.path": Folder | None,
     "text_encoder.context_length": Annotated[int, Within(3)],
-    "clip.name": str,
+    "clip.architecture": str,
     "clip.patch_dropout": Annotated[float, Within(0, 1, below=True)],
     "clip.quick_gelu": bool,
     "clip.logit_scale": float | None,

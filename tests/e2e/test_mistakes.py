@@ -70,7 +70,7 @@ MISTAKES = {
     "no such condition": (
         ["data_pipeline/precompute_latents.py", "input={folder}/latents", "output={folder}/run", "conditions=[txt]"],
         2,
-        "conditions=txt does not exist: use hole, image_embedding, label, layout, low_resolution or text",
+        "conditions=txt does not exist: use hole, image_embedding, label, layout, low_resolution, text or text_t5",
     ),
     "no such conditioning": ([*LDM, "input={folder}/latents", "conditioning=[txt]"], 2, "joint_text, label, layout,"),
     "no such option": ([*LDM, "input={folder}/latents", "training.stps=3"], 2, "is it training.steps"),

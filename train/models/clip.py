@@ -89,7 +89,9 @@ def architecture(name: str) -> dict[str, Any]:
     config = open_clip().factory.get_model_config(name)
     if config is None:
         near = ", ".join(get_close_matches(name, known, 3) or ["ViT-B-32", "ViT-L-14"])
-        raise UserError(f"clip.name={name} is not an architecture of open_clip: use one of its names, such as {near}.")
+        raise UserError(
+            f"clip.architecture={name} is not an architecture of open_clip: use one of its names, such as {near}."
+        )
     vision, text = config.pop("vision_cfg"), config.pop("text_cfg")
     arguments = {"embed_dim": config.pop("embed_dim")} | ({"quick_gelu": True} if config.pop("quick_gelu", 0) else {})
     starts = {"logit_scale": config.pop("init_logit_scale", None), "logit_bias": config.pop("init_logit_bias", None)}
@@ -97,7 +99,7 @@ def architecture(name: str) -> dict[str, Any]:
     odd |= {name: value for name, value in text.items() if name not in TextOptions.__annotations__}
     if odd or isinstance(vision.get("layers"), list):
         raise UserError(
-            f"clip.name={name} is built from more than open_clip's own transformers "
+            f"clip.architecture={name} is built from more than open_clip's own transformers "
             f"({', '.join(odd) or 'a ResNet'}), which is not supported here: use a plain ViT, such as ViT-B-32."
         )
     return {**arguments, "vision": vision, "text": text} | {n: v for n, v in starts.items() if v is not None}

@@ -75,7 +75,9 @@ def test_an_architecture_by_name_and_what_is_none():
         "text": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
     }
     assert architecture("ViT-B-32-quickgelu")["quick_gelu"] is True
-    with pytest.raises(UserError, match=r"clip.name=ViT-B-23 is not an architecture of open_clip: use .*ViT-B-32"):
+    with pytest.raises(
+        UserError, match=r"clip.architecture=ViT-B-23 is not an architecture of open_clip: use .*ViT-B-32"
+    ):
         architecture("ViT-B-23")
     for other in ("RN50", "ViT-B-16-SigLIP", "convnext_base"):
         with pytest.raises(UserError, match=r"built from more than open_clip's own transformers .* plain ViT"):
