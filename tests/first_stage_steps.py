@@ -42,13 +42,13 @@ class Options(NamedTuple):
 
 
 RECIPES = {
-    "kl": Options("kl", "group", {"kl_weight": 0.01}, {}),
+    "kl": Options("kl", "group", {"kl_weight": 0.01, "equivariance": 0.5}, {}),
     "batch_norm": Options(
         "kl", "batch", {"kl_weight": 1e-3, "log_variance": "learned", "reconstruction": "l2"},
         {"loss": "vanilla", "ramp": 3, "adaptive_delta": 1e-4, "adaptive_max": 0.02},
     ),
     "in_turn": Options(
-        "vq", "group", {"vq_loss": "legacy", "revival_weight": 0.0},
+        "vq", "group", {"vq_loss": "legacy", "revival_weight": 0.0, "equivariance": 0.25},
         {"loss": "non_saturating", "turns": "alternate", "r1_weight": 0.3, "r1_every": 2},
     ),
     "in_turn_batch_norm": Options("vq", "batch", {"revival_weight": 0.0}, {"turns": "alternate"}),

@@ -31,6 +31,7 @@ from train.loop.recipe import Recipe, refuse_wrong_entry
 from train.loop.trainer import Action
 from train.loop.training_entry import on_all_ranks, validation
 from train.models.autoencoder import Autoencoder
+from train.models.unet import allow_graphs
 from train.objectives.autoencoder import AutoencoderObjective
 from train.objectives.compvis_units import in_compvis_units, optimizer_in_compvis_units, values_per_picture
 from train.runs.curves import curve_line, plot_curves
@@ -58,6 +59,9 @@ def train(cfg: DictConfig, ranks: Ranks) -> None:
     recipe = Recipe.of(cfg, instantiate, ranks, images)
     heldout = pictures_of(given.split("heldout"), cfg, cfg.validation_pictures)
     refuse_sizes(heldout.shape[1:3], objective.crop if objective.crop_until else 0, autoencoder.factor)
+    sizes = objective.decoded_sizes(heldout.shape[1:3])
+    if cfg.engine.compile:
+        allow_graphs(sizes)
     measured = instantiate(cfg.autoencoder, _convert_="all").eval().to(ranks.device)
     config["in_compvis_units"] = compvis_units(objective, heldout.shape[1:3], recipe)
     run = RunFolder(cfg.output, "train_autoencoder", config, ranks)

@@ -159,6 +159,8 @@ COMMON: Mapping[str, Any] = {
     "objective.offset_noise": NotNegative,
     "objective.stratified_times": bool,
     "objective.train": Annotated[str, OneOf(("all", "decoder"))],
+    "objective.equivariance": NotNegative,
+    "objective.equivariance_scales": Sequence[Annotated[float, Within(0, 1, above=True, below=True)]],
     "objective.kl_weight": NotNegative | None,
     "objective.commitment_weight": NotNegative | None,
     "objective.revival_weight": NotNegative | None,

@@ -35,7 +35,7 @@ from synthetic import run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.diffusion.randomness import StreamRandom
+from train.diffusion.randomness import StreamRandom, generator_at
 from train.models.batch_norm import BatchNorm
 from train.models.discriminator import PatchDiscriminator
 
@@ -71,20 +71,43 @@ class Plain(nn.Module):
         mirror, images = random.uniform("mirror") < 0.5, batch.tensors["image"]
         return torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images), random
 
-    def reconstructed(self, images: Tensor, random: StreamRandom) -> tuple[Tensor, Tensor]:
-        """The reconstruction, and the penalty."""
+    def reconstructed(self, images: Tensor, random: StreamRandom) -> tuple[Tensor, Tensor, Tensor]:
+        """The reconstruction, the latents, and the penalty."""
         model, options = self.autoencoder, self.recipe.objective
         if self.recipe.model == "kl":
             mean, logvar = model.encode_moments(images).chunk(2, 1)
             kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
             z = mean + (logvar / 2).exp() * random.normal("posterior", mean.shape[1:])
-            return model.decode(z), options["kl_weight"] * kl
+            return model.decode(z), z, options["kl_weight"] * kl
         z = model.encode(images).permute(0, 2, 3, 1)
-        codes = model.codebook[torch.cdist(z.detach(), model.codebook.detach()).argmin(-1)]
+        codes = self.codes(z)
         to_codes, to_outputs = F.mse_loss(codes, z.detach()), F.mse_loss(z, codes.detach())
         legacy = options.get("vq_loss") == "legacy"
         penalty = 0.25 * to_codes + to_outputs if legacy else to_codes + 0.25 * to_outputs
-        return model.decoded((z + (codes - z).detach()).permute(0, 3, 1, 2)), penalty
+        again = model.decoded((z + (codes - z).detach()).permute(0, 3, 1, 2))
+        return again, z.permute(0, 3, 1, 2), penalty
+
+    def codes(self, z: Tensor) -> Tensor:
+        """The nearest ones, of (B, h, w, C)."""
+        codebook = self.autoencoder.codebook
+        return codebook[torch.cdist(z.detach(), codebook.detach()).argmin(-1)]
+
+    def at_smaller_size(self, images: Tensor, latents: Tensor, step: int) -> Tensor | float:
+        """The error of resized latents, weighted."""
+        weight = self.recipe.objective.get("equivariance", 0.0)
+        if not weight:
+            return 0.0
+        draw = torch.rand((), generator=generator_at("cpu", SEED, step, "equivariance"))
+        scale = 0.5 if draw < 0.5 else 0.25
+        images, latents = (F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True)
+                           for x in (images, latents))  # fmt: skip
+        if self.recipe.model == "vq":
+            latents = latents.permute(0, 2, 3, 1)
+            latents = (latents + (self.codes(latents) - latents).detach()).permute(0, 3, 1, 2)
+        off = self.autoencoder.decoded(latents) - images
+        edges = sum(off.diff(dim=d).abs().mean() for d in (2, 3))
+        square = self.recipe.objective.get("reconstruction") == "l2"
+        return weight * ((off.square() if square else off.abs()).mean() + 0.7 * edges)
 
     def likelihood(self, images: Tensor, again: Tensor) -> Tensor:
         off = again - images
@@ -98,9 +121,9 @@ class Plain(nn.Module):
 
     def first_stages_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         images, random = self.images(step)
-        again, penalty = self.reconstructed(images, random)
+        again, latents, penalty = self.reconstructed(images, random)
         nll, game = self.likelihood(images, again), self.recipe.adversary
-        loss = nll + penalty
+        loss = nll + penalty + self.at_smaller_size(images, latents, step)
         if step < START:
             return loss, {"loss": loss.item(), "gan": 0.0, "adaptive_weight": 0.0}
         logits = self.judge(again)
@@ -115,7 +138,7 @@ class Plain(nn.Module):
     def discriminators_loss(self, step: int) -> tuple[Tensor, float]:
         images, random = self.images(step)
         with torch.no_grad():
-            again, _ = self.reconstructed(images, random)
+            again, _, _ = self.reconstructed(images, random)
         real, fake, game = self.judge(images), self.judge(again), self.recipe.adversary
         if game.get("loss", "hinge") == "hinge":
             own = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from train.models.autoencoder import Autoencoder, VQModel
 from train.models.perceptual import PerceptualTerm
 from train.models.quantizer import Quantized, counts_of, usage
 from train.objectives.adversary import Adversary, no_gradient
+from train.objectives.equivariance import Equivariance, resized
 from train.objectives.terms import LossTerms
 
 KL_WEIGHT = 1e-4
@@ -25,9 +27,11 @@ CHOICES = {"reconstruction": ("l1", "l2"), "vq_loss": ("standard", "legacy"), "l
 
 
 class FirstStageOutput(NamedTuple):
-    """Result of a pass through a first stage: the reconstruction, its penalty (B,), and metrics, each (B,) or ()."""
+    """Result of a pass through a first stage: the reconstruction, the latents that were decoded (a VQ model's before
+    quantization), the penalty (B,), and metrics, each (B,) or ()."""
 
     reconstruction: Tensor
+    latents: Tensor
     penalty: Tensor
     parts: dict[str, Tensor]
 
@@ -46,6 +50,9 @@ class AutoencoderObjective(nn.Module):
     be None.
 
     train="decoder": encoder, quant_conv and codebook are frozen, and the loss has no regularisation.
+
+    equivariance: weight of the reconstruction error of latents that are resized by one of equivariance_scales, against
+    equally resized pictures; without the adversary.
 
     Trains on random crops of `crop` pixels (0: never) until step `crop_until`, at one position per batch, then on whole
     pictures: crops are cheaper, and as good for a convolutional network. Half of all pictures are mirrored.
@@ -67,6 +74,8 @@ class AutoencoderObjective(nn.Module):
         vq_loss: str | None = None,
         log_variance: str | None = None,
         train: str = "all",
+        equivariance: float = 0.0,
+        equivariance_scales: Sequence[float] = (0.5, 0.25),
     ) -> None:
         super().__init__()
         self.quantizes, self.decoder_only = isinstance(autoencoder, VQModel), train == "decoder"
@@ -79,6 +88,7 @@ class AutoencoderObjective(nn.Module):
         _refuse_small_crops(adversary, perceptual, crop)
         self.autoencoder, self.gradient_weight, self.adversary = autoencoder, gradient_weight, adversary
         self.perceptual = perceptual
+        self.equivariance = Equivariance(equivariance, equivariance_scales) if equivariance else None
         self.kl_weight = KL_WEIGHT if kl_weight is None else kl_weight
         self.commitment_weight = COMMITMENT_WEIGHT if commitment_weight is None else commitment_weight
         self.revival_weight = REVIVAL_WEIGHT if revival_weight is None else revival_weight
@@ -104,15 +114,29 @@ class AutoencoderObjective(nn.Module):
         stand_in = f"L1 of finite differences, weight {self.gradient_weight:g}, stands in"
         return f"none: {stand_in}" if self.gradient_weight else "none"
 
+    def decoded_sizes(self, whole: Sequence[int]) -> int:
+        """How many sizes of pictures are decoded in training on pictures of (height, width). UserError for equivariance
+        at a size that it can't have."""
+        sizes = [whole, *([(self.crop, self.crop)] if self.crop and self.crop_until else [])]
+        if self.equivariance is None:
+            return len(sizes)
+        smallest = 2 if self.perceptual is None else self.perceptual.distance.smallest_picture
+        self.equivariance.refuse_sizes(sizes, self.autoencoder.factor, smallest)
+        return len(sizes) * (1 + len(self.equivariance.scales))
+
     def forward(self, batch: Batch) -> LossTerms:
         images = batch.tensors["image"]
         random = StreamRandom(self.seed, batch.step, batch.streams, len(batch) // len(batch.streams), images.device)
         images = self.augmented(images, random, batch.step)
         idle = self._idle(batch.step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and idle != ""):
-            reconstruction, error, penalty, parts = self.reconstructed(images, random)
-        nll, parts = self._likelihood(error, parts)
+            reconstruction, latents, penalty, parts = self.reconstructed(images, random)
+            error, of_error = self.errors(reconstruction, images)
+            smaller = self.error_at_smaller_size(latents, images, batch.step)
+        nll, parts = self._likelihood(error, of_error | parts)
         loss = nll if self.decoder_only else nll + penalty
+        if smaller is not None:
+            loss, parts = loss + self.equivariance.weight * smaller, parts | {"equivariance": smaller}
         total, parts = self._descended(loss, idle), {"loss": loss, **parts}
         if self.adversary is not None:
             against = self.adversary(images, reconstruction, nll.mean(), self.autoencoder.last_layer, batch.step)
@@ -131,19 +155,30 @@ class AutoencoderObjective(nn.Module):
         variance = 0.0 if self.log_variance is None else (0.0 * self.log_variance).sum()
         return no_gradient(self.autoencoder) + variance
 
-    def reconstructed(self, images: Tensor, random: StreamRandom) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Pictures -> their reconstruction, its error (B,), the regularisation (B,), and metrics."""
+    def reconstructed(self, images: Tensor, random: StreamRandom) -> FirstStageOutput:
+        """A pass of pictures (B, 3, H, W) through the first stage."""
         through = self.through_codebook if self.quantizes else self.through_posterior
-        reconstruction, penalty, parts = through(images.to(self.autoencoder.last_layer.dtype), random)
+        return through(images.to(self.autoencoder.last_layer.dtype), random)
+
+    def errors(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstruction error, and its parts, each (B,)."""
         difference = reconstruction - images
         pixels = difference.abs() if self.reconstruction == "l1" else difference.square()
         error, edges = pixels.mean((1, 2, 3)), gradient_l1(reconstruction, images)
-        parts = {self.reconstruction: error, "gradient_l1": edges, **parts}
+        parts = {self.reconstruction: error, "gradient_l1": edges}
         error = error + self.gradient_weight * edges
         if self.perceptual is not None:
             parts["perceptual"] = self.perceptual.distance(images, reconstruction)
             error = error + self.perceptual.weight * parts["perceptual"]
-        return reconstruction, error, penalty, parts
+        return error, parts
+
+    def error_at_smaller_size(self, latents: Tensor, images: Tensor, step: int) -> Tensor | None:
+        """The reconstruction error of resized latents, (B,); None without equivariance."""
+        if self.equivariance is None:
+            return None
+        scale = self.equivariance.scale_at(self.seed, step)
+        decoded = self.autoencoder.decode(resized(latents, scale).to(latents.dtype))
+        return self.errors(decoded.float(), resized(images, scale))[0]
 
     def _likelihood(self, error: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The error, or with a learned variance the negative log-likelihood, both per value and (B,)."""
@@ -157,21 +192,20 @@ class AutoencoderObjective(nn.Module):
         posterior = self.autoencoder.encode(images)
         noise = random.normal("posterior", posterior.mean.shape[1:]).to(posterior.mean)
         kl = posterior.kl().float() / posterior.mean[0].numel()
-        reconstruction = self.autoencoder.decode(posterior.sample(noise)).float()
-        return FirstStageOutput(reconstruction, self.kl_weight * kl, {"kl": kl})
+        z = posterior.sample(noise)
+        return FirstStageOutput(self.autoencoder.decode(z).float(), z, self.kl_weight * kl, {"kl": kl})
 
     def through_codebook(self, images: Tensor, random: StreamRandom) -> FirstStageOutput:
         """Decodes the nearest codes: (B, 3, H, W) -> the same shape in fp32. Usage and perplexity are those of all
         ranks' micro-batches of this pass, so lower than for a larger batch."""
-        codes = self.autoencoder.quantize(
-            self.autoencoder.encode(images), self.anchors if self.revival_weight and not self.decoder_only else None
-        )
+        z = self.autoencoder.encode(images)
+        codes = self.autoencoder.quantize(z, self.anchors if self.revival_weight and not self.decoder_only else None)
         used, perplexity = usage(mean_over_ranks(counts_of(codes.indices, len(self.anchors))))
         penalty, parts = self._distance(codes), {"quantization": codes.codebook}
         if codes.revival is not None:  # one scalar per batch, added to each sample
             penalty, parts = penalty + self.revival_weight * codes.revival, parts | {"revival": codes.revival}
         parts |= {"codes_used": used, "code_perplexity": perplexity}
-        return FirstStageOutput(self.autoencoder.decoded(codes.z).float(), penalty, parts)
+        return FirstStageOutput(self.autoencoder.decoded(codes.z).float(), z, penalty, parts)
 
     def _distance(self, codes: Quantized) -> Tensor:
         """Of outputs and codes, (B,)."""

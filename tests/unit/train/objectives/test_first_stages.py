@@ -18,6 +18,7 @@ from train.models.perceptual import LPIPS, PerceptualTerm
 from train.objectives.adversary import Adversary
 from train.objectives.autoencoder import AutoencoderObjective, gradient_l1
 from train.objectives.contrastive import Contrastive
+from train.objectives.equivariance import Equivariance
 from train.train_autoencoder import refuse_sizes
 
 
@@ -187,6 +188,61 @@ def test_one_backward_gives_what_two_would(request, name, adversary, image_batch
     torch.testing.assert_close(parts["discriminator"], own.detach())
     assert float(parts["adaptive_weight"]) == pytest.approx(norms[0] / norms[1], rel=1e-3)
     torch.testing.assert_close(terms.per_sample, plain.per_sample)
+
+
+def test_latents_of_a_smaller_picture(autoencoder, image_batch, mirrored):
+    """The loss at half the size against plain convolutions: in the middle, each value is 1/8, 3/8, 3/8, 1/8 of four."""
+    objective = AutoencoderObjective(autoencoder, equivariance=0.3, equivariance_scales=[0.5], seed=2)
+    batch = image_batch(step=4)
+    terms, plain = objective(batch), AutoencoderObjective(autoencoder, seed=2)(batch)
+    images, random = mirrored(batch, 2)
+    posterior = autoencoder.encode(images)
+    z = posterior.sample(random.normal("posterior", posterior.mean.shape[1:]))
+    difference = autoencoder.decode(halved(z)) - halved(images)
+    edges = sum(difference.diff(dim=d).abs().mean((1, 2, 3)) for d in (2, 3))
+    expected = difference.abs().mean((1, 2, 3)) + 0.5 * edges
+    torch.testing.assert_close(terms.parts["equivariance"], expected.mean().detach())
+    torch.testing.assert_close(terms.per_sample, (plain.per_sample + 0.3 * expected).detach())
+    terms.total.backward()
+    got = gradients_of(autoencoder)
+    autoencoder.zero_grad()
+    (plain.total + 0.3 * expected.mean()).backward()
+    for name, gradient in gradients_of(autoencoder).items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def halved(x):
+    """Weights 1, 3, 3, 1 along each axis with a stride of two; at the edges, those of values inside."""
+    for axis in (2, 3):
+        count = x.shape[axis]
+        rows = torch.zeros(count // 2, count + 2)
+        for i in range(count // 2):
+            rows[i, 2 * i : 2 * i + 4] = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        rows = rows[:, 1:-1]
+        x = (x.transpose(axis, -1) @ (rows / rows.sum(1, keepdim=True)).T).transpose(axis, -1)
+    return x
+
+
+def test_the_smaller_size_is_drawn_by_step():
+    equivariance = Equivariance(1.0, (0.5, 0.25, 0.125))
+    drawn = [equivariance.scale_at(5, step) for step in range(60)]
+    assert drawn == [equivariance.scale_at(5, step) for step in range(60)]
+    assert drawn != [equivariance.scale_at(6, step) for step in range(60)]
+    assert {*drawn} == {0.5, 0.25, 0.125}
+
+
+def test_sizes_of_equivariance_that_are_refused(autoencoder):
+    with pytest.raises(UserError, match=r"equivariance_scales=\[1\] must be one or more numbers between 0 and 1"):
+        Equivariance(1.0, [1])
+    objective = AutoencoderObjective(autoencoder, equivariance=1.0, crop=8, crop_until=9)
+    assert objective.decoded_sizes((16, 16)) == 6  # whole pictures and crops, at three sizes each
+    assert AutoencoderObjective(autoencoder).decoded_sizes((16, 16)) == 1
+    with pytest.raises(UserError, match=r"latents of 12x12 pixels scaled by 0\.25 have 1\.5x1\.5 values"):
+        objective.decoded_sizes((12, 12))
+    term = PerceptualTerm(LPIPS(), 1.0)
+    small = AutoencoderObjective(autoencoder, equivariance=1.0, perceptual=term)
+    with pytest.raises(UserError, match=r"scaled by 0\.25 have 4x4 values, but need whole numbers and 16 pixels"):
+        small.decoded_sizes((32, 32))
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "vq"])
